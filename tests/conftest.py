@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""conftest.py - what every test shares: hypothesis profiles, markers, threads, seeds, binding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# A worker that spins while it waits starves the other processes of a small machine. OpenMP reads
+# this when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "ci",
+    derandomize=True,  # the same calls on every run: a red run can be repeated
+    deadline=None,  # timings never decide a test
+    database=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "explore", parent=hypothesis.settings.get_profile("ci"), derandomize=False
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "compile: runs torch.compile, which needs a C++ compiler and takes seconds"
+    )
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(20261121)
+
+
+@pytest.fixture
+def binding() -> str:
+    """The binding that this process uses; test_bindings.py runs the op's tests under the others."""
+    import wan_attn.ops
+
+    return wan_attn.ops.binding()
+
+
+@pytest.fixture
+def native(binding: str) -> str:
+    """For tests of the native library itself: skips where WAN_ATTN_BINDING=torch does without."""
+    if binding == "torch":
+        pytest.skip("computed by torch (WAN_ATTN_BINDING=torch): the native library is not used")
+    return binding
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The test may call torch.set_num_threads; put back afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
