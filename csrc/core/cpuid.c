@@ -1,0 +1,106 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * cpuid.c - which vector extensions the CPU has *and* the operating system saves. Knows no kernel.
+ */
+#include "core/cpuid.h"
+
+#include "core/atomic.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define IS_X86 1
+#if defined(_MSC_VER)
+#include <immintrin.h> /* defines: _xgetbv */
+#include <intrin.h>    /* defines: __cpuidex */
+#else
+#include <cpuid.h> /* defines: __get_cpuid_count */
+#endif
+#endif
+
+const char *wan_attn_cpu_feature_name(uint32_t features) {
+    static const struct {
+        uint32_t bit;
+        const char *name;
+    } NAMES[] = {{WAN_ATTN_CPU_AVX2, "AVX2 with FMA and F16C"},
+                 {WAN_ATTN_CPU_AVX512, "AVX-512 F, BW, VL and DQ"},
+                 {WAN_ATTN_CPU_AVX512_BF16, "AVX-512 BF16"},
+                 {WAN_ATTN_CPU_AMX_BF16, "AMX BF16"},
+                 {WAN_ATTN_CPU_NEON, "NEON"}};
+    for (unsigned i = 0; i < sizeof(NAMES) / sizeof(NAMES[0]); i++)
+        if (features & NAMES[i].bit)
+            return NAMES[i].name;
+    return "nothing";
+}
+
+#if defined(IS_X86)
+
+typedef struct cpuid_regs {
+    uint32_t eax, ebx, ecx, edx;
+} cpuid_regs;
+
+static cpuid_regs cpuid(uint32_t leaf, uint32_t subleaf) {
+    cpuid_regs r = {0, 0, 0, 0};
+#if defined(_MSC_VER)
+    int regs[4];
+    __cpuidex(regs, 0, 0);
+    if ((uint32_t)regs[0] >= leaf) {
+        __cpuidex(regs, (int)leaf, (int)subleaf);
+        r.eax = (uint32_t)regs[0], r.ebx = (uint32_t)regs[1], r.ecx = (uint32_t)regs[2], r.edx = (uint32_t)regs[3];
+    }
+#else
+    __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx); /* leaves zeros for a leaf that is not there */
+#endif
+    return r;
+}
+
+/* XCR0: which register files the operating system saves on a context switch. */
+static uint64_t saved_state(void) {
+#if defined(_MSC_VER)
+    return _xgetbv(0);
+#else
+    uint32_t lo, hi;
+    __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+    return (uint64_t)hi << 32 | lo;
+#endif
+}
+
+static int has(uint32_t reg, int bit) { return reg >> bit & 1; }
+
+static uint32_t detect(void) {
+    /* XCR0 bits: 1 SSE, 2 AVX, 5-7 the three parts of AVX-512, 17-18 the two of AMX (Intel SDM vol. 1, 13.3). */
+    const uint64_t YMM = 0x6, ZMM = 0xe6, TILES = 0x60000;
+    uint32_t found = WAN_ATTN_CPU_KNOWN;
+    cpuid_regs one = cpuid(1, 0);
+    int osxsave = has(one.ecx, 27);
+    uint64_t saved = osxsave ? saved_state() : 0;
+    if ((saved & YMM) != YMM)
+        return found;
+    cpuid_regs seven = cpuid(7, 0), seven_one = cpuid(7, 1);
+    if (!(has(one.ecx, 12) && has(one.ecx, 29) && has(seven.ebx, 5))) /* FMA, F16C, AVX2 */
+        return found;
+    found |= WAN_ATTN_CPU_AVX2;
+    if ((saved & ZMM) != ZMM || !(has(seven.ebx, 16) && has(seven.ebx, 17) && has(seven.ebx, 30) && has(seven.ebx, 31)))
+        return found;
+    found |= WAN_ATTN_CPU_AVX512;
+    if (has(seven_one.eax, 5))
+        found |= WAN_ATTN_CPU_AVX512_BF16;
+    if ((saved & TILES) == TILES && has(seven.edx, 22) && has(seven.edx, 24)) /* AMX-BF16, AMX-TILE */
+        found |= WAN_ATTN_CPU_AMX_BF16;
+    return found;
+}
+
+uint32_t wan_attn_cpu_features(void) {
+    static wan_attn_flags known; /* cpuid traps to the hypervisor in a virtual machine: microseconds, so ask once */
+    uint32_t features = wan_attn_load(&known);
+    if (!features)
+        wan_attn_store(&known, features = detect());
+    return features;
+}
+
+#elif defined(__aarch64__) || defined(_M_ARM64)
+
+uint32_t wan_attn_cpu_features(void) { return WAN_ATTN_CPU_KNOWN | WAN_ATTN_CPU_NEON; } /* part of the base architecture */
+
+#else
+
+uint32_t wan_attn_cpu_features(void) { return WAN_ATTN_CPU_KNOWN; }
+
+#endif

@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * threads.c - the parallel loop of the CPU rows. No pool is kept: torch lends its own (params->parallel), and where it
+ * cannot, threads live for one call. So nothing fights torch's pool, breaks after fork, or waits at exit; a thread costs
+ * some 20 us, an attention call that is worth splitting takes milliseconds. Knows no kernel.
+ */
+#include "cpu/threads.h"
+
+#include "core/atomic.h"
+
+#if defined(_WIN32)
+#include <process.h> /* defines: _beginthreadex */
+#include <windows.h> /* defines: WaitForSingleObject, CloseHandle */
+#else
+#include <pthread.h>
+#endif
+
+#define MAX_THREADS 256
+
+typedef struct job {
+    wan_attn_counter next; /* the first task that no thread has taken */
+    int64_t count;
+    wan_attn_task_fn fn;
+    void *ctx;
+} job;
+
+static void drain(job *j) {
+    for (int64_t task; (task = wan_attn_fetch_add(&j->next, 1)) < j->count;)
+        j->fn(task, j->ctx);
+}
+
+/* A range of the caller's loop stands for one or more workers, not for tasks. One drain serves the whole range. */
+static void drain_range(int64_t begin, int64_t end, void *ctx) {
+    if (begin < end)
+        drain((job *)ctx);
+}
+
+#if defined(_WIN32)
+typedef HANDLE thread;
+static unsigned __stdcall thread_main(void *ctx) {
+    drain((job *)ctx);
+    return 0;
+}
+static int start(thread *t, job *j) {
+    *t = (HANDLE)_beginthreadex(NULL, 0, thread_main, j, 0, NULL);
+    return *t != NULL;
+}
+static void join(thread t) {
+    WaitForSingleObject(t, INFINITE);
+    CloseHandle(t);
+}
+#else
+typedef pthread_t thread;
+static void *thread_main(void *ctx) {
+    drain((job *)ctx);
+    return NULL;
+}
+static int start(thread *t, job *j) { return pthread_create(t, NULL, thread_main, j) == 0; }
+static void join(thread t) { pthread_join(t, NULL); }
+#endif
+
+static void drain_on_own_threads(job *j, int64_t workers) {
+    thread threads[MAX_THREADS];
+    int started = 0;
+    /* A thread that cannot be made is no error: those that could, and this one, do its share. */
+    while (started < workers - 1 && start(&threads[started], j))
+        started++;
+    drain(j);
+    for (int t = 0; t < started; t++)
+        join(threads[t]);
+}
+
+void wan_attn_run_tasks(const wan_attn_params *params, int64_t count, wan_attn_task_fn fn, void *ctx) {
+    job j = {0, count, fn, ctx};
+    int64_t workers = params->num_threads < count ? params->num_threads : count;
+    workers = workers < MAX_THREADS ? workers : MAX_THREADS;
+    if (workers > 1 && params->parallel)
+        params->parallel(0, workers, 1, drain_range, &j);
+    else if (workers > 1)
+        drain_on_own_threads(&j, workers);
+    drain(&j); /* everything, if there is one worker or the caller's loop failed; otherwise nothing is left */
+}

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""setup.py - compiles libwan_attn (C, needs nothing) and the torch shim (C++, only if torch is here) into the package.
+
+Asks nothing of a GPU, a driver or a CUDA toolkit, and fetches nothing. What can be told by the environment:
+
+WAN_ATTN_SHIM=auto|0|1   the torch shim: if torch >= 2.10 can be imported (default), never, or fail without it
+CC, CXX, CFLAGS          as everywhere
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Command, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+from setuptools.dist import Distribution
+
+try:  # moved into setuptools itself in a later version
+    from setuptools._distutils.ccompiler import new_compiler
+    from setuptools._distutils.sysconfig import customize_compiler
+except ImportError:
+    from distutils.ccompiler import new_compiler  # type: ignore[no-redef]
+    from distutils.sysconfig import customize_compiler  # type: ignore[no-redef]
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "wan_attn/version.py").read_text()).group(1)
+
+C_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/c*/*.c"))
+SHIM_SOURCE = "csrc/torch/shim.cpp"
+# The oldest torch whose stable ABI the shim may use, and the oldest whose headers can express it.
+SHIM_TARGET, SHIM_HEADERS = 0x0209000000000000, (2, 10)
+
+IS_MSVC = sys.platform == "win32"
+C_FLAGS = ["/std:c11", "/O2", "/utf-8"] if IS_MSVC else ["-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-g0"]
+CXX_FLAGS = (
+    ["/std:c++17", "/O2", "/EHsc", "/utf-8"]
+    if IS_MSVC
+    else ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-g0"]
+)
+
+
+def shared_library(stem: str) -> str:
+    prefix, suffix = {"win32": ("", ".dll"), "darwin": ("lib", ".dylib")}.get(sys.platform, ("lib", ".so"))
+    return f"{prefix}{stem}{suffix}"
+
+
+def torch_root() -> tuple[Path | None, str]:
+    """Where torch's headers are, or None and why they cannot be used. Reads files; imports nothing."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None, "torch is not importable here (an isolated build: use pip install --no-build-isolation)"
+    root = Path(spec.submodule_search_locations[0])
+    found = re.search(r"__version__ = '(\d+)\.(\d+)", (root / "version.py").read_text())
+    version = (int(found.group(1)), int(found.group(2))) if found else (0, 0)
+    if version < SHIM_HEADERS or not (root / "include/torch/csrc/stable/library.h").exists():
+        return None, f"torch {version[0]}.{version[1]} has no stable-ABI headers (needs 2.10)"
+    return root, ""
+
+
+def compiler():
+    made = new_compiler()
+    customize_compiler(made)
+    return made
+
+
+class build_native(Command):
+    """Builds both libraries beside wan_attn/__init__.py, in the build folder or (editable) in the source tree."""
+
+    description = "compile libwan_attn and the torch shim"
+    user_options: list = []
+    editable_mode = False
+
+    def initialize_options(self) -> None:
+        self.build_lib = None
+        self.build_temp = None
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build", ("build_lib", "build_lib"), ("build_temp", "build_temp"))
+
+    def run(self) -> None:
+        target = ROOT / "wan_attn" if self.editable_mode else Path(self.build_lib) / "wan_attn"
+        self.build_core(target)
+        self.build_shim(target)
+
+    def build_core(self, target: Path) -> None:
+        def compile_one(source: str) -> list[str]:
+            # A compiler object is not safe to share between threads, hence one each.
+            return compiler().compile(
+                [source],
+                output_dir=self.build_temp,
+                include_dirs=["csrc"],
+                macros=[("WAN_ATTN_BUILD", "1")],
+                extra_postargs=C_FLAGS,
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [o for made in pool.map(compile_one, C_SOURCES) for o in made]
+        libraries = [] if IS_MSVC else ["m", "pthread"]
+        if sys.platform == "linux":
+            flags = ["-Wl,--no-undefined", "-s"]
+        else:
+            flags = []
+        compiler().link_shared_object(
+            objects, str(target / shared_library("wan_attn")), libraries=libraries, extra_postargs=flags
+        )
+
+    def build_shim(self, target: Path) -> None:
+        wanted = os.environ.get("WAN_ATTN_SHIM", "auto")
+        if wanted not in ("auto", "0", "1"):
+            sys.exit(f"WAN_ATTN_SHIM must be auto, 0 or 1, got {wanted}")
+        root, why = (None, "WAN_ATTN_SHIM=0") if wanted == "0" else torch_root()
+        if root is not None:
+            try:
+                self.compile_shim(root, target)
+                return
+            except Exception as error:  # a package that installs beats a faster call; doctor says which one runs
+                why = f"the compiler failed: {error}"
+        if wanted == "1":
+            sys.exit(f"WAN_ATTN_SHIM=1, but the torch shim cannot be built: {why}")
+        (target / shared_library("wan_attn_shim")).unlink(missing_ok=True)
+        print(f"wan_attn: no torch shim ({why}); the op will be bound through ctypes, some 10 us slower a call")
+
+    def compile_shim(self, root: Path, target: Path) -> None:
+        objects = compiler().compile(
+            [SHIM_SOURCE],
+            output_dir=self.build_temp,
+            include_dirs=["csrc", str(root / "include")],
+            macros=[("TORCH_TARGET_VERSION", hex(SHIM_TARGET))],
+            extra_postargs=CXX_FLAGS,
+        )
+        compiler().link_shared_object(
+            objects,
+            str(target / shared_library("wan_attn_shim")),
+            libraries=["torch_cpu"],
+            library_dirs=[str(root / "lib")],
+            extra_postargs=["-s"] if sys.platform == "linux" else [],
+            target_lang="c++",
+        )
+
+    def get_source_files(self) -> list[str]:
+        return [*C_SOURCES, SHIM_SOURCE, *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.[hd]*"))]
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib) / "wan_attn" / shared_library(s)) for s in ("wan_attn", "wan_attn_shim")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class BuildWithNative(build):
+    sub_commands = [*build.sub_commands, ("build_native", None)]
+
+
+class PlatformWheel(bdist_wheel):
+    """No CPython symbol is used, so one wheel serves every Python: py3-none-<platform>."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+class BinaryDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+setup(
+    version=VERSION,
+    packages=["wan_attn", "wan_attn.backends", "wan_attn.cli", "wan_attn.demo", "wan_attn.integrations"],
+    cmdclass={"build": BuildWithNative, "build_native": build_native, "bdist_wheel": PlatformWheel},
+    distclass=BinaryDistribution,
+)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""contract.py - the rules of csrc/core/check.c that can be told without data, for calls that never reach C: fake tensors with
+symbolic shapes, and machines where the native library does not load.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_lens: Tensor | None,
+    k_lens: Tensor | None,
+    scale: float | None,
+    window_left: int,
+    window_right: int,
+) -> None:
+    """The rules of csrc/core/check.c that can be told without data; also where shapes are symbolic."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            _refuse(f"{name} must be [batch, seqlen, heads, head_dim], got {list(tensor.shape)}")
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            _refuse(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+        if tensor.device != query.device:
+            _refuse(f"{name} must be on query's device, got another one")
+    for name, tensor in (("query", query), ("key", key)):
+        if tensor.dtype not in (torch.float32, value.dtype):
+            _refuse(f"{name} must be float32 or have value's dtype {value.dtype}, got {tensor.dtype}")
+    batch, _, heads_q, head_dim = query.shape
+    heads_k = key.shape[2]
+    if heads_k < 1 or heads_q % heads_k != 0:
+        _refuse(f"query must have a multiple of key's heads, got {heads_q} heads for key's {heads_k}")
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        _refuse(
+            f"key must be [query's batch, seqlen_k, num_heads_k, query's head_dim], got {list(key.shape)}"
+        )
+    if value.shape != key.shape:
+        _refuse(f"value must be shaped like key, got {list(value.shape)}")
+    for name, lengths in (("q_lens", q_lens), ("k_lens", k_lens)):
+        if lengths is None:
+            continue
+        if lengths.dim() != 1 or lengths.shape[0] != batch:
+            _refuse(f"{name} must be [batch] = [{batch}], got {list(lengths.shape)}")
+        if lengths.dtype not in (torch.int32, torch.int64):
+            _refuse(f"{name} must be int32 or int64, got {lengths.dtype}")
+    if scale is not None and not math.isfinite(scale):
+        _refuse(f"scale must be finite, got {scale:g}")
+    for name, bound in (("window_left", window_left), ("window_right", window_right)):
+        if bound < -1:
+            _refuse(f"{name} must be -1 (no bound) or at least 0, got {bound}")
+
+
+def _refuse(message: str) -> None:
+    raise RuntimeError(f"wan_attn: {message}")

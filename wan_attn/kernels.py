@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kernels.py - the kernel table of libwan_attn as Python values, and its answers to "which row, and why not the others"."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_int32
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from wan_attn import _native
+from wan_attn.binding import DEVICES, DTYPES, allowed_cpu_features
+
+if TYPE_CHECKING:
+    from wan_attn.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class KernelInfo:
+    """One row of csrc/core/kernels.def. `dtypes` are those of value; query and key may also be float32."""
+
+    index: int
+    name: str
+    description: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    head_dim_min: int
+    head_dim_max: int
+    head_dim_multiple: int
+    arch_min: int
+    arch_max: int
+    cpu_features: tuple[str, ...]
+    is_lossy: bool
+
+
+@functools.cache
+def kernels() -> tuple[KernelInfo, ...]:
+    """Every row, best first; empty where the native library does not load (see binding_reason)."""
+    lib = _native.load()
+    if lib is None:
+        return ()
+    device_names = {number: name for name, number in DEVICES.items()}
+    rows = []
+    for index in range(lib.wan_attn_kernel_count()):
+        info = _native.KernelInfo(struct_size=ctypes.sizeof(_native.KernelInfo))
+        lib.wan_attn_kernel_at(index, ctypes.byref(info))
+        rows.append(
+            KernelInfo(
+                index=index,
+                name=info.name.decode(),
+                description=info.description.decode(),
+                device=device_names[info.device_type],
+                dtypes=tuple(dtype for dtype, bit in DTYPES.items() if info.dtypes >> bit & 1),
+                head_dim_min=info.head_dim_min,
+                head_dim_max=info.head_dim_max,
+                head_dim_multiple=info.head_dim_multiple,
+                arch_min=info.arch_min,
+                arch_max=info.arch_max,
+                cpu_features=_native.feature_names(info.cpu_features),
+                is_lossy=bool(info.is_lossy),
+            )
+        )
+    return tuple(rows)
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Vector extensions that this CPU has, the operating system saves, and some row could use."""
+    lib = _native.load()
+    return () if lib is None else _native.feature_names(lib.wan_attn_cpu_features())
+
+
+def build_info() -> str:
+    """Target and compiler of the native library."""
+    lib = _native.load()
+    return "" if lib is None else lib.wan_attn_build_info().decode()
+
+
+def _describe(request: Request, dtype: torch.dtype, shape: tuple[int, ...]) -> _native.Tensor:
+    """A contiguous tensor of this shape that does not exist: the questions below never read data."""
+    described = _native.Tensor(
+        dtype=DTYPES.get(dtype, _native.DTYPE_OTHER),
+        device_type=DEVICES.get(request.device.type, _native.DEVICE_OTHER),
+        device_index=request.device.index or 0,
+        ndim=len(shape),
+    )
+    stride = 1
+    for dim in reversed(range(len(shape))):
+        described.shape[dim], described.stride[dim] = shape[dim], stride
+        stride *= shape[dim]
+    return described
+
+
+def _params(request: Request, kernel: int = -1) -> _native.Params:
+    r = request
+    q_shape = (r.batch, r.seqlen_q, r.num_heads_q, r.head_dim)
+    k_shape = (r.batch, r.seqlen_k, r.num_heads_k, r.head_dim)
+    return _native.Params(
+        struct_size=ctypes.sizeof(_native.Params),
+        kernel=kernel,
+        q=_describe(r, r.query_dtype, q_shape),
+        k=_describe(r, r.key_dtype, k_shape),
+        v=_describe(r, r.dtype, k_shape),
+        is_causal=r.is_causal,
+        window_size_left=r.window[0],
+        window_size_right=r.window[1],
+        cpu_features=allowed_cpu_features(),
+    )
+
+
+def why_not(request: Request, row: int) -> str | None:
+    """Why this row of the table cannot take the call; None: it can."""
+    error = _native.Error()
+    status = _native.lib().wan_attn_why_not(_params(request), row, ctypes.byref(error))
+    return None if status == _native.OK else error.text()
+
+
+def select(request: Request) -> tuple[KernelInfo | None, str]:
+    """The row that would run and "", or None and every row's reason. The call's contract is checked too."""
+    if _native.load() is None:
+        return None, _native.load_error() or ""
+    error, row = _native.Error(), c_int32(-1)
+    status = _native.lib().wan_attn_select(
+        _params(request), ctypes.byref(row), ctypes.byref(error)
+    )
+    if status == _native.OK:
+        return kernels()[row.value], ""
+    return None, error.text()
