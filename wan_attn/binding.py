@@ -196,6 +196,11 @@ def ctypes_sdpa(
         params.seqused_q = describe(q_lens)
     if k_lens is not None:
         params.seqused_k = describe(k_lens)
+    if query.device.type == "cpu":
+        params.num_threads = torch.get_num_threads()
+        params.parallel = parallel_for()
+    else:
+        params.stream = torch.cuda.current_stream(query.device).cuda_stream
     size = c_size_t()
     _check(lib.wan_attn_workspace_size(params, ctypes.byref(size), error), error)
 
@@ -208,10 +213,5 @@ def ctypes_sdpa(
     if size.value:
         workspace = query.new_empty(size.value, dtype=torch.uint8)
         params.workspace, params.workspace_size = workspace.data_ptr(), size.value
-    if query.device.type == "cpu":
-        params.num_threads = torch.get_num_threads()
-        params.parallel = parallel_for()
-    else:
-        params.stream = torch.cuda.current_stream(query.device).cuda_stream
     _check(lib.wan_attn_forward(params, error), error)
     return out, lse

@@ -199,3 +199,13 @@ wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *
         fill(params, problem);
     return status;
 }
+
+wan_attn_status wan_attn_check_memory(const wan_attn_problem *p, wan_attn_error *err) {
+    const char *const names[] = {"query", "key", "value", "out"};
+    const wan_attn_view *const views[] = {&p->q, &p->k, &p->v, &p->out};
+    int64_t rows_q = p->batch * p->seqlen_q, rows_k = p->batch * p->seqlen_k;
+    for (int n = 0; n < 4; n++)
+        if (!views[n]->data && (n == 1 || n == 2 ? rows_k : rows_q) > 0)
+            return INVALID(err, "%s must point to memory, got NULL", names[n]);
+    return WAN_ATTN_OK;
+}

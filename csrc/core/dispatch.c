@@ -164,6 +164,8 @@ wan_attn_status wan_attn_forward(const wan_attn_params *params, wan_attn_error *
     wan_attn_problem problem;
     int32_t row = -1;
     wan_attn_status status = checked_choice(params, &problem, &row, err);
+    if (status == WAN_ATTN_OK)
+        status = wan_attn_check_memory(&problem, err);
     if (status != WAN_ATTN_OK)
         return status;
     const wan_attn_kernel *kernel = &KERNELS[row];

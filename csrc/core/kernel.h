@@ -56,6 +56,9 @@ typedef struct wan_attn_key_range {
 /* check.c: params -> problem; INVALID_ARGUMENT with "<argument> must be <rule>, got <value>". */
 wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *problem, wan_attn_error *err);
 
+/* check.c: every operand that has elements has memory too; only needed where a row is about to run. */
+wan_attn_status wan_attn_check_memory(const wan_attn_problem *problem, wan_attn_error *err);
+
 /* status.c: writes err (if there is one) and returns status, so that a failure is one `return wan_attn_fail(...)`. */
 #if defined(__GNUC__)
 __attribute__((format(printf, 3, 4)))

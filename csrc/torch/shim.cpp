@@ -100,6 +100,15 @@ std::tuple<Tensor, Tensor> sdpa(Tensor query, Tensor key, Tensor value, std::opt
     params.window_size_right = window_right;
     params.cpu_features = functions.cpu_features;
 
+    if (params.q.device_type == WAN_ATTN_CPU) {
+        uint32_t threads = 1;
+        functions.num_threads(&threads);
+        params.num_threads = static_cast<int32_t>(threads);
+        params.parallel = functions.parallel;
+    } else if (!functions.cuda_stream || functions.cuda_stream(params.q.device_index, &params.stream) != 0) {
+        throw std::runtime_error("wan_attn: torch does not tell the current CUDA stream of query's device");
+    }
+
     size_t workspace_bytes = 0;
     check(functions.workspace_size(&params, &workspace_bytes, &error), error); // the whole contract is checked here
 
@@ -114,14 +123,6 @@ std::tuple<Tensor, Tensor> sdpa(Tensor query, Tensor key, Tensor value, std::opt
         workspace = torch::stable::new_empty(query, {static_cast<int64_t>(workspace_bytes)}, ScalarType::Byte);
         params.workspace = workspace->data_ptr();
         params.workspace_size = workspace_bytes;
-    }
-    if (params.q.device_type == WAN_ATTN_CPU) {
-        uint32_t threads = 1;
-        functions.num_threads(&threads);
-        params.num_threads = static_cast<int32_t>(threads);
-        params.parallel = functions.parallel;
-    } else if (functions.cuda_stream) {
-        functions.cuda_stream(params.q.device_index, &params.stream);
     }
     check(functions.forward(&params, &error), error);
     return {out, lse};
