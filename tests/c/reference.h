@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * reference.h - attention in double precision, straight from the formula in wan_attn.h, and access to the elements of a
+ * wan_attn_tensor. Shares no code with csrc/: includes nothing of it but the public header.
+ */
+#ifndef WAN_ATTN_TESTS_REFERENCE_H
+#define WAN_ATTN_TESTS_REFERENCE_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "wan_attn.h"
+
+static size_t element_size(int32_t dtype) {
+    return dtype == WAN_ATTN_I64 ? 8 : dtype == WAN_ATTN_F16 || dtype == WAN_ATTN_BF16 ? 2 : 4;
+}
+
+static double decode_half(uint16_t bits, int exponent_bits) {
+    int mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
+    int exponent = bits >> mantissa_bits & ((1 << exponent_bits) - 1);
+    int mantissa = bits & ((1 << mantissa_bits) - 1);
+    double sign = bits >> 15 ? -1.0 : 1.0;
+    if (exponent == (1 << exponent_bits) - 1)
+        return mantissa ? NAN : sign * INFINITY;
+    if (exponent == 0)
+        return sign * ldexp(mantissa, 1 - bias - mantissa_bits);
+    return sign * ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+}
+
+/* Only for values that the format holds exactly. */
+static uint16_t encode_half(double value, int exponent_bits) {
+    int mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1, exponent;
+    if (value == 0.0)
+        return 0;
+    double fraction = frexp(fabs(value), &exponent); /* in [0.5, 1) */
+    int mantissa = (int)ldexp(fraction, mantissa_bits + 1) - (1 << mantissa_bits);
+    return (uint16_t)((value < 0) << 15 | (exponent - 1 + bias) << mantissa_bits | mantissa);
+}
+
+static double read_element(const void *at, int32_t dtype) {
+    union {
+        float f;
+        uint16_t h;
+        int32_t i;
+        int64_t l;
+    } raw;
+    memcpy(&raw, at, element_size(dtype));
+    switch (dtype) {
+    case WAN_ATTN_F32: return raw.f;
+    case WAN_ATTN_F16: return decode_half(raw.h, 5);
+    case WAN_ATTN_BF16: return decode_half(raw.h, 8);
+    case WAN_ATTN_I32: return raw.i;
+    default: return (double)raw.l;
+    }
+}
+
+static void write_element(void *at, int32_t dtype, double value) {
+    float f = (float)value;
+    uint16_t h = dtype == WAN_ATTN_F16 || dtype == WAN_ATTN_BF16
+                     ? encode_half(value, dtype == WAN_ATTN_F16 ? 5 : 8)
+                     : 0;
+    int32_t i = (int32_t)value;
+    int64_t l = (int64_t)value;
+    const void *from = dtype == WAN_ATTN_F32   ? (const void *)&f
+                       : dtype == WAN_ATTN_I32 ? (const void *)&i
+                       : dtype == WAN_ATTN_I64 ? (const void *)&l
+                                               : (const void *)&h;
+    memcpy(at, from, element_size(dtype));
+}
+
+/* Address of t[a, b, c, d]; indices beyond t's rank are 0. */
+static void *element(const wan_attn_tensor *t, int64_t a, int64_t b, int64_t c, int64_t d) {
+    int64_t offset = a * t->stride[0] + b * t->stride[1] + c * t->stride[2] + d * t->stride[3];
+    return (char *)t->data + offset * (int64_t)element_size(t->dtype);
+}
+
+static double value_at(const wan_attn_tensor *t, int64_t a, int64_t b, int64_t c, int64_t d) {
+    return read_element(element(t, a, b, c, d), t->dtype);
+}
+
+static int64_t real_length(const wan_attn_tensor *lengths, int64_t sample, int64_t padded) {
+    return lengths->data ? (int64_t)value_at(lengths, sample, 0, 0, 0) : padded;
+}
+
+static int sees(const wan_attn_params *p, int64_t sample, int64_t i, int64_t j) {
+    int64_t len_q = real_length(&p->seqused_q, sample, p->q.shape[1]);
+    int64_t len_k = real_length(&p->seqused_k, sample, p->k.shape[1]);
+    int64_t distance = j - (i + len_k - len_q);
+    return i < len_q && j < len_k && !(p->is_causal && distance > 0) &&
+           !(p->window_size_left >= 0 && distance < -p->window_size_left) &&
+           !(p->window_size_right >= 0 && distance > p->window_size_right);
+}
+
+/* out[0 .. head_dim) and the log-sum-exp of one row. scores: room for seqlen_k numbers. */
+static double reference_row(const wan_attn_params *p, int64_t sample, int64_t head, int64_t i,
+                            double *scores, double *out) {
+    int64_t head_dim = p->q.shape[3], head_k = head / (p->q.shape[2] / p->k.shape[2]);
+    double scale = p->has_softmax_scale ? p->softmax_scale : 1.0 / sqrt((double)head_dim);
+    double top = -INFINITY, sum = 0.0;
+    for (int64_t j = 0; j < p->k.shape[1]; j++) {
+        scores[j] = 0.0;
+        if (!sees(p, sample, i, j))
+            continue;
+        for (int64_t d = 0; d < head_dim; d++)
+            scores[j] +=
+                value_at(&p->q, sample, i, head, d) * value_at(&p->k, sample, j, head_k, d);
+        scores[j] *= scale;
+        top = fmax(top, scores[j]);
+    }
+    for (int64_t d = 0; d < head_dim; d++)
+        out[d] = 0.0;
+    for (int64_t j = 0; j < p->k.shape[1]; j++) {
+        if (!sees(p, sample, i, j))
+            continue;
+        double weight = exp(scores[j] - top);
+        sum += weight;
+        for (int64_t d = 0; d < head_dim; d++)
+            out[d] += weight * value_at(&p->v, sample, j, head_k, d);
+    }
+    for (int64_t d = 0; d < head_dim && sum > 0.0; d++)
+        out[d] /= sum;
+    return sum > 0.0 ? top + log(sum) : -INFINITY;
+}
+
+#endif /* WAN_ATTN_TESTS_REFERENCE_H */

@@ -1,0 +1,377 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * test_core.c - calls the C ABI without Python, for the sanitizers: random calls of every CPU row, with strided and expanded
+ * operands, ragged lengths and NaN wherever nothing may be read, against reference.h; broken calls; many threads at once.
+ *
+ *     test_core [calls [seed]]      prints one line; 1 and the failing call if anything is wrong
+ */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "reference.h"
+
+#define FAIL(...)                                                                                  \
+    do {                                                                                           \
+        fprintf(stderr, __VA_ARGS__);                                                              \
+        fprintf(stderr, "\n");                                                                     \
+        return 1;                                                                                  \
+    } while (0)
+
+enum { PACKED, FUSED, TRANSPOSED, EXPANDED, LAYOUTS };
+enum { POISON = 0xff, UNTOUCHED = 0xa5, GAP = 5 }; /* 0xff..ff is NaN in f32, f16 and bf16 */
+
+static uint64_t random_state;
+
+static int64_t pick(int64_t below) {
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return (int64_t)(random_state % (uint64_t)below);
+}
+
+#define PICK(array) array[pick((int64_t)(sizeof(array) / sizeof(array[0])))]
+
+/* Exact in every dtype, so that rounding the inputs is no source of error. */
+static double random_value(void) { return (double)(pick(255) - 127) / 64.0; }
+
+/* A buffer that ends where the tensor's last element ends: one byte further is a heap overflow. */
+static size_t buffer_size(const wan_attn_tensor *t) {
+    int64_t last = 0;
+    for (int d = 0; d < t->ndim; d++) {
+        if (t->shape[d] == 0)
+            return 0;
+        last += (t->shape[d] - 1) * t->stride[d];
+    }
+    return (size_t)(last + 1) * element_size(t->dtype);
+}
+
+static void allocate(wan_attn_tensor *t, int byte) {
+    size_t size = buffer_size(t);
+    t->data = malloc(size ? size : 1);
+    memset(t->data, byte, size);
+}
+
+static wan_attn_tensor operand(int32_t dtype, const int64_t shape[4], int layout) {
+    wan_attn_tensor t = {NULL, dtype, WAN_ATTN_CPU, 0, 4, {0}, {0}};
+    int64_t length = shape[1], heads = shape[2], head_dim = shape[3];
+    memcpy(t.shape, shape, sizeof(t.shape));
+    t.stride[3] = 1;
+    t.stride[2] = layout == TRANSPOSED ? length * head_dim : head_dim;
+    t.stride[1] = layout == TRANSPOSED ? head_dim
+                  : layout == FUSED    ? 3 * heads * head_dim + GAP
+                                       : heads * head_dim;
+    t.stride[0] = layout == EXPANDED ? 0
+                  : layout == FUSED  ? length * t.stride[1] + GAP
+                                     : length * heads * head_dim;
+    return t;
+}
+
+static wan_attn_tensor input(int32_t dtype, const int64_t shape[4],
+                             const wan_attn_tensor *lengths) {
+    wan_attn_tensor t = operand(dtype, shape, (int)pick(LAYOUTS));
+    allocate(&t, POISON);
+    for (int64_t b = 0; b < shape[0]; b++)
+        for (int64_t i = 0; i < real_length(lengths, b, shape[1]); i++)
+            for (int64_t h = 0; h < shape[2]; h++)
+                for (int64_t d = 0; d < shape[3]; d++)
+                    write_element(element(&t, b, i, h, d), dtype, random_value());
+    return t;
+}
+
+static wan_attn_tensor lengths_up_to(int64_t batch, int64_t padded) {
+    wan_attn_tensor t = {NULL, pick(2) ? WAN_ATTN_I32 : WAN_ATTN_I64, WAN_ATTN_CPU, 0, 1, {0}, {0}};
+    t.shape[0] = batch;
+    t.stride[0] = 1 + pick(2);
+    allocate(&t, POISON);
+    for (int64_t b = 0; b < batch; b++)
+        write_element(element(&t, b, 0, 0, 0), t.dtype, (double)pick(padded + 1));
+    return t;
+}
+
+static void free_call(wan_attn_params *p) {
+    wan_attn_tensor *all[] = {&p->q, &p->k, &p->v, &p->out, &p->lse, &p->seqused_q, &p->seqused_k};
+    for (size_t n = 0; n < sizeof(all) / sizeof(all[0]); n++)
+        free(all[n]->data);
+    free(p->workspace);
+}
+
+static wan_attn_params random_call(void) {
+    static const int64_t LENGTHS[] = {1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 100};
+    static const int64_t HEAD_DIMS[] = {1, 3, 8, 40, 64, 80, 96, 128, 160, 256};
+    static const int64_t WINDOWS[] = {-1, -1, 0, 1, 7, 40, INT64_MAX};
+    static const int32_t DTYPES[] = {WAN_ATTN_F32, WAN_ATTN_F16, WAN_ATTN_BF16};
+    wan_attn_params p;
+    memset(&p, 0, sizeof(p));
+    p.struct_size = sizeof(p);
+    p.kernel = -1;
+    int64_t batch = pick(20) ? 1 + pick(3) : 0, heads_k = 1 + pick(3), head_dim = PICK(HEAD_DIMS);
+    int64_t q_shape[4] = {batch, pick(20) ? PICK(LENGTHS) : 0, heads_k * (1 + pick(3)), head_dim};
+    int64_t k_shape[4] = {batch, pick(20) ? PICK(LENGTHS) : 0, heads_k, head_dim};
+    int32_t dtype = PICK(DTYPES);
+    if (pick(2))
+        p.seqused_q = lengths_up_to(batch, q_shape[1]);
+    if (pick(2))
+        p.seqused_k = lengths_up_to(batch, k_shape[1]);
+    p.q = input(pick(4) ? dtype : WAN_ATTN_F32, q_shape, &p.seqused_q);
+    p.k = input(pick(4) ? dtype : WAN_ATTN_F32, k_shape, &p.seqused_k);
+    p.v = input(dtype, k_shape, &p.seqused_k);
+    p.out = operand(p.q.dtype, q_shape, (int)pick(EXPANDED));
+    allocate(&p.out, UNTOUCHED);
+    if (pick(2)) {
+        wan_attn_tensor lse = {NULL, WAN_ATTN_F32, WAN_ATTN_CPU, 0, 3, {0}, {0}};
+        lse.shape[0] = batch, lse.shape[1] = q_shape[2], lse.shape[2] = q_shape[1];
+        lse.stride[2] = 1 + pick(2);
+        lse.stride[1] = q_shape[1] * lse.stride[2];
+        lse.stride[0] = q_shape[2] * lse.stride[1];
+        allocate(&lse, UNTOUCHED);
+        p.lse = lse;
+    }
+    p.has_softmax_scale = (int32_t)pick(2);
+    p.softmax_scale = p.has_softmax_scale ? (double)pick(40) / 8.0 - 1.0 : NAN;
+    p.is_causal = (int32_t)pick(2);
+    p.window_size_left = PICK(WINDOWS);
+    p.window_size_right = PICK(WINDOWS);
+    p.num_threads = (int32_t)pick(5);
+    return p;
+}
+
+static void print_call(const wan_attn_params *p, const char *what) {
+    fprintf(stderr,
+            "%s: q %lldx%lldx%lldx%lld dtype %d, k %lldx%lld dtype %d, v dtype %d, causal %d, "
+            "window %lld/%lld, lengths %d/%d, threads %d\n",
+            what, (long long)p->q.shape[0], (long long)p->q.shape[1], (long long)p->q.shape[2],
+            (long long)p->q.shape[3], p->q.dtype, (long long)p->k.shape[1],
+            (long long)p->k.shape[2], p->k.dtype, p->v.dtype, p->is_causal,
+            (long long)p->window_size_left, (long long)p->window_size_right,
+            p->seqused_q.data != NULL, p->seqused_k.data != NULL, p->num_threads);
+}
+
+/* Bytes between the elements of an output must be as they were. */
+static int wrote_between_elements(const wan_attn_tensor *t) {
+    size_t size = buffer_size(t), width = element_size(t->dtype);
+    char *copy = malloc(size ? size : 1);
+    wan_attn_tensor rest = *t;
+    memcpy(copy, t->data, size);
+    rest.data = copy;
+    for (int64_t a = 0; a < t->shape[0]; a++)
+        for (int64_t b = 0; b < t->shape[1]; b++)
+            for (int64_t c = 0; c < t->shape[2]; c++)
+                for (int64_t d = 0; d < (t->ndim == 4 ? t->shape[3] : 1); d++)
+                    memset(element(&rest, a, b, c, d), UNTOUCHED, width);
+    int wrote = 0;
+    for (size_t n = 0; n < size; n++)
+        wrote |= (unsigned char)copy[n] != UNTOUCHED;
+    free(copy);
+    return wrote;
+}
+
+/* Half a unit in the last place of the output, three times that for rounding P, and float32's sums. */
+static double tolerance(int32_t dtype) {
+    return dtype == WAN_ATTN_F32 ? 1e-5 : dtype == WAN_ATTN_F16 ? 0x1p-9 : 0x1p-6;
+}
+
+static int compare(const wan_attn_params *p) {
+    double *scores = malloc((size_t)(p->k.shape[1] + p->q.shape[3]) * sizeof(double));
+    double *expected = scores + p->k.shape[1], worst = 0.0, worst_lse = 0.0;
+    for (int64_t b = 0; b < p->q.shape[0]; b++)
+        for (int64_t h = 0; h < p->q.shape[2]; h++)
+            for (int64_t i = 0; i < p->q.shape[1]; i++) {
+                double lse = reference_row(p, b, h, i, scores, expected);
+                for (int64_t d = 0; d < p->q.shape[3]; d++) {
+                    double error = fabs(value_at(&p->out, b, i, h, d) - expected[d]);
+                    worst = error <= worst ? worst : error; /* a NaN is the worst */
+                }
+                if (!p->lse.data)
+                    continue;
+                double got = value_at(&p->lse, b, h, i, 0);
+                double error = got == lse ? 0.0 : fabs(got - lse) / (1.0 + fabs(lse));
+                worst_lse = error <= worst_lse ? worst_lse : error;
+            }
+    free(scores);
+    if (!(worst <= tolerance(p->v.dtype)))
+        FAIL("out is off by %g", worst);
+    if (!(worst_lse <= 1e-5))
+        FAIL("lse is off by %g", worst_lse);
+    return 0;
+}
+
+typedef struct range {
+    int64_t begin, end;
+    wan_attn_range_fn fn;
+    void *ctx;
+} range;
+
+static void *run_range(void *argument) {
+    range *r = argument;
+    r->fn(r->begin, r->end, r->ctx);
+    return NULL;
+}
+
+/* A caller's parallel loop: one thread for each step. */
+static int32_t parallel(int64_t begin, int64_t end, int64_t grain, wan_attn_range_fn fn,
+                        void *ctx) {
+    pthread_t threads[16];
+    range ranges[16];
+    int count = 0;
+    for (int64_t at = begin; at < end && count < 16; at += grain, count++) {
+        range r = {at, at + grain < end && count < 15 ? at + grain : end, fn, ctx};
+        ranges[count] = r;
+        if (pthread_create(&threads[count], NULL, run_range, &ranges[count]))
+            return 1;
+    }
+    for (int n = 0; n < count; n++)
+        pthread_join(threads[n], NULL);
+    return 0;
+}
+
+/* A loop that fails before it has done anything: the call must still be computed. */
+static int32_t broken_parallel(int64_t begin, int64_t end, int64_t grain, wan_attn_range_fn fn,
+                               void *ctx) {
+    (void)begin, (void)end, (void)grain, (void)fn, (void)ctx;
+    return 1;
+}
+
+/* Runs one row again on other threads: the bits must not depend on them. */
+static int same_bits_on_other_threads(const wan_attn_params *p) {
+    static const wan_attn_parallel_fn LOOPS[] = {NULL, parallel, broken_parallel};
+    size_t size = buffer_size(&p->out);
+    int different = 0;
+    for (size_t n = 0; n < sizeof(LOOPS) / sizeof(LOOPS[0]); n++) {
+        wan_attn_params again = *p;
+        allocate(&again.out, UNTOUCHED);
+        again.num_threads = (int32_t)(3 * n + 1);
+        again.parallel = LOOPS[n];
+        different |= wan_attn_forward(&again, NULL) != WAN_ATTN_OK ||
+                     memcmp(again.out.data, p->out.data, size) != 0;
+        free(again.out.data);
+    }
+    return different;
+}
+
+static int run_row(wan_attn_params *p, int32_t row, int *runs) {
+    wan_attn_error err;
+    size_t size = 0;
+    p->kernel = row;
+    wan_attn_status status = wan_attn_why_not(p, row, &err);
+    if (status == WAN_ATTN_UNSUPPORTED)
+        return err.message[0] == '\0'; /* a refusal has a reason */
+    if (status != WAN_ATTN_OK || wan_attn_workspace_size(p, &size, &err) != WAN_ATTN_OK)
+        FAIL("refused: %s", err.message);
+    free(p->workspace);
+    p->workspace = size ? aligned_alloc(64, (size + 63) / 64 * 64) : NULL;
+    p->workspace_size = size;
+    memset(p->out.data, UNTOUCHED, buffer_size(&p->out));
+    if (wan_attn_forward(p, &err) != WAN_ATTN_OK)
+        FAIL("failed: %s", err.message);
+    if (compare(p))
+        return 1;
+    if (wrote_between_elements(&p->out) || (p->lse.data && wrote_between_elements(&p->lse)))
+        FAIL("wrote outside of an output");
+    if (same_bits_on_other_threads(p))
+        FAIL("other threads, other bits");
+    ++*runs;
+    return 0;
+}
+
+static int test_random_calls(int calls) {
+    int runs = 0;
+    for (int n = 0; n < calls; n++) {
+        wan_attn_params p = random_call();
+        for (int32_t row = 0; row < wan_attn_kernel_count(); row++)
+            if (run_row(&p, row, &runs)) {
+                wan_attn_kernel_info info = {.struct_size = sizeof(info)};
+                wan_attn_kernel_at(row, &info);
+                print_call(&p, info.name);
+                free_call(&p);
+                return 1;
+            }
+        free_call(&p);
+    }
+    return runs >= calls ? 0 : (fprintf(stderr, "only %d of %d calls ran\n", runs, calls), 1);
+}
+
+static int test_broken_calls(void) {
+    static const char *const BROKEN[] = {
+        "no struct_size", "row too high", "rank",      "head_dim",  "heads",  "dtype",
+        "last stride",    "k shape",      "out shape", "lse shape", "length", "scale",
+        "window",         "lens dtype",   "negative",  "device"};
+    int wrong = 0;
+    for (int n = 0; n < (int)(sizeof(BROKEN) / sizeof(BROKEN[0])); n++) {
+        wan_attn_params p = random_call();
+        while (p.q.shape[0] < 1 || !p.lse.data || !p.seqused_k.data || p.q.shape[3] < 2) {
+            free_call(&p);
+            p = random_call();
+        }
+        switch (n) {
+        case 0: p.struct_size = 0; break;
+        case 1: p.kernel = wan_attn_kernel_count(); break;
+        case 2: p.q.ndim = 7; break;
+        case 3: p.q.shape[3] = 0; break;
+        case 4: p.q.shape[2] = 0; break;
+        case 5: p.v.dtype = WAN_ATTN_DTYPE_OTHER; break;
+        case 6: p.k.stride[3] = 2; break;
+        case 7: p.k.shape[1] += 1; break;
+        case 8: p.out.shape[1] += 1; break;
+        case 9: p.lse.shape[2] += 1; break;
+        case 10: write_element(p.seqused_k.data, p.seqused_k.dtype, 1e6); break;
+        case 11: p.has_softmax_scale = 1, p.softmax_scale = NAN; break;
+        case 12: p.window_size_left = -2; break;
+        case 13: p.seqused_k.dtype = WAN_ATTN_F32; break;
+        case 14: p.k.shape[1] = -1; break;
+        default: p.v.device_type = WAN_ATTN_CUDA; break;
+        }
+        wan_attn_error err = {0, "?"};
+        int32_t row = -1;
+        size_t size = 0;
+        if (wan_attn_forward(&p, &err) != WAN_ATTN_INVALID_ARGUMENT || strlen(err.message) < 10 ||
+            err.status != WAN_ATTN_INVALID_ARGUMENT ||
+            wan_attn_forward(&p, NULL) != WAN_ATTN_INVALID_ARGUMENT ||
+            wan_attn_select(&p, &row, NULL) != WAN_ATTN_INVALID_ARGUMENT ||
+            wan_attn_workspace_size(&p, &size, NULL) != WAN_ATTN_INVALID_ARGUMENT) {
+            fprintf(stderr, "a broken call (%s) was not refused\n", BROKEN[n]);
+            wrong = 1;
+        }
+        free_call(&p);
+    }
+    if (wan_attn_forward(NULL, NULL) == WAN_ATTN_OK || wan_attn_kernel_at(-1, NULL) == WAN_ATTN_OK)
+        FAIL("a NULL was not refused");
+    return wrong;
+}
+
+static void *run_many_times(void *argument) {
+    wan_attn_params p = *(const wan_attn_params *)argument;
+    allocate(&p.out, UNTOUCHED);
+    for (int n = 0; n < 4; n++)
+        if (wan_attn_forward(&p, NULL) != WAN_ATTN_OK || compare(&p))
+            abort();
+    free(p.out.data);
+    return NULL;
+}
+
+/* The same inputs from several threads, each with threads of its own. */
+static int test_concurrent_calls(void) {
+    pthread_t threads[4];
+    wan_attn_params p = random_call();
+    while (p.q.shape[0] < 1 || p.q.shape[1] < 33 || p.lse.data) {
+        free_call(&p);
+        p = random_call();
+    }
+    p.num_threads = 3;
+    for (int n = 0; n < 4; n++)
+        if (pthread_create(&threads[n], NULL, run_many_times, &p))
+            FAIL("no thread");
+    for (int n = 0; n < 4; n++)
+        pthread_join(threads[n], NULL);
+    free_call(&p);
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    int calls = argc > 1 ? atoi(argv[1]) : 300;
+    random_state = argc > 2 ? strtoull(argv[2], NULL, 0) : 20251121;
+    if (test_random_calls(calls) || test_broken_calls() || test_concurrent_calls())
+        return 1;
+    printf("%d random calls of %d kernel rows, 16 broken calls, concurrent calls: right\n", calls,
+           (int)wan_attn_kernel_count());
+    return 0;
+}
