@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""backends - the libraries that can compute one attention call, each behind one interface."""

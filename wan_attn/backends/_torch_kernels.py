@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""_torch_kernels.py - which of PyTorch's SDPA kernels to ask, in what order; knows no lengths.
+
+Each kernel is asked alone, in our order, and one that refuses is not asked again for that kind of
+call. A list with `set_priority=True` (torch >= 2.6) would order them too, but hides which kernel
+refused and cannot go on after one that fails when it runs, as cuDNN's does on some shapes.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wan_attn.backends._errors import is_device_error
+
+# cuDNN is ahead of flash where PyTorch itself prefers it: sm_90 and sm_100 with cuDNN newer than
+# 9.15 (check_prefer_cudnn_attention in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+_CUDNN_FIRST = ((9, 0), (10, 0))
+_CUDNN_FIRST_VERSION = 91500
+
+_WINDOWS_ORDER = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+_ORDER = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+
+_FLAGS_LOCK = threading.Lock()  # sdpa_kernel sets flags of the process, not of the thread
+_refused: set[tuple[SDPBackend, tuple[object, ...]]] = set()
+_REFUSED_MAX = 4096  # a workload whose shapes never repeat must not grow this for ever
+
+
+def _ask(function: str) -> bool:
+    """torch.backends.cuda.<function>(); False where this torch lacks it."""
+    return bool(getattr(torch.backends.cuda, function, bool)())
+
+
+@cache
+def has_flash() -> bool:
+    """Whether this torch has a flash kernel for CUDA (Windows wheels up to 2.14 have none)."""
+    return _ask("is_flash_attention_available")
+
+
+def kernel_order(
+    platform: str, flash: bool, capability: tuple[int, int], cudnn: int
+) -> tuple[SDPBackend, ...]:
+    """The kernels worth asking on a CUDA device, best first."""
+    if platform == "win32" and not flash:
+        return _WINDOWS_ORDER
+    if capability in _CUDNN_FIRST and cudnn > _CUDNN_FIRST_VERSION:
+        return (_ORDER[1], _ORDER[0], *_ORDER[2:])
+    return _ORDER
+
+
+@cache
+def _device_order(index: int) -> tuple[SDPBackend, ...]:
+    capability = torch.cuda.get_device_capability(index)
+    cudnn = torch.backends.cudnn.version() or 0
+    return kernel_order(sys.platform, has_flash(), capability, cudnn)
+
+
+def _enabled(order: tuple[SDPBackend, ...]) -> list[SDPBackend]:
+    """Those of `order` that the user has not switched off."""
+    allowed = {
+        SDPBackend.FLASH_ATTENTION: _ask("flash_sdp_enabled"),
+        SDPBackend.EFFICIENT_ATTENTION: _ask("mem_efficient_sdp_enabled"),
+        SDPBackend.MATH: _ask("math_sdp_enabled"),
+        SDPBackend.CUDNN_ATTENTION: _ask("cudnn_sdp_enabled"),
+    }
+    return [kernel for kernel in order if allowed[kernel]]
+
+
+def order_for(device: torch.device) -> tuple[SDPBackend, ...]:
+    """The kernels to ask on `device`; empty where PyTorch's own choice is the only one."""
+    if device.type != "cuda":
+        return ()
+    return _device_order(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """F.scaled_dot_product_attention through the best kernel that takes the call.
+
+    Args:
+        query: [batch, heads, seqlen_q, head_dim]; key, value: [batch, heads, seqlen_k, head_dim],
+            same dtype.
+        keep: bool, broadcastable to [batch, heads, seqlen_q, seqlen_k], True where the key is seen;
+            None: all.
+    """
+
+    def call() -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=keep, dropout_p=dropout_p, is_causal=is_causal, scale=scale
+        )
+
+    order = order_for(query.device)
+    if not order:
+        return call()
+    kind = (
+        query.shape,
+        key.shape,
+        query.dtype,
+        query.stride(),
+        keep is None,
+        is_causal,
+        dropout_p > 0,
+        query.device,
+    )
+    with _FLAGS_LOCK:
+        candidates = _enabled(order)
+        untried = [kernel for kernel in candidates if (kernel, kind) not in _refused]
+        for kernel in untried[:-1]:
+            try:
+                with sdpa_kernel(kernel), warnings.catch_warnings():
+                    warnings.simplefilter(
+                        "ignore"
+                    )  # torch warns once per reason why a kernel refuses
+                    return call()
+            except RuntimeError as error:
+                if is_device_error(error):
+                    raise
+                if len(_refused) >= _REFUSED_MAX:
+                    _refused.clear()
+                _refused.add((kernel, kind))
+        if untried:
+            with sdpa_kernel(untried[-1]):
+                return call()
+    return call()

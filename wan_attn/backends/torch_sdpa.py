@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch_sdpa.py - backend `torch`: PyTorch's SDPA under wan_attn's contract, differentiable.
+
+Padding never reaches a kernel: real lengths known here are sliced off, lengths on a device are
+    masked after what lies beyond them has been zeroed. A mask is made only where rows see different
+    keys, and then for a block of rows at a time, so that no [seqlen_q, seqlen_k] buffer exists.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from wan_attn.backends import _torch_kernels
+from wan_attn.backends._masks import DeviceMask, HostMask
+from wan_attn.request import Request, host_lengths
+
+NAME = "torch"
+TITLE = "PyTorch SDPA"
+
+# Below this share of real query-key pairs each sample is computed alone at its real lengths (wan.md
+# section 4).
+PER_SAMPLE_RATIO = 0.7
+MASK_ELEMENTS = (
+    1 << 24
+)  # elements of one block's mask: 16 MiB of bool, 32 MiB once a kernel made a bias of it
+SCORE_ELEMENTS = 1 << 22  # elements of one block of fp32 scores, for the log-sum-exp: 16 MiB
+
+
+def why_not(request: Request) -> str | None:
+    """None: it takes every call of the contract."""
+    return None
+
+
+def needs_square_memory(request: Request, capability: tuple[int, int] | None = None) -> str | None:
+    """Why only PyTorch's math path, which stores every score, would serve this call, or None."""
+    kind = request.device.type
+    if kind == "cpu":
+        return "PyTorch has no fused CPU kernel with dropout" if request.dropout_p > 0 else None
+    if kind != "cuda":
+        return None
+    major = (
+        torch.cuda.get_device_capability(request.device) if capability is None else capability
+    )[0]
+    if request.dtype == torch.float64:
+        return "PyTorch has no fused CUDA kernel for float64"
+    if request.dtype == torch.bfloat16 and major < 8:
+        return f"PyTorch has no fused kernel for bfloat16 on compute capability {major}.x"
+    is_half = request.dtype in (torch.float16, torch.bfloat16)
+    if is_half and major >= 8 and _torch_kernels.has_flash() and request.head_dim <= 256:
+        return None
+    multiple = 8 if is_half and major >= 8 else 4
+    if request.head_dim % multiple:
+        return (
+            f"PyTorch's fused kernels here need head_dim % {multiple} == 0, got {request.head_dim}"
+        )
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    scale: float
+    dropout_p: float
+    return_lse: bool
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    q_lens: Tensor | None = None,
+    k_lens: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute attention in value's dtype; see wan_attn.sdpa for the contract.
+
+    Args:
+        query: [batch, seqlen_q, num_heads_q, head_dim]; key, value: [batch, seqlen_k, num_heads_k,
+            head_dim].
+        q_lens, k_lens: [batch] int32 or int64, on the CPU or the device; those on a device are not
+            read here.
+
+    Returns:
+        out [batch, seqlen_q, num_heads_q, head_dim] in query's dtype, and lse [batch, num_heads_q,
+        seqlen_q] float32 or None. lse is computed on its own from fp32 scores, because PyTorch does
+        not give it out.
+
+    Raises:
+        ArgumentError: a length on the CPU is out of range.
+    """
+    batch, seqlen_q, _, head_dim = query.shape
+    seqlen_k = key.shape[1]
+    q_host = host_lengths("q_lens", q_lens, batch, seqlen_q)
+    k_host = host_lengths("k_lens", k_lens, batch, seqlen_k)
+    call = _Call(1.0 / math.sqrt(head_dim) if scale is None else scale, dropout_p, return_lse)
+    out_dtype = query.dtype
+    with outside_autocast(query.device):
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if call.scale <= 0:  # kernels that fold the scale into a running maximum want it positive
+            query, call = _with_positive_scale(query, call)
+        if q_host is None or k_host is None:
+            mask = DeviceMask.make(q_lens, k_lens, query, seqlen_k, is_causal, window)
+            out, lse = _batched(query, key, value, mask, call)
+        else:
+            out, lse = _known_lengths(query, key, value, q_host, k_host, is_causal, window, call)
+        return out.to(out_dtype), lse
+
+
+def _with_positive_scale(query: Tensor, call: _Call) -> tuple[Tensor, _Call]:
+    """The same scores from a scale above 0: the sign, or a scale of 0, goes into query, exactly."""
+    if call.scale == 0:
+        return query * 0, replace(call, scale=1.0)
+    return -query, replace(call, scale=-call.scale)
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context without the caller's autocast, which would round fp32 work to half precision."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def empty_result(
+    query: Tensor, dtype: torch.dtype, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Out 0 and lse -inf: what rows without a key get. Shapes as run's; query may be a view."""
+    batch, seqlen_q, heads, _ = query.shape
+    out = torch.zeros(query.shape, dtype=dtype, device=query.device)
+    if not return_lse:
+        return out, None
+    return out, torch.full(
+        (batch, heads, seqlen_q), -math.inf, dtype=torch.float32, device=query.device
+    )
+
+
+def _known_lengths(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_host: list[int],
+    k_host: list[int],
+    is_causal: bool,
+    window: tuple[int, int],
+    call: _Call,
+) -> tuple[Tensor, Tensor | None]:
+    batch, seqlen_q = query.shape[:2]
+    lengths = list(zip(q_host, k_host, strict=True))
+    masks = [HostMask.make(q_len, k_len, is_causal, window) for q_len, k_len in lengths]
+    is_uniform = len(set(lengths)) == 1
+    if (
+        is_uniform
+        and masks[0].q_len == seqlen_q
+        and masks[0].first_row == 0
+        and not call.return_lse
+    ):
+        mask = masks[0]
+        if mask.k_len and (mask.is_full or mask.is_plain_causal):
+            return _one_kernel(
+                query, key[:, : mask.k_len], value[:, : mask.k_len], mask, call
+            ), None
+    pairs = sum(q_len * k_len for q_len, k_len in lengths)
+    rows_matter = any(not mask.is_full for mask in masks)
+    if (
+        not is_uniform
+        and not rows_matter
+        and pairs >= PER_SAMPLE_RATIO * batch * seqlen_q * key.shape[1]
+    ):
+        q_lens, k_lens = torch.tensor(q_host), torch.tensor(k_host)
+        padded = DeviceMask.make(q_lens, k_lens, query, key.shape[1], is_causal, window)
+        return _batched(query, key, value, padded, call)
+    out, lse = empty_result(query, query.dtype, call.return_lse)
+    groups = (
+        [(slice(0, batch), masks[0])]
+        if is_uniform
+        else [(slice(b, b + 1), mask) for b, mask in enumerate(masks)]
+    )
+    for samples, mask in groups:
+        _fill(
+            out[samples, : mask.q_len],
+            None if lse is None else lse[samples, :, : mask.q_len],
+            query[samples, : mask.q_len],
+            key[samples, : mask.k_len],
+            value[samples, : mask.k_len],
+            mask,
+            call,
+        )
+    return out, lse
+
+
+def _heads_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[batch, heads, seqlen, head_dim]; fewer key heads are repeated, so that any kernel serves."""
+    group = query.shape[2] // key.shape[2]
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    return q, k, v
+
+
+def _one_kernel(query: Tensor, key: Tensor, value: Tensor, mask: HostMask, call: _Call) -> Tensor:
+    """The common call: no mask, one kernel, nothing copied. [batch, seqlen_q, heads, head_dim]."""
+    q, k, v = _heads_first(query, key, value)
+    is_causal = mask.is_plain_causal and not mask.is_full
+    return _torch_kernels.attend(q, k, v, None, is_causal, call.scale, call.dropout_p).transpose(
+        1, 2
+    )
+
+
+def _fill(
+    out: Tensor,
+    lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: HostMask,
+    call: _Call,
+) -> None:
+    """Write the rows that see a key; out [batch, q_len, heads, head_dim], lse [.., heads, q_len]."""
+    if mask.first_row >= mask.q_len or query.shape[0] == 0:
+        return
+    if lse is None and (mask.is_full or mask.is_plain_causal):
+        out.copy_(_one_kernel(query, key, value, mask, call))
+        return
+    q, k, v = _heads_first(query, key, value)
+    step = block_rows(mask)
+    for begin in range(mask.first_row, mask.q_len, step):
+        end = min(begin + step, mask.q_len)
+        low, high = mask.keys(begin, end)
+        rows, keys = q[:, :, begin:end], k[:, :, low:high]
+        keep = mask.block(begin, end, low, high, query.device)
+        part = _torch_kernels.attend(
+            rows, keys, v[:, :, low:high], keep, False, call.scale, call.dropout_p
+        )
+        out[:, begin:end].copy_(part.transpose(1, 2))
+        if lse is not None:
+            lse[:, :, begin:end].copy_(log_sum_exp(rows, keys, keep, call.scale))
+
+
+def block_rows(mask: HostMask) -> int:
+    """Rows per block: its mask stays small, and a window can skip the keys outside it."""
+    if mask.is_full:
+        return mask.q_len
+    if mask.left is not None and mask.right is not None:
+        return max(256, mask.left + mask.right + 1)
+    return max(16, MASK_ELEMENTS // max(1, mask.k_len))
+
+
+def _batched(
+    query: Tensor, key: Tensor, value: Tensor, mask: DeviceMask, call: _Call
+) -> tuple[Tensor, Tensor | None]:
+    """The whole padded batch at once, lengths used only in device arithmetic."""
+    batch, seqlen_q = query.shape[:2]
+    out, lse = empty_result(query, query.dtype, call.return_lse)
+    if 0 in (batch, seqlen_q, key.shape[1]):
+        return out, lse
+    # What lies beyond the lengths may be NaN, and 0 · NaN is NaN: a mask alone would not keep it
+    # out.
+    real_rows, real_keys = mask.real_rows(), mask.real_keys()
+    q, k, v = _heads_first(
+        query.masked_fill(~real_rows, 0),
+        key.masked_fill(~real_keys, 0),
+        value.masked_fill(~real_keys, 0),
+    )
+    step = max(16, MASK_ELEMENTS // (batch * key.shape[1])) if mask.rows_matter else seqlen_q
+    for begin in range(0, seqlen_q, step):
+        end = min(begin + step, seqlen_q)
+        keep = mask.block(begin, end)
+        sees = keep.any(-1, keepdim=True)  # [batch, 1, rows or 1, 1]
+        alive = sees & real_rows.transpose(1, 2)[:, :, begin:end]
+        keep[
+            ..., :1
+        ] |= (
+            ~sees
+        )  # key 0 for rows without any, whose result is dropped: a softmax over nothing is NaN
+        rows = q[:, :, begin:end]
+        part = _torch_kernels.attend(rows, k, v, keep, False, call.scale, call.dropout_p)
+        out[:, begin:end].copy_(part.masked_fill(~alive, 0).transpose(1, 2))
+        if lse is not None:
+            part_lse = log_sum_exp(rows, k, keep, call.scale).masked_fill(~alive[..., 0], -math.inf)
+            lse[:, :, begin:end].copy_(part_lse)
+    return out, lse
+
+
+def log_sum_exp(query: Tensor, key: Tensor, keep: Tensor | None, scale: float) -> Tensor:
+    """log Σ exp(scale · q·k) over the seen keys, natural log; a few rows of scores at a time.
+
+    Args:
+        query: [batch, heads, rows, head_dim]; key: [batch, heads, keys, head_dim].
+        keep: bool, broadcastable to [batch, heads, rows, keys]; None: all.
+
+    Returns:
+        [batch, heads, rows] float32.
+    """
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    batch, heads, rows, _ = query.shape
+    columns = key.to(wide).transpose(-1, -2)
+    step = max(1, SCORE_ELEMENTS // max(1, batch * heads * key.shape[2]))
+    parts = []
+    for begin in range(0, rows, step):
+        scores = torch.matmul(query[:, :, begin : begin + step].to(wide), columns) * scale
+        if keep is not None:
+            part = keep if keep.shape[-2] == 1 else keep[..., begin : begin + step, :]
+            scores = scores.masked_fill(~part, -math.inf)
+        parts.append(torch.logsumexp(scores, dim=-1))
+    return torch.cat(parts, dim=-1).to(torch.float32)
