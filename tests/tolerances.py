@@ -39,6 +39,10 @@ def _torch_sample(
     """Torch's SDPA and log-sum-exp for one sample, [1, N, L, D], in v's dtype."""
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    # Torch lets a masked NaN through as 0 * NaN. Zeros instead change no finite result: whoever sees
+    # the NaN is NaN, and is not compared.
+    q, k = (torch.nan_to_num(t, 0.0, math.inf, -math.inf) for t in (q, k))
+    v = torch.nan_to_num(v, 0.0, 0.0, 0.0)
     if scale < 0:  # exact, and spares us what some of torch's kernels make of a negative scale
         q, scale = -q, -scale
     mask = None if bool(seen.all()) else seen[None, None]
