@@ -235,6 +235,12 @@ def refresh() -> Settings:
     return _current
 
 
+def put(name: str, value: str) -> Settings:
+    """Set a variable for this process and those it starts, as if the user had; then refresh()."""
+    os.environ[name] = value
+    return refresh()
+
+
 def markdown_table() -> str:
     """VARIABLES as the Markdown table of README."""
     rows = ["| Variable | Values | Default | Meaning |", "|---|---|---|---|"]
