@@ -1,16 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0
- * wan_attn.h - the C ABI of libwan_attn: scaled-dot-product attention, forward. Knows neither torch nor CUDA.
+ * wan_attn.h - the C ABI of libwan_attn: scaled-dot-product attention, forward. Knows neither torch
+ * nor CUDA.
  *
  *   out[b,i,h,:] = sum_j softmax_j(softmax_scale * <q[b,i,h,:], k[b,j,h',:]>) * v[b,j,h',:]
- *   lse[b,h,i]   = log sum_j exp(softmax_scale * <q[b,i,h,:], k[b,j,h',:]>)          h' = h / (num_heads_q / num_heads_k)
+ *   lse[b,h,i]   = log sum_j exp(softmax_scale * <q[b,i,h,:], k[b,j,h',:]>)
+ *   h'           = h / (num_heads_q / num_heads_k)
  *
  * over the keys j that row i may see:
- *   j < seqused_k[b]                                        real keys only; i >= seqused_q[b] sees none
- *   j <= i + seqused_k[b] - seqused_q[b]                    if is_causal: aligned bottom-right, as in flash-attn >= 2.1
+ *   j < seqused_k[b]                       real keys only; i >= seqused_q[b] sees none
+ *   j <= i + seqused_k[b] - seqused_q[b]   if is_causal: bottom-right, as in flash-attn >= 2.1
  *   -window_size_left <= j - (i + seqused_k[b] - seqused_q[b]) <= window_size_right
- * A row that sees no key gets out = 0 and lse = -inf. What lies in memory beyond the real lengths is never used.
+ * A row that sees no key gets out = 0 and lse = -inf. What lies in memory beyond the real lengths
+ * is never used.
  *
- * Every call is re-entrant and deterministic; the library keeps no state between calls, allocates nothing, prints nothing.
+ * Every call is re-entrant and deterministic; the library keeps no state between calls, allocates
+ * nothing, prints nothing.
  */
 #ifndef WAN_ATTN_H
 #define WAN_ATTN_H
@@ -39,10 +43,10 @@ extern "C" {
 
 typedef enum wan_attn_status {
     WAN_ATTN_OK = 0,
-    WAN_ATTN_INVALID_ARGUMENT = 1, /* the call breaks the contract: no kernel could take it        */
-    WAN_ATTN_UNSUPPORTED = 2,      /* a legal call that no kernel of this build takes on this device */
-    WAN_ATTN_DEVICE_ERROR = 3,     /* the device or its driver reported a failure                  */
-    WAN_ATTN_INTERNAL = 4          /* a bug in this library                                        */
+    WAN_ATTN_INVALID_ARGUMENT = 1, /* the call breaks the contract: no kernel could take it */
+    WAN_ATTN_UNSUPPORTED = 2,  /* a legal call that no kernel of this build takes on this device */
+    WAN_ATTN_DEVICE_ERROR = 3, /* the device or its driver reported a failure */
+    WAN_ATTN_INTERNAL = 4      /* a bug in this library */
 } wan_attn_status;
 
 typedef enum wan_attn_dtype {
@@ -54,51 +58,61 @@ typedef enum wan_attn_dtype {
     WAN_ATTN_DTYPE_OTHER = 5 /* anything else a framework may hold; always refused */
 } wan_attn_dtype;
 
-typedef enum wan_attn_device { WAN_ATTN_CPU = 0, WAN_ATTN_CUDA = 1, WAN_ATTN_DEVICE_OTHER = 2 } wan_attn_device;
+typedef enum wan_attn_device {
+    WAN_ATTN_CPU = 0,
+    WAN_ATTN_CUDA = 1,
+    WAN_ATTN_DEVICE_OTHER = 2
+} wan_attn_device;
 
 #define WAN_ATTN_MAX_NDIM 4
 
 /* One operand, as its owner describes it. data == NULL with ndim == 0: the operand is absent. */
 typedef struct wan_attn_tensor {
     void *data;
-    int32_t dtype;        /* wan_attn_dtype                                                     */
-    int32_t device_type;  /* wan_attn_device                                                    */
-    int32_t device_index; /* 0 for the CPU                                                      */
-    int32_t ndim;         /* the real rank, also where it exceeds WAN_ATTN_MAX_NDIM             */
+    int32_t dtype;        /* wan_attn_dtype */
+    int32_t device_type;  /* wan_attn_device */
+    int32_t device_index; /* 0 for the CPU */
+    int32_t ndim;         /* the real rank, also where it exceeds WAN_ATTN_MAX_NDIM */
     int64_t shape[WAN_ATTN_MAX_NDIM];
-    int64_t stride[WAN_ATTN_MAX_NDIM]; /* in elements                                           */
+    int64_t stride[WAN_ATTN_MAX_NDIM]; /* in elements */
 } wan_attn_tensor;
 
-/* Runs fn over [begin, end) cut into ranges of at least `grain`, on the caller's own threads; returns when all ran.
- * The signature is that of torch_parallel_for (PyTorch >= 2.10), whose address may be put here as it is. */
+/* Runs fn over [begin, end) cut into ranges of at least `grain`, on the caller's own threads;
+ * returns when all ran. The signature is that of torch_parallel_for (PyTorch >= 2.10), whose
+ * address may be put here as it is. */
 typedef void (*wan_attn_range_fn)(int64_t begin, int64_t end, void *ctx);
-typedef int32_t (*wan_attn_parallel_fn)(int64_t begin, int64_t end, int64_t grain, wan_attn_range_fn fn, void *ctx);
+typedef int32_t (*wan_attn_parallel_fn)(int64_t begin, int64_t end, int64_t grain,
+                                        wan_attn_range_fn fn, void *ctx);
 
 typedef struct wan_attn_params {
     uint32_t struct_size; /* sizeof(wan_attn_params) of the caller; fields are only ever appended */
-    int32_t kernel;       /* row of the kernel table to force; -1: the best one that takes the call */
+    int32_t kernel; /* row of the kernel table to force; -1: the best one that takes the call */
 
-    wan_attn_tensor q;   /* [batch, seqlen_q, num_heads_q, head_dim] f32, f16 or bf16; any strides whose last is 1  */
-    wan_attn_tensor k;   /* [batch, seqlen_k, num_heads_k, head_dim]; num_heads_q % num_heads_k == 0                */
-    wan_attn_tensor v;   /* [batch, seqlen_k, num_heads_k, head_dim]; q and k have v's dtype or f32                 */
-    wan_attn_tensor out; /* [batch, seqlen_q, num_heads_q, head_dim], q's dtype                                     */
-    wan_attn_tensor lse; /* [batch, num_heads_q, seqlen_q] f32, natural log; absent: not wanted                     */
+    /* [batch, seqlen, heads, head_dim], any strides whose last is 1. num_heads_q must be a multiple
+     * of num_heads_k. v is f32, f16 or bf16; q and k have v's dtype or f32; out has q's. */
+    wan_attn_tensor q;
+    wan_attn_tensor k;
+    wan_attn_tensor v;
+    wan_attn_tensor out;
+    wan_attn_tensor lse; /* [batch, num_heads_q, seqlen_q] f32, natural log; absent: not wanted */
 
-    /* Real lengths, [batch] i32 or i64; absent: all. On the CPU they are checked against [0, seqlen]; on a device they
-     * are clamped to it, because reading them here would stall the stream. */
+    /* Real lengths, [batch] i32 or i64; absent: all. On the CPU they are checked against [0,
+     * seqlen]; on a device they are clamped to it, because reading them here would stall the
+     * stream. */
     wan_attn_tensor seqused_q, seqused_k;
 
     double softmax_scale;      /* read only if has_softmax_scale; finite */
-    int32_t has_softmax_scale; /* 0: 1/sqrt(head_dim)                    */
+    int32_t has_softmax_scale; /* 0: 1/sqrt(head_dim) */
     int32_t is_causal;
-    int64_t window_size_left, window_size_right; /* keys left and right of the diagonal; -1: no bound */
+    /* Keys left and right of the diagonal; -1: no bound. */
+    int64_t window_size_left, window_size_right;
 
     void *workspace; /* wan_attn_workspace_size() bytes, 64-byte aligned, on q's device */
     size_t workspace_size;
     void *stream; /* CUstream of q's device; unused on the CPU */
 
-    wan_attn_parallel_fn parallel; /* CPU rows; NULL: threads made for this call     */
-    int32_t num_threads;           /* CPU rows; most threads to use; <= 0: one       */
+    wan_attn_parallel_fn parallel; /* CPU rows; NULL: threads made for this call */
+    int32_t num_threads;           /* CPU rows; most threads to use; <= 0: one */
     uint32_t cpu_features;         /* CPU rows; features that may be used; 0: all there are */
 } wan_attn_params;
 
@@ -108,22 +122,24 @@ typedef struct wan_attn_error {
     char message[1020];
 } wan_attn_error;
 
-/* One row of the kernel table, for tools, tests and documentation. Strings live as long as the library. */
+/* One row of the kernel table, for tools, tests and documentation. Strings live as long as the
+ * library. */
 typedef struct wan_attn_kernel_info {
     uint32_t struct_size;
-    int32_t device_type;     /* wan_attn_device                                                  */
-    const char *name;        /* sdpa_<isa>[_variant]_<dtype>_d<head_dim>                         */
-    const char *description; /* one line                                                         */
-    uint32_t dtypes;         /* bit 1 << wan_attn_dtype for each dtype of v it takes             */
+    int32_t device_type;     /* wan_attn_device */
+    const char *name;        /* sdpa_<isa>[_variant]_<dtype>_d<head_dim> */
+    const char *description; /* one line */
+    uint32_t dtypes;         /* bit 1 << wan_attn_dtype for each dtype of v it takes */
     int32_t head_dim_min, head_dim_max, head_dim_multiple;
-    int32_t arch_min, arch_max; /* CUDA: compute capability * 10, inclusive; 0, 0 on the CPU      */
-    uint32_t cpu_features;      /* CPU: all of these must be there                                */
-    int32_t is_lossy;           /* 1: never chosen, only forced                                   */
+    int32_t arch_min, arch_max; /* CUDA: compute capability * 10, inclusive; 0, 0 on the CPU */
+    uint32_t cpu_features;      /* CPU: all of these must be there */
+    int32_t is_lossy;           /* 1: never chosen, only forced */
 } wan_attn_kernel_info;
 
-/* Bits of cpu_features. Bit 31 is set in every answer of wan_attn_cpu_features, so that "detected, none" is not 0. */
-#define WAN_ATTN_CPU_AVX2 (1u << 0) /* with FMA and F16C           */
-#define WAN_ATTN_CPU_AVX512 (1u << 1) /* F, BW, VL, DQ             */
+/* Bits of cpu_features. Bit 31 is set in every answer of wan_attn_cpu_features, so that "detected,
+ * none" is not 0. */
+#define WAN_ATTN_CPU_AVX2 (1u << 0)   /* with FMA and F16C */
+#define WAN_ATTN_CPU_AVX512 (1u << 1) /* F, BW, VL, DQ */
 #define WAN_ATTN_CPU_AVX512_BF16 (1u << 2)
 #define WAN_ATTN_CPU_AMX_BF16 (1u << 3)
 #define WAN_ATTN_CPU_NEON (1u << 4)
@@ -138,10 +154,14 @@ WAN_ATTN_API uint32_t wan_attn_cpu_features(void);
 WAN_ATTN_API int32_t wan_attn_kernel_count(void);
 WAN_ATTN_API wan_attn_status wan_attn_kernel_at(int32_t row, wan_attn_kernel_info *info);
 
-/* These never read what the tensors point to (q.data may be NULL) and may be called for any device. err may be NULL. */
-WAN_ATTN_API wan_attn_status wan_attn_why_not(const wan_attn_params *params, int32_t row, wan_attn_error *err);
-WAN_ATTN_API wan_attn_status wan_attn_select(const wan_attn_params *params, int32_t *row, wan_attn_error *err);
-WAN_ATTN_API wan_attn_status wan_attn_workspace_size(const wan_attn_params *params, size_t *size, wan_attn_error *err);
+/* These never read what the tensors point to (q.data may be NULL) and may be called for any device.
+ * err may be NULL. */
+WAN_ATTN_API wan_attn_status wan_attn_why_not(const wan_attn_params *params, int32_t row,
+                                              wan_attn_error *err);
+WAN_ATTN_API wan_attn_status wan_attn_select(const wan_attn_params *params, int32_t *row,
+                                             wan_attn_error *err);
+WAN_ATTN_API wan_attn_status wan_attn_workspace_size(const wan_attn_params *params, size_t *size,
+                                                     wan_attn_error *err);
 
 /* Runs the call: at once on the CPU, enqueued on `stream` on a GPU. */
 WAN_ATTN_API wan_attn_status wan_attn_forward(const wan_attn_params *params, wan_attn_error *err);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * check.c - the contract of a call, tested once for every binding and every row. Messages use the names that Python users
- * write (query, q_lens), because that is who reads them. Knows no kernel.
+ * check.c - the contract of a call, tested once for every binding and every row. Messages use the
+ * names that Python users write (query, q_lens), because that is who reads them. Knows no kernel.
  */
 #include <math.h>
 #include <stdio.h>
@@ -10,7 +10,9 @@
 
 #define INVALID(err, ...) wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, __VA_ARGS__)
 
-static int is_float(int32_t dtype) { return dtype == WAN_ATTN_F32 || dtype == WAN_ATTN_F16 || dtype == WAN_ATTN_BF16; }
+static int is_float(int32_t dtype) {
+    return dtype == WAN_ATTN_F32 || dtype == WAN_ATTN_F16 || dtype == WAN_ATTN_BF16;
+}
 
 static int is_absent(const wan_attn_tensor *t) { return !t->data && t->ndim == 0; }
 
@@ -27,35 +29,43 @@ static shape_text shape_of(const int64_t *shape, int32_t ndim) {
     shape_text s = {"["};
     size_t used = 1;
     for (int32_t d = 0; d < ndim && d < WAN_ATTN_MAX_NDIM; d++)
-        used += (size_t)snprintf(s.text + used, sizeof(s.text) - used, d ? ", %lld" : "%lld", (long long)shape[d]);
-    snprintf(s.text + used, sizeof(s.text) - used, ndim > WAN_ATTN_MAX_NDIM ? ", ...] (%d dimensions)" : "]", (int)ndim);
+        used += (size_t)snprintf(s.text + used, sizeof(s.text) - used, d ? ", %lld" : "%lld",
+                                 (long long)shape[d]);
+    snprintf(s.text + used, sizeof(s.text) - used,
+             ndim > WAN_ATTN_MAX_NDIM ? ", ...] (%d dimensions)" : "]", (int)ndim);
     return s;
 }
 
-static wan_attn_status check_rank_and_dtype(const char *name, const wan_attn_tensor *t, wan_attn_error *err) {
+static wan_attn_status check_rank_and_dtype(const char *name, const wan_attn_tensor *t,
+                                            wan_attn_error *err) {
     if (t->ndim != 4)
-        return INVALID(err, "%s must be [batch, seqlen, heads, head_dim], got %s", name, shape_of(t->shape, t->ndim).text);
+        return INVALID(err, "%s must be [batch, seqlen, heads, head_dim], got %s", name,
+                       shape_of(t->shape, t->ndim).text);
     if (!is_float(t->dtype))
-        return INVALID(err, "%s must be float32, float16 or bfloat16, got %s", name, dtype_name(t->dtype));
+        return INVALID(err, "%s must be float32, float16 or bfloat16, got %s", name,
+                       dtype_name(t->dtype));
     for (int d = 0; d < 4; d++)
         if (t->shape[d] < 0)
-            return INVALID(err, "%s must have no negative size, got %s", name, shape_of(t->shape, 4).text);
+            return INVALID(err, "%s must have no negative size, got %s", name,
+                           shape_of(t->shape, 4).text);
     if (t->shape[3] > 1 && t->stride[3] != 1)
-        return INVALID(err, "%s must have stride 1 in its last dimension, got %lld (%s.contiguous() makes it so)", name,
-                       (long long)t->stride[3], name);
+        return INVALID(
+            err,
+            "%s must have stride 1 in its last dimension, got %lld (%s.contiguous() makes it so)",
+            name, (long long)t->stride[3], name);
     return WAN_ATTN_OK;
 }
 
-static wan_attn_status check_shape(const char *name, const wan_attn_tensor *t, const int64_t *expected,
-                                   const char *rule, wan_attn_error *err) {
+static wan_attn_status check_shape(const char *name, const wan_attn_tensor *t,
+                                   const int64_t *expected, const char *rule, wan_attn_error *err) {
     if (memcmp(t->shape, expected, 4 * sizeof(int64_t)) != 0)
         return INVALID(err, "%s must be %s = %s, got %s", name, rule, shape_of(expected, 4).text,
                        shape_of(t->shape, 4).text);
     return WAN_ATTN_OK;
 }
 
-static wan_attn_status check_device(const char *name, const wan_attn_tensor *t, const wan_attn_tensor *q,
-                                    wan_attn_error *err) {
+static wan_attn_status check_device(const char *name, const wan_attn_tensor *t,
+                                    const wan_attn_tensor *q, wan_attn_error *err) {
     if (t->device_type != q->device_type || t->device_index != q->device_index)
         return INVALID(err, "%s must be on query's device, got another one", name);
     return WAN_ATTN_OK;
@@ -74,16 +84,20 @@ static wan_attn_status check_inputs(const wan_attn_params *a, wan_attn_error *er
         return status;
     for (int n = 0; n < 2; n++)
         if (inputs[n]->dtype != v->dtype && inputs[n]->dtype != WAN_ATTN_F32)
-            return INVALID(err, "%s must be float32 or have value's dtype %s, got %s", names[n], dtype_name(v->dtype),
-                           dtype_name(inputs[n]->dtype));
+            return INVALID(err, "%s must be float32 or have value's dtype %s, got %s", names[n],
+                           dtype_name(v->dtype), dtype_name(inputs[n]->dtype));
     if (q->shape[3] < 1)
-        return INVALID(err, "query must have a head_dim of at least 1, got %s", shape_of(q->shape, 4).text);
+        return INVALID(err, "query must have a head_dim of at least 1, got %s",
+                       shape_of(q->shape, 4).text);
     if (q->shape[2] < 1 || k->shape[2] < 1 || q->shape[2] % k->shape[2])
-        return INVALID(err, "query must have a multiple of key's heads, got %lld heads for key's %lld",
+        return INVALID(err,
+                       "query must have a multiple of key's heads, got %lld heads for key's %lld",
                        (long long)q->shape[2], (long long)k->shape[2]);
     const int64_t expected[4] = {q->shape[0], k->shape[1], k->shape[2], q->shape[3]};
-    status = check_shape("key", k, expected, "[query's batch, seqlen_k, num_heads_k, query's head_dim]", err);
-    return status == WAN_ATTN_OK ? check_shape("value", v, expected, "shaped like key", err) : status;
+    status = check_shape("key", k, expected,
+                         "[query's batch, seqlen_k, num_heads_k, query's head_dim]", err);
+    return status == WAN_ATTN_OK ? check_shape("value", v, expected, "shaped like key", err)
+                                 : status;
 }
 
 static wan_attn_status check_outputs(const wan_attn_params *a, wan_attn_error *err) {
@@ -96,19 +110,23 @@ static wan_attn_status check_outputs(const wan_attn_params *a, wan_attn_error *e
         if (status == WAN_ATTN_OK)
             status = check_shape("out", out, q->shape, "shaped like query", err);
         if (status == WAN_ATTN_OK && out->dtype != q->dtype)
-            status = INVALID(err, "out must have query's dtype %s, got %s", dtype_name(q->dtype), dtype_name(out->dtype));
+            status = INVALID(err, "out must have query's dtype %s, got %s", dtype_name(q->dtype),
+                             dtype_name(out->dtype));
     }
     if (status != WAN_ATTN_OK || is_absent(lse))
         return status;
-    if (lse->ndim != 3 || lse->dtype != WAN_ATTN_F32 || lse->shape[0] != q->shape[0] || lse->shape[1] != q->shape[2] ||
-        lse->shape[2] != q->shape[1])
-        return INVALID(err, "lse must be float32 [batch, num_heads_q, seqlen_q] = [%lld, %lld, %lld], got %s %s",
-                       (long long)q->shape[0], (long long)q->shape[2], (long long)q->shape[1], dtype_name(lse->dtype),
-                       shape_of(lse->shape, lse->ndim).text);
+    if (lse->ndim != 3 || lse->dtype != WAN_ATTN_F32 || lse->shape[0] != q->shape[0] ||
+        lse->shape[1] != q->shape[2] || lse->shape[2] != q->shape[1])
+        return INVALID(
+            err,
+            "lse must be float32 [batch, num_heads_q, seqlen_q] = [%lld, %lld, %lld], got %s %s",
+            (long long)q->shape[0], (long long)q->shape[2], (long long)q->shape[1],
+            dtype_name(lse->dtype), shape_of(lse->shape, lse->ndim).text);
     return check_device("lse", lse, q, err);
 }
 
-static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t, const wan_attn_tensor *q, int64_t padded,
+static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t,
+                                     const wan_attn_tensor *q, int64_t padded,
                                      wan_attn_lengths *lengths, wan_attn_error *err) {
     wan_attn_lengths all = {NULL, WAN_ATTN_I32, WAN_ATTN_CPU, 0};
     *lengths = all;
@@ -132,8 +150,9 @@ static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t,
         int64_t n = t->dtype == WAN_ATTN_I64 ? ((const int64_t *)t->data)[b * t->stride[0]]
                                              : ((const int32_t *)t->data)[b * t->stride[0]];
         if (n < 0 || n > padded)
-            return INVALID(err, "%s must be between 0 and the padded length %lld, got %lld for sample %lld", name,
-                           (long long)padded, (long long)n, (long long)b);
+            return INVALID(
+                err, "%s must be between 0 and the padded length %lld, got %lld for sample %lld",
+                name, (long long)padded, (long long)n, (long long)b);
     }
     return WAN_ATTN_OK;
 }
@@ -142,14 +161,17 @@ static wan_attn_status check_numbers(const wan_attn_params *a, wan_attn_error *e
     if (a->has_softmax_scale && !isfinite(a->softmax_scale))
         return INVALID(err, "scale must be finite, got %g", a->softmax_scale);
     if (a->window_size_left < -1)
-        return INVALID(err, "window_left must be -1 (no bound) or at least 0, got %lld", (long long)a->window_size_left);
+        return INVALID(err, "window_left must be -1 (no bound) or at least 0, got %lld",
+                       (long long)a->window_size_left);
     if (a->window_size_right < -1)
-        return INVALID(err, "window_right must be -1 (no bound) or at least 0, got %lld", (long long)a->window_size_right);
+        return INVALID(err, "window_right must be -1 (no bound) or at least 0, got %lld",
+                       (long long)a->window_size_right);
     return WAN_ATTN_OK;
 }
 
 static wan_attn_view view_of(const wan_attn_tensor *t) {
-    wan_attn_view view = {t->data, (wan_attn_dtype)t->dtype, t->stride[0], t->stride[1], t->stride[2]};
+    wan_attn_view view = {t->data, (wan_attn_dtype)t->dtype, t->stride[0], t->stride[1],
+                          t->stride[2]};
     return view;
 }
 
@@ -180,21 +202,25 @@ static void fill(const wan_attn_params *a, wan_attn_problem *p) {
     p->window_right = a->is_causal ? 0 : window_bound(a->window_size_right);
 }
 
-wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *problem, wan_attn_error *err) {
+wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *problem,
+                               wan_attn_error *err) {
     if (!params)
         return INVALID(err, "params must be a pointer, got NULL");
     if (params->struct_size != sizeof(*params))
-        return INVALID(err, "params.struct_size must be %zu (this library's wan_attn_params), got %u", sizeof(*params),
-                       (unsigned)params->struct_size);
+        return INVALID(err,
+                       "params.struct_size must be %zu (this library's wan_attn_params), got %u",
+                       sizeof(*params), (unsigned)params->struct_size);
     wan_attn_status status = check_inputs(params, err);
     if (status == WAN_ATTN_OK)
         status = check_outputs(params, err);
     if (status == WAN_ATTN_OK)
         status = check_numbers(params, err);
     if (status == WAN_ATTN_OK)
-        status = check_lengths("q_lens", &params->seqused_q, &params->q, params->q.shape[1], &problem->seqused_q, err);
+        status = check_lengths("q_lens", &params->seqused_q, &params->q, params->q.shape[1],
+                               &problem->seqused_q, err);
     if (status == WAN_ATTN_OK)
-        status = check_lengths("k_lens", &params->seqused_k, &params->q, params->k.shape[1], &problem->seqused_k, err);
+        status = check_lengths("k_lens", &params->seqused_k, &params->q, params->k.shape[1],
+                               &problem->seqused_k, err);
     if (status == WAN_ATTN_OK)
         fill(params, problem);
     return status;

@@ -43,10 +43,12 @@ static cpuid_regs cpuid(uint32_t leaf, uint32_t subleaf) {
     __cpuidex(regs, 0, 0);
     if ((uint32_t)regs[0] >= leaf) {
         __cpuidex(regs, (int)leaf, (int)subleaf);
-        r.eax = (uint32_t)regs[0], r.ebx = (uint32_t)regs[1], r.ecx = (uint32_t)regs[2], r.edx = (uint32_t)regs[3];
+        r.eax = (uint32_t)regs[0], r.ebx = (uint32_t)regs[1], r.ecx = (uint32_t)regs[2],
+        r.edx = (uint32_t)regs[3];
     }
 #else
-    __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx); /* leaves zeros for a leaf that is not there */
+    __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx,
+                      &r.edx); /* leaves zeros for a leaf that is not there */
 #endif
     return r;
 }
@@ -62,10 +64,10 @@ static uint64_t saved_state(void) {
 #endif
 }
 
-static int has(uint32_t reg, int bit) { return reg >> bit & 1; }
+static int has(uint32_t reg, int bit) { return (int)(reg >> bit & 1); }
 
 static uint32_t detect(void) {
-    /* XCR0 bits: 1 SSE, 2 AVX, 5-7 the three parts of AVX-512, 17-18 the two of AMX (Intel SDM vol. 1, 13.3). */
+    /* XCR0 bits: 1 SSE, 2 AVX, 5-7 the parts of AVX-512, 17-18 those of AMX (Intel SDM 1, 13.3) */
     const uint64_t YMM = 0x6, ZMM = 0xe6, TILES = 0x60000;
     uint32_t found = WAN_ATTN_CPU_KNOWN;
     cpuid_regs one = cpuid(1, 0);
@@ -77,18 +79,21 @@ static uint32_t detect(void) {
     if (!(has(one.ecx, 12) && has(one.ecx, 29) && has(seven.ebx, 5))) /* FMA, F16C, AVX2 */
         return found;
     found |= WAN_ATTN_CPU_AVX2;
-    if ((saved & ZMM) != ZMM || !(has(seven.ebx, 16) && has(seven.ebx, 17) && has(seven.ebx, 30) && has(seven.ebx, 31)))
+    if ((saved & ZMM) != ZMM ||
+        !(has(seven.ebx, 16) && has(seven.ebx, 17) && has(seven.ebx, 30) && has(seven.ebx, 31)))
         return found;
     found |= WAN_ATTN_CPU_AVX512;
     if (has(seven_one.eax, 5))
         found |= WAN_ATTN_CPU_AVX512_BF16;
-    if ((saved & TILES) == TILES && has(seven.edx, 22) && has(seven.edx, 24)) /* AMX-BF16, AMX-TILE */
+    if ((saved & TILES) == TILES && has(seven.edx, 22) &&
+        has(seven.edx, 24)) /* AMX-BF16, AMX-TILE */
         found |= WAN_ATTN_CPU_AMX_BF16;
     return found;
 }
 
 uint32_t wan_attn_cpu_features(void) {
-    static wan_attn_flags known; /* cpuid traps to the hypervisor in a virtual machine: microseconds, so ask once */
+    static wan_attn_flags
+        known; /* cpuid traps to the hypervisor in a virtual machine: microseconds, so ask once */
     uint32_t features = wan_attn_load(&known);
     if (!features)
         wan_attn_store(&known, features = detect());
@@ -97,7 +102,9 @@ uint32_t wan_attn_cpu_features(void) {
 
 #elif defined(__aarch64__) || defined(_M_ARM64)
 
-uint32_t wan_attn_cpu_features(void) { return WAN_ATTN_CPU_KNOWN | WAN_ATTN_CPU_NEON; } /* part of the base architecture */
+uint32_t wan_attn_cpu_features(void) {
+    return WAN_ATTN_CPU_KNOWN | WAN_ATTN_CPU_NEON;
+} /* part of the base architecture */
 
 #else
 

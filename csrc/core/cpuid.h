@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * cpuid.h - names of CPU features; detection itself is public (wan_attn_cpu_features). Knows no kernel.
+ * cpuid.h - names of CPU features; detection itself is public (wan_attn_cpu_features). Knows no
+ * kernel.
  */
 #ifndef WAN_ATTN_CORE_CPUID_H
 #define WAN_ATTN_CORE_CPUID_H

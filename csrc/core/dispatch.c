@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * dispatch.c - the kernel table and the choice of a row, with its reasons. Knows rows only through kernel.h.
+ * dispatch.c - the kernel table and the choice of a row, with its reasons. Knows rows only through
+ * kernel.h.
  */
 #include <stdio.h>
 #include <string.h>
@@ -13,15 +14,19 @@
 #define HEAD_DIM(min, max, multiple) min, max, multiple
 
 /* First reading of the list: declare each row's entry point. */
-#define KERNEL(name, ...) wan_attn_status wan_attn_##name(const wan_attn_problem *, wan_attn_error *);
+#define KERNEL(name, ...)                                                                          \
+    wan_attn_status wan_attn_##name(const wan_attn_problem *, wan_attn_error *);
 #include "core/kernels.def"
 #undef KERNEL
 
-/* Second reading: the table. The detour through KERNEL_ROW lets ON_CPU and HEAD_DIM expand into their fields first. */
-#define KERNEL_ROW(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, refuse, workspace, description)    \
-    {{sizeof(wan_attn_kernel_info), device, #row, description, dtypes, dmin, dmax, dmul, amin, amax, needs, lossy},    \
-     refuse,                                                                                                           \
-     workspace,                                                                                                        \
+/* Second reading: the table. The detour through KERNEL_ROW lets ON_CPU and HEAD_DIM expand into
+ * their fields first. */
+#define KERNEL_ROW(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, refuse,        \
+                   workspace, description)                                                         \
+    {{sizeof(wan_attn_kernel_info), device, #row, description, dtypes, dmin, dmax, dmul, amin,     \
+      amax, needs, lossy},                                                                         \
+     refuse,                                                                                       \
+     workspace,                                                                                    \
      wan_attn_##row},
 #define KERNEL_EXPAND(...) KERNEL_ROW(__VA_ARGS__)
 #define KERNEL(...) KERNEL_EXPAND(__VA_ARGS__)
@@ -49,7 +54,9 @@ static const char *dtype_name(wan_attn_dtype dtype) {
 }
 
 static const char *device_name(int32_t device_type) {
-    return device_type == WAN_ATTN_CPU ? "cpu" : device_type == WAN_ATTN_CUDA ? "cuda" : "this device";
+    return device_type == WAN_ATTN_CPU    ? "cpu"
+           : device_type == WAN_ATTN_CUDA ? "cuda"
+                                          : "this device";
 }
 
 static uint32_t allowed_cpu_features(const wan_attn_params *params) {
@@ -58,7 +65,8 @@ static uint32_t allowed_cpu_features(const wan_attn_params *params) {
 }
 
 /* Writes why `kernel` cannot take the call into reason and returns 1, or returns 0: it can. */
-static int refused(const wan_attn_kernel *kernel, const wan_attn_problem *p, char *reason, size_t size) {
+static int refused(const wan_attn_kernel *kernel, const wan_attn_problem *p, char *reason,
+                   size_t size) {
     const wan_attn_kernel_info *info = &kernel->info;
     if ((int32_t)p->device_type != info->device_type) {
         snprintf(reason, size, "runs on %s, the call is on %s", device_name(info->device_type),
@@ -69,15 +77,18 @@ static int refused(const wan_attn_kernel *kernel, const wan_attn_problem *p, cha
         snprintf(reason, size, "does not take %s", dtype_name(p->dtype));
         return 1;
     }
-    if (p->head_dim < info->head_dim_min || p->head_dim > info->head_dim_max || p->head_dim % info->head_dim_multiple) {
-        snprintf(reason, size, "takes head_dim %d to %d in steps of %d, got %lld", (int)info->head_dim_min,
-                 (int)info->head_dim_max, (int)info->head_dim_multiple, (long long)p->head_dim);
+    if (p->head_dim < info->head_dim_min || p->head_dim > info->head_dim_max ||
+        p->head_dim % info->head_dim_multiple) {
+        snprintf(reason, size, "takes head_dim %d to %d in steps of %d, got %lld",
+                 (int)info->head_dim_min, (int)info->head_dim_max, (int)info->head_dim_multiple,
+                 (long long)p->head_dim);
         return 1;
     }
     uint32_t missing = info->cpu_features & ~allowed_cpu_features(p->params);
     if (missing) {
         snprintf(reason, size, "needs %s, which this CPU %s", wan_attn_cpu_feature_name(missing),
-                 missing & ~wan_attn_cpu_features() ? "does not have" : "has but the caller has masked");
+                 missing & ~wan_attn_cpu_features() ? "does not have"
+                                                    : "has but the caller has masked");
         return 1;
     }
     const char *why = kernel->refuse ? kernel->refuse(p) : NULL;
@@ -88,7 +99,8 @@ static int refused(const wan_attn_kernel *kernel, const wan_attn_problem *p, cha
 
 static wan_attn_status forced_row_in_range(int32_t row, wan_attn_error *err) {
     if (row < -1 || row >= KERNEL_COUNT)
-        return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, "kernel must be -1 (the best) or a row from 0 to %d, got %d",
+        return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT,
+                             "kernel must be -1 (the best) or a row from 0 to %d, got %d",
                              KERNEL_COUNT - 1, (int)row);
     return WAN_ATTN_OK;
 }
@@ -100,7 +112,8 @@ static wan_attn_status why_not(const wan_attn_problem *p, int32_t row, wan_attn_
     return wan_attn_fail(err, WAN_ATTN_OK, "%s", "");
 }
 
-/* The row to run: the forced one if it can, else the first exact one that can; UNSUPPORTED lists every row's reason. */
+/* The row to run: the forced one if it can, else the first exact one that can; UNSUPPORTED lists
+ * every row's reason. */
 static wan_attn_status choose(const wan_attn_problem *p, int32_t *row, wan_attn_error *err) {
     int32_t forced = p->params->kernel;
     wan_attn_status status = forced_row_in_range(forced, err);
@@ -119,15 +132,16 @@ static wan_attn_status choose(const wan_attn_problem *p, int32_t *row, wan_attn_
             *row = r;
             return WAN_ATTN_OK;
         }
-        int n = snprintf(reasons + used, sizeof(reasons) - used, "%s%s %s", used ? "; " : "", KERNELS[r].info.name, reason);
+        int n = snprintf(reasons + used, sizeof(reasons) - used, "%s%s %s", used ? "; " : "",
+                         KERNELS[r].info.name, reason);
         if (n > 0)
             used = used + (size_t)n < sizeof(reasons) ? used + (size_t)n : sizeof(reasons) - 1;
     }
     return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "no kernel takes this call: %s", reasons);
 }
 
-static wan_attn_status checked_choice(const wan_attn_params *params, wan_attn_problem *p, int32_t *row,
-                                      wan_attn_error *err) {
+static wan_attn_status checked_choice(const wan_attn_params *params, wan_attn_problem *p,
+                                      int32_t *row, wan_attn_error *err) {
     wan_attn_status status = wan_attn_check(params, p, err);
     return status == WAN_ATTN_OK ? choose(p, row, err) : status;
 }
@@ -136,7 +150,8 @@ wan_attn_status wan_attn_why_not(const wan_attn_params *params, int32_t row, wan
     wan_attn_problem problem;
     wan_attn_status status = wan_attn_check(params, &problem, err);
     if (status == WAN_ATTN_OK && row < 0)
-        status = wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, "row must be at least 0, got %d", (int)row);
+        status = wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, "row must be at least 0, got %d",
+                               (int)row);
     if (status == WAN_ATTN_OK)
         status = forced_row_in_range(row, err);
     return status == WAN_ATTN_OK ? why_not(&problem, row, err) : status;
@@ -149,7 +164,8 @@ wan_attn_status wan_attn_select(const wan_attn_params *params, int32_t *row, wan
     return checked_choice(params, &problem, row, err);
 }
 
-wan_attn_status wan_attn_workspace_size(const wan_attn_params *params, size_t *size, wan_attn_error *err) {
+wan_attn_status wan_attn_workspace_size(const wan_attn_params *params, size_t *size,
+                                        wan_attn_error *err) {
     wan_attn_problem problem;
     int32_t row = -1;
     if (!size)
@@ -171,8 +187,9 @@ wan_attn_status wan_attn_forward(const wan_attn_params *params, wan_attn_error *
     const wan_attn_kernel *kernel = &KERNELS[row];
     size_t needed = kernel->workspace ? kernel->workspace(&problem) : 0;
     if (needed && (!params->workspace || params->workspace_size < needed))
-        return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, "workspace must be at least %zu bytes for %s, got %zu", needed,
-                             kernel->info.name, params->workspace ? params->workspace_size : (size_t)0);
+        return wan_attn_fail(
+            err, WAN_ATTN_INVALID_ARGUMENT, "workspace must be at least %zu bytes for %s, got %zu",
+            needed, kernel->info.name, params->workspace ? params->workspace_size : (size_t)0);
     if (!problem.batch || !problem.seqlen_q)
         return WAN_ATTN_OK; /* nothing to write; rows may divide by these */
     return kernel->run(&problem, err);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * kernel.h - what a row of the kernel table is, and the checked form of a call that rows receive. Knows no kernel's internals.
+ * kernel.h - what a row of the kernel table is, and the checked form of a call that rows receive.
+ * Knows no kernel's internals.
  */
 #ifndef WAN_ATTN_CORE_KERNEL_H
 #define WAN_ATTN_CORE_KERNEL_H
@@ -21,7 +22,8 @@ typedef struct wan_attn_lengths {
     int64_t stride;
 } wan_attn_lengths;
 
-/* Stands for "no bound" in window_left and window_right: larger than any key index, small enough to be added to one. */
+/* Stands for "no bound" in window_left and window_right: larger than any key index, small enough to
+ * be added to one. */
 #define WAN_ATTN_UNBOUNDED (INT64_MAX / 4)
 
 /* A call that has passed wan_attn_check: everything a row may rely on without looking again. */
@@ -41,7 +43,8 @@ typedef struct wan_attn_problem {
 /* One row of the kernel table. */
 typedef struct wan_attn_kernel {
     wan_attn_kernel_info info;
-    /* A reason why this row cannot take a call that fits `info`, or NULL. The whole field may be NULL: no such reason. */
+    /* A reason why this row cannot take a call that fits `info`, or NULL. The whole field may be
+     * NULL: no such reason. */
     const char *(*refuse)(const wan_attn_problem *problem);
     /* Bytes of workspace for this call. NULL: none. */
     size_t (*workspace)(const wan_attn_problem *problem);
@@ -54,29 +57,35 @@ typedef struct wan_attn_key_range {
 } wan_attn_key_range;
 
 /* check.c: params -> problem; INVALID_ARGUMENT with "<argument> must be <rule>, got <value>". */
-wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *problem, wan_attn_error *err);
+wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *problem,
+                               wan_attn_error *err);
 
-/* check.c: every operand that has elements has memory too; only needed where a row is about to run. */
+/* check.c: every operand that has elements has memory too; only needed where a row is about to
+ * run. */
 wan_attn_status wan_attn_check_memory(const wan_attn_problem *problem, wan_attn_error *err);
 
-/* status.c: writes err (if there is one) and returns status, so that a failure is one `return wan_attn_fail(...)`. */
+/* status.c: writes err (if there is one) and returns status, so that a failure is one
+ * `return wan_attn_fail(...)`. */
 #if defined(__GNUC__)
 __attribute__((format(printf, 3, 4)))
 #endif
 wan_attn_status wan_attn_fail(wan_attn_error *err, wan_attn_status status, const char *format, ...);
 
 /* The real length of sample b, clamped to [0, padded]. Only for lengths that the CPU can read. */
-static inline int64_t wan_attn_length_at(const wan_attn_lengths *lengths, int64_t b, int64_t padded) {
+static inline int64_t wan_attn_length_at(const wan_attn_lengths *lengths, int64_t b,
+                                         int64_t padded) {
     if (!lengths->data)
         return padded;
-    int64_t n = lengths->dtype == WAN_ATTN_I64 ? ((const int64_t *)lengths->data)[b * lengths->stride]
-                                               : ((const int32_t *)lengths->data)[b * lengths->stride];
+    int64_t n = lengths->dtype == WAN_ATTN_I64
+                    ? ((const int64_t *)lengths->data)[b * lengths->stride]
+                    : ((const int32_t *)lengths->data)[b * lengths->stride];
     return n < 0 ? 0 : n < padded ? n : padded;
 }
 
-/* The whole mask, in one place: row i of a sample with len_q queries and len_k keys, aligned bottom-right. */
-static inline wan_attn_key_range wan_attn_visible_keys(const wan_attn_problem *p, int64_t i, int64_t len_q,
-                                                       int64_t len_k) {
+/* The whole mask, in one place: row i of a sample with len_q queries and len_k keys, aligned
+ * bottom-right. */
+static inline wan_attn_key_range wan_attn_visible_keys(const wan_attn_problem *p, int64_t i,
+                                                       int64_t len_q, int64_t len_k) {
     wan_attn_key_range r = {0, 0};
     if (i >= len_q)
         return r;

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * status.c - status codes, error messages and what this library says of itself. Knows no kernel and no device.
+ * status.c - status codes, error messages and what this library says of itself. Knows no kernel and
+ * no device.
  */
 #include <stdarg.h>
 #include <stdio.h>
@@ -9,11 +10,13 @@
 int32_t wan_attn_abi_version(void) { return WAN_ATTN_ABI_VERSION; }
 
 const char *wan_attn_status_name(int32_t status) {
-    static const char *const NAMES[] = {"OK", "INVALID_ARGUMENT", "UNSUPPORTED", "DEVICE_ERROR", "INTERNAL"};
+    static const char *const NAMES[] = {"OK", "INVALID_ARGUMENT", "UNSUPPORTED", "DEVICE_ERROR",
+                                        "INTERNAL"};
     return status >= 0 && status <= WAN_ATTN_INTERNAL ? NAMES[status] : "UNKNOWN";
 }
 
-wan_attn_status wan_attn_fail(wan_attn_error *err, wan_attn_status status, const char *format, ...) {
+wan_attn_status wan_attn_fail(wan_attn_error *err, wan_attn_status status, const char *format,
+                              ...) {
     if (err) {
         va_list args;
         va_start(args, format);

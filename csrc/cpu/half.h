@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * half.h - float16 and bfloat16 to and from float, in integer arithmetic that any C compiler vectorises. IEEE 754: rounds to
- * nearest even, keeps infinities, signed zeros, subnormals and NaN. Knows no kernel.
+ * half.h - float16 and bfloat16 to and from float, in integer arithmetic that any C compiler
+ * vectorises. IEEE 754: rounds to nearest even, keeps infinities, signed zeros, subnormals and NaN.
+ * Knows no kernel.
  */
 #ifndef WAN_ATTN_CPU_HALF_H
 #define WAN_ATTN_CPU_HALF_H
@@ -22,19 +23,24 @@ static inline uint32_t wan_attn_bits_of_float(float f) {
     return bits;
 }
 
-static inline float wan_attn_float_of_bf16(uint16_t h) { return wan_attn_float_of_bits((uint32_t)h << 16); }
+static inline float wan_attn_float_of_bf16(uint16_t h) {
+    return wan_attn_float_of_bits((uint32_t)h << 16);
+}
 
 static inline uint16_t wan_attn_bf16_of_float(float f) {
     uint32_t bits = wan_attn_bits_of_float(f);
     if ((bits & 0x7fffffffu) > 0x7f800000u)
-        return (uint16_t)(bits >> 16 | 0x40u); /* NaN: make it quiet, or rounding could turn it into infinity */
+        return (uint16_t)(bits >> 16 |
+                          0x40u); /* NaN: make it quiet, or rounding could turn it into infinity */
     return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
 static inline float wan_attn_float_of_f16(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
-    uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13; /* exponent and mantissa in float's places, exponent biased by 15 */
-    /* Multiplying by 2^112 changes the bias to 127 and normalises subnormals; infinities and NaN need the top exponent. */
+    uint32_t magnitude = (uint32_t)(h & 0x7fffu)
+                         << 13; /* exponent and mantissa in float's places, exponent biased by 15 */
+    /* Multiplying by 2^112 changes the bias to 127 and normalises subnormals; infinities and NaN
+     * need the top exponent. */
     float value = wan_attn_float_of_bits(magnitude) * 0x1p112f;
     uint32_t top = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
     return wan_attn_float_of_bits(wan_attn_bits_of_float(value) | top | sign);
@@ -48,7 +54,8 @@ static inline uint16_t wan_attn_f16_of_float(float f) {
     if (magnitude >= 0x477ff000u)
         return (uint16_t)(sign | 0x7c00u); /* 65520 and above round to infinity */
     if (magnitude < 0x38800000u) {
-        /* Below 2^-14: adding 0.5 puts the float's last bit at 2^-24, a subnormal half's, and rounds to it. */
+        /* Below 2^-14: adding 0.5 puts the float's last bit at 2^-24, a subnormal half's, and
+         * rounds to it. */
         uint32_t rounded = wan_attn_bits_of_float(wan_attn_float_of_bits(magnitude) + 0.5f);
         return (uint16_t)(sign | (rounded - 0x3f000000u));
     }
@@ -57,7 +64,8 @@ static inline uint16_t wan_attn_f16_of_float(float f) {
 }
 
 /* n consecutive elements of any float dtype to float. */
-static inline void wan_attn_load_floats(float *to, const void *from, wan_attn_dtype dtype, int64_t n) {
+static inline void wan_attn_load_floats(float *to, const void *from, wan_attn_dtype dtype,
+                                        int64_t n) {
     const uint16_t *half = (const uint16_t *)from;
     if (dtype == WAN_ATTN_F32)
         memcpy(to, from, (size_t)n * sizeof(float));
@@ -69,7 +77,8 @@ static inline void wan_attn_load_floats(float *to, const void *from, wan_attn_dt
             to[d] = wan_attn_float_of_f16(half[d]);
 }
 
-static inline void wan_attn_store_floats(void *to, const float *from, wan_attn_dtype dtype, int64_t n) {
+static inline void wan_attn_store_floats(void *to, const float *from, wan_attn_dtype dtype,
+                                         int64_t n) {
     uint16_t *half = (uint16_t *)to;
     if (dtype == WAN_ATTN_F32)
         memcpy(to, from, (size_t)n * sizeof(float));

@@ -1,21 +1,25 @@
 /* SPDX-License-Identifier: Apache-2.0
- * sdpa_ref.c - the specification: attention in portable C, for every dtype, head_dim, mask and stride of the contract. Fast
- * rows are tested against the same oracle and must agree with it; this one is written to be read.
+ * sdpa_ref.c - the specification: attention in portable C, for every dtype, head_dim, mask and
+ * stride of the contract. Fast rows are tested against the same oracle and must agree with it; this
+ * one is written to be read.
  *
- * Implements: online softmax (Milakov & Gimelshein, arXiv 1805.02867) over blocks of keys, as FlashAttention does
- * (Dao et al., arXiv 2205.14135, algorithm 1); forward only.
+ * Implements: online softmax (Milakov & Gimelshein, arXiv 1805.02867) over blocks of keys, as
+ * FlashAttention does (Dao et al., arXiv 2205.14135, algorithm 1); forward only.
  *
  *              BLOCK_N = 32 keys
- *            +-----------+        S = scale * Q K^T    one row of S at a time, vectors along the keys
- *  BLOCK_M   |  S  -> P  |        P = exp(S - row_max)
- *  = 16 rows +-----------+        O = O * alpha + P V  vectors along head_dim
+ *            +-----------+    S = scale * Q K^T  one row of S at a time, vectors along the keys
+ *  BLOCK_M   |  S  -> P  |    P = exp(S - row_max)
+ *  = 16 rows +-----------+    O = O * alpha + P V  vectors along head_dim
  *
- * Who does what: one task = 16 query rows of one head of one sample; tasks share nothing but their inputs.
- * Budget: 106 KiB of stack at the largest head_dim (Q, O, K^T, V as float); a block of K and V is converted once per 16 rows.
- * Numerics: products and sums in float32. Each block of keys is summed from zero and then added to O and row_sum, so that
- * rounding grows with the number of blocks, not of keys. P is not rounded. x = s - row_max is exactly 0 for the largest
- * score, hence one key gives that value exactly. Masked keys are left out by loop bounds, never by -inf or by a zero weight,
- * so nothing behind the lengths or outside the mask can leak, NaN included; NaN in a visible key stays NaN.
+ * Who does what: one task = 16 query rows of one head of one sample; tasks share nothing but their
+ * inputs.
+ * Budget: 106 KiB of stack at the largest head_dim (Q, O, K^T, V as float); a block of K and V is
+ * converted once per 16 rows.
+ * Numerics: products and sums in float32. Each block of keys is summed from zero and then added to
+ * O and row_sum, so that rounding grows with the number of blocks, not of keys. P is not rounded.
+ * x = s - row_max is exactly 0 for the largest score, hence one key gives that value exactly.
+ * Masked keys are left out by loop bounds, never by -inf or by a zero weight, so nothing behind the
+ * lengths or outside the mask can leak, NaN included; NaN in a visible key stays NaN.
  */
 #include <math.h>
 
@@ -43,24 +47,29 @@ typedef struct key_block {
 
 static const void *row_address(const wan_attn_view *view, int64_t b, int64_t row, int64_t head) {
     return wan_attn_element(view->data, view->dtype,
-                            b * view->batch_stride + row * view->row_stride + head * view->head_stride);
+                            b * view->batch_stride + row * view->row_stride +
+                                head * view->head_stride);
 }
 
-static void load_keys(const wan_attn_problem *p, int64_t b, int64_t head, int64_t first, int64_t count, key_block *block) {
+static void load_keys(const wan_attn_problem *p, int64_t b, int64_t head, int64_t first,
+                      int64_t count, key_block *block) {
     float row[MAX_HEAD_DIM];
     for (int64_t n = 0; n < count; n++) {
         wan_attn_load_floats(row, row_address(&p->k, b, first + n, head), p->k.dtype, p->head_dim);
         for (int64_t d = 0; d < p->head_dim; d++)
             block->k_transposed[d][n] = row[d];
-        wan_attn_load_floats(block->v[n], row_address(&p->v, b, first + n, head), p->v.dtype, p->head_dim);
+        wan_attn_load_floats(block->v[n], row_address(&p->v, b, first + n, head), p->v.dtype,
+                             p->head_dim);
     }
     for (int64_t n = count; n < BLOCK_N; n++) /* a tail: computed with the rest, never read */
         for (int64_t d = 0; d < p->head_dim; d++)
             block->k_transposed[d][n] = 0.0f;
 }
 
-/* s[n] = scale * <q, k[n]> for the whole block: a fixed trip count vectorises, and a few unused scores cost less. */
-static void score_row(const float *q, const key_block *block, int64_t head_dim, float scale, float s[BLOCK_N]) {
+/* s[n] = scale * <q, k[n]> for the whole block: a fixed trip count vectorises, and a few unused
+ * scores cost less. */
+static void score_row(const float *q, const key_block *block, int64_t head_dim, float scale,
+                      float s[BLOCK_N]) {
     float sum[BLOCK_N] = {0};
     for (int64_t d = 0; d < head_dim; d++)
         for (int n = 0; n < BLOCK_N; n++)
@@ -70,7 +79,8 @@ static void score_row(const float *q, const key_block *block, int64_t head_dim, 
 }
 
 /* Adds the keys [begin, end) of this block to row m. */
-static void add_keys(row_block *rows, int m, const key_block *block, int64_t head_dim, float *s, int begin, int end) {
+static void add_keys(row_block *rows, int m, const key_block *block, int64_t head_dim, float *s,
+                     int begin, int end) {
     float block_max = rows->row_max[m];
     for (int n = begin; n < end; n++)
         block_max = s[n] > block_max ? s[n] : block_max;
@@ -89,7 +99,8 @@ static void add_keys(row_block *rows, int m, const key_block *block, int64_t hea
     rows->row_max[m] = block_max;
 }
 
-static void store_row(const wan_attn_problem *p, row_block *rows, int m, int64_t b, int64_t head, int64_t i) {
+static void store_row(const wan_attn_problem *p, row_block *rows, int m, int64_t b, int64_t head,
+                      int64_t i) {
     int sees_none = rows->keys[m].begin >= rows->keys[m].end;
     float *o = rows->o[m];
     for (int64_t d = 0; d < p->head_dim; d++)
@@ -100,7 +111,9 @@ static void store_row(const wan_attn_problem *p, row_block *rows, int m, int64_t
             sees_none ? -INFINITY : rows->row_max[m] + logf(rows->row_sum[m]);
 }
 
-static int64_t row_blocks(const wan_attn_problem *p) { return (p->seqlen_q + BLOCK_M - 1) / BLOCK_M; }
+static int64_t row_blocks(const wan_attn_problem *p) {
+    return (p->seqlen_q + BLOCK_M - 1) / BLOCK_M;
+}
 
 /* Task numbers run over [batch][head][row block]. */
 static void run_row_block(int64_t task, void *ctx) {
@@ -125,7 +138,8 @@ static void run_row_block(int64_t task, void *ctx) {
             rows.o[m][d] = 0.0f;
         if (keys.begin >= keys.end)
             continue;
-        wan_attn_load_floats(rows.q[m], row_address(&p->q, b, first_row + m, head), p->q.dtype, p->head_dim);
+        wan_attn_load_floats(rows.q[m], row_address(&p->q, b, first_row + m, head), p->q.dtype,
+                             p->head_dim);
         begin = keys.begin < begin ? keys.begin : begin;
         end = keys.end > end ? keys.end : end;
     }
@@ -150,6 +164,7 @@ static void run_row_block(int64_t task, void *ctx) {
 
 wan_attn_status wan_attn_sdpa_ref(const wan_attn_problem *p, wan_attn_error *err) {
     (void)err;
-    wan_attn_run_tasks(p->params, p->batch * p->num_heads_q * row_blocks(p), run_row_block, (void *)p);
+    wan_attn_run_tasks(p->params, p->batch * p->num_heads_q * row_blocks(p), run_row_block,
+                       (void *)p);
     return WAN_ATTN_OK;
 }

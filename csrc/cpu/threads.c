@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
- * threads.c - the parallel loop of the CPU rows. No pool is kept: torch lends its own (params->parallel), and where it
- * cannot, threads live for one call. So nothing fights torch's pool, breaks after fork, or waits at exit; a thread costs
- * some 20 us, an attention call that is worth splitting takes milliseconds. Knows no kernel.
+ * threads.c - the parallel loop of the CPU rows. No pool is kept: torch lends its own
+ * (params->parallel), and where it cannot, threads live for one call. So nothing fights torch's
+ * pool, breaks after fork, or waits at exit; a thread costs some 20 us, an attention call that is
+ * worth splitting takes milliseconds. Knows no kernel.
  */
 #include "cpu/threads.h"
 
@@ -28,7 +29,8 @@ static void drain(job *j) {
         j->fn(task, j->ctx);
 }
 
-/* A range of the caller's loop stands for one or more workers, not for tasks. One drain serves the whole range. */
+/* A range of the caller's loop stands for one or more workers, not for tasks. One drain serves the
+ * whole range. */
 static void drain_range(int64_t begin, int64_t end, void *ctx) {
     if (begin < end)
         drain((job *)ctx);
@@ -69,7 +71,8 @@ static void drain_on_own_threads(job *j, int64_t workers) {
         join(threads[t]);
 }
 
-void wan_attn_run_tasks(const wan_attn_params *params, int64_t count, wan_attn_task_fn fn, void *ctx) {
+void wan_attn_run_tasks(const wan_attn_params *params, int64_t count, wan_attn_task_fn fn,
+                        void *ctx) {
     job j = {0, count, fn, ctx};
     int64_t workers = params->num_threads < count ? params->num_threads : count;
     workers = workers < MAX_THREADS ? workers : MAX_THREADS;
@@ -77,5 +80,6 @@ void wan_attn_run_tasks(const wan_attn_params *params, int64_t count, wan_attn_t
         params->parallel(0, workers, 1, drain_range, &j);
     else if (workers > 1)
         drain_on_own_threads(&j, workers);
-    drain(&j); /* everything, if there is one worker or the caller's loop failed; otherwise nothing is left */
+    /* Everything, if there is one worker or the caller's loop failed; otherwise nothing is left. */
+    drain(&j);
 }

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// shim.cpp - torch.ops.wan_attn.sdpa for CPU and CUDA tensors: describes tensors to the C ABI, allocates, turns a status into
-// an exception. The only C++ and the only native file that knows torch, through its stable ABI (torch >= 2.9) alone: no ATen,
-// no c10, so one binary serves every later torch. Knows no kernel.
+// shim.cpp - torch.ops.wan_attn.sdpa for CPU and CUDA tensors: describes tensors to the C ABI,
+// allocates, turns a status into an exception. The only C++ and the only native file that knows
+// torch, through its stable ABI (torch >= 2.9) alone: no ATen, no c10, so one binary serves every
+// later torch. Knows no kernel.
 //
-// Functions come as addresses from Python (wan_attn/ops.py): libwan_attn's, and the few of torch's that are newer than 2.9 or
-// live in a library that a CPU-only torch does not have. So nothing but libtorch_cpu is linked.
+// Functions come as addresses from Python (wan_attn/ops.py): libwan_attn's, and the few of torch's
+// that are newer than 2.9 or live in a library that a CPU-only torch does not have. So nothing but
+// libtorch_cpu is linked.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -32,26 +34,21 @@ using torch::stable::Tensor;
 struct Functions {
     decltype(&wan_attn_workspace_size) workspace_size;
     decltype(&wan_attn_forward) forward;
-    wan_attn_parallel_fn parallel;              // torch_parallel_for; NULL before torch 2.10
-    int32_t (*num_threads)(uint32_t *);         // torch_get_num_threads, or a stand-in with its signature
-    int32_t (*cuda_stream)(int32_t, void **);   // aoti_torch_get_current_cuda_stream; NULL in a CPU-only torch
-    uint32_t cpu_features;                      // what the user allows; 0: all
+    wan_attn_parallel_fn parallel;      // torch_parallel_for; NULL before torch 2.10
+    int32_t (*num_threads)(uint32_t *); // torch_get_num_threads, or a stand-in with its signature
+    int32_t (*cuda_stream)(int32_t,
+                           void **); // aoti_torch_get_current_cuda_stream; NULL in a CPU-only torch
+    uint32_t cpu_features;           // what the user allows; 0: all
 } functions;
 
 wan_attn_dtype dtype_of(const Tensor &t) {
     switch (t.scalar_type()) {
-    case ScalarType::Float:
-        return WAN_ATTN_F32;
-    case ScalarType::Half:
-        return WAN_ATTN_F16;
-    case ScalarType::BFloat16:
-        return WAN_ATTN_BF16;
-    case ScalarType::Int:
-        return WAN_ATTN_I32;
-    case ScalarType::Long:
-        return WAN_ATTN_I64;
-    default:
-        return WAN_ATTN_DTYPE_OTHER;
+    case ScalarType::Float: return WAN_ATTN_F32;
+    case ScalarType::Half: return WAN_ATTN_F16;
+    case ScalarType::BFloat16: return WAN_ATTN_BF16;
+    case ScalarType::Int: return WAN_ATTN_I32;
+    case ScalarType::Long: return WAN_ATTN_I64;
+    default: return WAN_ATTN_DTYPE_OTHER;
     }
 }
 
@@ -78,9 +75,10 @@ void check(wan_attn_status status, const wan_attn_error &error) {
         throw std::runtime_error(std::string("wan_attn: ") + error.message);
 }
 
-std::tuple<Tensor, Tensor> sdpa(Tensor query, Tensor key, Tensor value, std::optional<Tensor> q_lens,
-                                std::optional<Tensor> k_lens, std::optional<double> scale, bool is_causal,
-                                int64_t window_left, int64_t window_right, bool return_lse, int64_t kernel) {
+std::tuple<Tensor, Tensor> sdpa(Tensor query, Tensor key, Tensor value,
+                                std::optional<Tensor> q_lens, std::optional<Tensor> k_lens,
+                                std::optional<double> scale, bool is_causal, int64_t window_left,
+                                int64_t window_right, bool return_lse, int64_t kernel) {
     wan_attn_params params{};
     wan_attn_error error{};
     params.struct_size = sizeof(params);
@@ -105,22 +103,27 @@ std::tuple<Tensor, Tensor> sdpa(Tensor query, Tensor key, Tensor value, std::opt
         functions.num_threads(&threads);
         params.num_threads = static_cast<int32_t>(threads);
         params.parallel = functions.parallel;
-    } else if (!functions.cuda_stream || functions.cuda_stream(params.q.device_index, &params.stream) != 0) {
-        throw std::runtime_error("wan_attn: torch does not tell the current CUDA stream of query's device");
+    } else if (!functions.cuda_stream ||
+               functions.cuda_stream(params.q.device_index, &params.stream) != 0) {
+        throw std::runtime_error(
+            "wan_attn: torch does not tell the current CUDA stream of query's device");
     }
 
     size_t workspace_bytes = 0;
-    check(functions.workspace_size(&params, &workspace_bytes, &error), error); // the whole contract is checked here
+    check(functions.workspace_size(&params, &workspace_bytes, &error),
+          error); // the whole contract is checked here
 
-    Tensor out = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2), query.size(3)});
-    Tensor lse = torch::stable::new_empty(query, {return_lse ? query.size(0) : 0, query.size(2), query.size(1)},
-                                          ScalarType::Float);
+    Tensor out = torch::stable::new_empty(
+        query, {query.size(0), query.size(1), query.size(2), query.size(3)});
+    Tensor lse = torch::stable::new_empty(
+        query, {return_lse ? query.size(0) : 0, query.size(2), query.size(1)}, ScalarType::Float);
     params.out = describe(out);
     if (return_lse)
         params.lse = describe(lse);
     std::optional<Tensor> workspace;
     if (workspace_bytes) {
-        workspace = torch::stable::new_empty(query, {static_cast<int64_t>(workspace_bytes)}, ScalarType::Byte);
+        workspace = torch::stable::new_empty(query, {static_cast<int64_t>(workspace_bytes)},
+                                             ScalarType::Byte);
         params.workspace = workspace->data_ptr();
         params.workspace_size = workspace_bytes;
     }
