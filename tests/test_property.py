@@ -30,6 +30,8 @@ LENGTHS = st.one_of(
 HEAD_DIMS = st.sampled_from((1, 2, 3, 7, 8, 16, 24, 32, 40, 64, 80, 96, 100, 128, 256))
 LAYOUTS = st.sampled_from((torch.clone, *calls.LAYOUTS))
 WINDOW_SIDES = st.one_of(st.just(-1), st.integers(0, 40), st.just(2**63 - 1))
+# Times head_dim ** -0.5. Peakier calls are judged by many rows in test_kernels.py: a generated one
+# may have a single number to show, and then twice the error of torch is a matter of luck.
 SCALES = st.one_of(st.none(), st.sampled_from((0.0, 1.0)), st.floats(-2.0, 2.0))
 POISONS = st.sampled_from((math.nan, math.inf, -math.inf))
 
@@ -70,7 +72,6 @@ def legal_calls(draw: st.DrawFn, rows: list[Any]) -> Call:
         heads_k=heads_k,
         head_dim=calls.head_dim_for(row, draw(HEAD_DIMS)),
         dtype=dtypes,
-        peaky=draw(st.sampled_from((1.0, 1.0, 5.0))),
     )
     q_lens, k_lens = draw(lengths(batch, seqlen_q)), draw(lengths(batch, seqlen_k))
     poison = draw(POISONS)
@@ -80,10 +81,11 @@ def legal_calls(draw: st.DrawFn, rows: list[Any]) -> Call:
         key = calls.poisoned(key, k_lens.tolist(), poison)
         value = calls.poisoned(value, k_lens.tolist(), poison)
     tensors = tuple(draw(LAYOUTS)(t) for t in (query, key, value))
+    scale = draw(SCALES)
     options = {
         "q_lens": q_lens,
         "k_lens": k_lens,
-        "scale": draw(SCALES),
+        "scale": None if scale is None else scale * query.shape[3] ** -0.5,
         "is_causal": draw(st.booleans()),
         "window": (draw(WINDOW_SIDES), draw(WINDOW_SIDES)),
     }

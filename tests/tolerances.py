@@ -3,9 +3,9 @@
 
 The rule of the field (FlashAttention's tests): against float64, our error may be twice torch's.
 Torch's error is measured for the very same call, one sample at a time, with an explicit mask, and
-twice: as the call is, and with keys and head_dim reversed. That is the same sum rounded in another
-order, so that a call with few numbers is not judged by one lucky rounding. The floor, for calls
-that torch computes exactly, is two units in the last place of the output dtype at the largest
+four times: as the call is, and with keys and head_dim shuffled. Those are the same sums rounded in
+another order, so that a call with few numbers is not judged by one lucky rounding. The floor, for
+calls that torch computes exactly, is two units in the last place of the output dtype at the largest
 value.
 """
 
@@ -23,6 +23,7 @@ import oracle
 
 FACTOR = 2.0
 FLOOR_ULP = 2.0
+ORDERS = 4
 
 
 def ulp(dtype: torch.dtype, at: float) -> float:
@@ -39,8 +40,8 @@ def _torch_sample(
     """Torch's SDPA and log-sum-exp for one sample, [1, N, L, D], in v's dtype."""
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-    # Torch lets a masked NaN through as 0 * NaN. Zeros instead change no finite result: whoever sees
-    # the NaN is NaN, and is not compared.
+    # Torch lets a masked NaN through as 0 * NaN. Zeros instead change no finite result: whoever
+    # sees the NaN is NaN, and is not compared.
     q, k = (torch.nan_to_num(t, 0.0, math.inf, -math.inf) for t in (q, k))
     v = torch.nan_to_num(v, 0.0, 0.0, 0.0)
     if scale < 0:  # exact, and spares us what some of torch's kernels make of a negative scale
@@ -50,6 +51,10 @@ def _torch_sample(
     scores = (q.float() @ k.float().transpose(-1, -2)) * scale
     lse = torch.logsumexp(scores.masked_fill(~seen, -math.inf), dim=-1)
     return out, lse
+
+
+def _shuffled(n: int, order: int) -> torch.Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(order))
 
 
 def torch_sdpa(
@@ -62,9 +67,12 @@ def torch_sdpa(
     scale: float | None = None,
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
-    reverse: bool = False,
+    order: int = 0,
 ) -> tuple[oracle.Array, oracle.Array]:
-    """The same call through torch's SDPA at value's dtype; rows without a key stay 0 and -inf."""
+    """The same call through torch's SDPA at value's dtype; rows without a key stay 0 and -inf.
+
+    order: 0: sums as they come; else keys and head_dim in one of the other orders, the same result.
+    """
     batch, seqlen_q, heads_q, head_dim = query.shape
     seqlen_k = key.shape[1]
     out = np.zeros(query.shape)
@@ -80,8 +88,9 @@ def torch_sdpa(
         k = key[b : b + 1, :len_k].detach().to("cpu", value.dtype).transpose(1, 2)
         v = value[b : b + 1, :len_k].detach().cpu().transpose(1, 2)
         seen = seen[rows]
-        if reverse:
-            q, k, v, seen = q.flip(-1), k.flip(-1, -2), v.flip(-2), seen.flip(-1)
+        if order:
+            dims, keys = (_shuffled(n, order) for n in (head_dim, len_k))
+            q, k, v, seen = q[..., dims], k[..., keys, :][..., dims], v[:, :, keys], seen[:, keys]
         o, s = _torch_sample(q, k, v, seen, head_dim**-0.5 if scale is None else scale)
         real = np.flatnonzero(rows.numpy())
         out[b, real] = oracle.as_float64(o[0].transpose(0, 1))
@@ -161,14 +170,14 @@ def assert_close_to_oracle(
     """
     assert out.dtype == query.dtype, f"out must have query's {query.dtype}, got {out.dtype}"
     want, want_lse = oracle.attention(query, key, value, **call)
-    both = [torch_sdpa(query, key, value, **call, reverse=reverse) for reverse in (False, True)]
+    torchs = [torch_sdpa(query, key, value, **call, order=order) for order in range(ORDERS)]
     got = oracle.as_float64(out)
     wrong = np.isneginf(want_lse).transpose(0, 2, 1)[..., None] & (got != 0)
     assert not wrong.any(), f"out must be 0 in a row without a key, is not at {_first(wrong)}"
     largest = _largest_value(value, call.get("k_lens"))
-    _judge("out", got, want, [o for o, _ in both], query.dtype, largest)
+    _judge("out", got, want, [o for o, _ in torchs], query.dtype, largest)
     if lse is not None:
         assert lse.dtype == torch.float32, f"lse must be float32, got {lse.dtype}"
         got, finite = oracle.as_float64(lse), want_lse[np.isfinite(want_lse)]
         largest = max(1.0, float(np.abs(finite).max())) if finite.size else 1.0
-        _judge("lse", got, want_lse, [s for _, s in both], torch.float32, largest)
+        _judge("lse", got, want_lse, [s for _, s in torchs], torch.float32, largest)
