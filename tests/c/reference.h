@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * reference.h - attention in double precision, straight from the formula in wan_attn.h, and access to the elements of a
- * wan_attn_tensor. Shares no code with csrc/: includes nothing of it but the public header.
+ * reference.h - attention in double precision, straight from the formula in wan_attn.h, and access
+ * to the elements of a wan_attn_tensor. Shares no code with csrc/: includes nothing of it but the
+ * public header.
  */
 #ifndef WAN_ATTN_TESTS_REFERENCE_H
 #define WAN_ATTN_TESTS_REFERENCE_H
@@ -98,9 +99,10 @@ static double reference_row(const wan_attn_params *p, int64_t sample, int64_t he
     double scale = p->has_softmax_scale ? p->softmax_scale : 1.0 / sqrt((double)head_dim);
     double top = -INFINITY, sum = 0.0;
     for (int64_t j = 0; j < p->k.shape[1]; j++) {
-        scores[j] = 0.0;
+        scores[j] = -INFINITY;
         if (!sees(p, sample, i, j))
             continue;
+        scores[j] = 0.0;
         for (int64_t d = 0; d < head_dim; d++)
             scores[j] +=
                 value_at(&p->q, sample, i, head, d) * value_at(&p->k, sample, j, head_k, d);
@@ -110,7 +112,7 @@ static double reference_row(const wan_attn_params *p, int64_t sample, int64_t he
     for (int64_t d = 0; d < head_dim; d++)
         out[d] = 0.0;
     for (int64_t j = 0; j < p->k.shape[1]; j++) {
-        if (!sees(p, sample, i, j))
+        if (scores[j] == -INFINITY)
             continue;
         double weight = exp(scores[j] - top);
         sum += weight;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * test_core.c - calls the C ABI without Python, for the sanitizers: random calls of every CPU row, with strided and expanded
- * operands, ragged lengths and NaN wherever nothing may be read, against reference.h; broken calls; many threads at once.
+ * test_core.c - calls the C ABI without Python, for the sanitizers: random calls of every CPU row,
+ * with strided and expanded operands, ragged lengths and NaN wherever nothing may be read, against
+ * reference.h; broken calls; many threads at once.
  *
  *     test_core [calls [seed]]      prints one line; 1 and the failing call if anything is wrong
  */
@@ -29,7 +30,7 @@ static int64_t pick(int64_t below) {
     return (int64_t)(random_state % (uint64_t)below);
 }
 
-#define PICK(array) array[pick((int64_t)(sizeof(array) / sizeof(array[0])))]
+#define PICK(array) (array)[pick((int64_t)(sizeof(array) / sizeof((array)[0])))]
 
 /* Exact in every dtype, so that rounding the inputs is no source of error. */
 static double random_value(void) { return (double)(pick(255) - 127) / 64.0; }
@@ -165,7 +166,8 @@ static int wrote_between_elements(const wan_attn_tensor *t) {
     return wrote;
 }
 
-/* Half a unit in the last place of the output, three times that for rounding P, and float32's sums. */
+/* Half a unit in the last place of the output, three times that for rounding P, and float32's
+ * sums. */
 static double tolerance(int32_t dtype) {
     return dtype == WAN_ATTN_F32 ? 1e-5 : dtype == WAN_ATTN_F16 ? 0x1p-9 : 0x1p-6;
 }
@@ -367,7 +369,7 @@ static int test_concurrent_calls(void) {
 }
 
 int main(int argc, char **argv) {
-    int calls = argc > 1 ? atoi(argv[1]) : 300;
+    int calls = argc > 1 ? (int)strtol(argv[1], NULL, 10) : 300;
     random_state = argc > 2 ? strtoull(argv[2], NULL, 0) : 20251121;
     if (test_random_calls(calls) || test_broken_calls() || test_concurrent_calls())
         return 1;

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+# Makefile - the commands of this repository, for people and for CI alike. Needs a POSIX make and shell, Python >= 3.10
+# and a C and C++ compiler; everything else goes into the virtual environment .venv.
+.POSIX:
+.SUFFIXES:
+
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+python = $(VENV)/bin/python
+setup = PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh .ci/setup
+c_files = csrc tests/c
+
+help:
+	@echo 'make demo          denoise a short video with and without wan_attn; results in demo-out/'
+	@echo 'make test          the tests'
+	@echo 'make check         formatters, linters, types, warnings as errors, sanitizers, README tables'
+	@echo 'make format        put C and Python sources into their format'
+	@echo 'make tables        write the generated tables of README.md'
+	@echo 'make bench         the benchmarks that need no GPU'
+	@echo 'make build         the C library and the torch shim, beside wan_attn/'
+	@echo 'make wheel         a wheel for this platform, in dist/'
+	@echo 'make wheel-matrix  one wheel against several torch versions (downloads them: GBs)'
+	@echo 'make clean         remove everything that these have made, but for .venv'
+	@echo
+	@echo 'PYTHON=python3.12            another Python                    (now: $(PYTHON))'
+	@echo 'TORCH="torch==2.9.1"         another torch; pip options go too (now: $(TORCH))'
+	@echo 'ARGS="..."                   more arguments for demo, test, bench and wheel-matrix'
+
+demo:
+	@echo '== environment for the demo'
+	@$(setup) demo
+	@echo '== demo'
+	@$(python) -m wan_attn demo $(ARGS)
+
+# Two workers: most of a test's time is Python, which does not use a second core.
+test:
+	@echo '== environment for the tests'
+	@$(setup) test
+	@echo '== tests'
+	@$(python) -m pytest -q -n $(JOBS) $(ARGS)
+
+check: check-format check-lint check-types check-warnings check-analyzers check-sanitizers check-tables
+	@echo '== check: all good'
+
+check-environment:
+	@echo '== environment for the checks'
+	@$(setup) test
+	@$(setup) tools
+
+check-format: check-environment
+	@echo '== format: clang-format, ruff format'
+	@find $(c_files) -name '*.[chd]*' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	@$(VENV)/bin/ruff format --quiet --check . || { echo 'run: make format'; exit 1; }
+
+check-lint: check-environment
+	@echo '== lint: ruff'
+	@$(VENV)/bin/ruff check --quiet .
+
+check-types: check-environment
+	@echo '== types: mypy --strict'
+	@$(VENV)/bin/mypy --no-error-summary
+
+check-warnings: check-environment
+	@PYTHON=$(python) sh .ci/check-c warnings
+
+check-analyzers: check-environment
+	@PYTHON=$(python) sh .ci/check-c analyzers
+
+check-sanitizers: check-environment
+	@PYTHON=$(python) sh .ci/check-c sanitizers
+
+check-tables: check-environment
+	@echo '== tables of README.md'
+	@$(python) -m wan_attn.cli.tables --check README.md
+
+format: check-environment
+	@find $(c_files) -name '*.[chd]*' | xargs $(VENV)/bin/clang-format -i
+	@$(VENV)/bin/ruff check --quiet --fix --select I .
+	@$(VENV)/bin/ruff format --quiet .
+
+tables: check-environment
+	@$(python) -m wan_attn.cli.tables --write README.md
+
+build:
+	@echo '== build'
+	@$(setup) test
+
+bench: build
+	@echo '== benchmark: the cost of a call'
+	@$(python) benchmarks/bench_overhead.py $(ARGS)
+
+wheel: build
+	@echo '== wheel'
+	@$(python) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@ls -l dist/*.whl
+
+wheel-matrix: build
+	@echo '== one wheel, several torch versions'
+	@$(python) tests/wheel_matrix.py $(ARGS)
+
+clean:
+	@echo '== clean'
+	@rm -rf build dist demo-out ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -f wan_attn/*.so wan_attn/*.dll wan_attn/*.dylib "$(VENV)"/.made-test "$(VENV)"/.made-demo
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+.PHONY: help demo test check check-environment check-format check-lint check-types check-warnings \
+	check-analyzers check-sanitizers check-tables format tables build bench wheel wheel-matrix clean
