@@ -66,6 +66,10 @@ def torch_root() -> tuple[Path | None, str]:
 def compiler():
     made = new_compiler()
     customize_compiler(made)
+    # Some Pythons put a folder of their own into the search path of all that is linked for them.
+    for name in ("linker_so", "linker_so_cxx"):
+        words = getattr(made, name, None) or []
+        setattr(made, name, [w for w in words if not w.startswith(("-Wl,-rpath", "-L"))])
     return made
 
 
