@@ -1,0 +1,521 @@
+# SPDX-License-Identifier: Apache-2.0
+"""test_wan22_patch.py - patch() and unpatch() over a stub of Wan2.2's module tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import json
+import logging
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stub_wan
+import torch
+
+from wan_attn.integrations import wan22
+
+
+def ours(*args: Any, **kwargs: Any) -> Any:
+    """Stands in for wan_attn.flash_attention; hands back what it was called with."""
+    return "ours", args, kwargs
+
+
+def patch(**kwargs: Any) -> wan22.PatchReport:
+    return wan22.patch(attention=ours, **kwargs)
+
+
+def held(package: str = "wan") -> dict[str, Any]:
+    """Every one of the 8 + 2 names and what it holds."""
+    names = {f"{name}.flash_attention": "flash_attention" for name in stub_wan.FLASH_ATTENTION}
+    names |= {f"{n}.flash_attn_func": "flash_attn_func" for n in stub_wan.FLASH_ATTN_FUNC_HOLDERS}
+    return {
+        name: vars(sys.modules[f"{package}.{name.rpartition('.')[0]}"])[attribute]
+        for name, attribute in names.items()
+    }
+
+
+def assert_all_ours(package: str = "wan") -> None:
+    for name, value in held(package).items():
+        assert callable(value) and value(1, 2, 3)[0] == "ours", f"{name} is {value}"
+
+
+def assert_all_stock() -> None:
+    for name, value in held().items():
+        if name.endswith("flash_attn_func"):
+            assert value is None, name
+        else:
+            assert value.__module__ == "wan.modules.attention", name
+            assert value(1, 2, 3) == "stock", name
+    assert len({id(value) for value in held().values()}) == 2
+
+
+@pytest.mark.parametrize("order", ["patch first", "import first"])
+def test_all_bindings_in_both_orders(stubs: Path, order: str) -> None:
+    stub_wan.write(stubs)
+    if order == "patch first":
+        report = patch()
+        assert len(report.pending) == 10 and not report.bindings
+        importlib.import_module("wan")
+    else:
+        importlib.import_module("wan")
+        assert_all_stock()
+        patch()
+    assert_all_ours()
+    report = patch()
+    assert len(report.bindings) == 10 and not report.pending and not report.foreign
+    wan22.unpatch()
+    assert_all_stock()
+
+
+def test_patch_half_way_through_the_imports(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    (stubs / "wan" / "__init__.py").write_text("")
+    (stubs / "wan" / "modules" / "__init__.py").write_text(
+        "from .attention import flash_attention\n"
+    )
+    importlib.import_module("wan.modules.model")
+    patch()
+    for name in stub_wan.FLASH_ATTENTION + stub_wan.FLASH_ATTN_FUNC_HOLDERS:
+        importlib.import_module(f"wan.{name}")
+    assert_all_ours()
+    wan22.unpatch()
+    assert_all_stock()
+
+
+def test_patch_called_by_a_module_of_the_package_itself(stubs: Path) -> None:
+    folder = stub_wan.write(stubs)
+    (folder / "distributed" / "__init__.py").write_text(
+        "from ..modules.attention import flash_attention\n"
+        "import test_wan22_patch\ntest_wan22_patch.patch()\nfrom . import ulysses\n"
+    )
+    importlib.import_module("wan")
+    assert_all_ours()
+    assert sys.modules["wan.distributed"].flash_attention()[0] == "ours"
+    wan22.unpatch()
+    assert_all_stock()
+
+
+def test_unpatch_before_import_and_import_after_unpatch(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    patch()
+    wan22.unpatch()
+    wan22.unpatch()
+    importlib.import_module("wan")
+    assert_all_stock()
+
+
+def test_patching_twice_is_patching_once(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    importlib.import_module("wan")
+    first = patch()
+    before = held()
+    finders = list(sys.meta_path)
+    second = patch()
+    assert first == second
+    assert all(value is before[name] for name, value in held().items())
+    assert sys.meta_path == finders
+    wan22.unpatch()
+    assert_all_stock()
+
+
+def test_patch_unpatch_patch(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    for _ in range(3):
+        importlib.import_module("wan")
+        patch()
+        assert_all_ours()
+        wan22.unpatch()
+        assert_all_stock()
+
+
+def test_the_users_own_names_follow_by_identity(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    (stubs / "someone.py").write_text(
+        "from wan.modules.attention import flash_attention as fa\n"
+        "def flash_attention(*args): return 'mine'\n"
+        "mine = flash_attention\n"
+    )
+    someone = importlib.import_module("someone")
+    report = patch()
+    assert someone.fa()[0] == "ours"
+    assert someone.flash_attention() == "mine", "same name, another function: not ours to replace"
+    assert "someone.fa" in [str(binding) for binding in report.bindings]
+    late = importlib.import_module("wan.modules.attention").flash_attention
+    someone.late = late  # taken while patched
+    wan22.unpatch()
+    assert someone.fa(1, 2, 3) == someone.late(1, 2, 3) == "stock"
+
+
+def test_what_somebody_else_put_there_is_left_alone_and_reported(
+    stubs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stub_wan.write(stubs)
+    importlib.import_module("wan")
+    model = sys.modules["wan.modules.model"]
+
+    def theirs(*args: Any) -> str:
+        return "theirs"
+
+    theirs.__module__ = "wan.modules.attention"  # as functools.wraps would leave it
+    model.flash_attention = theirs  # type: ignore[attr-defined]
+    with caplog.at_level(logging.WARNING, "wan_attn"):
+        report = patch()
+    assert model.flash_attention is theirs
+    assert [str(binding) for binding in report.foreign] == ["wan.modules.model.flash_attention"]
+    assert "left alone" in str(report) and "wan.modules.model.flash_attention" in caplog.text
+    assert len(report.bindings) == 9
+    wan22.unpatch()
+    assert model.flash_attention is theirs
+
+
+def test_replaced_again_while_patched_stays_replaced(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    importlib.import_module("wan")
+    patch()
+    model = sys.modules["wan.modules.model"]
+    model.flash_attention = theirs = lambda *args: "theirs"  # type: ignore[attr-defined]
+    wan22.unpatch()
+    assert model.flash_attention is theirs
+
+
+def test_wan_attns_own_names_survive_unpatch(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    importlib.import_module("wan")
+    patch()
+    sys.modules["someone"] = someone = type(sys)("someone")
+    someone.flash_attention = ours  # type: ignore[attr-defined]
+    wan22.unpatch()
+    assert someone.flash_attention is ours
+
+
+def test_reload_gives_a_new_original_which_is_patched_and_restored(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    importlib.import_module("wan")
+    old = sys.modules["wan.modules.model"].flash_attention
+    patch()
+    importlib.reload(sys.modules["wan.modules.attention"])
+    assert_all_ours()
+    wan22.unpatch()
+    assert sys.modules["wan.modules.model"].flash_attention is old
+    new = sys.modules["wan.modules.attention"].flash_attention
+    assert new is not old and new(1, 2, 3) == "stock"
+
+
+def test_two_generations_before_the_patch(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    importlib.import_module("wan")
+    importlib.reload(sys.modules["wan.modules.attention"])
+    before = held()
+    patch()
+    assert_all_ours()
+    wan22.unpatch()
+    assert all(value is before[name] for name, value in held().items())
+
+
+def test_a_vendored_copy_under_another_name(stubs: Path) -> None:
+    stub_wan.write(stubs, "vendored")
+    stub_wan.write(stubs)
+    importlib.import_module("wan")
+    patch(package="vendored")
+    importlib.import_module("vendored")
+    assert_all_ours("vendored")
+    assert_all_stock()
+    with pytest.raises(ValueError, match="package must be 'vendored'"):
+        patch(package="wan")
+
+
+def test_arguments_reach_the_replacement(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    importlib.import_module("wan")
+    patch()
+    call = sys.modules["wan.modules.s2v.model_s2v"].call
+    assert call(1, k=2, v=3, k_lens=4, version=2) == (
+        "ours",
+        (1,),
+        {"k": 2, "v": 3, "k_lens": 4, "version": 2},
+    )
+
+
+def test_stock_attention_no_longer_loses_lengths(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    attention = importlib.import_module("wan.modules.attention")
+    assert attention.attention(1, 2, 3, k_lens=4) == "without lengths"
+    report = patch()
+    assert attention.attention(1, 2, 3, k_lens=4)[2]["k_lens"] == 4
+    assert report.flags == ("wan.modules.attention.FLASH_ATTN_2_AVAILABLE",)
+    wan22.unpatch()
+    assert attention.FLASH_ATTN_2_AVAILABLE is False
+
+
+class TestFlashAttnFunc:
+    def test_absent(self, stubs: Path) -> None:
+        stub_wan.write(stubs)
+        importlib.import_module("wan")
+        patch()
+        q, k, v = (torch.zeros(1, 2, 3, 4) for _ in range(3))
+        name, args, kwargs = sys.modules["wan.modules.animate.face_blocks"].attention(q, k, v)
+        assert name == "ours" and all(a is b for a, b in zip(args, (q, k, v), strict=True))
+        neutral = {"dropout_p": 0.0, "softmax_scale": None, "causal": False}
+        assert kwargs == {**neutral, "window_size": (-1, -1), "deterministic": False}
+
+    @pytest.mark.parametrize("first", ["patch", "import"])
+    def test_installed(self, stubs: Path, first: str) -> None:
+        stub_wan.write(stubs)
+        stub_wan.write_flash_attn(
+            stubs,
+            "def flash_attn_func(*args): return 'flash_attn'\n"
+            "flash_attn_qkvpacked_func = flash_attn_varlen_func = None\n",
+        )
+        if first == "patch":
+            patch()
+        importlib.import_module("wan")
+        patch()
+        assert_all_ours()
+        flash_attn = sys.modules["flash_attn"]
+        assert flash_attn.flash_attn_func() == "flash_attn", "the package keeps its own function"
+        assert sys.modules["wan.modules.attention"].FLASH_ATTN_2_AVAILABLE is True
+        wan22.unpatch()
+        for name in stub_wan.FLASH_ATTN_FUNC_HOLDERS:
+            assert sys.modules[f"wan.{name}"].flash_attn_func is flash_attn.flash_attn_func
+        assert sys.modules["wan.modules.attention"].FLASH_ATTN_2_AVAILABLE is True
+
+    def test_positional_options_keep_their_places(self, stubs: Path) -> None:
+        stub_wan.write(stubs)
+        importlib.import_module("wan")
+        patch()
+        function = sys.modules["wan.modules.s2v.auxi_blocks"].flash_attn_func
+        _, _, kwargs = function(1, 2, 3, 0.1, 0.5, True, (4, 0))
+        assert kwargs["dropout_p"] == 0.1 and kwargs["softmax_scale"] == 0.5
+        assert kwargs["causal"] is True and kwargs["window_size"] == (4, 0)
+
+    @pytest.mark.parametrize(
+        "option", [{"softcap": 30.0}, {"alibi_slopes": torch.ones(3)}, {"return_attn_probs": True}]
+    )
+    def test_refuses_what_it_does_not_do(self, stubs: Path, option: dict[str, Any]) -> None:
+        stub_wan.write(stubs)
+        importlib.import_module("wan")
+        patch()
+        function = sys.modules["wan.modules.animate.face_blocks"].flash_attn_func
+        with pytest.raises(NotImplementedError, match=next(iter(option))):
+            function(1, 2, 3, **option)
+
+
+BROKEN = {
+    "ImportError": "raise ImportError('DLL load failed while importing flash_attn_2_cuda')",
+    "OSError": "raise OSError('libcudart.so.11: cannot open shared object file')",
+    "RuntimeError": "raise RuntimeError('operator already registered')",
+    "AttributeError": "import sys; sys.no_such_thing",
+}
+
+
+@pytest.mark.parametrize("error", BROKEN)
+def test_a_broken_flash_attn_does_not_kill_import_wan(stubs: Path, error: str) -> None:
+    stub_wan.write(stubs)
+    stub_wan.write_flash_attn(stubs, BROKEN[error])
+    patch()
+    importlib.import_module("wan")
+    assert_all_ours()
+    assert "flash_attn" not in sys.modules
+    assert sys.modules["wan.utils.prompt_extend"].FLASH_VER is None
+    ((name, reason),) = patch().broken
+    assert name == "flash_attn" and reason.startswith(error)
+    # Others see it as it is: found, and failing in its own way.
+    assert importlib.util.find_spec("flash_attn") is not None
+    with pytest.raises(Exception) as raised:
+        importlib.import_module("flash_attn")
+    assert type(raised.value).__name__ == error
+    wan22.unpatch()
+    assert_all_stock()
+
+
+def test_without_the_patch_a_broken_flash_attn_does_kill_it(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    stub_wan.write_flash_attn(stubs, BROKEN["OSError"])
+    with pytest.raises(OSError, match="libcudart"):
+        importlib.import_module("wan")
+
+
+def test_an_error_in_wan_itself_passes_through(stubs: Path) -> None:
+    folder = stub_wan.write(stubs)
+    (folder / "modules" / "s2v" / "motioner.py").write_text("1 / 0\n")
+    patch()
+    with pytest.raises(ZeroDivisionError):
+        importlib.import_module("wan")
+    (folder / "modules" / "s2v" / "motioner.py").write_text(stub_wan.USES)
+    importlib.import_module("wan")
+    assert_all_ours()
+
+
+def test_modules_keep_their_real_loader(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    patch()
+    model = importlib.import_module("wan.modules.model")
+    assert type(model.__loader__) is importlib.machinery.SourceFileLoader
+    assert model.__spec__.loader is model.__loader__
+    assert "class WanAttentionBlock" in inspect.getsource(model.WanAttentionBlock)
+
+
+def test_another_hook_that_asks_every_other_finder(stubs: Path) -> None:
+    """Two hooks that both delegate must not ask each other forever."""
+
+    class Delegating:
+        @classmethod
+        def find_spec(cls, name: str, path: Any, target: Any = None) -> Any:
+            for finder in sys.meta_path:
+                spec = finder.find_spec(name, path, target) if finder is not cls else None
+                if spec is not None:
+                    return spec
+            return None
+
+    stub_wan.write(stubs)
+    patch()
+    for position in (0, 1):
+        sys.meta_path.insert(position, Delegating)  # type: ignore[arg-type]
+        try:
+            importlib.import_module("wan")
+        finally:
+            sys.meta_path.remove(Delegating)  # type: ignore[arg-type]
+        assert_all_ours()
+
+
+def test_report_reads_and_serialises(stubs: Path) -> None:
+    stub_wan.write(stubs)
+    assert wan22.report() is None
+    importlib.import_module("wan")
+    report = patch()
+    assert report == wan22.report()
+    data = json.loads(json.dumps(dataclasses.asdict(report)))
+    assert data["package"] == "wan" and len(data["bindings"]) == 10
+    assert data["bindings"][0]["original"] == "wan.modules.attention.flash_attention"
+    text = str(report)
+    assert text.startswith("wan_attn: 10 of 10 names patched in `wan`")
+    for name in held():
+        assert f"patched     wan.{name}" in text
+    assert "TF32" in text and "compile" in text
+
+
+def test_report_names_what_this_wan_lacks(stubs: Path) -> None:
+    folder = stub_wan.write(stubs)
+    (folder / "distributed" / "ulysses.py").write_text("")
+    importlib.import_module("wan")
+    assert patch().missing == ("wan.distributed.ulysses.flash_attention",)
+
+
+class TestThreads:
+    def test_many_threads_patch_and_import(self, stubs: Path) -> None:
+        stub_wan.write(stubs)
+        for _ in range(5):
+            gate = threading.Barrier(8)
+            errors: list[BaseException] = []
+
+            def work(number: int, gate: Any = gate, errors: Any = errors) -> None:
+                try:
+                    gate.wait()
+                    importlib.import_module("wan") if number % 2 else patch()
+                except BaseException as error:  # noqa: BLE001 - reported by the test
+                    errors.append(error)
+
+            threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(20)
+                assert not thread.is_alive(), "deadlock"
+            assert not errors
+            assert_all_ours()
+            wan22.unpatch()
+            assert_all_stock()
+            for name in [n for n in sys.modules if n.partition(".")[0] == "wan"]:
+                del sys.modules[name]
+
+    def test_patch_waits_for_an_import_that_began_before_it(self, stubs: Path) -> None:
+        """A module found before the hook stood, which takes the original after the scan."""
+        folder = stub_wan.write(stubs)
+        (folder / "modules" / "model.py").write_text(
+            "import someone\n"
+            "from .attention import flash_attention as taken\n"
+            "someone.began.set()\n"
+            "someone.go_on.wait(20)\n"
+            "flash_attention = taken\ndel taken\n"
+        )
+        someone = type(sys)("someone")
+        someone.began, someone.go_on = threading.Event(), threading.Event()  # type: ignore
+        sys.modules["someone"] = someone
+        importing = threading.Thread(target=importlib.import_module, args=("wan",))
+        importing.start()
+        assert someone.began.wait(20)
+        patching = threading.Thread(target=patch)
+        patching.start()
+        patching.join(0.2)
+        assert patching.is_alive(), "patch() must not return while an import is under way"
+        someone.go_on.set()
+        patching.join(20)
+        importing.join(20)
+        assert_all_ours()
+
+
+class TestTF32:
+    @pytest.fixture
+    def cuda(self, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+        """A machine with one Ampere GPU and no CUDA context yet."""
+        monkeypatch.setattr(torch.version, "cuda", "12.4")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
+        return monkeypatch
+
+    @staticmethod
+    def state() -> list[Any]:
+        backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+        return [
+            getattr(b, name, None) for b in backends for name in ("allow_tf32", "fp32_precision")
+        ]
+
+    def test_allowed_while_patched_and_restored(self, stubs: Path, cuda: Any) -> None:
+        before = self.state()
+        assert before[0] is False
+        report = patch()
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+        assert report.tf32 == "allowed for matmul"  # cuDNN's default is to allow it
+        patch()
+        wan22.unpatch()
+        assert self.state() == before
+
+    def test_the_users_own_choice_comes_back(self, stubs: Path, cuda: Any) -> None:
+        cudnn = torch.backends.cudnn
+        try:
+            cudnn.allow_tf32 = False
+            before = self.state()
+            assert patch().tf32 == "allowed for matmul and cuDNN"
+            assert cudnn.allow_tf32
+            wan22.unpatch()
+            assert self.state() == before
+        finally:
+            cudnn.allow_tf32 = True
+
+    def test_nothing_to_do_nothing_undone(self, stubs: Path, cuda: Any) -> None:
+        matmul = torch.backends.cuda.matmul
+        try:
+            matmul.allow_tf32 = True
+            assert patch().tf32 == "was already allowed"
+            wan22.unpatch()
+            assert matmul.allow_tf32
+        finally:
+            matmul.allow_tf32 = False
+
+    def test_not_before_ampere(self, stubs: Path, cuda: pytest.MonkeyPatch) -> None:
+        cuda.setattr(torch.cuda, "is_initialized", lambda: True)
+        cuda.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+        assert "Ampere" in patch().tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+
+    def test_not_without_a_gpu(self, stubs: Path, cuda: pytest.MonkeyPatch) -> None:
+        cuda.setattr(torch.cuda, "device_count", lambda: 0)
+        assert patch().tf32 == "unchanged (no CUDA device)"
+        assert not torch.backends.cuda.matmul.allow_tf32

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""wan22_worker.py - what the tests of the real Wan2.2 run in a process of its own.
+
+    python wan22_worker.py TASK RESULT.json [RANK RENDEZVOUS]
+
+PYTHONPATH must name wan_attn's folder, tests/ and tests/integrations/. Writes what it saw to
+RESULT.json and judges nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import oracle
+import tolerances
+import torch
+import wan22_harness
+from torch import Tensor
+
+from wan_attn.integrations import wan22
+
+HALF = (torch.float16, torch.bfloat16)
+calls: list[str] = []
+
+
+def exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lens: Tensor | None = None,
+    k_lens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    q_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    deterministic: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    version: int | None = None,
+    compute: Callable[..., Any] = oracle.attention,
+) -> Tensor:
+    """Wan2.2's flash_attention in float64, from the values as they come in."""
+    assert q_scale is None and not dropout_p
+    calls.append(
+        f"{list(q.shape)} {list(k.shape)} {q.dtype} {k.dtype} {v.dtype} "
+        f"{None if k_lens is None else k_lens.tolist()}"
+    )
+    options = {"scale": softmax_scale, "is_causal": causal, "window": window_size}
+    out, _ = compute(q, k, v, q_lens=q_lens, k_lens=k_lens, **options)
+    return torch.from_numpy(out).to(q.dtype)
+
+
+def of_torch(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The same through torch's own SDPA, at the dtype that wan_attn computes this call in."""
+    dtype = compute_dtype(v, kwargs.get("dtype", torch.bfloat16))
+    rounded = (x.to(dtype) for x in (q, k, v))
+    return exact(*rounded, *args, compute=tolerances.torch_sdpa, **kwargs).to(q.dtype)
+
+
+def compute_dtype(v: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What stock Wan2.2 computes in: half inputs as they are, others in `dtype`."""
+    return v.dtype if v.dtype in HALF else dtype
+
+
+def nothing(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """An attention that returns 0: shows whether the model's output depends on attention."""
+    return torch.zeros_like(q)
+
+
+def error(got: Tensor, want: Tensor) -> dict[str, float]:
+    difference = (got.double() - want.double()).abs()
+    return {"max": float(difference.max()), "rms": float(difference.square().mean().sqrt())}
+
+
+def who(names: dict[str, Any]) -> dict[str, str]:
+    return {name: getattr(value, "__module__", repr(value)) for name, value in names.items()}
+
+
+def compare(pieces: dict[str, Callable[[], Tensor]]) -> dict[str, Any]:
+    """Each piece with wan_attn (patched by the caller), exact, torch's and no attention."""
+    outputs = {"ours": {name: run() for name, run in pieces.items()}}
+    seen = {}
+    wan22.unpatch()
+    for title, attention in (("exact", exact), ("torch", of_torch), ("nothing", nothing)):
+        wan22.patch(attention=attention)
+        outputs[title] = {}
+        for name, run in pieces.items():
+            calls.clear()
+            outputs[title][name] = run()
+            if title == "exact":
+                seen[name] = list(calls)
+        wan22.unpatch()
+    want = outputs.pop("exact")
+    return {
+        name: {title: error(output[name], want[name]) for title, output in outputs.items()}
+        | {"calls": seen[name], "largest": float(want[name].abs().max())}
+        for name in pieces
+    }
+
+
+def patch_first() -> dict[str, Any]:
+    report = wan22.patch()
+    import wan.utils.prompt_extend
+    import wan22_models
+
+    result: dict[str, Any] = {
+        "pending": len(report.pending),
+        "patched": who(wan22_harness.binding_names()),
+        "fake flash_attn": "flash_attn" in sys.modules,
+        "FLASH_VER": wan.utils.prompt_extend.FLASH_VER,
+        "report": str(wan22.patch()),
+        "pieces": compare(wan22_models.PIECES),
+    }
+    return result | {"unpatched": who(wan22_harness.binding_names())}
+
+
+def import_first() -> dict[str, Any]:
+    import wan  # noqa: F401
+
+    before = wan22_harness.binding_names()
+    wan22.patch()
+    during = wan22_harness.binding_names()
+    wan22.unpatch()
+    after = wan22_harness.binding_names()
+    return {
+        "patched": who(during),
+        "unpatched": who(after),
+        "restored": [name for name in before if after[name] is before[name]],
+    }
+
+
+def compiled() -> dict[str, Any]:
+    """WAN_COMPILE=1 (set by the test) on the real blocks, without generating code."""
+    import functools
+    import logging
+
+    torch.compile = functools.partial(torch.compile, backend="eager")
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("wan_attn").addHandler(handler)
+    import wan22_models
+
+    report = wan22.patch()
+    got = wan22_models.wan_model_float32()
+    state = wan22.report()
+    wan22.unpatch()
+    wan22.patch(attention=exact)
+    want = wan22_models.wan_model_float32()
+    return {
+        "before": report.compile,
+        "after": state.compile if state else "",
+        "lines": lines,
+        "error": error(got, want),
+        "largest": float(want.abs().max()),
+    }
+
+
+def ulysses(rank: int, rendezvous: str) -> dict[str, Any]:
+    wan22_harness.start_gloo(rank, 2, rendezvous)
+    wan22.patch()
+    import wan22_models
+
+    return {"pieces": compare({"ulysses": wan22_models.wan_model_ulysses})}
+
+
+def main() -> None:
+    task, result, *rest = sys.argv[1:]
+    torch.set_num_threads(1)
+    wan22_harness.prepare()
+    arguments = (int(rest[0]), rest[1]) if rest else ()
+    tasks = {f.__name__: f for f in (patch_first, import_first, compiled, ulysses)}
+    Path(result).write_text(json.dumps(tasks[task](*arguments)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""integrations - where wan_attn meets the programs that use it; importing it patches nothing."""
