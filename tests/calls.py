@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from wan_attn import ops
 
 from tolerances import assert_close_to_oracle
+from wan_attn import ops
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F32, F16, BF16)

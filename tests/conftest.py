@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # A worker that spins while it waits starves the other processes of a small machine. OpenMP reads
 # this when torch loads it.
@@ -34,6 +35,14 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What a test has recorded as "summary" is printed at the end, also from workers of xdist."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, text in report.user_properties:
+            if name == "summary" and report.when == "call":
+                terminalreporter.write_line(str(text))
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import wan_attn
 from torch import Tensor
 
 import calls
 import oracle
+import wan_attn
 from calls import BF16, F16, F32, operands, poisoned
 from tolerances import FACTOR, FLOOR_ULP, ulp
 

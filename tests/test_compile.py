@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-import wan_attn
 from torch import Tensor
 
 import calls
+import wan_attn
 from calls import BF16, F32, operands
 from tolerances import assert_close_to_oracle
 

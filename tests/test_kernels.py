@@ -11,12 +11,12 @@ import math
 
 import pytest
 import torch
-from wan_attn import ops
 
 import calls
 import oracle
 from calls import BF16, DTYPES, F16, F32, MIXED, NAMES, check, operands, poisoned, sdpa
 from tolerances import assert_close_to_oracle
+from wan_attn import ops
 
 ROWS = calls.rows()
 # Tiles are powers of two up to 256: one, both sides of each, and an odd number between.

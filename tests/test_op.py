@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from wan_attn import ops
-from wan_attn.request import Request
 
 import calls
 from calls import BF16, F16, F32, operands
 from tolerances import assert_close_to_oracle
+from wan_attn import ops
+from wan_attn.request import Request
 
 OP = torch.ops.wan_attn.sdpa
 

@@ -10,14 +10,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
-import wan_attn
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import calls
+import wan_attn
 from calls import DTYPES, MIXED
 from tolerances import assert_close_to_oracle
 
@@ -92,7 +91,7 @@ def legal_calls(draw: st.DrawFn, rows: list[Any]) -> Call:
     return Call(row, tensors, options)
 
 
-def test_generated_calls_match_the_oracle(capsys: pytest.CaptureFixture[str]) -> None:
+def test_generated_calls_match_the_oracle(record_property: Any) -> None:
     ran: dict[str, int] = {}
 
     @settings(max_examples=EXAMPLES)
@@ -104,13 +103,13 @@ def test_generated_calls_match_the_oracle(capsys: pytest.CaptureFixture[str]) ->
         ran[name] = ran.get(name, 0) + 1
 
     run()
-    with capsys.disabled():
-        each = ", ".join(f"{name} {n}" for name, n in sorted(ran.items()))
-        print(f"\n{sum(ran.values())} generated calls, no mismatch ({each})")
     assert sum(ran.values()) >= 200
+    each = ", ".join(f"{name} {n}" for name, n in sorted(ran.items()))
+    summary = f"{sum(ran.values())} generated calls through the op, no mismatch ({each})"
+    record_property("summary", summary)
 
 
-def test_generated_calls_through_the_public_function(capsys: pytest.CaptureFixture[str]) -> None:
+def test_generated_calls_through_the_public_function(record_property: Any) -> None:
     """wan_attn.sdpa: whatever backend it chooses, the contract is the same."""
     ran = 0
 
@@ -126,11 +125,10 @@ def test_generated_calls_through_the_public_function(capsys: pytest.CaptureFixtu
         assert_close_to_oracle(out, *call.tensors, lse=lse, **call.options)
 
     run()
-    with capsys.disabled():
-        print(f"\n{ran} generated calls through wan_attn.sdpa, no mismatch")
+    record_property("summary", f"{ran} generated calls through wan_attn.sdpa, no mismatch")
 
 
-def test_generated_merges(capsys: pytest.CaptureFixture[str]) -> None:
+def test_generated_merges() -> None:
     """Attention over two parts of the keys, merged, is attention over all of them."""
 
     @settings(max_examples=40)
