@@ -1,2 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """backends - the libraries that can compute one attention call, each behind one interface."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from wan_attn.backends import chunked, fa2, fa3, native, torch_sdpa
+from wan_attn.request import Request
+
+__all__ = ["REGISTRY", "Backend", "chunked", "fa2", "fa3", "native", "torch_sdpa"]
+
+
+class Backend(Protocol):
+    """What a module in this package offers; all of them keep the contract of wan_attn.sdpa.
+
+    Attributes:
+        NAME: its value of USE_ATTENTION_BACKEND.
+        TITLE: how the log calls it.
+    """
+
+    NAME: str
+    TITLE: str
+
+    def why_not(self, request: Request) -> str | None:
+        """Why it cannot take the call; None: it can. Asks no tensor, starts no device."""
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        q_lens: Tensor | None = None,
+        k_lens: Tensor | None = None,
+        scale: float | None = None,
+        is_causal: bool = False,
+        window: tuple[int, int] = (-1, -1),
+        dropout_p: float = 0.0,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(out in query's dtype, lse or None) for a call that why_not does not refuse."""
+
+
+# Best first. A new backend is a module here and a line there (and its name in config.VARIABLES).
+REGISTRY: dict[str, Backend] = {
+    module.NAME: module for module in (fa3, fa2, native, torch_sdpa, chunked)
+}

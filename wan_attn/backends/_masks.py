@@ -112,9 +112,11 @@ class DeviceMask:
         seqlen_k: int,
         is_causal: bool,
         window: tuple[int, int],
+        seqlen_q: int | None = None,
     ) -> DeviceMask:
-        """Build from the contract's arguments; query is [batch, seqlen_q, heads, head_dim]."""
-        batch, seqlen_q = query.shape[:2]
+        """From the contract; query is [batch, seqlen_q, heads, head_dim] or a share of that."""
+        batch = query.shape[0]
+        seqlen_q = query.shape[1] if seqlen_q is None else seqlen_q
 
         def column(lengths: Tensor | None, seqlen: int) -> Tensor:
             if lengths is None:

@@ -9,13 +9,20 @@ Padding never reaches a kernel: real lengths known here are sliced off, lengths 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wan_attn.backends import _torch_kernels
+from wan_attn.backends._common import (
+    capability,
+    empty_result,
+    heads_first,
+    log_sum_exp,
+    outside_autocast,
+    positive_scale,
+)
 from wan_attn.backends._masks import DeviceMask, HostMask
 from wan_attn.request import Request, host_lengths
 
@@ -28,7 +35,6 @@ PER_SAMPLE_RATIO = 0.7
 MASK_ELEMENTS = (
     1 << 24
 )  # elements of one block's mask: 16 MiB of bool, 32 MiB once a kernel made a bias of it
-SCORE_ELEMENTS = 1 << 22  # elements of one block of fp32 scores, for the log-sum-exp: 16 MiB
 
 
 def why_not(request: Request) -> str | None:
@@ -36,16 +42,15 @@ def why_not(request: Request) -> str | None:
     return None
 
 
-def needs_square_memory(request: Request, capability: tuple[int, int] | None = None) -> str | None:
+def needs_square_memory(request: Request) -> str | None:
     """Why only PyTorch's math path, which stores every score, would serve this call, or None."""
     kind = request.device.type
     if kind == "cpu":
         return "PyTorch has no fused CPU kernel with dropout" if request.dropout_p > 0 else None
-    if kind != "cuda":
+    arch = capability(request.device)
+    if arch is None:
         return None
-    major = (
-        torch.cuda.get_device_capability(request.device) if capability is None else capability
-    )[0]
+    major = arch[0]
     if request.dtype == torch.float64:
         return "PyTorch has no fused CUDA kernel for float64"
     if request.dtype == torch.bfloat16 and major < 8:
@@ -97,49 +102,54 @@ def run(
     Raises:
         ArgumentError: a length on the CPU is out of range.
     """
-    batch, seqlen_q, _, head_dim = query.shape
-    seqlen_k = key.shape[1]
+    batch, seqlen_q = query.shape[:2]
     q_host = host_lengths("q_lens", q_lens, batch, seqlen_q)
-    k_host = host_lengths("k_lens", k_lens, batch, seqlen_k)
-    call = _Call(1.0 / math.sqrt(head_dim) if scale is None else scale, dropout_p, return_lse)
+    k_host = host_lengths("k_lens", k_lens, batch, key.shape[1])
+    if q_host is None or k_host is None:
+        return run_unread(
+            query,
+            key,
+            value,
+            q_lens=q_lens,
+            k_lens=k_lens,
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            dropout_p=dropout_p,
+            return_lse=return_lse,
+        )
     out_dtype = query.dtype
     with outside_autocast(query.device):
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        if call.scale <= 0:  # kernels that fold the scale into a running maximum want it positive
-            query, call = _with_positive_scale(query, call)
-        if q_host is None or k_host is None:
-            mask = DeviceMask.make(q_lens, k_lens, query, seqlen_k, is_causal, window)
-            out, lse = _batched(query, key, value, mask, call)
-        else:
-            out, lse = _known_lengths(query, key, value, q_host, k_host, is_causal, window, call)
+        query, scale = positive_scale(query.to(value.dtype), scale)
+        key, call = key.to(value.dtype), _Call(scale, dropout_p, return_lse)
+        out, lse = _known_lengths(query, key, value, q_host, k_host, is_causal, window, call)
         return out.to(out_dtype), lse
 
 
-def _with_positive_scale(query: Tensor, call: _Call) -> tuple[Tensor, _Call]:
-    """The same scores from a scale above 0: the sign, or a scale of 0, goes into query, exactly."""
-    if call.scale == 0:
-        return query * 0, replace(call, scale=1.0)
-    return -query, replace(call, scale=-call.scale)
-
-
-def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context without the caller's autocast, which would round fp32 work to half precision."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def empty_result(
-    query: Tensor, dtype: torch.dtype, return_lse: bool
+def run_unread(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    q_lens: Tensor | None = None,
+    k_lens: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Out 0 and lse -inf: what rows without a key get. Shapes as run's; query may be a view."""
-    batch, seqlen_q, heads, _ = query.shape
-    out = torch.zeros(query.shape, dtype=dtype, device=query.device)
-    if not return_lse:
-        return out, None
-    return out, torch.full(
-        (batch, heads, seqlen_q), -math.inf, dtype=torch.float32, device=query.device
-    )
+    """`run` without looking at the lengths: for those on a device, and for torch.compile's tracer.
+
+    Lengths out of range are clamped.
+    """
+    out_dtype = query.dtype
+    with outside_autocast(query.device):
+        query, scale = positive_scale(query.to(value.dtype), scale)
+        key, call = key.to(value.dtype), _Call(scale, dropout_p, return_lse)
+        mask = DeviceMask.make(q_lens, k_lens, query, key.shape[1], is_causal, window)
+        out, lse = _batched(query, key, value, mask, call)
+        return out.to(out_dtype), lse
 
 
 def _known_lengths(
@@ -196,18 +206,9 @@ def _known_lengths(
     return out, lse
 
 
-def _heads_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[batch, heads, seqlen, head_dim]; fewer key heads are repeated, so that any kernel serves."""
-    group = query.shape[2] // key.shape[2]
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    return q, k, v
-
-
 def _one_kernel(query: Tensor, key: Tensor, value: Tensor, mask: HostMask, call: _Call) -> Tensor:
     """The common call: no mask, one kernel, nothing copied. [batch, seqlen_q, heads, head_dim]."""
-    q, k, v = _heads_first(query, key, value)
+    q, k, v = heads_first(query, key, value)
     is_causal = mask.is_plain_causal and not mask.is_full
     return _torch_kernels.attend(q, k, v, None, is_causal, call.scale, call.dropout_p).transpose(
         1, 2
@@ -223,13 +224,13 @@ def _fill(
     mask: HostMask,
     call: _Call,
 ) -> None:
-    """Write the rows that see a key; out [batch, q_len, heads, head_dim], lse [.., heads, q_len]."""
+    """Write rows that see a key: out [batch, q_len, heads, head_dim], lse [batch, heads, q_len]."""
     if mask.first_row >= mask.q_len or query.shape[0] == 0:
         return
     if lse is None and (mask.is_full or mask.is_plain_causal):
         out.copy_(_one_kernel(query, key, value, mask, call))
         return
-    q, k, v = _heads_first(query, key, value)
+    q, k, v = heads_first(query, key, value)
     step = block_rows(mask)
     for begin in range(mask.first_row, mask.q_len, step):
         end = min(begin + step, mask.q_len)
@@ -264,7 +265,7 @@ def _batched(
     # What lies beyond the lengths may be NaN, and 0 · NaN is NaN: a mask alone would not keep it
     # out.
     real_rows, real_keys = mask.real_rows(), mask.real_keys()
-    q, k, v = _heads_first(
+    q, k, v = heads_first(
         query.masked_fill(~real_rows, 0),
         key.masked_fill(~real_keys, 0),
         value.masked_fill(~real_keys, 0),
@@ -287,27 +288,3 @@ def _batched(
             part_lse = log_sum_exp(rows, k, keep, call.scale).masked_fill(~alive[..., 0], -math.inf)
             lse[:, :, begin:end].copy_(part_lse)
     return out, lse
-
-
-def log_sum_exp(query: Tensor, key: Tensor, keep: Tensor | None, scale: float) -> Tensor:
-    """log Σ exp(scale · q·k) over the seen keys, natural log; a few rows of scores at a time.
-
-    Args:
-        query: [batch, heads, rows, head_dim]; key: [batch, heads, keys, head_dim].
-        keep: bool, broadcastable to [batch, heads, rows, keys]; None: all.
-
-    Returns:
-        [batch, heads, rows] float32.
-    """
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    batch, heads, rows, _ = query.shape
-    columns = key.to(wide).transpose(-1, -2)
-    step = max(1, SCORE_ELEMENTS // max(1, batch * heads * key.shape[2]))
-    parts = []
-    for begin in range(0, rows, step):
-        scores = torch.matmul(query[:, :, begin : begin + step].to(wide), columns) * scale
-        if keep is not None:
-            part = keep if keep.shape[-2] == 1 else keep[..., begin : begin + step, :]
-            scores = scores.masked_fill(~part, -math.inf)
-        parts.append(torch.logsumexp(scores, dim=-1))
-    return torch.cat(parts, dim=-1).to(torch.float32)

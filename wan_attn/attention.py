@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attention.py - the two public functions, which describe a call and hand it on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wan_attn._execute import Call
+from wan_attn._opaque import route
+from wan_attn.request import refuse
+
+_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_VERSIONS = (None, 2, 3)
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    q_lens: Tensor | Sequence[int] | None = None,
+    k_lens: Tensor | Sequence[int] | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled-dot-product attention, exact, on the backend that the selection names.
+
+    Row i of sample b sees key j if j < k_lens[b] and i < q_lens[b] and, with d = i + k_lens[b] -
+    q_lens[b] (its diagonal, aligned bottom-right as in flash-attn >= 2.1), j <= d if is_causal and
+    d - window[0] <= j <= d + window[1]. A row that sees no key gets 0 and an lse of -inf. Memory
+    beyond the lengths may hold NaN: it never reaches a result. The same input gives the same bits.
+
+    Args:
+        query: [batch, seqlen_q, num_heads_q, head_dim], float16, bfloat16 or float32; any strides.
+        key, value: [batch, seqlen_k, num_heads_k, head_dim]; num_heads_k divides num_heads_q, and
+            query head h reads key head h // (num_heads_q // num_heads_k). query and key have
+            value's dtype, which is computed in (accumulating in float32), or float32. With
+            WAN_FORCE_FP16=1 everything is computed in float16.
+        q_lens, k_lens: [batch] real lengths, int32 or int64, on the CPU or on query's device, or
+            Python integers; None: all. Lengths on a device cost no sync and are clamped.
+        scale: multiplies the scores; None: 1/sqrt(head_dim).
+        is_causal: no row sees a key to the right of its diagonal.
+        window: (left, right) keys seen beside the diagonal; -1 is no bound.
+        return_lse: also return the log-sum-exp, which wan_attn.merge_states needs.
+
+    Returns:
+        out [batch, seqlen_q, num_heads_q, head_dim] in query's dtype; with return_lse also lse
+        [batch, num_heads_q, seqlen_q] float32, the natural log of Σ exp(scale · score).
+
+    Raises:
+        RuntimeError: "wan_attn: <argument> must be <rule>, got <value>" for a bad argument; or no
+            backend takes the call, with every backend's reason; or the device is in trouble.
+
+    Differentiable: a call that needs a gradient goes to a backend that has one. Works under
+    torch.compile(fullgraph=True). Contract: wan.md section 3.
+    """
+    call = Call(
+        _lengths(q_lens),
+        _lengths(k_lens),
+        scale,
+        bool(is_causal),
+        _window(window),
+        0.0,
+        bool(return_lse),
+        None,
+        None,
+    )
+    out, lse = route(query, key, value, call)
+    return out if lse is None else (out, lse)
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lens: Tensor | Sequence[int] | None = None,
+    k_lens: Tensor | Sequence[int] | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    q_scale: float | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    deterministic: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    version: int | None = None,
+) -> Tensor:
+    """Wan2.2's flash_attention, through the selection, on any device.
+
+    Signature and meaning are those of wan/modules/attention.py at 42bf4cf. Unlike it, this takes
+    q_lens shorter than q, keeps the window on every backend, rounds each operand once (a float32 q
+    beside a half v not at all where a kernel reads it), and makes nothing on the device per call.
+
+    Args:
+        q: [B, Lq, Nq, C]; k, v: [B, Lk, Nk, C]. Nq must be divisible by Nk. Any float dtype.
+        q_lens, k_lens: [B] real lengths, int32 or int64, on the CPU or the device; None: all.
+        dropout_p: probability; taken as 0 while grad is disabled.
+        softmax_scale: of QK^T before softmax; None: 1/sqrt(C).
+        q_scale: multiplies q: a number goes into the scale, exactly; a tensor is multiplied in.
+        causal: bottom-right aligned causal mask. window_size: (left, right), -1 is no bound.
+        deterministic: accepted. The forward pass always is, and so is FlashAttention's backward
+            here; PyTorch's follows torch.use_deterministic_algorithms.
+        dtype: what to compute in if v is not half: float16, float32, or bfloat16, which leaves the
+            choice to the card: float16 on RTX 20, 30 and 40, else bfloat16. WAN_FORCE_FP16=1 wins.
+        version: 2 leaves FlashAttention 3 out; 3 prefers it, as None does.
+
+    Returns:
+        [B, Lq, Nq, C] in q's dtype. Rows beyond q_lens, and rows that see no key, are 0.
+
+    Raises:
+        RuntimeError: as wan_attn.sdpa.
+    """
+    if dtype not in _COMPUTE_DTYPES:
+        refuse("dtype", "torch.float16, torch.bfloat16 or torch.float32", dtype)
+    if version not in _VERSIONS:
+        refuse("version", "None, 2 or 3", version)
+    out_dtype = q.dtype
+    if q_scale is not None:
+        if isinstance(q_scale, Tensor):
+            q = q * q_scale
+        else:
+            softmax_scale = q_scale * (
+                q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+            )
+    if dropout_p and not torch.is_grad_enabled():
+        dropout_p = 0.0
+    call = Call(
+        _lengths(q_lens),
+        _lengths(k_lens),
+        softmax_scale,
+        bool(causal),
+        _window(window_size),
+        dropout_p,
+        False,
+        dtype,
+        version,
+    )
+    out, _ = route(q, k, v, call)
+    return out if out.dtype == out_dtype else out.to(out_dtype)
+
+
+def _lengths(lengths: Tensor | Sequence[int] | None) -> Tensor | None:
+    if lengths is None or isinstance(lengths, Tensor):
+        return lengths
+    return torch.tensor(lengths, dtype=torch.int64)
+
+
+def _window(window: tuple[int, int]) -> tuple[int, int]:
+    if len(window) != 2:
+        refuse("window", "a pair (left, right)", window)
+    return int(window[0]), int(window[1])

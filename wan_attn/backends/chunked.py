@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""chunked.py - backend `chunked`: exact attention whose memory does not grow with Lq*Lk.
+
+Four ways, from the cheapest: `direct` (PyTorch's SDPA), `xformers` (blocks of queries over all
+    keys, as its memory_efficient_attention is used), `chunked` (all queries over blocks of keys,
+    joined by their log-sum-exp) and `ring` (_ring.py: blocks of both).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from wan_attn import config
+from wan_attn.backends import _ring, _torch_kernels, torch_sdpa
+from wan_attn.backends._common import empty_result, outside_autocast
+from wan_attn.request import Request, check_arguments, refuse
+
+if TYPE_CHECKING:  # not every torch is built with it
+    from torch.distributed import ProcessGroup
+
+NAME = "chunked"
+TITLE = "memory-bounded SDPA"
+
+METHODS = ("auto", "direct", "xformers", "chunked", "ring")
+MAX_ELEMENTS = 1 << 25  # fp32 scores in one block: 128 MiB, some three times that with temporaries
+MIN_BLOCK = 64  # rows or keys below which a block is too thin to be worth its launches
+FUSED_ROWS = 1 << 14  # rows per call where a fused kernel stores no scores
+
+
+def why_not(request: Request) -> str | None:
+    """Why it cannot take this call; None: it can."""
+    return "has no dropout" if request.dropout_p > 0 else None
+
+
+def needed(request: Request, threshold: int) -> str | None:
+    """Why this call should not go to PyTorch's SDPA as it is; None: it may.
+
+    Args:
+        threshold: query-key pairs, seqlen_q * seqlen_k, that are harmless anyway.
+    """
+    if request.seqlen_q * request.seqlen_k <= threshold or why_not(request) is not None:
+        return None
+    size = f"Lq*Lk = {request.seqlen_q * request.seqlen_k} > {threshold}"
+    reason = torch_sdpa.needs_square_memory(request)
+    if reason is not None:
+        return f"{reason}, and {size} scores would be stored"
+    if sys.platform == "win32" and request.device.type == "cuda" and not _torch_kernels.has_flash():
+        return f"no flash kernel in PyTorch on Windows, and {size}"
+    return None
+
+
+def windows_flash_attention_wrapper(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    q_lens: Tensor | None = None,
+    k_lens: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    return_lse: bool = False,
+    method: str = "auto",
+    threshold: int | None = None,
+    max_elements: int = MAX_ELEMENTS,
+    group: ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention in bounded memory, where PyTorch has no kernel that would bound it.
+
+    Named after the platform that needs it most, it runs on every device. Blocks are computed in
+    float32 from the operands as they are and joined exactly (see wan_attn.merge_states).
+
+    Args:
+        query: [batch, seqlen_q, num_heads_q, head_dim], float16, bfloat16 or float32.
+        key, value: [batch, seqlen_k, num_heads_k, head_dim]; num_heads_k divides num_heads_q.
+        q_lens, k_lens: [batch] int32 or int64, on the CPU or the device; None: all.
+        scale: of the scores; None: 1/sqrt(head_dim).
+        is_causal, window: as in wan_attn.sdpa, aligned bottom-right.
+        return_lse: also return the log-sum-exp.
+        method: "direct", "xformers", "chunked", "ring", or "auto": direct up to `threshold` pairs,
+            xformers where a fused kernel or enough memory serves it, else chunked, else ring.
+        threshold: query-key pairs; None: WAN_ATTN_CHUNK_THRESHOLD.
+        max_elements: the most scores of one block, over batch and heads.
+        group: with "ring", a torch.distributed group whose every rank holds an equal share of the
+            tokens, in rank order: query, key and value are this rank's, lengths count all tokens.
+            Keys and values travel round the ring; each rank gets the result of its queries.
+
+    Returns:
+        out [batch, seqlen_q, num_heads_q, head_dim] in query's dtype; with return_lse also lse
+        [batch, num_heads_q, seqlen_q] float32, natural log.
+
+    Raises:
+        RuntimeError: an argument breaks the contract; the message names it.
+    """
+    check_arguments(query, key, value, q_lens, k_lens, window, 0.0)
+    if method not in METHODS:
+        refuse("method", f"one of {', '.join(METHODS)}", repr(method))
+    if max_elements < 1:
+        refuse("max_elements", "at least 1", max_elements)
+    if group is not None and method not in ("auto", "ring"):
+        refuse("method", "ring where a group is given", repr(method))
+    request = Request.from_tensors(
+        query, key, value, q_lens=q_lens, k_lens=k_lens, is_causal=is_causal, window=window
+    )
+    if threshold is None:
+        threshold = config.current().chunk_threshold
+    if group is not None:
+        method = "ring"
+    elif method == "auto":
+        method = choose_method(request, threshold, max_elements)
+    out, lse = _METHODS[method](
+        query,
+        key,
+        value,
+        _ring.Options(q_lens, k_lens, scale, is_causal, window, return_lse, max_elements, group),
+    )
+    return out if lse is None else (out, lse)
+
+
+def choose_method(request: Request, threshold: int, max_elements: int) -> str:
+    """The cheapest way that keeps the call's memory bounded."""
+    if request.seqlen_q * request.seqlen_k <= threshold:
+        return "direct"
+    heads = max(1, request.batch * request.num_heads_q)
+    has_masks = request.is_causal or request.window != (-1, -1)
+    if torch_sdpa.needs_square_memory(request) is None:
+        return "xformers"
+    if not has_masks and max_elements >= heads * request.seqlen_k * MIN_BLOCK:
+        return "xformers"
+    return "chunked" if max_elements >= heads * request.seqlen_q * MIN_BLOCK else "ring"
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    q_lens: Tensor | None = None,
+    k_lens: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """windows_flash_attention_wrapper as a backend; see there and wan_attn.sdpa."""
+    if dropout_p > 0:
+        refuse("dropout_p", "0 for the memory-bounded wrapper", dropout_p)
+    result = windows_flash_attention_wrapper(
+        query,
+        key,
+        value,
+        q_lens=q_lens,
+        k_lens=k_lens,
+        scale=scale,
+        is_causal=is_causal,
+        window=window,
+        return_lse=return_lse,
+    )
+    return result if isinstance(result, tuple) else (result, None)
+
+
+def _direct(
+    query: Tensor, key: Tensor, value: Tensor, options: _ring.Options
+) -> tuple[Tensor, Tensor | None]:
+    return torch_sdpa.run(
+        query,
+        key,
+        value,
+        q_lens=options.q_lens,
+        k_lens=options.k_lens,
+        scale=options.scale,
+        is_causal=options.is_causal,
+        window=options.window,
+        return_lse=options.return_lse,
+    )
+
+
+def _xformers(
+    query: Tensor, key: Tensor, value: Tensor, options: _ring.Options
+) -> tuple[Tensor, Tensor | None]:
+    """Rows are independent of each other: blocks of them, each over all keys, need no merging."""
+    batch, seqlen_q, heads, _ = query.shape
+    if options.is_causal or options.window != (-1, -1):
+        return _direct(query, key, value, options)  # cuts masked calls into blocks of rows itself
+    request = Request.from_tensors(query, key, value, needs_grad=False)
+    if torch_sdpa.needs_square_memory(request) is None:
+        step = FUSED_ROWS
+    else:
+        step = max(1, options.max_elements // max(1, batch * heads * key.shape[1]))
+    out, lse = empty_result(query, query.dtype, options.return_lse)
+    for begin in range(0, seqlen_q, step):
+        end = min(begin + step, seqlen_q)
+        lens = None if options.q_lens is None else (options.q_lens - begin).clamp(0, end - begin)
+        part, part_lse = torch_sdpa.run(
+            query[:, begin:end],
+            key,
+            value,
+            q_lens=lens,
+            k_lens=options.k_lens,
+            scale=options.scale,
+            return_lse=options.return_lse,
+        )
+        out[:, begin:end].copy_(part)
+        if lse is not None and part_lse is not None:
+            lse[:, :, begin:end].copy_(part_lse)
+    return out, lse
+
+
+def _blocks(
+    query: Tensor, key: Tensor, value: Tensor, options: _ring.Options, rows: int, keys: int
+) -> tuple[Tensor, Tensor | None]:
+    with outside_autocast(query.device):
+        return _ring.attend(query, key, value, options, rows, keys)
+
+
+def _chunked(
+    query: Tensor, key: Tensor, value: Tensor, options: _ring.Options
+) -> tuple[Tensor, Tensor | None]:
+    batch, seqlen_q, heads, _ = query.shape
+    keys = max(1, options.max_elements // max(1, batch * heads * seqlen_q))
+    return _blocks(query, key, value, options, max(1, seqlen_q), keys)
+
+
+def _ring_blocks(
+    query: Tensor, key: Tensor, value: Tensor, options: _ring.Options
+) -> tuple[Tensor, Tensor | None]:
+    heads = max(1, query.shape[0] * query.shape[2])
+    side = max(1, int((options.max_elements // heads) ** 0.5))
+    return _blocks(query, key, value, options, side, side)
+
+
+_METHODS = {
+    "direct": _direct,
+    "xformers": _xformers,
+    "chunked": _chunked,
+    "ring": _ring_blocks,
+}

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fa2.py - backend `fa2`: FlashAttention 2, if installed; imported when asked for.
+
+Signatures: flash_attn/flash_attn_interface.py of Dao-AILab/flash-attention, 2.3 to 2.8.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from wan_attn.backends import _flash_attention as fa
+from wan_attn.backends._common import capability, positive_scale
+from wan_attn.request import Request, wants_grad
+
+NAME = "fa2"
+TITLE = "Flash Attention 2"
+
+_FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
+_OLDEST = (2, 3)  # the first with window_size; before 2.1 causal was aligned top-left
+
+
+@cache
+def _load() -> tuple[Any, str]:
+    """The module, or None and why it cannot be used."""
+    module, reason = fa.load("flash_attn")
+    if module is None:
+        return None, reason
+    missing = [name for name in _FUNCTIONS if not callable(getattr(module, name, None))]
+    if missing:
+        return None, f"flash_attn is installed but has no {missing[0]}"
+    version = str(getattr(module, "__version__", ""))
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST:
+        return None, f"flash_attn {version} is older than {_OLDEST[0]}.{_OLDEST[1]}"
+    return module, ""
+
+
+def why_not(request: Request) -> str | None:
+    """Why FlashAttention 2 cannot take this call; None: it can."""
+    reason = fa.common_why_not(request)
+    if reason is not None:
+        return reason
+    arch = capability(request.device)
+    if arch is not None and arch < (8, 0):
+        return f"needs compute capability 8.0 or newer, this is {arch[0]}.{arch[1]}"
+    return _load()[1] or None
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    q_lens: Tensor | None = None,
+    k_lens: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute attention by FlashAttention 2; see wan_attn.sdpa for the contract.
+
+    Returns:
+        out [batch, seqlen_q, num_heads_q, head_dim] in query's dtype, and lse [batch, num_heads_q,
+        seqlen_q] float32 or None. The backward pass is the deterministic one.
+    """
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(f"FlashAttention 2: {reason}")
+    out_dtype = query.dtype
+    query, positive = positive_scale(query.to(value.dtype), scale)
+    options = {
+        "dropout_p": dropout_p,
+        "softmax_scale": positive,
+        "causal": is_causal,
+        "window_size": window,
+        "deterministic": wants_grad(query, key, value),
+    }
+    library = _Library(module, options)
+    out, lse = fa.attend(library, query, key.to(value.dtype), value, q_lens, k_lens, return_lse)
+    return out.to(out_dtype), lse
+
+
+@dataclass(frozen=True, slots=True)
+class _Library:
+    module: Any
+    options: dict[str, Any]
+
+    def dense(
+        self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        result = self.module.flash_attn_func(q, k, v, return_attn_probs=return_lse, **self.options)
+        return fa.unpack_result(result, return_lse)
+
+    def packed(
+        self, q: fa.Packed, k: fa.Packed, v: fa.Packed, max_q: int, max_k: int, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        result = self.module.flash_attn_varlen_func(
+            q.tokens,
+            k.tokens,
+            v.tokens,
+            q.cu_seqlens,
+            k.cu_seqlens,
+            max_q,
+            max_k,
+            return_attn_probs=return_lse,
+            **self.options,
+        )
+        return fa.unpack_result(result, return_lse)

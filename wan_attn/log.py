@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""log.py - what logger `wan_attn` says, each thing once; knows no backend.
+
+Nothing is shown until `enable()` (which `wan_attn.patch()` calls) or until the program sets up
+logging itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Hashable
+
+import torch
+
+from wan_attn.request import Request
+
+LOGGER = logging.getLogger("wan_attn")
+PREFIX = "[Attention]"
+
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "off": logging.CRITICAL + 1,
+}
+_DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+_lock = threading.Lock()
+_said: set[Hashable] = set()
+_SAID_MAX = 4096  # configurations; a workload whose shapes never repeat stops being described
+
+
+class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic only for type checkers
+    """Shows our lines on stderr, unless the program's root logger shows them already."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not (LOGGER.propagate and logging.getLogger().handlers):
+            self.stream = sys.stderr  # today's, which tests and notebooks replace
+            super().emit(record)
+
+
+_handler = _StderrHandler()
+_handler.setFormatter(logging.Formatter("%(message)s"))
+_level_before: int | None = None
+
+
+def enable(level: str = "info") -> None:
+    """Make the lines visible on stderr; `level` is a value of WAN_ATTN_LOG. Twice is once."""
+    global _level_before
+    with _lock:
+        if _handler not in LOGGER.handlers:
+            _level_before = LOGGER.level
+            LOGGER.addHandler(_handler)
+        LOGGER.setLevel(_LEVELS[level])
+
+
+def disable() -> None:
+    """Undo enable()."""
+    global _level_before
+    with _lock:
+        if _handler in LOGGER.handlers:
+            LOGGER.removeHandler(_handler)
+            LOGGER.setLevel(logging.NOTSET if _level_before is None else _level_before)
+            _level_before = None
+
+
+def once(key: Hashable, level: int, message: str) -> bool:
+    """Log `message` unless something was logged under `key` before; says whether it did."""
+    with _lock:
+        if key in _said or len(_said) > _SAID_MAX:
+            return False
+        _said.add(key)
+        if len(_said) > _SAID_MAX:
+            message += " (too many different calls: no more of them will be described)"
+    LOGGER.log(level, "%s %s", PREFIX, message)
+    return True
+
+
+def forget() -> None:
+    """Say everything again; for tests and for a new run in the same process."""
+    with _lock:
+        _said.clear()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """fp16, bf16, fp32, as users write them."""
+    return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def describe(
+    title: str, backend: str, reasons: str, request: Request, pairs: int | None
+) -> tuple[str, str, str]:
+    """The three lines of one configuration, without the prefix.
+
+    Args:
+        title: what runs, as users know it: "PyTorch SDPA", "wan_attn SDPA (sdpa_ref)".
+        backend: its name in USE_ATTENTION_BACKEND.
+        reasons: why not the ones before it; "" if there were none.
+        pairs: query-key pairs at the real lengths, summed over the batch; None where the lengths
+            live on a device, which is not made to wait for a line of text.
+    """
+    trains = request.needs_grad or request.dropout_p > 0
+    mode = "training" if trains else "inference"
+    dropout = f"{request.dropout_p:g} (training)" if trains else "disabled (inference)"
+    shape = f"[B={request.batch}, Lq={request.seqlen_q}, Lk={request.seqlen_k}]"
+    padded = request.batch * request.seqlen_q * request.seqlen_k
+    if pairs is None:
+        actual, ratio = "? (lengths are on the device)", "?"
+    else:
+        actual, ratio = str(pairs), f"{pairs / padded if padded else 1.0:.2f}"
+    bracket = f" ({reasons})" if reasons else ""
+    return (
+        f"Using {title}{bracket}, dropout={dropout}",
+        f"Config: backend={backend}, dtype={dtype_name(request.dtype)}, mode={mode}, shape={shape},"
+        f" dropout={request.dropout_p:g}",
+        f"Computation: actual={actual}, batch={padded}, ratio={ratio}",
+    )
+
+
+def configuration(
+    title: str,
+    backend: str,
+    reasons: str,
+    request: Request,
+    pairs: int | None,
+    level: int = logging.INFO,
+) -> None:
+    """Log the three lines of describe(), once per configuration."""
+    key = (title, backend, reasons, request)
+    lines = describe(title, backend, reasons, request, pairs)
+    if once(key, level, lines[0]):
+        for line in lines[1:]:
+            LOGGER.log(level, "%s %s", PREFIX, line)
+
+
+def compile_enabled() -> None:
+    """The line of WAN_COMPILE=1, once per process."""
+    once("compile", logging.INFO, "torch.compile enabled for optimization")
