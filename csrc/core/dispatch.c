@@ -13,9 +13,12 @@
 #define ON_CUDA(arch_min, arch_max) WAN_ATTN_CUDA, arch_min, arch_max
 #define HEAD_DIM(min, max, multiple) min, max, multiple
 
-/* First reading of the list: declare each row's entry point. */
+/* First reading of the list: declare each row's entry point and what it may name under `refuse` and
+ * `workspace`. */
 #define KERNEL(name, ...)                                                                          \
-    wan_attn_status wan_attn_##name(const wan_attn_problem *, wan_attn_error *);
+    wan_attn_status wan_attn_##name(const wan_attn_problem *, wan_attn_error *);                   \
+    const char *wan_attn_##name##_refuse(const wan_attn_problem *);                                \
+    size_t wan_attn_##name##_workspace(const wan_attn_problem *);
 #include "core/kernels.def"
 #undef KERNEL
 

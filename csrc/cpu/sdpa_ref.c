@@ -116,7 +116,8 @@ static int64_t row_blocks(const wan_attn_problem *p) {
 }
 
 /* Task numbers run over [batch][head][row block]. */
-static void run_row_block(int64_t task, void *ctx) {
+static void run_row_block(int64_t task, int64_t worker, void *ctx) {
+    (void)worker; /* its scratch is the stack */
     const wan_attn_problem *p = (const wan_attn_problem *)ctx;
     int64_t first_row = task % row_blocks(p) * BLOCK_M;
     int64_t head = task / row_blocks(p) % p->num_heads_q;

@@ -18,16 +18,19 @@
 #define MAX_THREADS 256
 
 typedef struct job {
-    wan_attn_counter next; /* the first task that no thread has taken */
+    wan_attn_counter next;        /* the first task that no thread has taken */
+    wan_attn_counter next_worker; /* the first number that no thread has     */
     int64_t count;
     wan_attn_task_fn fn;
     void *ctx;
 } job;
 
-static void drain(job *j) {
+static void drain_as(job *j, int64_t worker) {
     for (int64_t task; (task = wan_attn_fetch_add(&j->next, 1)) < j->count;)
-        j->fn(task, j->ctx);
+        j->fn(task, worker, j->ctx);
 }
+
+static void drain(job *j) { drain_as(j, wan_attn_fetch_add(&j->next_worker, 1)); }
 
 /* A range of the caller's loop stands for one or more workers, not for tasks. One drain serves the
  * whole range. */
@@ -71,15 +74,21 @@ static void drain_on_own_threads(job *j, int64_t workers) {
         join(threads[t]);
 }
 
-void wan_attn_run_tasks(const wan_attn_params *params, int64_t count, wan_attn_task_fn fn,
-                        void *ctx) {
-    job j = {0, count, fn, ctx};
+int64_t wan_attn_workers(const wan_attn_params *params, int64_t count) {
     int64_t workers = params->num_threads < count ? params->num_threads : count;
     workers = workers < MAX_THREADS ? workers : MAX_THREADS;
+    return workers > 1 ? workers : 1;
+}
+
+void wan_attn_run_tasks(const wan_attn_params *params, int64_t count, wan_attn_task_fn fn,
+                        void *ctx) {
+    job j = {0, 0, count, fn, ctx};
+    int64_t workers = wan_attn_workers(params, count);
     if (workers > 1 && params->parallel)
         params->parallel(0, workers, 1, drain_range, &j);
     else if (workers > 1)
         drain_on_own_threads(&j, workers);
-    /* Everything, if there is one worker or the caller's loop failed; otherwise nothing is left. */
-    drain(&j);
+    /* Everything, if there is one worker or the caller's loop failed; otherwise nothing is left. No
+     * other thread runs now, so number 0 is free. */
+    drain_as(&j, 0);
 }

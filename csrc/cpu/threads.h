@@ -7,9 +7,14 @@
 
 #include "wan_attn.h"
 
-typedef void (*wan_attn_task_fn)(int64_t task, void *ctx);
+/* `worker` numbers the thread that runs the task: 0 <= worker < wan_attn_workers(), one task at a
+ * time. It names a piece of scratch memory and nothing else. */
+typedef void (*wan_attn_task_fn)(int64_t task, int64_t worker, void *ctx);
 
-/* Calls fn(0, ctx) ... fn(count - 1, ctx), each once, in any order, on at most params->num_threads
+/* How many threads at most will run `count` tasks; at least 1. */
+int64_t wan_attn_workers(const wan_attn_params *params, int64_t count);
+
+/* Calls fn(0, ...) ... fn(count - 1, ...), each once, in any order, on at most params->num_threads
  * threads; returns when all are done. Tasks are handed out one by one, so uneven ones (causal,
  * ragged lengths) still fill every thread. What a task computes must depend on its number alone:
  * then the result does not depend on the number of threads. */

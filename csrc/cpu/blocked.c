@@ -1,0 +1,123 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * blocked.c - cuts a call into packed blocks and tiles and runs them on the threads (see
+ * blocked.h). Knows no instruction set.
+ */
+#include "cpu/blocked.h"
+
+#include <math.h>
+
+#include "cpu/threads.h"
+
+/* Packed K and V of one group. Large enough that a group keeps many cores busy, small enough not to
+ * matter beside a model; one pair is the least, whatever it takes (its K and V once more). */
+#define GROUP_BYTES (128ll << 20)
+
+/* With fewer tiles than this for each thread, the last ones to finish would leave the others
+ * waiting. */
+enum { TILES_PER_WORKER = 3, CACHE_LINE = 64 };
+
+static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+static int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+
+static void choose_tiles(const wan_attn_problem *p, const wan_attn_blocking *blocking,
+                         wan_attn_plan *plan) {
+    int64_t heads = p->batch * p->num_heads_q, panels = divide_up(p->seqlen_q, blocking->panel);
+    int64_t threads = wan_attn_workers(p->params, INT64_MAX);
+    plan->panels_per_tile = WAN_ATTN_MAX_PANELS;
+    while (plan->panels_per_tile > 1 &&
+           heads * divide_up(panels, plan->panels_per_tile) < threads * TILES_PER_WORKER)
+        plan->panels_per_tile /= 2;
+    plan->panels_per_tile = max_of(1, min_of(plan->panels_per_tile, panels));
+    plan->tiles_per_head = divide_up(panels, plan->panels_per_tile);
+    plan->tiles_per_pair = plan->tiles_per_head * (p->num_heads_q / p->num_heads_k);
+}
+
+static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blocking *blocking) {
+    wan_attn_plan plan = {.p = p, .blocking = blocking};
+    plan.depth = round_up(divide_up(p->head_dim, blocking->unit), blocking->depth_multiple);
+    plan.width = round_up(p->head_dim, blocking->width_multiple);
+    plan.q_factor = p->softmax_scale < 0.0 ? -1.0f : p->softmax_scale > 0.0 ? 1.0f : 0.0f;
+    plan.log2_scale = (float)(fabs(p->softmax_scale) * 1.4426950408889634);
+
+    plan.k_bytes = blocking->block_n * plan.depth * (int64_t)sizeof(float);
+    plan.v_bytes = blocking->block_n / blocking->unit * plan.width * (int64_t)sizeof(float);
+    plan.blocks = divide_up(p->seqlen_k, blocking->block_n);
+    plan.pair_bytes = plan.blocks * (plan.k_bytes + plan.v_bytes);
+    plan.pairs = p->batch * p->num_heads_k;
+    int64_t groups = divide_up(plan.pairs, max_of(1, GROUP_BYTES / max_of(1, plan.pair_bytes)));
+    plan.pairs_per_group = divide_up(plan.pairs, max_of(1, groups));
+
+    choose_tiles(p, blocking, &plan);
+    plan.workers = wan_attn_workers(p->params, plan.pairs_per_group *
+                                                   max_of(plan.tiles_per_pair, plan.blocks));
+    /* Q^T and O^T of each panel, S of one; 5 numbers for each row (its maximum, sum and so on). */
+    plan.scratch_floats =
+        round_up(blocking->panel *
+                     (plan.panels_per_tile * (plan.depth + plan.width + 5) + blocking->block_n),
+                 CACHE_LINE / (int64_t)sizeof(float));
+    plan.workspace_bytes = (size_t)(plan.pairs_per_group * plan.pair_bytes +
+                                    round_up(plan.pairs_per_group * plan.blocks, CACHE_LINE) +
+                                    plan.workers * plan.scratch_floats * (int64_t)sizeof(float));
+    return plan;
+}
+
+size_t wan_attn_blocked_workspace(const wan_attn_problem *p, const wan_attn_blocking *blocking) {
+    return make_plan(p, blocking).workspace_bytes;
+}
+
+wan_attn_packed_block wan_attn_packed_block_at(const wan_attn_plan *plan, int64_t pair_slot,
+                                               int64_t block, int64_t len_k) {
+    char *base = (char *)plan->p->params->workspace;
+    char *k = base + pair_slot * plan->pair_bytes + block * (plan->k_bytes + plan->v_bytes);
+    char *flags = base + plan->pairs_per_group * plan->pair_bytes;
+    int64_t first_key = block * plan->blocking->block_n;
+    wan_attn_packed_block at = {(float *)k, (float *)(k + plan->k_bytes),
+                                (uint8_t *)flags + pair_slot * plan->blocks + block, first_key,
+                                min_of(plan->blocking->block_n, len_k - first_key)};
+    return at;
+}
+
+/* Task numbers run over [pair of the group][block]. */
+static void pack_block(int64_t task, int64_t worker, void *ctx) {
+    const wan_attn_plan *plan = (const wan_attn_plan *)ctx;
+    const wan_attn_problem *p = plan->p;
+    (void)worker;
+    int64_t slot = task / plan->blocks, pair = plan->first_pair + slot;
+    int64_t b = pair / p->num_heads_k, len_q = wan_attn_len_q(p, b), len_k = wan_attn_len_k(p, b);
+    wan_attn_packed_block to = wan_attn_packed_block_at(plan, slot, task % plan->blocks, len_k);
+    /* The first and the last row bound what any row sees; without rows nobody looks. */
+    int64_t begin = wan_attn_visible_keys(p, 0, len_q, len_k).begin;
+    int64_t end = len_q ? wan_attn_visible_keys(p, len_q - 1, len_q, len_k).end : 0;
+    if (to.count > 0 && to.first_key < end && to.first_key + to.count > begin)
+        plan->blocking->pack(plan, b, pair % p->num_heads_k, &to);
+}
+
+/* Task numbers run over [pair of the group][query head of the pair][tile], tiles from the last:
+ * under a causal mask the last rows see most, and long tasks should not come last. */
+static void compute_tile(int64_t task, int64_t worker, void *ctx) {
+    const wan_attn_plan *plan = (const wan_attn_plan *)ctx;
+    const wan_attn_problem *p = plan->p;
+    int64_t slot = task / plan->tiles_per_pair, pair = plan->first_pair + slot;
+    int64_t tile = plan->tiles_per_head - 1 - task % plan->tiles_per_head;
+    int64_t rows = plan->panels_per_tile * plan->blocking->panel;
+    wan_attn_tile at = {.b = pair / p->num_heads_k,
+                        .head = pair % p->num_heads_k * (p->num_heads_q / p->num_heads_k) +
+                                task % plan->tiles_per_pair / plan->tiles_per_head,
+                        .pair_slot = slot,
+                        .first_row = tile * rows,
+                        .count = min_of(rows, p->seqlen_q - tile * rows)};
+    char *scratch = (char *)p->params->workspace + plan->workspace_bytes -
+                    (size_t)(plan->workers - worker) * (size_t)plan->scratch_floats * sizeof(float);
+    plan->blocking->compute(plan, &at, (float *)scratch);
+}
+
+void wan_attn_blocked_run(const wan_attn_problem *p, const wan_attn_blocking *blocking) {
+    wan_attn_plan plan = make_plan(p, blocking);
+    for (; plan.first_pair < plan.pairs; plan.first_pair += plan.pairs_per_group) {
+        int64_t pairs = min_of(plan.pairs_per_group, plan.pairs - plan.first_pair);
+        wan_attn_run_tasks(p->params, pairs * plan.blocks, pack_block, &plan);
+        wan_attn_run_tasks(p->params, pairs * plan.tiles_per_pair, compute_tile, &plan);
+    }
+}

@@ -1,0 +1,83 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * blocked.h - what the vectorised rows share: how a call is cut into blocks and tiles, where they
+ * lie in the workspace, and who computes them when. Knows no instruction set.
+ *
+ *            BLOCK_N keys    pair   one head of K and V of one sample, shared by its query heads
+ *           +------------+   block  BLOCK_N keys of a pair, packed once into the order of use
+ *    panel  |    S, P    |   panel  some 50 queries of one head: the width of a register tile
+ *           +------------+   tile   up to MAX_PANELS panels: one task; they share a block of keys
+ *
+ * Phases of a call, for each group of pairs that fits the workspace: pack all blocks, then compute
+ * all tiles. Both are lists of independent tasks for threads.h.
+ */
+#ifndef WAN_ATTN_CPU_BLOCKED_H
+#define WAN_ATTN_CPU_BLOCKED_H
+
+#include "core/kernel.h"
+
+enum { WAN_ATTN_MAX_PANELS = 4, WAN_ATTN_MAX_PANEL = 64 };
+
+typedef struct wan_attn_plan wan_attn_plan;
+
+/* Where a packed block of keys goes or is. */
+typedef struct wan_attn_packed_block {
+    float *k, *v;
+    uint8_t *has_nonfinite_v; /* 1: some value is infinite or NaN, 0 times it is not 0 */
+    int64_t first_key, count; /* keys [first_key, first_key + count); 1 to BLOCK_N     */
+} wan_attn_packed_block;
+
+/* One tile: queries [first_row, first_row + count) of head `head` of sample b. */
+typedef struct wan_attn_tile {
+    int64_t b, head, pair_slot; /* slot of its pair in the workspace */
+    int64_t first_row, count;
+} wan_attn_tile;
+
+/* What an instruction set brings along. A "unit" is 32 bits of packed input: one float or two
+ * bfloat16. */
+typedef struct wan_attn_blocking {
+    int64_t unit;           /* elements in a unit: 1 or 2                                     */
+    int64_t block_n;        /* keys in a block                                                */
+    int64_t panel;          /* queries in a panel, <= WAN_ATTN_MAX_PANEL                      */
+    int64_t depth_multiple; /* units of K and Q are padded with zeros to a multiple of this   */
+    int64_t width_multiple; /* rows of O^T (head_dim) are padded to a multiple of this        */
+    void (*pack)(const wan_attn_plan *plan, int64_t b, int64_t head_k,
+                 const wan_attn_packed_block *to);
+    void (*compute)(const wan_attn_plan *plan, const wan_attn_tile *tile, float *scratch);
+} wan_attn_blocking;
+
+struct wan_attn_plan {
+    const wan_attn_problem *p;
+    const wan_attn_blocking *blocking;
+    int64_t depth;    /* units of one row of Q or K, padded    */
+    int64_t width;    /* rows of O^T, padded                   */
+    float q_factor;   /* sign of softmax_scale, or 0: packing Q multiplies it by this, so that the
+                         largest score is always the largest weight */
+    float log2_scale; /* |softmax_scale| * log2(e)              */
+
+    int64_t k_bytes, v_bytes, blocks, pair_bytes; /* of one packed block; blocks of one pair */
+    int64_t pairs, pairs_per_group, first_pair;   /* first_pair: of the group at work        */
+    int64_t panels_per_tile, tiles_per_head, tiles_per_pair;
+    int64_t workers, scratch_floats;
+    size_t workspace_bytes;
+};
+
+/* Bytes of workspace that this call needs with this blocking. */
+size_t wan_attn_blocked_workspace(const wan_attn_problem *p, const wan_attn_blocking *blocking);
+
+/* Runs the call. */
+void wan_attn_blocked_run(const wan_attn_problem *p, const wan_attn_blocking *blocking);
+
+/* For `compute`: the packed block that holds the keys from block * BLOCK_N on; count is what is
+ * real for a sample of len_k. */
+wan_attn_packed_block wan_attn_packed_block_at(const wan_attn_plan *plan, int64_t pair_slot,
+                                               int64_t block, int64_t len_k);
+
+/* The real lengths of sample b. */
+static inline int64_t wan_attn_len_q(const wan_attn_problem *p, int64_t b) {
+    return wan_attn_length_at(&p->seqused_q, b, p->seqlen_q);
+}
+static inline int64_t wan_attn_len_k(const wan_attn_problem *p, int64_t b) {
+    return wan_attn_length_at(&p->seqused_k, b, p->seqlen_k);
+}
+
+#endif /* WAN_ATTN_CPU_BLOCKED_H */
