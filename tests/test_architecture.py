@@ -7,6 +7,7 @@ Each test is one rule over all files, and reports every file that breaks it.
 from __future__ import annotations
 
 import ast
+import platform
 import re
 import sys
 from collections.abc import Iterator
@@ -300,7 +301,7 @@ def test_a_kernel_is_named_in_its_row_and_its_own_file() -> None:
 
 
 def test_the_tables_of_the_readme_are_current() -> None:
-    if not wan_attn.ops.kernels():
-        pytest.skip("the native library does not load here, so the kernel table is unknown")
+    if not wan_attn.ops.kernels() or platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("README shows the kernels of x86-64, and this build has others")
     text = read(Path("README.md"))
     assert tables.up_to_date(text) == text, "run: make tables"
