@@ -68,7 +68,7 @@ PYTHON_LAYERS = [
     {"ops"},
     {"backends"},
     {"select"},
-    {"attention"},
+    {"attention", "_execute", "_opaque"},
     {"integrations"},
     {"", "__main__", "cli", "demo"},
 ]

@@ -197,6 +197,17 @@ static int compare(const wan_attn_params *p) {
     return 0;
 }
 
+/* A workspace of exactly the size that this call asks for; it depends on the number of threads. */
+static wan_attn_status give_workspace(wan_attn_params *p, wan_attn_error *err) {
+    size_t size = 0;
+    wan_attn_status status = wan_attn_workspace_size(p, &size, err);
+    p->workspace = NULL;
+    if (size && posix_memalign(&p->workspace, 64, size))
+        return WAN_ATTN_INTERNAL;
+    p->workspace_size = size;
+    return status;
+}
+
 typedef struct range {
     int64_t begin, end;
     wan_attn_range_fn fn;
@@ -243,8 +254,10 @@ static int same_bits_on_other_threads(const wan_attn_params *p) {
         allocate(&again.out, UNTOUCHED);
         again.num_threads = (int32_t)(3 * n + 1);
         again.parallel = LOOPS[n];
-        different |= wan_attn_forward(&again, NULL) != WAN_ATTN_OK ||
+        different |= give_workspace(&again, NULL) != WAN_ATTN_OK ||
+                     wan_attn_forward(&again, NULL) != WAN_ATTN_OK ||
                      memcmp(again.out.data, p->out.data, size) != 0;
+        free(again.workspace);
         free(again.out.data);
     }
     return different;
@@ -252,16 +265,13 @@ static int same_bits_on_other_threads(const wan_attn_params *p) {
 
 static int run_row(wan_attn_params *p, int32_t row, int *runs) {
     wan_attn_error err;
-    size_t size = 0;
     p->kernel = row;
     wan_attn_status status = wan_attn_why_not(p, row, &err);
     if (status == WAN_ATTN_UNSUPPORTED)
         return err.message[0] == '\0'; /* a refusal has a reason */
-    if (status != WAN_ATTN_OK || wan_attn_workspace_size(p, &size, &err) != WAN_ATTN_OK)
-        FAIL("refused: %s", err.message);
     free(p->workspace);
-    p->workspace = size ? aligned_alloc(64, (size + 63) / 64 * 64) : NULL;
-    p->workspace_size = size;
+    if (give_workspace(p, &err) != WAN_ATTN_OK || status != WAN_ATTN_OK)
+        FAIL("refused: %s", err.message);
     memset(p->out.data, UNTOUCHED, buffer_size(&p->out));
     if (wan_attn_forward(p, &err) != WAN_ATTN_OK)
         FAIL("failed: %s", err.message);
@@ -343,9 +353,12 @@ static int test_broken_calls(void) {
 static void *run_many_times(void *argument) {
     wan_attn_params p = *(const wan_attn_params *)argument;
     allocate(&p.out, UNTOUCHED);
+    if (give_workspace(&p, NULL) != WAN_ATTN_OK)
+        abort();
     for (int n = 0; n < 4; n++)
         if (wan_attn_forward(&p, NULL) != WAN_ATTN_OK || compare(&p))
             abort();
+    free(p.workspace);
     free(p.out.data);
     return NULL;
 }
