@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""setup.py - compiles libwan_attn (C, needs nothing) and the torch shim (C++, only if torch is here) into the package.
+"""setup.py - compiles libwan_attn (C) and, only if torch is here, its shim (C++) into the package.
 
-Asks nothing of a GPU, a driver or a CUDA toolkit, and fetches nothing. What can be told by the environment:
+Asks nothing of a GPU, a driver or a CUDA toolkit, and fetches nothing. The environment can say:
 
-WAN_ATTN_SHIM=auto|0|1   the torch shim: if torch >= 2.10 can be imported (default), never, or fail without it
+WAN_ATTN_SHIM=auto|0|1   the shim: if torch >= 2.10 can be imported (default), never, or always
 CC, CXX, CFLAGS          as everywhere
 """
 
@@ -37,7 +37,11 @@ SHIM_SOURCE = "csrc/torch/shim.cpp"
 SHIM_TARGET, SHIM_HEADERS = 0x0209000000000000, (2, 10)
 
 IS_MSVC = sys.platform == "win32"
-C_FLAGS = ["/std:c11", "/O2", "/utf-8"] if IS_MSVC else ["-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-g0"]
+C_FLAGS = (
+    ["/std:c11", "/O2", "/utf-8"]
+    if IS_MSVC
+    else ["-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-g0"]
+)
 CXX_FLAGS = (
     ["/std:c++17", "/O2", "/EHsc", "/utf-8"]
     if IS_MSVC
@@ -46,15 +50,20 @@ CXX_FLAGS = (
 
 
 def shared_library(stem: str) -> str:
-    prefix, suffix = {"win32": ("", ".dll"), "darwin": ("lib", ".dylib")}.get(sys.platform, ("lib", ".so"))
+    prefix, suffix = {"win32": ("", ".dll"), "darwin": ("lib", ".dylib")}.get(
+        sys.platform, ("lib", ".so")
+    )
     return f"{prefix}{stem}{suffix}"
 
 
 def torch_root() -> tuple[Path | None, str]:
-    """Where torch's headers are, or None and why they cannot be used. Reads files; imports nothing."""
+    """Where torch's headers are, or None and why they cannot be used. Imports nothing."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        return None, "torch is not importable here (an isolated build: use pip install --no-build-isolation)"
+        return (
+            None,
+            "torch is not importable here (pip install --no-build-isolation lets it be)",
+        )
     root = Path(spec.submodule_search_locations[0])
     found = re.search(r"__version__ = '(\d+)\.(\d+)", (root / "version.py").read_text())
     version = (int(found.group(1)), int(found.group(2))) if found else (0, 0)
@@ -74,7 +83,7 @@ def compiler():
 
 
 class build_native(Command):
-    """Builds both libraries beside wan_attn/__init__.py, in the build folder or (editable) in the source tree."""
+    """Builds both libraries beside wan_attn/__init__.py, in the build folder or the source tree."""
 
     description = "compile libwan_attn and the torch shim"
     user_options: list = []
@@ -85,7 +94,9 @@ class build_native(Command):
         self.build_temp = None
 
     def finalize_options(self) -> None:
-        self.set_undefined_options("build", ("build_lib", "build_lib"), ("build_temp", "build_temp"))
+        self.set_undefined_options(
+            "build", ("build_lib", "build_lib"), ("build_temp", "build_temp")
+        )
 
     def run(self) -> None:
         target = ROOT / "wan_attn" if self.editable_mode else Path(self.build_lib) / "wan_attn"
@@ -111,7 +122,10 @@ class build_native(Command):
         else:
             flags = []
         compiler().link_shared_object(
-            objects, str(target / shared_library("wan_attn")), libraries=libraries, extra_postargs=flags
+            objects,
+            str(target / shared_library("wan_attn")),
+            libraries=libraries,
+            extra_postargs=flags,
         )
 
     def build_shim(self, target: Path) -> None:
@@ -123,12 +137,17 @@ class build_native(Command):
             try:
                 self.compile_shim(root, target)
                 return
-            except Exception as error:  # a package that installs beats a faster call; doctor says which one runs
+            except (
+                Exception
+            ) as error:  # a package that installs beats a faster call; doctor says which one runs
                 why = f"the compiler failed: {error}"
         if wanted == "1":
             sys.exit(f"WAN_ATTN_SHIM=1, but the torch shim cannot be built: {why}")
         (target / shared_library("wan_attn_shim")).unlink(missing_ok=True)
-        print(f"wan_attn: no torch shim ({why}); the op will be bound through ctypes, some 10 us slower a call")
+        print(
+            f"wan_attn: no torch shim ({why}); the op will be bound through ctypes,"
+            " some 10 us slower a call"
+        )
 
     def compile_shim(self, root: Path, target: Path) -> None:
         objects = compiler().compile(
@@ -148,10 +167,17 @@ class build_native(Command):
         )
 
     def get_source_files(self) -> list[str]:
-        return [*C_SOURCES, SHIM_SOURCE, *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.[hd]*"))]
+        return [
+            *C_SOURCES,
+            SHIM_SOURCE,
+            *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.[hd]*")),
+        ]
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / "wan_attn" / shared_library(s)) for s in ("wan_attn", "wan_attn_shim")]
+        return [
+            str(Path(self.build_lib) / "wan_attn" / shared_library(s))
+            for s in ("wan_attn", "wan_attn_shim")
+        ]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -179,7 +205,13 @@ class BinaryDistribution(Distribution):
 
 setup(
     version=VERSION,
-    packages=["wan_attn", "wan_attn.backends", "wan_attn.cli", "wan_attn.demo", "wan_attn.integrations"],
+    packages=[
+        "wan_attn",
+        "wan_attn.backends",
+        "wan_attn.cli",
+        "wan_attn.demo",
+        "wan_attn.integrations",
+    ],
     cmdclass={"build": BuildWithNative, "build_native": build_native, "bdist_wheel": PlatformWheel},
     distclass=BinaryDistribution,
 )

@@ -5,26 +5,9 @@ Importing registers ``torch.ops.wan_attn.sdpa`` and does nothing else: it patche
 CUDA context, reads no file but its own library and opens no connection.
 """
 
-try:
-    import torch as _torch
-except ImportError as _error:
-    raise ImportError(
-        f"wan_attn needs PyTorch 2.4 or newer, which it never installs itself ({_error}): "
-        "install the torch that suits this machine first"
-    ) from _error
-if tuple(int(part) for part in _torch.__version__.split(".")[:2]) < (2, 4):
-    raise ImportError(f"wan_attn needs PyTorch 2.4 or newer, got {_torch.__version__}")
+import warnings as _warnings
 
-from wan_attn import ops as ops  # registers the op
-from wan_attn.attention import flash_attention, sdpa
-from wan_attn.backends.chunked import windows_flash_attention_wrapper
-from wan_attn.integrations.wan22 import patch, unpatch
-from wan_attn.states import merge_states
 from wan_attn.version import __version__
-
-# Last, because it hides the package of the same name: that one is reached as `wan_attn.backends.x`
-# in import statements, as always; the attribute is the function that users call.
-from wan_attn.availability import backends  # isort: skip
 
 __all__ = [
     "__version__",
@@ -36,3 +19,40 @@ __all__ = [
     "unpatch",
     "windows_flash_attention_wrapper",
 ]
+
+
+def _need_torch() -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"wan_attn needs PyTorch 2.4 or newer, which it never installs itself ({error}): "
+            "install the torch that suits this machine first"
+        ) from error
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 4):
+        raise ImportError(f"wan_attn needs PyTorch 2.4 or newer, got {torch.__version__}")
+
+
+try:
+    _need_torch()
+    from wan_attn import ops as ops  # registers the op
+    from wan_attn.attention import flash_attention, sdpa
+    from wan_attn.backends.chunked import windows_flash_attention_wrapper
+    from wan_attn.integrations.wan22 import patch, unpatch
+    from wan_attn.states import merge_states
+
+    # Last, because it hides the package of the same name: that one is reached as
+    # `wan_attn.backends.x` in import statements, as always; the attribute is the function that
+    # users call.
+    from wan_attn.availability import backends  # isort: skip
+except (ImportError, OSError, RuntimeError, ValueError) as _error:
+    # No torch, one whose DLLs do not load, a variable that holds something impossible: raised at
+    # the first use, not here, because `python -m wan_attn doctor` has to import this file in order
+    # to say what is wrong.
+    _why = _error
+    _warnings.warn(f"wan_attn cannot be used here: {_error}", RuntimeWarning, stacklevel=2)
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            raise ImportError(f"wan_attn cannot be used here: {_why}") from _why
+        raise AttributeError(f"module 'wan_attn' has no attribute {name!r}")

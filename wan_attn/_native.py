@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""_native.py - finds and opens libwan_attn, and mirrors csrc/wan_attn.h in ctypes. Knows nothing of torch."""
+"""_native.py - opens libwan_attn, and mirrors csrc/wan_attn.h in ctypes; knows no torch."""
 
 from __future__ import annotations
 
@@ -129,7 +129,10 @@ def _open() -> tuple[ctypes.CDLL | None, str | None]:
     path = lib_path()
     again = "reinstall with: pip install --force-reinstall --no-deps wan-attn"
     if not path.exists():
-        return None, f"{path.name} is not in the package (it was built without a C compiler); {again}"
+        return (
+            None,
+            f"{path.name} is not in the package (it was built without a C compiler); {again}",
+        )
     try:
         lib = ctypes.CDLL(str(path))
         for name, (restype, argtypes) in _FUNCTIONS.items():

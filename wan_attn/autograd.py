@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """autograd.py - the derivative of torch.ops.wan_attn.sdpa, in torch operators.
 
-The kernels are forward only. Whoever calls the op itself with tensors that need a gradient still gets the right one: the
-backward pass recomputes the weights a block of query rows at a time (Dao et al., arXiv 2205.14135, appendix B.2, without
-tiling over keys). It is exact and memory-bounded, not fast: wan_attn.sdpa and flash_attention send such calls to torch.
+The kernels are forward only. Whoever calls the op itself with tensors that need a gradient still
+gets the right one: the backward pass recomputes the weights a block of query rows at a time (Dao et
+al., arXiv 2205.14135, appendix B.2, without tiling over keys). It is exact and memory-bounded, not
+fast: wan_attn.sdpa and flash_attention send such calls to torch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ def setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) 
 
 
 def _visible(
-    ctx: Any, rows: Tensor, seqlen_q: int, seqlen_k: int, q_lens: Tensor | None, k_lens: Tensor | None
+    ctx: Any,
+    rows: Tensor,
+    seqlen_q: int,
+    seqlen_k: int,
+    q_lens: Tensor | None,
+    k_lens: Tensor | None,
 ) -> Tensor:
     """[batch or 1, 1, rows, seqlen_k] bool: the mask of csrc/wan_attn.h for these query rows."""
     device = rows.device
@@ -48,7 +54,7 @@ def _visible(
 
 
 def _rows_or_zero(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """[batch, seqlen, heads, dim] -> float32 [batch, heads, seqlen, dim] with padding zeroed: it may hold NaN."""
+    """-> float32 [batch, heads, seqlen, dim], with padding zeroed: it may hold NaN."""
     x = x.transpose(1, 2).float()
     if lengths is None:
         return x
@@ -57,7 +63,7 @@ def _rows_or_zero(x: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """(grad_query, grad_key, grad_value, None, None): gradients in the inputs' dtypes, computed in float32."""
+    """(grad_query, grad_key, grad_value, None, None), in the inputs' dtypes, from float32."""
     query, key, value, q_lens, k_lens = ctx.saved_tensors
     batch, seqlen_q, heads_q, head_dim = query.shape
     seqlen_k, heads_k = key.shape[1], key.shape[2]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""binding.py - the two roads from torch tensors to libwan_attn: the C++ shim, and ctypes where the shim does not fit.
+"""binding.py - the two roads from torch tensors to libwan_attn: the C++ shim, and ctypes.
 
-Both describe the same tensors in the same C structs, so checks, kernels and messages are the same; the shim costs less per
-call (benchmarks/bench_overhead.py).
+Both describe the same tensors in the same C structs, so checks, kernels and messages are the same;
+the shim costs less per call (benchmarks/bench_overhead.py) but needs a newer torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ DTYPES = {
 }
 DEVICES = {"cpu": _native.CPU, "cuda": _native.CUDA}
 
-# Before 2.9 the encoding of arguments differed: a shim built for 2.9 loads in 2.7 and computes wrong results.
+# Before 2.9 arguments were encoded otherwise: a shim built for 2.9 loads in 2.7 and computes
+# nonsense, so the version decides and not whether it loads.
 SHIM_NEEDS_TORCH = (2, 9)
 
 # Bits that each value of WAN_ATTN_CPU_ISA allows; every level includes the ones below it.
@@ -119,7 +120,7 @@ def why_no_shim() -> str | None:
 
 
 def load_shim() -> str | None:
-    """Loads the shim, which registers the op for CPU and CUDA. Returns why it could not, or None."""
+    """Loads the shim, which registers the op for CPU and CUDA; or says why it could not."""
     why = why_no_shim()
     if why is not None:
         return why

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""contract.py - the rules of csrc/core/check.c that can be told without data, for calls that never reach C: fake tensors with
-symbolic shapes, and machines where the native library does not load.
+"""contract.py - the rules of csrc/core/check.c again, for calls that never reach C.
+
+Those are fake tensors with symbolic shapes, and machines where the native library does not load.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def check_call(
     window_left: int,
     window_right: int,
 ) -> None:
-    """The rules of csrc/core/check.c that can be told without data; also where shapes are symbolic."""
+    """Raises RuntimeError for what can be told without data; shapes may be symbolic."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             _refuse(f"{name} must be [batch, seqlen, heads, head_dim], got {list(tensor.shape)}")
@@ -31,14 +32,19 @@ def check_call(
             _refuse(f"{name} must be on query's device, got another one")
     for name, tensor in (("query", query), ("key", key)):
         if tensor.dtype not in (torch.float32, value.dtype):
-            _refuse(f"{name} must be float32 or have value's dtype {value.dtype}, got {tensor.dtype}")
+            _refuse(
+                f"{name} must be float32 or have value's dtype {value.dtype}, got {tensor.dtype}"
+            )
     batch, _, heads_q, head_dim = query.shape
     heads_k = key.shape[2]
     if heads_k < 1 or heads_q % heads_k != 0:
-        _refuse(f"query must have a multiple of key's heads, got {heads_q} heads for key's {heads_k}")
+        _refuse(
+            f"query must have a multiple of key's heads, got {heads_q} heads for key's {heads_k}"
+        )
     if key.shape[0] != batch or key.shape[3] != head_dim:
         _refuse(
-            f"key must be [query's batch, seqlen_k, num_heads_k, query's head_dim], got {list(key.shape)}"
+            "key must be [query's batch, seqlen_k, num_heads_k, query's head_dim],"
+            f" got {list(key.shape)}"
         )
     if value.shape != key.shape:
         _refuse(f"value must be shaped like key, got {list(value.shape)}")

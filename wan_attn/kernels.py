@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kernels.py - the kernel table of libwan_attn as Python values, and its answers to "which row, and why not the others"."""
+"""kernels.py - libwan_attn's kernel table as Python values: which row takes a call, and why not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class KernelInfo:
-    """One row of csrc/core/kernels.def. `dtypes` are those of value; query and key may also be float32."""
+    """One row of csrc/core/kernels.def. `dtypes` are value's; query and key may be float32 too."""
 
     index: int
     name: str
@@ -79,7 +79,7 @@ def build_info() -> str:
 
 
 def _describe(request: Request, dtype: torch.dtype, shape: tuple[int, ...]) -> _native.Tensor:
-    """A contiguous tensor of this shape that does not exist: the questions below never read data."""
+    """A contiguous tensor that does not exist: the questions below never read data."""
     described = _native.Tensor(
         dtype=DTYPES.get(dtype, _native.DTYPE_OTHER),
         device_type=DEVICES.get(request.device.type, _native.DEVICE_OTHER),
@@ -118,13 +118,11 @@ def why_not(request: Request, row: int) -> str | None:
 
 
 def select(request: Request) -> tuple[KernelInfo | None, str]:
-    """The row that would run and "", or None and every row's reason. The call's contract is checked too."""
+    """The row that would run and "", or None and every row's reason (or a broken contract)."""
     if _native.load() is None:
         return None, _native.load_error() or ""
     error, row = _native.Error(), c_int32(-1)
-    status = _native.lib().wan_attn_select(
-        _params(request), ctypes.byref(row), ctypes.byref(error)
-    )
+    status = _native.lib().wan_attn_select(_params(request), ctypes.byref(row), ctypes.byref(error))
     if status == _native.OK:
         return kernels()[row.value], ""
     return None, error.text()

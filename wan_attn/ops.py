@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """ops.py - registers torch.ops.wan_attn.sdpa on the best binding that works here.
 
-=========  ==========================================================================================
-shim       csrc/torch/shim.cpp through torch's stable ABI; torch >= 2.9
-ctypes     the same C functions called from Python; any torch >= 2.4, some 10 us more a call
-torch      no native library: computed by torch's own operators, so the op exists wherever torch does
-=========  ==========================================================================================
+======  =========================================================================================
+shim    csrc/torch/shim.cpp through torch's stable ABI; torch >= 2.9
+ctypes  the same C functions called from Python; any torch >= 2.4, some 10 us more a call
+torch   no native library: computed by torch's operators, so the op exists wherever torch does
+======  =========================================================================================
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SCHEMA = (
     " bool return_lse=False, int kernel=-1) -> (Tensor out, Tensor lse)"
 )
 
-# Torch frees an operator with the last reference to its Library: this one lives as long as the module.
+# Torch frees an operator with the last reference to its Library: keep it as long as the module.
 _LIBRARY = torch.library.Library("wan_attn", "FRAGMENT")
 _binding: str = "torch"
 _reason: str = ""
 
 
 def binding() -> str:
-    """ "shim", "ctypes" or "torch": how torch.ops.wan_attn.sdpa reaches its kernels in this process."""
+    """How torch.ops.wan_attn.sdpa reaches its kernels in this process: "shim", "ctypes", "torch"."""
     return _binding
 
 
@@ -71,7 +71,8 @@ def _sdpa_by_torch(
 
     if kernel != -1:
         raise RuntimeError(
-            f"wan_attn: kernel must be -1, because there is no kernel table here ({_reason}), got {kernel}"
+            f"wan_attn: kernel must be -1, as there is no kernel table here ({_reason}),"
+            f" got {kernel}"
         )
     check_call(query, key, value, q_lens, k_lens, scale, window_left, window_right)
     out, lse = torch_sdpa.run(
@@ -93,7 +94,8 @@ def _sdpa_by_torch(
 def _sdpa_elsewhere(query: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
     """Devices and layouts that no binding registers a kernel for."""
     raise RuntimeError(
-        f"wan_attn: query must be a dense tensor on cpu or cuda, got {query.layout} on {query.device}"
+        f"wan_attn: query must be a dense tensor on cpu or cuda, got {query.layout}"
+        f" on {query.device}"
     )
 
 
@@ -119,7 +121,7 @@ def _sdpa_fake(
 
 def _register() -> None:
     global _binding, _reason
-    # Inductor may otherwise hand over other strides than eager does; a last stride of 1 is part of the contract.
+    # Else inductor may hand over other strides than eager does; the contract wants a last one of 1.
     _LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     torch.library.register_fake("wan_attn::sdpa", _sdpa_fake, lib=_LIBRARY)
     _LIBRARY.impl("sdpa", _sdpa_elsewhere, "CompositeExplicitAutograd")
