@@ -84,6 +84,9 @@ def attend(
     visible = _see(query, key, options, ranks)
     scale = 1.0 / math.sqrt(head_dim) if options.scale is None else options.scale
     first = rank * seqlen_q
+    is_real = visible.device.real_rows()[:, first : first + seqlen_q]
+    if options.q_lens is not None:  # NaN beyond a length would reach key's and value's gradients
+        query = query.masked_fill(~is_real, 0)
     members = [(b, min(b + rows, seqlen_q)) for b in range(0, seqlen_q, rows)]
     states: list[State | None] = [None] * len(members)
     for held in _turns(_Shard(rank * key.shape[1], key, value), len(members), keys, options.group):
@@ -93,7 +96,6 @@ def attend(
             states[m] = _meet(states[m], block, position, held[m], keys, visible, scale)
     out = query.new_zeros(query.shape)
     lse = query.new_full((batch, heads, seqlen_q), -math.inf, dtype=torch.float32)
-    is_real = visible.device.real_rows()[:, first : first + seqlen_q]
     for (begin, end), state in zip(members, states, strict=True):
         if state is not None:
             dead = ~is_real[:, begin:end]
