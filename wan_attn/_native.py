@@ -69,7 +69,7 @@ class Error(ctypes.Structure):
     _fields_ = [("status", c_int32), ("message", c_char * 1020)]
 
     def text(self) -> str:
-        return self.message.decode("utf-8", "replace")
+        return str(self.message, "utf-8", "replace")
 
 
 class KernelInfo(ctypes.Structure):

@@ -84,14 +84,14 @@ def parallel_for() -> int | None:
     return torch_function("torch_parallel_for")
 
 
-_NUM_THREADS = CFUNCTYPE(c_int32, POINTER(c_uint32))
-
-
-@_NUM_THREADS
 def _num_threads(out: ctypes._Pointer[c_uint32]) -> int:
     """torch_get_num_threads for torch 2.9, which does not export it."""
     out[0] = torch.get_num_threads()
     return 0
+
+
+# Kept for good: C calls it as long as the shim lives.
+_NUM_THREADS = CFUNCTYPE(c_int32, POINTER(c_uint32))(_num_threads)
 
 
 class _ShimFunctions(ctypes.Structure):
@@ -135,7 +135,7 @@ def load_shim() -> str | None:
         ctypes.cast(lib.wan_attn_workspace_size, c_void_p),
         ctypes.cast(lib.wan_attn_forward, c_void_p),
         parallel_for(),
-        torch_function("torch_get_num_threads") or ctypes.cast(_num_threads, c_void_p).value,
+        torch_function("torch_get_num_threads") or ctypes.cast(_NUM_THREADS, c_void_p).value,
         torch_function("aoti_torch_get_current_cuda_stream"),
         allowed_cpu_features(),
     )

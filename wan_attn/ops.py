@@ -44,7 +44,7 @@ _reason: str = ""
 
 
 def binding() -> str:
-    """How torch.ops.wan_attn.sdpa reaches its kernels in this process: "shim", "ctypes", "torch"."""
+    """How torch.ops.wan_attn.sdpa reaches its kernels here: "shim", "ctypes" or "torch"."""
     return _binding
 
 
