@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import oracle
-import tolerances
 import torch
 import wan22_harness
 from torch import Tensor
 
+import oracle
+import tolerances
 from wan_attn.integrations import wan22
 
 HALF = (torch.float16, torch.bfloat16)
