@@ -77,6 +77,21 @@ static inline units load_units(const float *from) { return _mm256_loadu_ps(from)
 static inline units multiply_units(units a, units b) { return _mm256_mul_ps(a, b); }
 static inline units set_units(float x) { return _mm256_set1_ps(x); }
 
+/* Pairs of bfloat16, for rows whose unit is one. Sixteen neighbours as they lie in memory: */
+static inline units load_pairs(const void *from) { return _mm256_loadu_ps((const float *)from); }
+
+/* Sixteen neighbours, rounded from floats. */
+static inline units pair_neighbours(units low, units high) {
+    __m256i x = _mm256_castsi128_si256(bf16_of_floats(low));
+    return _mm256_castsi256_ps(_mm256_inserti128_si256(x, bf16_of_floats(high), 1));
+}
+
+/* Lane by lane (even[i], odd[i]), from floats that are bfloat16 numbers. */
+static inline units pair_lanes(units even, units odd) {
+    __m256i low = _mm256_srli_epi32(_mm256_castps_si256(even), 16);
+    return _mm256_castsi256_ps(_mm256_blend_epi16(low, _mm256_castps_si256(odd), 0xaa));
+}
+
 /* 0 while everything added so far is finite, NaN afterwards. */
 static inline units add_taint(units taint, units x) {
     return _mm256_fmadd_ps(x, _mm256_setzero_ps(), taint);

@@ -50,13 +50,4 @@ static inline __m512 exp2_degree5(__m512 x) {
     return scale_by_power(x, n, p);
 }
 
-/* The same to 1e-4, a twentieth of what rounding to bfloat16 does afterwards. */
-static inline __m512 exp2_degree3(__m512 x) {
-    __m512 n = nearest_integer(x), f = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0x1.c2a254p-5f), _mm512_set1_ps(0x1.f00c4cp-3f));
-    p = _mm512_fmadd_ps(f, p, _mm512_set1_ps(0x1.62f5fap-1f));
-    p = _mm512_fmadd_ps(f, p, _mm512_set1_ps(1.0f));
-    return scale_by_power(x, n, p);
-}
-
 #endif /* WAN_ATTN_CPU_VECTOR_AVX512_H */

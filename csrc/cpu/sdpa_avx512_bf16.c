@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * sdpa_avx512_bf16.c - attention in bfloat16 with AVX512-BF16: vdpbf16ps adds the products of two
+ * pairs to a float32, at twice the rate of float32 products. The body: sdpa_tile.inc.
+ *
+ * Budget: 8 x 3 accumulators + 3 + 1 of 32 registers; 24 vdpbf16ps for 11 loads. Panel of 48
+ * queries.
+ * Numerics: float32 query and key are rounded to bfloat16, as torch does; P is rounded to bfloat16,
+ * row_sum adds up what it was before. vdpbf16ps takes subnormal numbers for zero.
+ */
+#if defined(__x86_64__) || defined(_M_X64)
+
+#include <float.h>
+#include <immintrin.h>
+#include <math.h>
+
+/* For this file alone, and in the source, so that every build and every tool agrees. MSVC needs no
+ * permission. */
+#if defined(__clang__)
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))),        \
+    apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#endif
+
+#include "cpu/blocked.h"
+#include "cpu/units_x86.h"
+#include "cpu/vector_avx512.h"
+
+#define VECTORS 3
+#define ROWS 8
+#define STEP ROWS
+#define UNIT 2
+#define BLOCK_N 128
+#define EXP2 exp2_degree5
+
+static inline __m512 DOT(__m512 a, __m512 b, __m512 c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+}
+
+/* Lane by lane (even[i], odd[i]), rounded. */
+static inline __m512 BF16_PAIRS(__m512 even, __m512 odd) {
+    const __m512i ORDER =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(ORDER, halves));
+}
+
+#include "cpu/sdpa_tile.inc"
+#include "cpu/sdpa_pack.inc"
+#include "cpu/sdpa_fma.inc"
+
+static const wan_attn_blocking BLOCKING = {.unit = UNIT,
+                                           .block_n = BLOCK_N,
+                                           .panel = PANEL,
+                                           .depth_multiple = 1,
+                                           .width_multiple = UNIT_LANES,
+                                           .pack = pack_keys,
+                                           .compute = compute_tile};
+
+size_t wan_attn_sdpa_avx512_bf16_workspace(const wan_attn_problem *p) {
+    return wan_attn_blocked_workspace(p, &BLOCKING);
+}
+
+wan_attn_status wan_attn_sdpa_avx512_bf16(const wan_attn_problem *p, wan_attn_error *err) {
+    (void)err;
+    wan_attn_blocked_run(p, &BLOCKING);
+    return WAN_ATTN_OK;
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif /* x86-64 */
