@@ -51,14 +51,15 @@ class Choice:
     def reasons(self) -> str:
         """The refusals as one line of text; "" if there were none and nothing was forced."""
         said = dict(self.refusals)
-        parts = []
         flash = [said[name] for name in FLASH_ATTENTION_BACKENDS if name in said]
+        parts = []
         if flash == [NOT_INSTALLED] * len(FLASH_ATTENTION_BACKENDS):
             parts.append("Flash Attention not available")
         elif flash == [DISABLED] * len(FLASH_ATTENTION_BACKENDS):
             parts.append(f"Flash Attention {DISABLED}")
+        is_said = FLASH_ATTENTION_BACKENDS if parts else ()
         for name, reason in self.refusals:
-            if not (parts and name in FLASH_ATTENTION_BACKENDS):
+            if name not in is_said:
                 parts.append(f"{REGISTRY[name].TITLE}: {' '.join(reason.split())}")
         if not parts and self.forced_by:
             parts.append(self.forced_by)

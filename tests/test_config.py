@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""test_config.py - every environment variable: what it takes, what it refuses, what contradicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+
+import pytest
+
+from wan_attn import config
+from wan_attn.backends import REGISTRY
+from wan_attn.config import VARIABLES, ConfigError, Settings
+
+FLAGS = [variable for variable in VARIABLES if variable.kind == "flag"]
+CHOICES = [variable for variable in VARIABLES if variable.kind == "choice"]
+
+
+@pytest.fixture(autouse=True)
+def _keep_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test sees none of our variables, and leaves none of its settings."""
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable.name, raising=False)
+    monkeypatch.setattr(config, "_current", None)
+    yield
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    assert Settings.from_env({}) == Settings()
+    assert Settings.from_env({variable.name: "" for variable in VARIABLES}) == Settings()
+
+
+def test_the_table_and_the_settings_name_the_same_fields() -> None:
+    assert [v.field for v in VARIABLES] == [f.name for f in dataclasses.fields(Settings)]
+    assert len({v.name for v in VARIABLES}) == len(VARIABLES)
+
+
+def test_every_field_has_the_type_that_its_kind_parses_to() -> None:
+    hints = typing.get_type_hints(Settings)
+    kinds = {"flag": bool, "integer": int, "choice": str, "path": str | None}
+    for variable in VARIABLES:
+        assert hints[variable.field] == kinds[variable.kind], variable.name
+
+
+def test_the_backends_that_can_be_named_are_those_that_exist() -> None:
+    (backend,) = [v for v in VARIABLES if v.name == "USE_ATTENTION_BACKEND"]
+    assert set(backend.values) == {"auto", *REGISTRY}
+
+
+@pytest.mark.parametrize("variable", FLAGS, ids=lambda v: v.name)
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1", True), ("0", False), ("true", True), ("OFF", False), (" yes ", True), ("No", False)],
+)
+def test_flags(variable: config.Variable, text: str, value: bool) -> None:
+    assert getattr(Settings.from_env({variable.name: text}), variable.field) is value
+
+
+@pytest.mark.parametrize("variable", FLAGS, ids=lambda v: v.name)
+@pytest.mark.parametrize("text", ["2", "-1", "y", "enabled", "1.0"])
+def test_flags_refuse(variable: config.Variable, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_env({variable.name: text})
+    assert str(caught.value) == (
+        f"{variable.name} must be 1 or 0 (also true/false, yes/no, on/off), got {text!r}"
+    )
+
+
+@pytest.mark.parametrize("variable", CHOICES, ids=lambda v: v.name)
+def test_choices(variable: config.Variable) -> None:
+    for value in variable.values:
+        for text in (value, value.upper(), f" {value} "):
+            assert getattr(Settings.from_env({variable.name: text}), variable.field) == value
+
+
+@pytest.mark.parametrize("variable", CHOICES, ids=lambda v: v.name)
+@pytest.mark.parametrize("text", ["flash", "1", "auto,sdpa", "sdpa2"])
+def test_choices_refuse_and_list_what_is_valid(variable: config.Variable, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_env({variable.name: text})
+    assert str(caught.value) == (
+        f"{variable.name} must be one of {', '.join(variable.values)}; got {text!r}"
+    )
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("1048576", 1048576), (" 12 ", 12)])
+def test_threshold(text: str, value: int) -> None:
+    assert Settings.from_env({"WAN_ATTN_CHUNK_THRESHOLD": text}).chunk_threshold == value
+
+
+@pytest.mark.parametrize("text", ["-1", "1e6", "many", "1.5", "1_000", "٣"])
+def test_threshold_refuses(text: str) -> None:
+    with pytest.raises(ConfigError, match="must be an integer, 0 or more, got"):
+        Settings.from_env({"WAN_ATTN_CHUNK_THRESHOLD": text})
+
+
+def test_a_path_keeps_its_case() -> None:
+    assert Settings.from_env({"WAN22_DIR": "/Data/Wan2.2"}).wan22_dir == "/Data/Wan2.2"
+
+
+@pytest.mark.parametrize(
+    ("env", "name", "forced_by"),
+    [
+        ({}, None, ""),
+        ({"USE_ATTENTION_BACKEND": "auto"}, None, ""),
+        ({"USE_ATTENTION_BACKEND": "torch"}, "torch", "USE_ATTENTION_BACKEND=torch"),
+        ({"USE_SDPA": "1"}, "sdpa", "USE_SDPA=1"),
+        ({"USE_SDPA": "1", "USE_ATTENTION_BACKEND": "auto"}, "sdpa", "USE_SDPA=1"),
+        (
+            {"USE_SDPA": "1", "USE_ATTENTION_BACKEND": "sdpa"},
+            "sdpa",
+            "USE_ATTENTION_BACKEND=sdpa",
+        ),
+        ({"USE_SDPA": "0", "USE_ATTENTION_BACKEND": "fa2"}, "fa2", "USE_ATTENTION_BACKEND=fa2"),
+        ({"DISABLE_FLASH_ATTN": "1"}, None, ""),
+    ],
+)
+def test_the_forced_backend(env: dict[str, str], name: str | None, forced_by: str) -> None:
+    settings = Settings.from_env(env)
+    assert (settings.forced_backend, settings.forced_by) == (name, forced_by)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"USE_SDPA": "1", "USE_ATTENTION_BACKEND": "fa2"},
+        {"USE_SDPA": "1", "USE_ATTENTION_BACKEND": "torch"},
+        {"DISABLE_FLASH_ATTN": "1", "USE_ATTENTION_BACKEND": "fa2"},
+        {"DISABLE_FLASH_ATTN": "1", "USE_ATTENTION_BACKEND": "fa3"},
+    ],
+)
+def test_contradictions_are_errors_that_name_both(env: dict[str, str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_env(env)
+    for name, value in env.items():
+        assert f"{name}={value}" in str(caught.value)
+    assert "contradict each other" in str(caught.value)
+
+
+def test_current_is_parsed_once_and_refreshed_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = config.current()
+    monkeypatch.setenv("WAN_ATTN_STRICT", "1")
+    assert config.current() is first and not first.strict
+    assert config.refresh().strict and config.current().strict
+
+
+def test_a_bad_refresh_leaves_what_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = config.current()
+    monkeypatch.setenv("USE_ATTENTION_BACKEND", "flash")
+    with pytest.raises(ConfigError):
+        config.refresh()
+    assert config.current() is first
+
+
+def test_a_bad_environment_is_an_error_at_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USE_ATTENTION_BACKEND", "flash")
+    with pytest.raises(ConfigError, match="USE_ATTENTION_BACKEND must be one of auto, sdpa"):
+        config.current()
+
+
+def test_the_markdown_table_has_a_row_for_each() -> None:
+    lines = config.markdown_table().splitlines()
+    assert len(lines) == 2 + len(VARIABLES)
+    for variable, line in zip(VARIABLES, lines[2:], strict=True):
+        assert line.startswith(f"| `{variable.name}` | ") and line.count(" | ") == 3
