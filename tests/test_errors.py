@@ -341,7 +341,13 @@ def c_call(native: str) -> tuple[_native.Params, list[Tensor]]:
     """Parameters of a good call, and the tensors they point to, out last."""
     query, key, value = operands()
     tensors = [query, key, value, torch.full_like(query, math.nan)]
-    return params_for(*tensors), tensors
+    params, size = params_for(*tensors), ctypes.c_size_t()
+    assert _native.lib().wan_attn_workspace_size(params, size, None) == _native.OK
+    workspace = torch.empty(size.value + 64, dtype=torch.uint8)
+    params.workspace = -(-workspace.data_ptr() // 64) * 64
+    params.workspace_size = size.value
+    params._kept = workspace  # as long as the parameters
+    return params, tensors
 
 
 def test_c_abi_good_call(c_call: tuple[_native.Params, list[Tensor]]) -> None:
@@ -368,7 +374,10 @@ def test_c_abi_null_pointers(c_call: tuple[_native.Params, list[Tensor]], functi
     lib, error = _native.lib(), _native.Error()
     run = getattr(lib, f"wan_attn_{function}")
     row, size = ctypes.c_int32(), ctypes.c_size_t()
-    between = {"select": [row], "workspace_size": [size], "why_not": [0], "forward": []}[function]
+    last = lib.wan_attn_kernel_count() - 1  # the reference, which takes everything
+    between = {"select": [row], "workspace_size": [size], "why_not": [last], "forward": []}[
+        function
+    ]
     assert run(None, *between, error) == _native.INVALID_ARGUMENT
     assert "params must be a pointer, got NULL" in error.text()
     assert run(None, *between, None) == _native.INVALID_ARGUMENT, "without an error struct"
@@ -387,9 +396,10 @@ def test_c_abi_workspace_too_small(c_call: tuple[_native.Params, list[Tensor]]) 
         if lib.wan_attn_workspace_size(params, size, error) != _native.OK:
             continue  # this machine cannot run the row
         memory = ctypes.create_string_buffer(size.value + 64)
+        params.workspace = -(-ctypes.addressof(memory) // 64) * 64
+        params.workspace_size = size.value
         if size.value:
             params.workspace_size = size.value - 1
-            params.workspace = -(-ctypes.addressof(memory) // 64) * 64
             assert lib.wan_attn_forward(params, error) == _native.INVALID_ARGUMENT
             assert f"workspace must be at least {size.value} bytes" in error.text()
             params.workspace, params.workspace_size = None, size.value
