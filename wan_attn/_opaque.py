@@ -25,7 +25,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def route(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     """Run the call here, or through the opaque op where something traces or wraps tensors."""
     if not torch.compiler.is_compiling():
-        if type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN:
+        is_plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN
+        if is_plain and not query.is_meta:
             return attend(query, key, value, call)
         check_arguments(query, key, value, call.q_lens, call.k_lens, call.window, call.dropout_p)
     if call.dropout_p > 0:
