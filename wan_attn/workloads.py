@@ -117,7 +117,7 @@ def _named() -> dict[str, Workload]:
     calls.append(
         Workload(
             "clip-vit-h",
-            "CLIP ViT-H image encoder (Wan-Animate), self-attention",
+            "CLIP ViT-H image encoder, self-attention",
             batch=1,
             seqlen_q=IMAGE_TOKENS,
             seqlen_k=IMAGE_TOKENS,

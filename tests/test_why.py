@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""test_why.py - `why` answers with the selection's own choice and tells every refusal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from wan_attn import config, ops
+from wan_attn.__main__ import main
+from wan_attn.backends import REGISTRY
+from wan_attn.cli import why
+from wan_attn.request import Request
+from wan_attn.select import order, select
+
+CALL = ["why", "--shape", "1x27280x24x128", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for variable in config.VARIABLES:
+        monkeypatch.delenv(variable.name, raising=False)
+    config.refresh()
+    yield
+    monkeypatch.undo()
+    config.refresh()
+
+
+def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    assert main([*CALL, *argv, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def request(**changes: Any) -> Request:
+    plain: dict[str, Any] = {
+        "batch": 1,
+        "seqlen_q": 27280,
+        "seqlen_k": 27280,
+        "num_heads_q": 24,
+        "num_heads_k": 24,
+        "head_dim": 128,
+        "dtype": torch.bfloat16,
+        "query_dtype": torch.bfloat16,
+        "key_dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
+    }
+    return Request(**{**plain, **changes})
+
+
+@pytest.mark.parametrize(
+    ("argv", "changes"),
+    [
+        ([], {}),
+        (
+            ["--dtype", "fp16"],
+            {"dtype": torch.float16, "query_dtype": torch.float16, "key_dtype": torch.float16},
+        ),
+        (["--qk-dtype", "float32"], {"query_dtype": torch.float32, "key_dtype": torch.float32}),
+        (["--lk", "512"], {"seqlen_k": 512}),
+        (["--kv-heads", "8"], {"num_heads_k": 8}),
+        (["--causal"], {"is_causal": True}),
+        (["--window", "5,0"], {"window": (5, 0)}),
+        (["--window=-1,0"], {"window": (-1, 0)}),
+        (["--q-lens", "--k-lens"], {"has_q_lens": True, "has_k_lens": True}),
+        (["--grad"], {"needs_grad": True}),
+        (["--lse"], {"return_lse": True}),
+        (["--device", "cuda:3"], {"device": torch.device("cuda:3")}),
+    ],
+)
+def test_the_answer_is_that_of_the_selection(
+    argv: list[str], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Request] = []
+    monkeypatch.setattr(
+        why, "explain", lambda request, *_: asked.append(request) or {"backend": "x"}
+    )
+    monkeypatch.setattr(why, "render", lambda _: "")
+    assert main([*CALL, *argv]) == 0
+    assert asked == [request(**changes)]
+
+
+def test_everything_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys)
+    choice = select(request(), config.current())
+    assert (found["backend"], found["kernel"]) == (choice.backend, choice.kernel_name)
+    names = [row["name"] for row in found["backends"]]
+    asked = [row["name"] for row in found["backends"] if row["asked"]]
+    assert sorted(names) == sorted(REGISTRY)
+    assert tuple(asked) == order(request(), config.current()) and names[: len(asked)] == asked
+    told = {row["name"]: row["reason"] for row in found["backends"]}
+    for name, reason in choice.refusals:
+        assert told[name] == reason
+    assert told[choice.backend] is None
+    assert [row["chosen"] for row in found["backends"]].count(True) == 1
+    rows = {row["name"]: row["reason"] for row in found["kernels"]}
+    for kernel in ops.kernels():
+        told = ops.why_not(request(), kernel.index)
+        assert rows[kernel.name] == (
+            None if told is None else told.removeprefix(f"{kernel.name}: ")
+        )
+
+
+def test_a_forced_backend_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("USE_ATTENTION_BACKEND", "torch")
+    found = answer(capsys)
+    assert found["backend"] == "torch"
+    assert found["settings"]["forced_by"] == "USE_ATTENTION_BACKEND=torch"
+
+
+def test_the_text_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CALL, "--qk-dtype", "fp32", "--k-lens", "--causal", "--window", "3,4"]) == 0
+    text = capsys.readouterr().out
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert text.isascii()
+    assert "choice" in text and "causal, k_lens, window 3,4" in text
+    for name in [*REGISTRY, *(k.name for k in ops.kernels())]:
+        assert name in text
+
+
+def test_a_gpu_call_can_be_asked_about_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.cuda.is_initialized()
+    code = main(["why", "--shape", "a14b-720p", "--device", "cuda:0", "--json"])
+    assert code in (0, 1)
+    found = json.loads(capsys.readouterr().out)
+    assert found["call"]["device"] == "cuda:0"
+    assert all(row["reason"] or row["chosen"] or row["reason"] is None for row in found["backends"])
+    if not torch.cuda.is_available():
+        assert torch.cuda.is_initialized() == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: --shape"),
+        (["--shape", "12"], "--shape must be BxLxHxD"),
+        (["--shape", "0x1x1x1"], "batch must be at least 1, got 0"),
+        (["--shape", "1x8x6x64", "--kv-heads", "4"], "num_heads_k must divide num_heads_q, got 4"),
+        (["--shape", "1x8x6x64", "--lk", "-3"], "seqlen_k must be at least 0, got -3"),
+        (["--shape", "1x8x6x64", "--lk", "x"], "argument --lk: invalid int value: 'x'"),
+        (["--shape", "1x8x6x64", "--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
+        (["--shape", "1x8x6x64", "--qk-dtype", "i8"], "argument --qk-dtype: invalid choice: 'i8'"),
+        (
+            ["--shape", "1x8x6x64", "--window", "3"],
+            "must be two integers L,R (-1: no bound), got '3'",
+        ),
+        (["--shape", "1x8x6x64", "--window", "3,x"], "must be two integers L,R"),
+        (["--shape", "1x8x6x64", "--window=-2,3"], "must not be below -1, got '-2,3'"),
+        (["--shape", "1x8x6x64", "--device", "tpu"], "must be cpu, cuda or cuda:N, got 'tpu'"),
+        (["--shape", "1x8x6x64", "--device", "mps"], "must be cpu, cuda or cuda:N, got 'mps'"),
+    ],
+)
+def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: object = main(["why", *argv])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_impossible_variable_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("USE_ATTENTION_BACKEND", "best")
+    assert main(CALL) == 2
+    err = capsys.readouterr().err
+    assert "USE_ATTENTION_BACKEND must be one of auto, sdpa" in err and "'best'" in err
