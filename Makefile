@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# Makefile - the commands of this repository, for people and for CI alike. Needs a POSIX make and shell, Python >= 3.10
-# and a C and C++ compiler; everything else goes into the virtual environment .venv.
+# Makefile - the commands of this repository, for people and for CI alike. Needs a POSIX make and
+# shell, Python >= 3.10 and a C and C++ compiler; everything else goes into the virtual environment
+# .venv.
 .POSIX:
 .SUFFIXES:
 

@@ -67,7 +67,7 @@ PYTHON_LAYERS = [
     {"kernels"},
     {"ops"},
     {"backends"},
-    {"select"},
+    {"select", "availability"},
     {"attention", "_execute", "_opaque"},
     {"integrations"},
     {"", "__main__", "cli", "demo"},
