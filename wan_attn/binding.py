@@ -178,11 +178,16 @@ def ctypes_sdpa(
     kernel: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """torch.ops.wan_attn.sdpa without the shim; the same steps as csrc/torch/shim.cpp."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):  # None gets past the dispatcher
+            raise RuntimeError(f"wan_attn: {name} must be a tensor, got {tensor}")
+    if not -(1 << 31) <= kernel < 1 << 31:  # would wrap, perhaps into a row that exists
+        raise RuntimeError(f"wan_attn: kernel must be -1 (the best) or a row, got {kernel}")
     lib = _native.lib()
     error = _native.Error()
     params = _native.Params(
         struct_size=ctypes.sizeof(_native.Params),
-        kernel=kernel if -1 <= kernel < 1 << 31 else (1 << 31) - 1,
+        kernel=kernel,
         q=describe(query),
         k=describe(key),
         v=describe(value),

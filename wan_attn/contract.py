@@ -24,12 +24,19 @@ def check_call(
 ) -> None:
     """Raises RuntimeError for what can be told without data; shapes may be symbolic."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):  # None gets past the dispatcher
+            _refuse(f"{name} must be a tensor, got {tensor}")
         if tensor.dim() != 4:
             _refuse(f"{name} must be [batch, seqlen, heads, head_dim], got {list(tensor.shape)}")
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             _refuse(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
         if tensor.device != query.device:
-            _refuse(f"{name} must be on query's device, got another one")
+            _refuse(f"{name} must be on query's device {query.device}, got {tensor.device}")
+        if tensor.shape[3] > 1 and tensor.stride(3) != 1:
+            _refuse(
+                f"{name} must have stride 1 in its last dimension, got {tensor.stride(3)}"
+                f" ({name}.contiguous() makes it so)"
+            )
     for name, tensor in (("query", query), ("key", key)):
         if tensor.dtype not in (torch.float32, value.dtype):
             _refuse(
@@ -37,7 +44,9 @@ def check_call(
             )
     batch, _, heads_q, head_dim = query.shape
     heads_k = key.shape[2]
-    if heads_k < 1 or heads_q % heads_k != 0:
+    if head_dim < 1:
+        _refuse(f"query must have a head_dim of at least 1, got {list(query.shape)}")
+    if heads_q < 1 or heads_k < 1 or heads_q % heads_k != 0:
         _refuse(
             f"query must have a multiple of key's heads, got {heads_q} heads for key's {heads_k}"
         )
@@ -55,6 +64,11 @@ def check_call(
             _refuse(f"{name} must be [batch] = [{batch}], got {list(lengths.shape)}")
         if lengths.dtype not in (torch.int32, torch.int64):
             _refuse(f"{name} must be int32 or int64, got {lengths.dtype}")
+        if lengths.device.type != "cpu" and lengths.device != query.device:
+            _refuse(
+                f"{name} must be on the CPU or on query's device {query.device},"
+                f" got {lengths.device}"
+            )
     if scale is not None and not math.isfinite(scale):
         _refuse(f"scale must be finite, got {scale:g}")
     for name, bound in (("window_left", window_left), ("window_right", window_right)):

@@ -36,6 +36,19 @@ static shape_text shape_of(const int64_t *shape, int32_t ndim) {
     return s;
 }
 
+typedef struct device_text {
+    char text[24];
+} device_text;
+
+static device_text device_of(const wan_attn_tensor *t) {
+    device_text d = {"another device"};
+    if (t->device_type == WAN_ATTN_CPU)
+        snprintf(d.text, sizeof(d.text), "cpu");
+    else if (t->device_type == WAN_ATTN_CUDA)
+        snprintf(d.text, sizeof(d.text), "cuda:%d", (int)t->device_index);
+    return d;
+}
+
 static wan_attn_status check_rank_and_dtype(const char *name, const wan_attn_tensor *t,
                                             wan_attn_error *err) {
     if (t->ndim != 4)
@@ -67,7 +80,8 @@ static wan_attn_status check_shape(const char *name, const wan_attn_tensor *t,
 static wan_attn_status check_device(const char *name, const wan_attn_tensor *t,
                                     const wan_attn_tensor *q, wan_attn_error *err) {
     if (t->device_type != q->device_type || t->device_index != q->device_index)
-        return INVALID(err, "%s must be on query's device, got another one", name);
+        return INVALID(err, "%s must be on query's device %s, got %s", name, device_of(q).text,
+                       device_of(t).text);
     return WAN_ATTN_OK;
 }
 
@@ -139,7 +153,8 @@ static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t,
         return INVALID(err, "%s must be int32 or int64, got %s", name, dtype_name(t->dtype));
     if (t->device_type != WAN_ATTN_CPU &&
         (t->device_type != q->device_type || t->device_index != q->device_index))
-        return INVALID(err, "%s must be on the CPU or on query's device, got another one", name);
+        return INVALID(err, "%s must be on the CPU or on query's device %s, got %s", name,
+                       device_of(q).text, device_of(t).text);
     lengths->data = t->data;
     lengths->dtype = (wan_attn_dtype)t->dtype;
     lengths->device_type = (wan_attn_device)t->device_type;

@@ -56,7 +56,9 @@ wan_attn_device device_of(const Tensor &t) {
     return t.is_cpu() ? WAN_ATTN_CPU : t.is_cuda() ? WAN_ATTN_CUDA : WAN_ATTN_DEVICE_OTHER;
 }
 
-wan_attn_tensor describe(const Tensor &t) {
+wan_attn_tensor describe(const Tensor &t, const char *name) {
+    if (!t.defined()) // None in place of a tensor comes through the dispatcher like this
+        throw std::runtime_error(std::string("wan_attn: ") + name + " must be a tensor, got None");
     wan_attn_tensor d{};
     d.data = t.data_ptr();
     d.dtype = dtype_of(t);
@@ -82,15 +84,17 @@ std::tuple<Tensor, Tensor> sdpa(Tensor query, Tensor key, Tensor value,
     wan_attn_params params{};
     wan_attn_error error{};
     params.struct_size = sizeof(params);
-    // Beyond int32 no row exists; INT32_MAX keeps the refusal instead of wrapping into a valid row.
-    params.kernel = kernel >= -1 && kernel <= INT32_MAX ? static_cast<int32_t>(kernel) : INT32_MAX;
-    params.q = describe(query);
-    params.k = describe(key);
-    params.v = describe(value);
+    if (kernel < INT32_MIN || kernel > INT32_MAX) // would wrap, perhaps into a row that exists
+        throw std::runtime_error("wan_attn: kernel must be -1 (the best) or a row, got " +
+                                 std::to_string(kernel));
+    params.kernel = static_cast<int32_t>(kernel);
+    params.q = describe(query, "query");
+    params.k = describe(key, "key");
+    params.v = describe(value, "value");
     if (q_lens)
-        params.seqused_q = describe(*q_lens);
+        params.seqused_q = describe(*q_lens, "q_lens");
     if (k_lens)
-        params.seqused_k = describe(*k_lens);
+        params.seqused_k = describe(*k_lens, "k_lens");
     params.has_softmax_scale = scale.has_value();
     params.softmax_scale = scale.value_or(0.0);
     params.is_causal = is_causal;
@@ -117,9 +121,9 @@ std::tuple<Tensor, Tensor> sdpa(Tensor query, Tensor key, Tensor value,
         query, {query.size(0), query.size(1), query.size(2), query.size(3)});
     Tensor lse = torch::stable::new_empty(
         query, {return_lse ? query.size(0) : 0, query.size(2), query.size(1)}, ScalarType::Float);
-    params.out = describe(out);
+    params.out = describe(out, "out");
     if (return_lse)
-        params.lse = describe(lse);
+        params.lse = describe(lse, "lse");
     std::optional<Tensor> workspace;
     if (workspace_bytes) {
         workspace = torch::stable::new_empty(query, {static_cast<int64_t>(workspace_bytes)},

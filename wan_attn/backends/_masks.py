@@ -130,8 +130,9 @@ class DeviceMask:
             column(k_lens, seqlen_k),
             seqlen_q,
             seqlen_k,
-            window[0] if window[0] >= 0 else None,
-            right if right >= 0 else None,
+            # A bound that cuts nothing is none: added to an index, a huge one would wrap.
+            window[0] if 0 <= window[0] < seqlen_k else None,
+            right if 0 <= right < seqlen_q else None,
         )
 
     @property
