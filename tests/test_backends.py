@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-import re
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import standins
@@ -25,14 +21,12 @@ from wan_attn.backends import (
     _errors,
     _flash_attention,
     _ring,
-    _torch_kernels,
     chunked,
     fa2,
     fa3,
     native,
     torch_sdpa,
 )
-from wan_attn.request import Request
 
 Run = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -317,274 +311,15 @@ def test_gradients(which: str, is_causal: bool) -> None:
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
 
 
-# PyTorch's SDPA: which calls it gets, and which of its kernels
-
-
-class Calls:
-    """Records what F.scaled_dot_product_attention is called with."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.seen: list[tuple[tuple[int, ...], bool, bool]] = []
-        self.is_on = True
-        real = torch.nn.functional.scaled_dot_product_attention
-
-        def spy(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-            if self.is_on:
-                shape = (query.shape[0], query.shape[2], key.shape[2])
-                self.seen.append((shape, options["attn_mask"] is not None, options["is_causal"]))
-            return real(query, key, value, **options)
-
-        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-
-    def stop(self) -> None:
-        """What comes now is the judge's."""
-        self.is_on = False
-
-
-@pytest.mark.parametrize(
-    ("call", "want"),
-    [
-        ({}, [((3, 20, 20), False, False)]),
-        ({"is_causal": True}, [((3, 20, 20), False, True)]),
-        ({"window": (50, 50)}, [((3, 20, 20), False, False)]),
-        ({"k_lens": [20, 20, 20]}, [((3, 20, 20), False, False)]),
-        ({"q_lens": [9, 9, 9], "k_lens": [12] * 3}, [((3, 9, 12), False, False)]),
-        # 10 % of the pairs are padding: one masked call is cheaper than three.
-        ({"k_lens": [20, 20, 14]}, [((3, 20, 20), True, False)]),
-        # At 0.7 exactly still batched, just below it per sample.
-        ({"k_lens": [20, 20, 2]}, [((3, 20, 20), True, False)]),
-        ({"k_lens": [20, 20, 1]}, [((1, 20, n), False, False) for n in (20, 20, 1)]),
-        ({"k_lens": [20, 0, 5]}, [((1, 20, 20), False, False), ((1, 20, 5), False, False)]),
-        # Rows that see different keys: no mask for the batch would be small.
-        (
-            {"is_causal": True, "q_lens": [20, 19, 20], "k_lens": [20, 19, 20]},
-            [((1, n, n), False, True) for n in (20, 19, 20)],
-        ),
-        ({"window": (2, 2)}, [((3, 20, 20), True, False)]),
-    ],
-)
-def test_a_mask_only_where_one_is_needed(
-    call: dict[str, Any], want: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tensors, arguments = make({"batch": 3, "seqlen_q": 20, "seqlen_k": 20}, call, F32)
-    calls = Calls(monkeypatch)
-    torch_sdpa.run(*tensors, **arguments)
-    assert calls.seen == want
-
-
-def test_a_window_computes_only_what_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = operands(seqlen_q=600, seqlen_k=600, heads_q=1, head_dim=8)
-    calls = Calls(monkeypatch)
-    out, _ = torch_sdpa.run(q, k, v, window=(10, 0))
-    calls.stop()
-    assert [shape for shape, _, _ in calls.seen] == [(1, 256, 256), (1, 256, 266), (1, 88, 98)]
-    assert_close_to_oracle(out, q, k, v, window=(10, 0))
-
-
-F_, C_, E_, M_ = (
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-)
-
-
-@pytest.mark.parametrize(
-    ("platform", "flash", "arch", "cudnn", "want"),
-    [
-        ("win32", False, (8, 9), 91900, (E_, M_)),
-        ("win32", True, (8, 9), 91900, (F_, C_, E_, M_)),
-        ("linux", True, (8, 6), 91900, (F_, C_, E_, M_)),
-        ("linux", True, (9, 0), 91900, (C_, F_, E_, M_)),
-        ("linux", True, (10, 0), 91900, (C_, F_, E_, M_)),
-        ("linux", True, (9, 0), 90100, (F_, C_, E_, M_)),
-        ("linux", True, (12, 0), 91900, (F_, C_, E_, M_)),
-    ],
-)
-def test_kernel_order(
-    platform: str, flash: bool, arch: tuple[int, int], cudnn: int, want: Any
-) -> None:
-    assert _torch_kernels.kernel_order(platform, flash, arch, cudnn) == want
-
-
-def test_a_kernel_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_torch_kernels, "_refused", set())
-    monkeypatch.setattr(_torch_kernels, "order_for", lambda device: (C_, M_))  # no cuDNN on a CPU
-    q, k, v = operands(dtype=F32)
-    calls = Calls(monkeypatch)
-    outs = [torch_sdpa.run(q, k, v)[0] for _ in range(3)]
-    assert len(calls.seen) == 4  # cuDNN once, math three times
-    torch_sdpa.run(*operands(seqlen_q=5, dtype=F32))
-    assert len(calls.seen) == 6  # another kind of call: asked again
-    calls.stop()
-    for out in outs:
-        assert_close_to_oracle(out, q, k, v)
-
-
-def test_a_kernel_that_meets_a_device_error_is_not_replaced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def broken(*args: Any, **kwargs: Any) -> Tensor:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(_torch_kernels, "_refused", set())
-    monkeypatch.setattr(_torch_kernels, "order_for", lambda device: (F_, M_))
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", broken)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        torch_sdpa.run(*operands(dtype=F32))
-    assert not _torch_kernels._refused
-
-
-def test_kernels_that_the_user_switched_off_stay_off() -> None:
-    with sdpa_kernel(SDPBackend.MATH):
-        assert _torch_kernels._enabled((F_, C_, E_, M_)) == [M_]
-
-
-# FlashAttention: what is refused, and why
-
-CUDA = Request(
-    batch=1, seqlen_q=9, seqlen_k=9, num_heads_q=1, num_heads_k=1, head_dim=128, dtype=BF16,
-    query_dtype=F32, key_dtype=F32, device=torch.device("cuda", 0),
-)  # fmt: skip
-
-
-def but(**changes: Any) -> Request:
-    return dataclasses.replace(CUDA, **changes)
-
-
-@pytest.mark.parametrize(
-    ("module", "arch", "request_", "reason"),
-    [
-        (fa2, (8, 0), CUDA, None),
-        (fa2, (12, 0), but(needs_grad=True, dropout_p=0.1), None),
-        (fa2, (8, 0), but(head_dim=80, is_causal=True, window=(3, 3)), None),
-        (fa2, (7, 5), CUDA, "compute capability 8.0 or newer, this is 7.5"),
-        (fa2, None, CUDA, "there is none"),
-        (fa2, (8, 0), but(device=torch.device("cpu")), "needs a CUDA device, the call is on cpu"),
-        (fa2, (8, 0), but(dtype=F32), "float16 and bfloat16, not float32"),
-        (fa2, (8, 0), but(head_dim=264), "head_dim must be at most 256, got 264"),
-        (fa2, (8, 0), but(needs_grad=True, return_lse=True), "no gradient"),
-        (fa3, (9, 0), CUDA, None),
-        (fa3, (9, 0), but(window=(2, 2)), None),
-        (fa3, (8, 0), CUDA, r"9.x \(Hopper\), this is 8.0"),
-        (fa3, (12, 0), CUDA, r"9.x \(Hopper\), this is 12.0"),
-        (fa3, (9, 0), but(dropout_p=0.1), "no dropout"),
-    ],
-)
-def test_why_not(
-    module: Any, arch: Any, request_: Request, reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    standins.install(monkeypatch, standins.make_fa2(), "flash_attn")
-    standins.install(monkeypatch, standins.make_fa3(), "flash_attn_interface")
-    standins.pretend_card(monkeypatch, arch)
-    said = module.why_not(request_)
-    if reason is None:
-        assert said is None
-    else:
-        assert said is not None and re.search(reason, said), said
-
-
-def test_old_fa3_has_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    standins.install(monkeypatch, standins.make_old_fa3(), "flash_attn_interface")
-    standins.pretend_card(monkeypatch, (9, 0))
-    assert fa3.why_not(CUDA) is None
-    assert fa3.why_not(but(window=(3, 0))) == "this version has no window_size"
-
-
-def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    standins.pretend_card(monkeypatch, (9, 0))
-    for name in ("flash_attn", "flash_attn_interface", "flash_attn_3"):
-        standins.install(monkeypatch, None, name)
-    assert fa2.why_not(CUDA) == fa3.why_not(CUDA) == "not installed"
-    for module in (fa2, fa3):
-        with pytest.raises(RuntimeError, match="not installed"):
-            module.run(*operands(dtype=BF16))
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("raise ImportError('DLL load failed while importing flash_attn_2_cuda')", "DLL load"),
-        ("raise OSError('undefined symbol: _ZN3c105Error')", "OSError: undefined symbol"),
-        ("import flash_attn_2_cuda_that_is_missing", "No module named"),
-        ("1 / 0", "ZeroDivisionError"),
-        ("flash_attn_func = 1", "has no flash_attn_func"),
-    ],
-)
-@pytest.mark.parametrize("module", [fa2, fa3])
-def test_a_broken_installation_is_a_reason(
-    module: Any, text: str, reason: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = "flash_attn" if module is fa2 else "flash_attn_interface"
-    (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    standins.reset()
-    standins.pretend_card(monkeypatch, (9, 0))
-    said = module.why_not(CUDA)
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    assert said is not None and reason in said, said
-
-
-def test_an_old_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    standins.install(monkeypatch, standins.make_fa2(version="2.0.9"), "flash_attn")
-    standins.pretend_card(monkeypatch, (8, 0))
-    assert fa2.why_not(CUDA) == "flash_attn 2.0.9 is older than 2.3"
-
-
-def test_padded_lse_and_lengths_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    standins.install(monkeypatch, standins.make_fa2(padded_lse=True), "flash_attn")
-    monkeypatch.setattr(_flash_attention, "host_lengths", lambda *_: None)
-    q, k, v = operands(batch=2, dtype=BF16)
-    lens = torch.tensor([3, 9])
-    with pytest.raises(RuntimeError, match="pads its lse"):
-        fa2.run(q, k, v, q_lens=lens, k_lens=lens, return_lse=True)
-
-
-def test_flash_attention_is_not_imported_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(name: str) -> Any:
-        raise AssertionError(f"{name} was imported")
-
-    monkeypatch.setattr(_flash_attention.importlib, "import_module", never)
-    assert fa2.why_not(but(device=torch.device("cpu"))) is not None
-    assert fa3.why_not(but(device=torch.device("cpu"))) is not None
-
-
-def test_fa3_that_returns_no_lse_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = standins.make_fa3()
-    module.flash_attn_func = lambda q, k, v, softmax_scale=None, causal=False: torch.zeros_like(q)
-    standins.install(monkeypatch, module, "flash_attn_interface")
-    with pytest.raises(RuntimeError, match="log-sum-exp"):
-        fa3.run(*operands(dtype=BF16), return_lse=True)
-
-
-# When PyTorch would store every score
-
-
-@pytest.mark.parametrize(
-    ("request_", "arch", "flash", "reason"),
-    [
-        (CUDA, (8, 0), True, None),
-        (CUDA, (7, 5), False, "bfloat16 on compute capability 7.x"),
-        (but(dtype=F16), (7, 5), False, None),
-        (but(dtype=F16, head_dim=66), (7, 5), False, "head_dim % 4"),
-        (but(head_dim=84), (8, 6), False, "head_dim % 8"),
-        (but(head_dim=84), (8, 6), True, None),
-        (but(dtype=F32, head_dim=66), (8, 6), True, "head_dim % 4"),
-        (but(dtype=torch.float64), (8, 0), True, "float64"),
-        (CUDA, None, True, None),
-        (but(device=torch.device("cpu")), None, False, None),
-        (but(device=torch.device("cpu"), dropout_p=0.1), None, False, "dropout"),
-        (but(device=torch.device("mps")), None, False, None),
-    ],
-)
-def test_needs_square_memory(
-    request_: Request, arch: Any, flash: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    standins.pretend_card(monkeypatch, arch)
-    monkeypatch.setattr(_torch_kernels, "has_flash", lambda: flash)
-    said = torch_sdpa.needs_square_memory(request_)
-    assert said is None if reason is None else said is not None and reason in said, said
+@every_backend("sdpa")
+@pytest.mark.parametrize("lens", [{"k_lens": [0, 0]}, {"q_lens": [0, 0]}])
+def test_a_call_that_sees_nothing_has_a_gradient_of_zero(backend: str, lens: Any) -> None:
+    run, _ = BACKENDS[backend]
+    tensors, arguments = make({"batch": 2}, lens, BF16)
+    tensors = [x.requires_grad_() for x in tensors]
+    out, _ = run(*tensors, **arguments)
+    out.sum().backward()
+    assert all(x.grad is not None and x.grad.eq(0).all() for x in tensors)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
     Raises:
         RuntimeError: a bad argument; no backend takes the call; or the device is in trouble.
     """
+    query, key, value = readable(query), readable(key), readable(value)
     settings = config.current()
     kind = _kind(query, key, value, call)
     plan = _plans.get(kind)
@@ -120,6 +121,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
                 plan.is_said = True
                 _say(plan, call.version, pairs)
             return result
+
+
+def readable(x: Tensor) -> Tensor:
+    """The contract wants head_dim to have stride 1; callers of Wan2.2's function need not know."""
+    return x if x.dim() != 4 or x.stride(3) == 1 else x.contiguous()
 
 
 def _kind(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Any, ...]:

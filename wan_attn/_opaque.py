@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from wan_attn import autograd, config
-from wan_attn._execute import Call, attend
+from wan_attn._execute import Call, attend, readable
 from wan_attn.backends import torch_sdpa
 from wan_attn.contract import check_call
-from wan_attn.request import check_arguments
+from wan_attn.request import refuse
 from wan_attn.select import compute_dtype
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -28,7 +28,10 @@ def route(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor
         is_plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN
         if is_plain and not query.is_meta:
             return attend(query, key, value, call)
-        check_arguments(query, key, value, call.q_lens, call.k_lens, call.window, call.dropout_p)
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                refuse(name, "a torch.Tensor", type(x).__name__)
+    query, key, value = readable(query), readable(key), readable(value)
     if call.dropout_p > 0:
         # A backward pass must see the forward's dropout: no op of ours, but PyTorch's, traced.
         return _traced_with_dropout(query, key, value, call)
@@ -49,12 +52,15 @@ def route(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor
     return out, lse if call.return_lse else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _traced_dtype(
     value_dtype: torch.dtype, asked: torch.dtype | None, device: torch.device
 ) -> torch.dtype:
     """compute_dtype for a tracer, which follows neither the environment nor the device's driver."""
     return compute_dtype(value_dtype, asked, device, config.current().force_fp16)
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the whole compiler.
+_traced_dtype._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _traced_with_dropout(

@@ -53,6 +53,16 @@ def empty_result(
     )
 
 
+def in_graph(result: Tensor, *operands: Tensor) -> Tensor:
+    """A result that no operand reached still belongs to their graph, with a gradient of 0."""
+    if result.requires_grad or not torch.is_grad_enabled():
+        return result
+    for operand in operands:
+        if operand.requires_grad:
+            result = result + operand[:0].sum().to(result.dtype)
+    return result
+
+
 def heads_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[batch, heads, seqlen, head_dim]; fewer key heads are repeated, so that any kernel serves."""
     group = query.shape[2] // key.shape[2]

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wan_attn.backends._common import capability, empty_result
+from wan_attn.backends._common import capability, empty_result, in_graph
 from wan_attn.request import Request, host_lengths
 
 NOT_INSTALLED = "not installed"
@@ -163,7 +163,8 @@ def attend(
     k_host = host_lengths("k_lens", k_lens, batch, key.shape[1])
     sees_nothing = 0 in query.shape or 0 in key.shape
     if sees_nothing or (q_host and not any(q_host)) or (k_host and not any(k_host)):
-        return empty_result(query, query.dtype, return_lse)
+        out, lse = empty_result(query, query.dtype, return_lse)
+        return in_graph(out, query, key, value), lse
     if q_host and k_host and len(set(q_host)) == 1 and len(set(k_host)) == 1:
         q_len, k_len = q_host[0], k_host[0]
         out, lse = library.dense(query[:, :q_len], key[:, :k_len], value[:, :k_len], return_lse)

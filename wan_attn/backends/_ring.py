@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from wan_attn.backends._common import in_graph
 from wan_attn.backends._masks import DeviceMask, HostMask
 from wan_attn.request import host_lengths, refuse
 from wan_attn.states import merge_states
@@ -101,6 +102,7 @@ def attend(
             dead = ~is_real[:, begin:end]
             out[:, begin:end].copy_(state[0].masked_fill(dead, 0))
             lse[:, :, begin:end].copy_(state[1].masked_fill(dead.squeeze(-1).mT, -math.inf))
+    out, lse = in_graph(out, query, key, value), in_graph(lse, query, key, value)
     return out, lse if options.return_lse else None
 
 

@@ -59,7 +59,7 @@ def run(
     out, lse = _op()(
         _readable(query, value.dtype),
         _readable(key, value.dtype),
-        value if value.stride(-1) == 1 else value.contiguous(),
+        _readable(value, value.dtype),
         q_lens,
         k_lens,
         scale=scale,

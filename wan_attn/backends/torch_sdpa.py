@@ -19,6 +19,7 @@ from wan_attn.backends._common import (
     capability,
     empty_result,
     heads_first,
+    in_graph,
     log_sum_exp,
     outside_autocast,
     positive_scale,
@@ -100,7 +101,7 @@ def run(
         not give it out.
 
     Raises:
-        ArgumentError: a length on the CPU is out of range.
+        RuntimeError: a length on the CPU is out of range.
     """
     batch, seqlen_q = query.shape[:2]
     q_host = host_lengths("q_lens", q_lens, batch, seqlen_q)
@@ -123,7 +124,7 @@ def run(
         query, scale = positive_scale(query.to(value.dtype), scale)
         key, call = key.to(value.dtype), _Call(scale, dropout_p, return_lse)
         out, lse = _known_lengths(query, key, value, q_host, k_host, is_causal, window, call)
-        return out.to(out_dtype), lse
+    return _finish(out.to(out_dtype), lse, query, key, value)
 
 
 def run_unread(
@@ -149,7 +150,11 @@ def run_unread(
         key, call = key.to(value.dtype), _Call(scale, dropout_p, return_lse)
         mask = DeviceMask.make(q_lens, k_lens, query, key.shape[1], is_causal, window)
         out, lse = _batched(query, key, value, mask, call)
-        return out.to(out_dtype), lse
+    return _finish(out.to(out_dtype), lse, query, key, value)
+
+
+def _finish(out: Tensor, lse: Tensor | None, *operands: Tensor) -> tuple[Tensor, Tensor | None]:
+    return in_graph(out, *operands), None if lse is None else in_graph(lse, *operands)
 
 
 def _known_lengths(

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""test_torch_sdpa.py - PyTorch's SDPA: which calls it gets, on which of its kernels, and when not.
+
+What it computes is tested with every other backend in test_backends.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import standins
+from calls import BF16, F16, F32, operands
+from tolerances import assert_close_to_oracle
+from wan_attn.backends import _torch_kernels, torch_sdpa
+from wan_attn.request import Request
+
+
+@pytest.fixture(autouse=True)
+def _reset() -> Iterator[None]:
+    standins.reset()
+    yield
+    standins.reset()
+
+
+class Calls:
+    """Records what F.scaled_dot_product_attention is called with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[tuple[int, ...], bool, bool]] = []
+        self.is_on = True
+        real = torch.nn.functional.scaled_dot_product_attention
+
+        def spy(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+            if self.is_on:
+                shape = (query.shape[0], query.shape[2], key.shape[2])
+                self.seen.append((shape, options["attn_mask"] is not None, options["is_causal"]))
+            return real(query, key, value, **options)
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+
+    def stop(self) -> None:
+        """What comes now is the judge's."""
+        self.is_on = False
+
+
+@pytest.mark.parametrize(
+    ("call", "want"),
+    [
+        ({}, [((3, 20, 20), False, False)]),
+        ({"is_causal": True}, [((3, 20, 20), False, True)]),
+        ({"window": (50, 50)}, [((3, 20, 20), False, False)]),
+        ({"k_lens": [20, 20, 20]}, [((3, 20, 20), False, False)]),
+        ({"q_lens": [9, 9, 9], "k_lens": [12] * 3}, [((3, 9, 12), False, False)]),
+        # 10 % of the pairs are padding: one masked call is cheaper than three.
+        ({"k_lens": [20, 20, 14]}, [((3, 20, 20), True, False)]),
+        # At 0.7 exactly still batched, just below it per sample.
+        ({"k_lens": [20, 20, 2]}, [((3, 20, 20), True, False)]),
+        ({"k_lens": [20, 20, 1]}, [((1, 20, n), False, False) for n in (20, 20, 1)]),
+        ({"k_lens": [20, 0, 5]}, [((1, 20, 20), False, False), ((1, 20, 5), False, False)]),
+        # Rows that see different keys: no mask for the batch would be small.
+        (
+            {"is_causal": True, "q_lens": [20, 19, 20], "k_lens": [20, 19, 20]},
+            [((1, n, n), False, True) for n in (20, 19, 20)],
+        ),
+        ({"window": (2, 2)}, [((3, 20, 20), True, False)]),
+    ],
+)
+def test_a_mask_only_where_one_is_needed(
+    call: dict[str, Any], want: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lens = {name: torch.tensor(call[name]) for name in ("q_lens", "k_lens") if name in call}
+    q, k, v = operands(batch=3, seqlen_q=20, seqlen_k=20, dtype=F32)
+    calls = Calls(monkeypatch)
+    torch_sdpa.run(q, k, v, **{**call, **lens})
+    assert calls.seen == want
+
+
+def test_a_window_computes_only_what_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = operands(seqlen_q=600, seqlen_k=600, heads_q=1, head_dim=8)
+    calls = Calls(monkeypatch)
+    out, _ = torch_sdpa.run(q, k, v, window=(10, 0))
+    calls.stop()
+    assert [shape for shape, _, _ in calls.seen] == [(1, 256, 256), (1, 256, 266), (1, 88, 98)]
+    assert_close_to_oracle(out, q, k, v, window=(10, 0))
+
+
+F_, C_, E_, M_ = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+
+
+@pytest.mark.parametrize(
+    ("platform", "flash", "arch", "cudnn", "want"),
+    [
+        ("win32", False, (8, 9), 91900, (E_, M_)),
+        ("win32", True, (8, 9), 91900, (F_, C_, E_, M_)),
+        ("linux", True, (8, 6), 91900, (F_, C_, E_, M_)),
+        ("linux", True, (9, 0), 91900, (C_, F_, E_, M_)),
+        ("linux", True, (10, 0), 91900, (C_, F_, E_, M_)),
+        ("linux", True, (9, 0), 90100, (F_, C_, E_, M_)),
+        ("linux", True, (12, 0), 91900, (F_, C_, E_, M_)),
+    ],
+)
+def test_kernel_order(
+    platform: str, flash: bool, arch: tuple[int, int], cudnn: int, want: Any
+) -> None:
+    assert _torch_kernels.kernel_order(platform, flash, arch, cudnn) == want
+
+
+def test_a_kernel_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_torch_kernels, "_refused", set())
+    monkeypatch.setattr(_torch_kernels, "order_for", lambda device: (C_, M_))  # no cuDNN on a CPU
+    q, k, v = operands(dtype=F32)
+    calls = Calls(monkeypatch)
+    outs = [torch_sdpa.run(q, k, v)[0] for _ in range(3)]
+    assert len(calls.seen) == 4  # cuDNN once, math three times
+    torch_sdpa.run(*operands(seqlen_q=5, dtype=F32))
+    assert len(calls.seen) == 6  # another kind of call: asked again
+    calls.stop()
+    for out in outs:
+        assert_close_to_oracle(out, q, k, v)
+
+
+def test_a_kernel_that_meets_a_device_error_is_not_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(_torch_kernels, "_refused", set())
+    monkeypatch.setattr(_torch_kernels, "order_for", lambda device: (F_, M_))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        torch_sdpa.run(*operands(dtype=F32))
+    assert not _torch_kernels._refused
+
+
+def test_kernels_that_the_user_switched_off_stay_off() -> None:
+    with sdpa_kernel(SDPBackend.MATH):
+        assert _torch_kernels._enabled((F_, C_, E_, M_)) == [M_]
+
+
+CUDA = Request(
+    batch=1, seqlen_q=9, seqlen_k=9, num_heads_q=1, num_heads_k=1, head_dim=128, dtype=BF16,
+    query_dtype=F32, key_dtype=F32, device=torch.device("cuda", 0),
+)  # fmt: skip
+
+
+def but(**changes: Any) -> Request:
+    return dataclasses.replace(CUDA, **changes)
+
+
+@pytest.mark.parametrize(
+    ("request_", "arch", "flash", "reason"),
+    [
+        (CUDA, (8, 0), True, None),
+        (CUDA, (7, 5), False, "bfloat16 on compute capability 7.x"),
+        (but(dtype=F16), (7, 5), False, None),
+        (but(dtype=F16, head_dim=66), (7, 5), False, "head_dim % 4"),
+        (but(head_dim=84), (8, 6), False, "head_dim % 8"),
+        (but(head_dim=84), (8, 6), True, None),
+        (but(dtype=F32, head_dim=66), (8, 6), True, "head_dim % 4"),
+        (but(dtype=torch.float64), (8, 0), True, "float64"),
+        (CUDA, None, True, None),
+        (but(device=torch.device("cpu")), None, False, None),
+        (but(device=torch.device("cpu"), dropout_p=0.1), None, False, "dropout"),
+        (but(device=torch.device("mps")), None, False, None),
+    ],
+)
+def test_needs_square_memory(
+    request_: Request, arch: Any, flash: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standins.pretend_card(monkeypatch, arch)
+    monkeypatch.setattr(_torch_kernels, "has_flash", lambda: flash)
+    said = torch_sdpa.needs_square_memory(request_)
+    assert said is None if reason is None else said is not None and reason in said, said
