@@ -5,7 +5,6 @@ The child falls through to the last lines: its exit code, its handlers and the w
 interpreter's own, as after `python -m wan_attn run`.
 """
 
-import gc
 import json
 import os
 import sys
@@ -13,7 +12,6 @@ import sys
 import wan_attn.cli.run  # noqa: F401 - loads torch before the first fork
 from wan_attn.__main__ import main
 
-gc.freeze()  # what is loaded need not be collected in every child
 for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()

@@ -101,6 +101,17 @@ def test_patch_called_by_a_module_of_the_package_itself(stubs: Path) -> None:
     assert_all_stock()
 
 
+def test_patch_called_while_the_attention_module_itself_is_imported(stubs: Path) -> None:
+    """In the same thread: there is nobody to wait for, and that module passes the hook by."""
+    folder = stub_wan.write(stubs)
+    path = folder / "modules" / "attention.py"
+    path.write_text("import test_wan22_patch\ntest_wan22_patch.patch()\n" + path.read_text())
+    importlib.import_module("wan")
+    assert_all_ours()
+    wan22.unpatch()
+    assert_all_stock()
+
+
 def test_unpatch_before_import_and_import_after_unpatch(stubs: Path) -> None:
     stub_wan.write(stubs)
     patch()

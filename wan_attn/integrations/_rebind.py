@@ -17,10 +17,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-# Our own modules keep what they hold: an unpatch that rebinds "everything that is ours" must not
-# reach the package that owns it.
-OWN_PACKAGE = __name__.partition(".")[0]
-
 # What a package with a broken binary raises on import: a missing DLL, an undefined symbol, an
 # operator registered twice, a name its torch no longer has.
 BROKEN_INSTALL = (ImportError, OSError, RuntimeError, AttributeError)
@@ -50,7 +46,7 @@ def _modules() -> Iterable[tuple[str, ModuleType]]:
     # dict.copy is one step for the interpreter, iterating over the live dict is not: other
     # threads may be importing.
     for name, module in sys.modules.copy().items():
-        if isinstance(module, ModuleType) and name.partition(".")[0] != OWN_PACKAGE:
+        if isinstance(module, ModuleType):
             yield name, module
 
 
