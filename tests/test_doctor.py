@@ -91,7 +91,7 @@ def test_a_sound_machine(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("one_case")
 def test_a_wrong_kernel_makes_the_exit_code_1_and_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    native: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def a_key_too_few(*tensors: Any, k_lens: Any, **call: Any) -> selftest.Answer:
         k_lens = (k_lens - 1).clamp(min=0)
@@ -105,8 +105,6 @@ def test_a_wrong_kernel_makes_the_exit_code_1_and_is_named(
     real = selftest_run.paths
     monkeypatch.setattr(selftest_run, "paths", planted)
     rows = [k.name for k in ops.kernels() if k.device == "cpu"]
-    if not rows:
-        pytest.skip("no kernel table here (WAN_ATTN_BINDING=torch)")
     code, found = report(capsys)
     assert code == 1 and found["exit_code"] == 1
     assert rows[-1] in found["verdict"]
@@ -126,6 +124,29 @@ def test_the_text_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert str(Path.home()) not in text
     for title in ("versions", "devices", "backends", "self-test", "known problems", "result"):
         assert f"\n{title}" in text
+
+
+@pytest.mark.usefixtures("one_case")
+def test_gpus_and_their_driver_are_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = doctor_facts.Gpu(1, "NVIDIA GeForce RTX 3090", (8, 6), 23.7)
+    machine = doctor_facts.Machine(
+        torch="2.9.1+cu128",
+        torch_cuda="12.8",
+        torch_archs=["sm_80", "sm_86"],
+        cudnn=91002,
+        gpus=[card],
+        driver="580.65",
+    )
+    monkeypatch.setattr(doctor_facts, "machine", lambda guard: machine)
+    assert main(["doctor", "--in-process"]) == 0
+    text = capsys.readouterr().out
+    assert "cuda:1  NVIDIA GeForce RTX 3090, compute capability 8.6, 23.7 GiB" in text
+    assert "NVIDIA 580.65" in text and "2.9.1+cu128 (CUDA 12.8, cuDNN 9.10.2)" in text
+    assert "problem torch 2.9.1+cu128 with cuDNN 9.10.2" in text
+    assert "known problems here: conv3d-memory" in text
+    assert "1. conv3d-memory: torch 2.9.1 or newer with nvidia-cudnn 9.15" in " ".join(text.split())
 
 
 def test_nothing_usable_is_an_error() -> None:
@@ -191,8 +212,8 @@ def test_a_broken_check_is_reported_and_the_rest_goes_on(
         raise OSError("the check itself is broken")
 
     monkeypatch.setattr(module, name, broken)
-    if name == "why_not" and not ops.kernels():
-        pytest.skip("no kernel table here (WAN_ATTN_BINDING=torch)")
+    if name == "why_not" and ops.binding() == "torch":
+        pytest.skip("no kernel row is asked (WAN_ATTN_BINDING=torch)")
     _, found = report(capsys)
     assert "OSError: the check itself is broken" in str(found["failed_checks"] + found["selftest"])
     assert found["verdict"]

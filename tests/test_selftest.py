@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -103,6 +104,10 @@ def not_the_same_twice(q: Any, k: Any, v: Any, **call: Any) -> selftest.Answer:
     return out * (1 + (torch.rand(()) - 0.5) * 2**-21), lse  # far below any bound
 
 
+def infinite(q: Any, k: Any, v: Any, **call: Any) -> selftest.Answer:
+    return torch.full_like(q, torch.inf), None
+
+
 def raises(q: Any, k: Any, v: Any, **call: Any) -> selftest.Answer:
     raise RuntimeError("no kernel image is available\nand more lines")
 
@@ -117,6 +122,7 @@ def raises(q: Any, k: Any, v: Any, **call: Any) -> selftest.Answer:
         (wrong_lse, "lse is off by"),
         (wrong_shape, "out has shape"),
         (not_the_same_twice, "other bits the second time"),
+        (infinite, "out is off by 1e+30"),
         (raises, "RuntimeError: no kernel image is available"),
     ],
 )
@@ -128,6 +134,7 @@ def test_a_planted_error_is_found(
     assert len(result.failures) <= selftest.MAX_FAILURES
     assert any(message in failure for failure in result.failures), result.failures
     assert all("and more lines" not in failure for failure in result.failures)
+    json.dumps(asdict(result), allow_nan=False)
 
 
 def test_a_correct_path_passes(prepared: selftest.Prepared) -> None:

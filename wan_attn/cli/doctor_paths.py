@@ -72,7 +72,9 @@ def kernels(devices: list[str]) -> list[dict[str, Any]]:
     for row in ops.kernels():
         device = next((d for d in devices if torch.device(d).type == row.device), None)
         reason: str | None = f"there is no {row.device} device here"
-        if device is not None:
+        if ops.binding() == "torch":
+            reason = f"the native library is not used: {ops.binding_reason()}"
+        elif device is not None:
             head_dim = min(max(128, row.head_dim_min), row.head_dim_max)
             head_dim -= head_dim % max(1, row.head_dim_multiple)
             probe = Workload("probe", "", 1, 257, 257, 2, 2, head_dim)

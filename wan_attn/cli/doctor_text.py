@@ -120,6 +120,9 @@ def _backends(report: Report) -> str:
 
 
 def _kernels(report: Report) -> str:
+    if report["backends"] and not report["kernels"]:
+        reason = report["versions"].get("binding_reason") or "the table could not be read"
+        return f"{heading('kernels of sdpa')}\n{wrap(f'none: {reason}')}"
     return _usable("kernels of sdpa", "best first", report["kernels"], "description")
 
 

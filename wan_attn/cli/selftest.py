@@ -16,6 +16,7 @@ from wan_attn.cli.selftest_truth import MASKS, UNIT, Case, Truth, cases, make_in
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TF32_UNIT = 2.0**-11  # float32 matrix products on a GPU where the user allows TF32
+LARGE = 1e30
 MAX_FAILURES = 5  # shown per path; the rest are counted
 Answer = tuple[Tensor, Tensor | None]  # out, lse
 Prepared = dict[Case, tuple[tuple[Tensor, Tensor, Tensor], Truth]]
@@ -80,8 +81,9 @@ def _judge(
         error = torch.where(same, 0.0, (have - expected).abs())
         if bool(torch.isnan(error).any()):
             return f"{what} has {int(torch.isnan(error).sum())} NaN"
-        # A row without keys has bound 0: exactly 0 is asked.
-        ratio = torch.where(same, 0.0, error / bound)
+        # A row without keys has bound 0: exactly 0 is asked. JSON has no infinity.
+        ratio = torch.where(same, 0.0, error / bound).clamp(max=LARGE)
+        error = error.clamp(max=LARGE)
         worst = int(ratio.argmax())
         off, limit, part = (float(x.flatten()[worst]) for x in (error, bound, ratio))
         if part > result.ratio:

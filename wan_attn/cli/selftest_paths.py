@@ -143,9 +143,11 @@ def _function_path(device: str) -> Path:
 
 def paths() -> Iterator[Path]:
     """Every path of this machine, CPU first: kernel rows, backends, then the public function."""
+    # Without a binding to the native library no row can be reached, whether it loads or not.
+    rows = () if ops.binding() == "torch" else ops.kernels()
     for device in devices():
         kind = torch.device(device).type
-        for row in ops.kernels():
+        for row in rows:
             if row.device == kind:
                 yield _kernel_path(row.index, row.name, device)
         for name in REGISTRY:

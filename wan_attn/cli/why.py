@@ -148,12 +148,15 @@ def explain(request: Request, call: Workload, settings: Settings) -> dict[str, A
         }
         for name in [*asked, *(name for name in REGISTRY if name not in asked)]
     ]
+    unused = ""
+    if ops.binding() == "torch":
+        unused = f"the native library is not used: {ops.binding_reason()}"
     kernels = [
         {
             "index": k.index,
             "name": k.name,
             "description": k.description,
-            "reason": _report.without_name(ops.why_not(request, k.index), k.name),
+            "reason": unused or _report.without_name(ops.why_not(request, k.index), k.name),
         }
         for k in ops.kernels()
     ]
