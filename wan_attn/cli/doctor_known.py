@@ -262,7 +262,7 @@ RULES: tuple[Rule, ...] = (
         "broken-package",
         "problem",
         _broken,
-        "uninstall it, or install a build for exactly this Python, torch and CUDA",
+        "uninstall it, or run Wan2.2 through `python -m wan_attn run`, where it counts as absent",
         "Wan2.1 issue 47; flash-attention issue 982",
     ),
     Rule("numpy-2", "note", _numpy, _WAN_ENV, "Wan2.2 requirements.txt, pyproject.toml"),
