@@ -16,43 +16,9 @@ from typing import Any
 
 import pytest
 import stub_wan
-import torch
+from patching import assert_all_ours, assert_all_stock, held, ours, patch
 
 from wan_attn.integrations import wan22
-
-
-def ours(*args: Any, **kwargs: Any) -> Any:
-    """Stands in for wan_attn.flash_attention; hands back what it was called with."""
-    return "ours", args, kwargs
-
-
-def patch(**kwargs: Any) -> wan22.PatchReport:
-    return wan22.patch(attention=ours, **kwargs)
-
-
-def held(package: str = "wan") -> dict[str, Any]:
-    """Every one of the 8 + 2 names and what it holds."""
-    names = {f"{name}.flash_attention": "flash_attention" for name in stub_wan.FLASH_ATTENTION}
-    names |= {f"{n}.flash_attn_func": "flash_attn_func" for n in stub_wan.FLASH_ATTN_FUNC_HOLDERS}
-    return {
-        name: vars(sys.modules[f"{package}.{name.rpartition('.')[0]}"])[attribute]
-        for name, attribute in names.items()
-    }
-
-
-def assert_all_ours(package: str = "wan") -> None:
-    for name, value in held(package).items():
-        assert callable(value) and value(1, 2, 3)[0] == "ours", f"{name} is {value}"
-
-
-def assert_all_stock() -> None:
-    for name, value in held().items():
-        if name.endswith("flash_attn_func"):
-            assert value is None, name
-        else:
-            assert value.__module__ == "wan.modules.attention", name
-            assert value(1, 2, 3) == "stock", name
-    assert len({id(value) for value in held().values()}) == 2
 
 
 @pytest.mark.parametrize("order", ["patch first", "import first"])
@@ -92,7 +58,7 @@ def test_patch_called_by_a_module_of_the_package_itself(stubs: Path) -> None:
     folder = stub_wan.write(stubs)
     (folder / "distributed" / "__init__.py").write_text(
         "from ..modules.attention import flash_attention\n"
-        "import test_wan22_patch\ntest_wan22_patch.patch()\nfrom . import ulysses\n"
+        "import patching\npatching.patch()\nfrom . import ulysses\n"
     )
     importlib.import_module("wan")
     assert_all_ours()
@@ -105,7 +71,7 @@ def test_patch_called_while_the_attention_module_itself_is_imported(stubs: Path)
     """In the same thread: there is nobody to wait for, and that module passes the hook by."""
     folder = stub_wan.write(stubs)
     path = folder / "modules" / "attention.py"
-    path.write_text("import test_wan22_patch\ntest_wan22_patch.patch()\n" + path.read_text())
+    path.write_text("import patching\npatching.patch()\n" + path.read_text())
     importlib.import_module("wan")
     assert_all_ours()
     wan22.unpatch()
@@ -264,94 +230,6 @@ def test_stock_attention_no_longer_loses_lengths(stubs: Path) -> None:
     assert attention.FLASH_ATTN_2_AVAILABLE is False
 
 
-class TestFlashAttnFunc:
-    def test_absent(self, stubs: Path) -> None:
-        stub_wan.write(stubs)
-        importlib.import_module("wan")
-        patch()
-        q, k, v = (torch.zeros(1, 2, 3, 4) for _ in range(3))
-        name, args, kwargs = sys.modules["wan.modules.animate.face_blocks"].attention(q, k, v)
-        assert name == "ours" and all(a is b for a, b in zip(args, (q, k, v), strict=True))
-        neutral = {"dropout_p": 0.0, "softmax_scale": None, "causal": False}
-        assert kwargs == {**neutral, "window_size": (-1, -1), "deterministic": False}
-
-    @pytest.mark.parametrize("first", ["patch", "import"])
-    def test_installed(self, stubs: Path, first: str) -> None:
-        stub_wan.write(stubs)
-        stub_wan.write_flash_attn(
-            stubs,
-            "def flash_attn_func(*args): return 'flash_attn'\n"
-            "flash_attn_qkvpacked_func = flash_attn_varlen_func = None\n",
-        )
-        if first == "patch":
-            patch()
-        importlib.import_module("wan")
-        patch()
-        assert_all_ours()
-        flash_attn = sys.modules["flash_attn"]
-        assert flash_attn.flash_attn_func() == "flash_attn", "the package keeps its own function"
-        assert sys.modules["wan.modules.attention"].FLASH_ATTN_2_AVAILABLE is True
-        wan22.unpatch()
-        for name in stub_wan.FLASH_ATTN_FUNC_HOLDERS:
-            assert sys.modules[f"wan.{name}"].flash_attn_func is flash_attn.flash_attn_func
-        assert sys.modules["wan.modules.attention"].FLASH_ATTN_2_AVAILABLE is True
-
-    def test_positional_options_keep_their_places(self, stubs: Path) -> None:
-        stub_wan.write(stubs)
-        importlib.import_module("wan")
-        patch()
-        function = sys.modules["wan.modules.s2v.auxi_blocks"].flash_attn_func
-        _, _, kwargs = function(1, 2, 3, 0.1, 0.5, True, (4, 0))
-        assert kwargs["dropout_p"] == 0.1 and kwargs["softmax_scale"] == 0.5
-        assert kwargs["causal"] is True and kwargs["window_size"] == (4, 0)
-
-    @pytest.mark.parametrize(
-        "option", [{"softcap": 30.0}, {"alibi_slopes": torch.ones(3)}, {"return_attn_probs": True}]
-    )
-    def test_refuses_what_it_does_not_do(self, stubs: Path, option: dict[str, Any]) -> None:
-        stub_wan.write(stubs)
-        importlib.import_module("wan")
-        patch()
-        function = sys.modules["wan.modules.animate.face_blocks"].flash_attn_func
-        with pytest.raises(NotImplementedError, match=next(iter(option))):
-            function(1, 2, 3, **option)
-
-
-BROKEN = {
-    "ImportError": "raise ImportError('DLL load failed while importing flash_attn_2_cuda')",
-    "OSError": "raise OSError('libcudart.so.11: cannot open shared object file')",
-    "RuntimeError": "raise RuntimeError('operator already registered')",
-    "AttributeError": "import sys; sys.no_such_thing",
-}
-
-
-@pytest.mark.parametrize("error", BROKEN)
-def test_a_broken_flash_attn_does_not_kill_import_wan(stubs: Path, error: str) -> None:
-    stub_wan.write(stubs)
-    stub_wan.write_flash_attn(stubs, BROKEN[error])
-    patch()
-    importlib.import_module("wan")
-    assert_all_ours()
-    assert "flash_attn" not in sys.modules
-    assert sys.modules["wan.utils.prompt_extend"].FLASH_VER is None
-    ((name, reason),) = patch().broken
-    assert name == "flash_attn" and reason.startswith(error)
-    # Others see it as it is: found, and failing in its own way.
-    assert importlib.util.find_spec("flash_attn") is not None
-    with pytest.raises(Exception) as raised:
-        importlib.import_module("flash_attn")
-    assert type(raised.value).__name__ == error
-    wan22.unpatch()
-    assert_all_stock()
-
-
-def test_without_the_patch_a_broken_flash_attn_does_kill_it(stubs: Path) -> None:
-    stub_wan.write(stubs)
-    stub_wan.write_flash_attn(stubs, BROKEN["OSError"])
-    with pytest.raises(OSError, match="libcudart"):
-        importlib.import_module("wan")
-
-
 def test_an_error_in_wan_itself_passes_through(stubs: Path) -> None:
     folder = stub_wan.write(stubs)
     (folder / "modules" / "s2v" / "motioner.py").write_text("1 / 0\n")
@@ -469,64 +347,3 @@ class TestThreads:
         patching.join(20)
         importing.join(20)
         assert_all_ours()
-
-
-class TestTF32:
-    @pytest.fixture
-    def cuda(self, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-        """A machine with one Ampere GPU and no CUDA context yet."""
-        monkeypatch.setattr(torch.version, "cuda", "12.4")
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
-        return monkeypatch
-
-    @staticmethod
-    def state() -> list[Any]:
-        backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-        return [
-            getattr(b, name, None) for b in backends for name in ("allow_tf32", "fp32_precision")
-        ]
-
-    def test_allowed_while_patched_and_restored(self, stubs: Path, cuda: Any) -> None:
-        before = self.state()
-        assert before[0] is False
-        report = patch()
-        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
-        assert report.tf32 == "allowed for matmul"  # cuDNN's default is to allow it
-        patch()
-        wan22.unpatch()
-        assert self.state() == before
-
-    def test_the_users_own_choice_comes_back(self, stubs: Path, cuda: Any) -> None:
-        cudnn = torch.backends.cudnn
-        try:
-            cudnn.allow_tf32 = False
-            before = self.state()
-            assert patch().tf32 == "allowed for matmul and cuDNN"
-            assert cudnn.allow_tf32
-            wan22.unpatch()
-            assert self.state() == before
-        finally:
-            cudnn.allow_tf32 = True
-
-    def test_nothing_to_do_nothing_undone(self, stubs: Path, cuda: Any) -> None:
-        matmul = torch.backends.cuda.matmul
-        try:
-            matmul.allow_tf32 = True
-            assert patch().tf32 == "was already allowed"
-            wan22.unpatch()
-            assert matmul.allow_tf32
-        finally:
-            matmul.allow_tf32 = False
-
-    def test_not_before_ampere(self, stubs: Path, cuda: pytest.MonkeyPatch) -> None:
-        cuda.setattr(torch.cuda, "is_initialized", lambda: True)
-        cuda.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-        assert "Ampere" in patch().tf32
-        assert not torch.backends.cuda.matmul.allow_tf32
-
-    def test_not_without_a_gpu(self, stubs: Path, cuda: pytest.MonkeyPatch) -> None:
-        cuda.setattr(torch.cuda, "device_count", lambda: 0)
-        assert patch().tf32 == "unchanged (no CUDA device)"
-        assert not torch.backends.cuda.matmul.allow_tf32

@@ -49,6 +49,8 @@ def exact(
 ) -> Tensor:
     """Wan2.2's flash_attention in float64, from the values as they come in."""
     assert q_scale is None and not dropout_p
+    # No call site of Wan2.2 names more keys than there are, or fewer than none.
+    assert k_lens is None or (0 <= int(k_lens.min()) and int(k_lens.max()) <= k.shape[1])
     calls.append(
         f"{list(q.shape)} {list(k.shape)} {q.dtype} {k.dtype} {v.dtype} "
         f"{None if k_lens is None else k_lens.tolist()}"

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from wan_attn.request import refuse
+
 Attention = Callable[..., Any]
 """Anything with the signature of Wan2.2's flash_attention."""
 
@@ -48,7 +50,7 @@ def make_flash_attn_func(attention: Attention) -> Attention:
             ("return_attn_probs", return_attn_probs, False),
         ):
             if value is not neutral and value != neutral:
-                raise NotImplementedError(f"wan_attn: {name} must be {neutral}, got {value}")
+                refuse(name, str(neutral), value)
         return attention(
             q,
             k,
