@@ -91,11 +91,15 @@ def _sdpa_by_torch(
     return out.contiguous(), lse
 
 
-def _sdpa_elsewhere(query: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-    """Devices and layouts that no binding registers a kernel for."""
+def _sdpa_elsewhere(
+    query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
+) -> tuple[Tensor, Tensor]:
+    """Devices and layouts that no binding registers a kernel for; one odd operand is enough."""
+    operands = {"query": query, "key": key, "value": value}
+    name = next((n for n, x in operands.items() if x.layout != torch.strided), "query")
     raise RuntimeError(
-        f"wan_attn: query must be a dense tensor on cpu or cuda, got {query.layout}"
-        f" on {query.device}"
+        f"wan_attn: {name} must be a dense tensor on cpu or cuda, got {operands[name].layout}"
+        f" on {operands[name].device}"
     )
 
 
