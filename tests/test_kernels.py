@@ -172,12 +172,13 @@ def test_keys_outside_the_mask_are_never_used(row: ops.KernelInfo | None, native
     for dtype in row_dtypes(row):
         for mask in ({"is_causal": True}, {"window": (4, 2)}):
             for which in (1, 2):
-                call = some(row, seqlen_q=40, seqlen_k=40, dtype=dtype)
-                call[which][:, 21] = math.nan
+                call = some(row, seqlen_q=40, seqlen_k=40, heads_q=4, heads_k=2, dtype=dtype)
+                call[which][:, 21, 1] = math.nan  # the key head of query heads 2 and 3
                 out, _ = check(row, *call, **mask)
-                seen = torch.from_numpy(oracle.visible(40, 40, **mask))[:, 21]
-                assert torch.equal(out.isnan().all(-1).all(-1)[0], seen)
-                assert torch.equal(out.isnan().any(-1).any(-1)[0], seen)
+                seen = torch.from_numpy(oracle.visible(40, 40, **mask))[:, 21, None]
+                assert torch.equal(out[0, :, 2:].isnan().all(-1), seen.expand(-1, 2))
+                assert torch.equal(out[0].isnan().any(-1).any(-1), seen[:, 0])
+                assert not out[:, :, :2].isnan().any()
 
 
 def test_real_nan_stays_visible(row: ops.KernelInfo | None) -> None:
