@@ -33,6 +33,7 @@ def _need_torch() -> None:
         raise ImportError(f"wan_attn needs PyTorch 2.4 or newer, got {torch.__version__}")
 
 
+_import_error: Exception | None = None
 try:
     _need_torch()
     from wan_attn import ops as ops  # registers the op
@@ -49,10 +50,10 @@ except (ImportError, OSError, RuntimeError, ValueError) as _error:
     # No torch, one whose DLLs do not load, a variable that holds something impossible: raised at
     # the first use, not here, because `python -m wan_attn doctor` has to import this file in order
     # to say what is wrong.
-    _why = _error
+    _import_error = _error
     _warnings.warn(f"wan_attn cannot be used here: {_error}", RuntimeWarning, stacklevel=2)
 
     def __getattr__(name: str) -> object:
         if name in __all__:
-            raise ImportError(f"wan_attn cannot be used here: {_why}") from _why
+            raise ImportError(f"wan_attn cannot be used here: {_import_error}") from _import_error
         raise AttributeError(f"module 'wan_attn' has no attribute {name!r}")

@@ -125,11 +125,11 @@ def _sdpa_fake(
 
 def _register() -> None:
     global _binding, _reason
+    wanted = current().binding  # before anything is registered: this may raise, and be tried again
     # Else inductor may hand over other strides than eager does; the contract wants a last one of 1.
     _LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     torch.library.register_fake("wan_attn::sdpa", _sdpa_fake, lib=_LIBRARY)
     _LIBRARY.impl("sdpa", _sdpa_elsewhere, "CompositeExplicitAutograd")
-    wanted = current().binding
     if wanted == "torch" or _native.load() is None:
         _binding = "torch"
         _reason = _native.load_error() or "WAN_ATTN_BINDING=torch"
