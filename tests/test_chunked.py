@@ -286,7 +286,7 @@ def test_a_ring_of_processes(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(
         ring_member, (port, str(tmp_path)), nprocs=RANKS, start_method=how
     )
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
     for index, call in enumerate(RING_CALLS):
         tensors, call = ring_operands(call)
         out = torch.cat([part[index][0] for part in parts], dim=1)

@@ -119,11 +119,11 @@ def test_kernel_order(
 
 def test_a_kernel_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_torch_kernels, "_refused", set())
-    monkeypatch.setattr(_torch_kernels, "order_for", lambda device: (C_, M_))  # no cuDNN on a CPU
+    monkeypatch.setattr(_torch_kernels, "order_for", lambda device: (E_, M_))  # not on a CPU
     q, k, v = operands(dtype=F32)
     calls = Calls(monkeypatch)
     outs = [torch_sdpa.run(q, k, v)[0] for _ in range(3)]
-    assert len(calls.seen) == 4  # cuDNN once, math three times
+    assert len(calls.seen) == 4  # efficient once, math three times
     torch_sdpa.run(*operands(seqlen_q=5, dtype=F32))
     assert len(calls.seen) == 6  # another kind of call: asked again
     calls.stop()

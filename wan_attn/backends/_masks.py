@@ -94,6 +94,7 @@ class DeviceMask:
             device.
         seqlen_q, seqlen_k: the padded lengths.
         left, right: bounds round the diagonal; None: unlimited.
+        rows_matter: two rows of a sample may see different keys.
     """
 
     q_lens: Tensor
@@ -102,6 +103,7 @@ class DeviceMask:
     seqlen_k: int
     left: int | None
     right: int | None
+    rows_matter: bool  # a field: torch 2.4's tracer cannot branch on a property
 
     @classmethod
     def make(
@@ -124,21 +126,20 @@ class DeviceMask:
             moved = lengths.to(device=query.device, dtype=torch.int64, non_blocking=True)
             return moved.clamp(0, seqlen).view(batch, 1, 1, 1)
 
-        right = 0 if is_causal else window[1]
+        # A bound that cuts nothing is none: added to an index, a huge one would wrap.
+        left = window[0] if 0 <= window[0] < seqlen_k else None
+        right: int | None = 0 if is_causal else window[1]
+        if right is not None and not 0 <= right < seqlen_q:
+            right = None
         return cls(
             column(q_lens, seqlen_q),
             column(k_lens, seqlen_k),
             seqlen_q,
             seqlen_k,
-            # A bound that cuts nothing is none: added to an index, a huge one would wrap.
-            window[0] if 0 <= window[0] < seqlen_k else None,
-            right if 0 <= right < seqlen_q else None,
+            left,
+            right,
+            left is not None or right is not None,
         )
-
-    @property
-    def rows_matter(self) -> bool:
-        """Whether two rows of a sample may see different keys."""
-        return self.left is not None or self.right is not None
 
     def real_rows(self) -> Tensor:
         """[batch, seqlen_q, 1, 1] bool: rows below q_len."""
