@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,17 +117,21 @@ class build_native(Command):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [o for made in pool.map(compile_one, C_SOURCES) for o in made]
-        libraries = [] if IS_MSVC else ["m", "pthread"]
-        if sys.platform == "linux":
-            flags = ["-Wl,--no-undefined", "-s"]
-        else:
-            flags = []
-        compiler().link_shared_object(
+        self.link(
             objects,
-            str(target / shared_library("wan_attn")),
-            libraries=libraries,
-            extra_postargs=flags,
+            target / shared_library("wan_attn"),
+            libraries=[] if IS_MSVC else ["m", "pthread"],
+            extra_postargs=["-Wl,--no-undefined", "-s"] if sys.platform == "linux" else [],
         )
+
+    def link(self, objects: list[str], library: Path, **options: object) -> None:
+        """Links under another name first: a process may be running what is replaced."""
+        made = Path(self.build_temp) / library.name
+        compiler().link_shared_object(objects, str(made), **options)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        partial = library.with_name(f"{library.name}.new")
+        shutil.copy2(made, partial)
+        os.replace(partial, library)
 
     def build_shim(self, target: Path) -> None:
         wanted = os.environ.get("WAN_ATTN_SHIM", "auto")
@@ -137,9 +142,8 @@ class build_native(Command):
             try:
                 self.compile_shim(root, target)
                 return
-            except (
-                Exception
-            ) as error:  # a package that installs beats a faster call; doctor says which one runs
+            except Exception as error:
+                # A package that installs beats a faster call; doctor says which binding runs.
                 why = f"the compiler failed: {error}"
         if wanted == "1":
             sys.exit(f"WAN_ATTN_SHIM=1, but the torch shim cannot be built: {why}")
@@ -157,9 +161,9 @@ class build_native(Command):
             macros=[("TORCH_TARGET_VERSION", hex(SHIM_TARGET))],
             extra_postargs=CXX_FLAGS,
         )
-        compiler().link_shared_object(
+        self.link(
             objects,
-            str(target / shared_library("wan_attn_shim")),
+            target / shared_library("wan_attn_shim"),
             libraries=["torch_cpu"],
             library_dirs=[str(root / "lib")],
             extra_postargs=["-s"] if sys.platform == "linux" else [],

@@ -23,6 +23,17 @@ def check_call(
     window_right: int,
 ) -> None:
     """Raises RuntimeError for what can be told without data; shapes may be symbolic."""
+    _check_operands(query, key, value)
+    _check_shapes(query, key, value)
+    _check_lengths(query, q_lens, k_lens)
+    if scale is not None and not math.isfinite(scale):
+        _refuse(f"scale must be finite, got {scale:g}")
+    for name, bound in (("window_left", window_left), ("window_right", window_right)):
+        if bound < -1:
+            _refuse(f"{name} must be -1 (no bound) or at least 0, got {bound}")
+
+
+def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):  # None gets past the dispatcher
             _refuse(f"{name} must be a tensor, got {tensor}")
@@ -42,6 +53,9 @@ def check_call(
             _refuse(
                 f"{name} must be float32 or have value's dtype {value.dtype}, got {tensor.dtype}"
             )
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     batch, _, heads_q, head_dim = query.shape
     heads_k = key.shape[2]
     if head_dim < 1:
@@ -57,6 +71,10 @@ def check_call(
         )
     if value.shape != key.shape:
         _refuse(f"value must be shaped like key, got {list(value.shape)}")
+
+
+def _check_lengths(query: Tensor, q_lens: Tensor | None, k_lens: Tensor | None) -> None:
+    batch = query.shape[0]
     for name, lengths in (("q_lens", q_lens), ("k_lens", k_lens)):
         if lengths is None:
             continue
@@ -69,11 +87,6 @@ def check_call(
                 f"{name} must be on the CPU or on query's device {query.device},"
                 f" got {lengths.device}"
             )
-    if scale is not None and not math.isfinite(scale):
-        _refuse(f"scale must be finite, got {scale:g}")
-    for name, bound in (("window_left", window_left), ("window_right", window_right)):
-        if bound < -1:
-            _refuse(f"{name} must be -1 (no bound) or at least 0, got {bound}")
 
 
 def _refuse(message: str) -> None:
