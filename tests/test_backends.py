@@ -125,6 +125,7 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"batch": 3, "seqlen_q": 33},
         {"window": (3, 2), "q_lens": [33, 9, 30], "k_lens": [30, 33, 3]},
     ),
+    "a window that just cuts": ({"seqlen_q": 33}, {"window": (31, 31)}),
     "a window that cuts nothing": ({}, {"window": (1000, 1000)}),
 }
 

@@ -131,6 +131,28 @@ def test_a_kernel_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) ->
         assert_close_to_oracle(out, q, k, v)
 
 
+def test_flash_is_pinned_until_it_has_taken_a_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[SDPBackend] = []
+    real = _torch_kernels._by
+
+    def spy(kernel: SDPBackend, call: Any) -> Tensor:
+        pinned.append(kernel)
+        return real(kernel, call)
+
+    monkeypatch.setattr(_torch_kernels, "_settled", set())
+    monkeypatch.setattr(_torch_kernels, "order_for", lambda device: (F_, M_))
+    monkeypatch.setattr(_torch_kernels, "_by", spy)
+    q, k, v = operands(dtype=F32)
+    for _ in range(3):
+        out, _ = torch_sdpa.run(q, k, v)
+        assert_close_to_oracle(out, q, k, v)
+    assert pinned == [F_]
+    monkeypatch.setattr(_torch_kernels, "order_for", lambda device: (M_, F_))
+    torch_sdpa.run(*operands(seqlen_q=5, dtype=F32))
+    torch_sdpa.run(*operands(seqlen_q=5, dtype=F32))
+    assert pinned == [F_, M_, M_]  # PyTorch would not ask math first
+
+
 def test_a_kernel_that_meets_a_device_error_is_not_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -36,6 +36,9 @@ _BACKEND_FAILURES = (
 class Call(NamedTuple):
     """One call's arguments beside its operands; see attention.py for what they mean.
 
+    The first three are values that change from call to call; all others decide what is run, and
+    _kind() takes them by position.
+
     Attributes:
         dropout_p: already 0 where grad is disabled.
         dtype: what to compute in where value is not half; None: in value's, whatever it is.
@@ -144,7 +147,7 @@ def _kind(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Any, .
         None if q_lens is None else (q_lens.shape, q_lens.dtype, q_lens.device),
         None if k_lens is None else (k_lens.shape, k_lens.dtype, k_lens.device),
         wants_grad(query, key, value),
-        call[3:],
+        call[3:],  # is_causal and what follows it
     )
 
 

@@ -84,15 +84,11 @@ class Measured:
 
 MEASURED_FASTER: tuple[Measured, ...] = ()
 
-# For fp32 inputs, where the caller did not say. fp16 has three more bits of mantissa than bf16 at
-# the same speed on the consumer cards (RTX 20: no bf16 at all); the data-centre cards get the range
-# of bf16.
-HALF_DTYPES: dict[tuple[int, int], torch.dtype] = {
-    (7, 0): torch.float16,
-    (7, 5): torch.float16,
-    (8, 6): torch.float16,
-    (8, 9): torch.float16,
-}
+# For fp32 inputs, where the caller did not say: fp16 has three more bits of mantissa than bf16 at
+# the same speed on the consumer cards RTX 30 and 40, and is all that cards before those have; the
+# data-centre cards, and what is newer, get the range of bf16.
+_FP16_CARDS = ((8, 6), (8, 9))
+_FIRST_WITH_BF16 = (8, 0)
 
 
 def compute_dtype(
@@ -111,7 +107,9 @@ def compute_dtype(
         return asked
     # bfloat16 is the default of the signature: what the card does best, rather than a wish.
     arch = capability(device)
-    return torch.bfloat16 if arch is None else HALF_DTYPES.get(arch, torch.bfloat16)
+    if arch is not None and (arch < _FIRST_WITH_BF16 or arch in _FP16_CARDS):
+        return torch.float16
+    return torch.bfloat16
 
 
 def measured_faster(request: Request, table: tuple[Measured, ...]) -> bool:

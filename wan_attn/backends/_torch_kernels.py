@@ -11,7 +11,9 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +37,10 @@ _ORDER = (
 
 _FLAGS_LOCK = threading.Lock()  # sdpa_kernel sets flags of the process, not of the thread
 _refused: set[tuple[SDPBackend, tuple[object, ...]]] = set()
-_REFUSED_MAX = 4096  # a workload whose shapes never repeat must not grow this for ever
+# Kinds of call that flash took when asked first: PyTorch asks it first too, so that pinning it,
+# which costs a lock and a switch of flags, changes nothing.
+_settled: set[tuple[object, ...]] = set()
+_MEMORY_MAX = 4096  # shapes that never repeat must not grow these for ever
 
 
 def _ask(function: str) -> bool:
@@ -120,24 +125,33 @@ def attend(
         is_causal,
         dropout_p > 0,
         query.device,
+        torch.is_grad_enabled(),
     )
+    if kind in _settled:
+        return call()
     with _FLAGS_LOCK:
-        candidates = _enabled(order)
-        untried = [kernel for kernel in candidates if (kernel, kind) not in _refused]
-        for kernel in untried[:-1]:
+        untried = [kernel for kernel in _enabled(order) if (kernel, kind) not in _refused]
+        for kernel in untried:
             try:
-                with sdpa_kernel(kernel), warnings.catch_warnings():
-                    warnings.simplefilter(
-                        "ignore"
-                    )  # torch warns once per reason why a kernel refuses
-                    return call()
+                out = _by(kernel, call)
             except RuntimeError as error:
-                if is_device_error(error):
+                if is_device_error(error) or kernel is untried[-1]:
                     raise
-                if len(_refused) >= _REFUSED_MAX:
-                    _refused.clear()
-                _refused.add((kernel, kind))
-        if untried:
-            with sdpa_kernel(untried[-1]):
-                return call()
-    return call()
+                _remember(_refused, (kernel, kind))
+                continue
+            if kernel is SDPBackend.FLASH_ATTENTION and kernel is order[0]:
+                _remember(_settled, kind)
+            return out
+    return call()  # the user switched all of ours off: PyTorch says so
+
+
+def _by(kernel: SDPBackend, call: Callable[[], Tensor]) -> Tensor:
+    with sdpa_kernel(kernel), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of every reason why a kernel refuses
+        return call()
+
+
+def _remember(memory: set[Any], item: object) -> None:
+    if len(memory) >= _MEMORY_MAX:
+        memory.clear()
+    memory.add(item)

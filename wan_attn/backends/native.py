@@ -22,6 +22,8 @@ def why_not(request: Request) -> str | None:
 
     if ops.binding() == "torch":
         return f"no native library: {ops.binding_reason()}"
+    if not any(kernel.device == request.device.type for kernel in ops.kernels()):
+        return f"no kernel for {request.device.type} in this build"  # rather than one line per row
     kernel, reasons = ops.select(request)
     return None if kernel is not None else reasons
 
