@@ -54,7 +54,7 @@ check-environment:
 
 check-format: check-environment
 	@echo '== format: clang-format, ruff format'
-	@find $(c_files) -name '*.[chd]*' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	@find $(c_files) -name '*.[chdi]*' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	@$(VENV)/bin/ruff format --quiet --check . || { echo 'run: make format'; exit 1; }
 
 check-lint: check-environment
@@ -79,7 +79,7 @@ check-tables: check-environment
 	@$(python) -m wan_attn.cli.tables --check README.md
 
 format: check-environment
-	@find $(c_files) -name '*.[chd]*' | xargs $(VENV)/bin/clang-format -i
+	@find $(c_files) -name '*.[chdi]*' | xargs $(VENV)/bin/clang-format -i
 	@$(VENV)/bin/ruff check --quiet --fix --select I .
 	@$(VENV)/bin/ruff format --quiet .
 
