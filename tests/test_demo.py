@@ -201,6 +201,23 @@ def test_weights_from_disk(tmp_path: Path) -> None:
     assert report["model"]["attention_layers"] == 4
 
 
+def test_sizes_are_checked_against_the_model(tmp_path: Path) -> None:
+    model = tmp_path / "ti2v"
+    for name, content in {
+        "model_index.json": {"_class_name": "WanPipeline"},
+        "vae/config.json": {"scale_factor_spatial": 16},
+        "transformer/config.json": {"patch_size": [1, 2, 2]},
+    }.items():
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(json.dumps(content))
+    asked = {"model": str(model), "is_quick": False}
+    assert tiny_options(tmp_path, **asked).size == options.REAL
+    with pytest.raises(options.DemoError, match="--height must be a multiple of 32, got 112"):
+        tiny_options(tmp_path, height=112, **asked)
+    with pytest.raises(options.DemoError, match="cannot be loaded: .*download complete"):
+        pipeline.make(tiny_options(tmp_path, **asked))
+
+
 # ---- the verdict
 
 

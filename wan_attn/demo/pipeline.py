@@ -166,9 +166,11 @@ def _loaded_pipeline(diffusers: Any, options: Options) -> Any:
         pipe = diffusers.WanPipeline.from_pretrained(
             options.model, vae=vae, torch_dtype=options.dtype, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DemoError(f"--model {options.model} cannot be loaded: {reason}") from error
+        raise DemoError(
+            f"--model {options.model} cannot be loaded: {reason}; is the download complete?"
+        ) from error
     if options.device.type == "cuda" and importlib.util.find_spec("accelerate") is not None:
         # One model on the GPU at a time: a 5B model and its text encoder fit 24 GB that way.
         pipe.enable_model_cpu_offload(device=options.device)
