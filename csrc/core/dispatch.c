@@ -13,30 +13,61 @@
 #define ON_CUDA(arch_min, arch_max) WAN_ATTN_CUDA, arch_min, arch_max
 #define HEAD_DIM(min, max, multiple) min, max, multiple
 
+/* Rows of another architecture are in the table, so that it reads the same everywhere, but not in
+ * the library: what they need is never detected here, so they always refuse. */
+#if defined(__x86_64__) || defined(_M_X64)
+#define KERNEL_X86(...) KERNEL(__VA_ARGS__)
+#define KERNEL_ARM(...) KERNEL_ELSEWHERE(__VA_ARGS__)
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#define KERNEL_X86(...) KERNEL_ELSEWHERE(__VA_ARGS__)
+#define KERNEL_ARM(...) KERNEL(__VA_ARGS__)
+#else
+#define KERNEL_X86(...) KERNEL_ELSEWHERE(__VA_ARGS__)
+#define KERNEL_ARM(...) KERNEL_ELSEWHERE(__VA_ARGS__)
+#endif
+
 /* First reading of the list: declare each row's entry point and what it may name under `refuse` and
  * `workspace`. */
 #define KERNEL(name, ...)                                                                          \
     wan_attn_status wan_attn_##name(const wan_attn_problem *, wan_attn_error *);                   \
     const char *wan_attn_##name##_refuse(const wan_attn_problem *);                                \
     size_t wan_attn_##name##_workspace(const wan_attn_problem *);
+#define KERNEL_ELSEWHERE(...)
 #include "core/kernels.def"
 #undef KERNEL
+#undef KERNEL_ELSEWHERE
 
-/* Second reading: the table. The detour through KERNEL_ROW lets ON_CPU and HEAD_DIM expand into
+/* Second reading: the table. The detour through KERNEL_EXPAND lets ON_CPU and HEAD_DIM expand into
  * their fields first. */
-#define KERNEL_ROW(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, refuse,        \
-                   workspace, description)                                                         \
-    {{sizeof(wan_attn_kernel_info), device, #row, description, dtypes, dmin, dmax, dmul, amin,     \
-      amax, needs, lossy},                                                                         \
-     refuse,                                                                                       \
-     workspace,                                                                                    \
-     wan_attn_##row},
-#define KERNEL_EXPAND(...) KERNEL_ROW(__VA_ARGS__)
-#define KERNEL(...) KERNEL_EXPAND(__VA_ARGS__)
+#define KERNEL_INFO(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, description)  \
+    {sizeof(wan_attn_kernel_info),                                                                 \
+     device,                                                                                       \
+     #row,                                                                                         \
+     description,                                                                                  \
+     dtypes,                                                                                       \
+     dmin,                                                                                         \
+     dmax,                                                                                         \
+     dmul,                                                                                         \
+     amin,                                                                                         \
+     amax,                                                                                         \
+     needs,                                                                                        \
+     lossy}
+#define KERNEL_HERE(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, refuse,       \
+                    workspace, description)                                                        \
+    {KERNEL_INFO(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, description),    \
+     refuse, workspace, wan_attn_##row},
+#define KERNEL_ABSENT(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, refuse,     \
+                      workspace, description)                                                      \
+    {KERNEL_INFO(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, description),    \
+     NULL, NULL, NULL},
+#define KERNEL_EXPAND(macro, ...) macro(__VA_ARGS__)
+#define KERNEL(...) KERNEL_EXPAND(KERNEL_HERE, __VA_ARGS__)
+#define KERNEL_ELSEWHERE(...) KERNEL_EXPAND(KERNEL_ABSENT, __VA_ARGS__)
 static const wan_attn_kernel KERNELS[] = {
 #include "core/kernels.def"
 };
 #undef KERNEL
+#undef KERNEL_ELSEWHERE
 
 enum { KERNEL_COUNT = sizeof(KERNELS) / sizeof(KERNELS[0]) };
 

@@ -12,6 +12,11 @@
  * matter beside a model; one pair is the least, whatever it takes (its K and V once more). */
 #define GROUP_BYTES (128ll << 20)
 
+/* While the keys of all heads stay in the cache, tiles of the same rows follow each other: heads
+ * lie side by side in a row, so their queries and outputs share pages of memory. Beyond, the tiles
+ * of a head follow each other and share its keys. */
+#define CACHED_BYTES (8ll << 20)
+
 /* With fewer tiles than this for each thread, the last ones to finish would leave the others
  * waiting. */
 enum { TILES_PER_WORKER = 3, CACHE_LINE = 64 };
@@ -49,6 +54,7 @@ static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blockin
     int64_t groups = divide_up(plan.pairs, max_of(1, GROUP_BYTES / max_of(1, plan.pair_bytes)));
     plan.pairs_per_group = divide_up(plan.pairs, max_of(1, groups));
 
+    plan.heads_together = plan.pairs * plan.pair_bytes <= CACHED_BYTES;
     choose_tiles(p, blocking, &plan);
     plan.workers = wan_attn_workers(p->params, plan.pairs_per_group *
                                                    max_of(plan.tiles_per_pair, plan.blocks));
@@ -94,30 +100,41 @@ static void pack_block(int64_t task, int64_t worker, void *ctx) {
         plan->blocking->pack(plan, b, pair % p->num_heads_k, &to);
 }
 
-/* Task numbers run over [pair of the group][query head of the pair][tile], tiles from the last:
- * under a causal mask the last rows see most, and long tasks should not come last. */
+/* Task numbers run over [pair of the group][query head of the pair][tile], or over [tile][pair]
+ * [query head] where all keys stay in the cache. Tiles go from the last: under a causal mask the
+ * last rows see most, and long tasks should not come last. */
+static wan_attn_tile tile_of(const wan_attn_plan *plan, int64_t task) {
+    const wan_attn_problem *p = plan->p;
+    int64_t heads_per_pair = p->num_heads_q / p->num_heads_k;
+    int64_t heads = plan->group_pairs * heads_per_pair;
+    int64_t head = plan->heads_together ? task % heads : task / plan->tiles_per_head;
+    int64_t tile = plan->heads_together ? task / heads : task % plan->tiles_per_head;
+    int64_t slot = head / heads_per_pair, pair = plan->first_pair + slot;
+    int64_t rows = plan->panels_per_tile * plan->blocking->panel;
+    int64_t first_row = (plan->tiles_per_head - 1 - tile) * rows;
+    wan_attn_tile at = {.b = pair / p->num_heads_k,
+                        .head = pair % p->num_heads_k * heads_per_pair + head % heads_per_pair,
+                        .pair_slot = slot,
+                        .first_row = first_row,
+                        .count = min_of(rows, p->seqlen_q - first_row)};
+    return at;
+}
+
 static void compute_tile(int64_t task, int64_t worker, void *ctx) {
     const wan_attn_plan *plan = (const wan_attn_plan *)ctx;
-    const wan_attn_problem *p = plan->p;
-    int64_t slot = task / plan->tiles_per_pair, pair = plan->first_pair + slot;
-    int64_t tile = plan->tiles_per_head - 1 - task % plan->tiles_per_head;
-    int64_t rows = plan->panels_per_tile * plan->blocking->panel;
-    wan_attn_tile at = {.b = pair / p->num_heads_k,
-                        .head = pair % p->num_heads_k * (p->num_heads_q / p->num_heads_k) +
-                                task % plan->tiles_per_pair / plan->tiles_per_head,
-                        .pair_slot = slot,
-                        .first_row = tile * rows,
-                        .count = min_of(rows, p->seqlen_q - tile * rows)};
-    char *scratch = (char *)p->params->workspace + plan->workspace_bytes -
-                    (size_t)(plan->workers - worker) * (size_t)plan->scratch_floats * sizeof(float);
-    plan->blocking->compute(plan, &at, (float *)scratch);
+    int64_t after = task + plan->workers; /* tasks are handed out in order, to all in turn */
+    int has_next = after < plan->group_pairs * plan->tiles_per_pair;
+    wan_attn_tile tile = tile_of(plan, task), next = has_next ? tile_of(plan, after) : tile;
+    char *end = (char *)plan->p->params->workspace + plan->workspace_bytes;
+    float *scratch = (float *)end - (plan->workers - worker) * plan->scratch_floats;
+    plan->blocking->compute(plan, &tile, has_next ? &next : NULL, scratch);
 }
 
 void wan_attn_blocked_run(const wan_attn_problem *p, const wan_attn_blocking *blocking) {
     wan_attn_plan plan = make_plan(p, blocking);
     for (; plan.first_pair < plan.pairs; plan.first_pair += plan.pairs_per_group) {
-        int64_t pairs = min_of(plan.pairs_per_group, plan.pairs - plan.first_pair);
-        wan_attn_run_tasks(p->params, pairs * plan.blocks, pack_block, &plan);
-        wan_attn_run_tasks(p->params, pairs * plan.tiles_per_pair, compute_tile, &plan);
+        plan.group_pairs = min_of(plan.pairs_per_group, plan.pairs - plan.first_pair);
+        wan_attn_run_tasks(p->params, plan.group_pairs * plan.blocks, pack_block, &plan);
+        wan_attn_run_tasks(p->params, plan.group_pairs * plan.tiles_per_pair, compute_tile, &plan);
     }
 }

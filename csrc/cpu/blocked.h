@@ -42,7 +42,9 @@ typedef struct wan_attn_blocking {
     int64_t width_multiple; /* rows of O^T (head_dim) are padded to a multiple of this        */
     void (*pack)(const wan_attn_plan *plan, int64_t b, int64_t head_k,
                  const wan_attn_packed_block *to);
-    void (*compute)(const wan_attn_plan *plan, const wan_attn_tile *tile, float *scratch);
+    /* `next`: the tile that this thread will probably compute next, or NULL; what to prefetch. */
+    void (*compute)(const wan_attn_plan *plan, const wan_attn_tile *tile, const wan_attn_tile *next,
+                    float *scratch);
 } wan_attn_blocking;
 
 struct wan_attn_plan {
@@ -55,8 +57,10 @@ struct wan_attn_plan {
     float log2_scale; /* |softmax_scale| * log2(e)              */
 
     int64_t k_bytes, v_bytes, blocks, pair_bytes; /* of one packed block; blocks of one pair */
-    int64_t pairs, pairs_per_group, first_pair;   /* first_pair: of the group at work        */
+    int64_t pairs, pairs_per_group;
+    int64_t first_pair, group_pairs; /* of the group at work */
     int64_t panels_per_tile, tiles_per_head, tiles_per_pair;
+    int heads_together; /* the order of tiles: see blocked.c */
     int64_t workers, scratch_floats;
     size_t workspace_bytes;
 };

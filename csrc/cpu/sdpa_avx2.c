@@ -4,11 +4,14 @@
  *
  * Budget: 4 x 3 accumulators + 3 + 1: all 16 registers; 12 FMA for 7 loads. Panel of 24 queries.
  */
+#include <float.h>
+#include <math.h>
+
+#include "cpu/blocked.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 
-#include <float.h>
 #include <immintrin.h>
-#include <math.h>
 
 /* For this file alone, and in the source, so that every build and every tool agrees. MSVC needs no
  * permission. */
@@ -18,7 +21,6 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include "cpu/blocked.h"
 #include "cpu/units_x86.h"
 
 #define LANES 8

@@ -4,11 +4,14 @@
  *
  * Budget: 8 x 3 accumulators + 3 + 1 of 32 registers; 24 FMA for 11 loads. Panel of 48 queries.
  */
+#include <float.h>
+#include <math.h>
+
+#include "cpu/blocked.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 
-#include <float.h>
 #include <immintrin.h>
-#include <math.h>
 
 /* For this file alone, and in the source, so that every build and every tool agrees. MSVC needs no
  * permission. */
@@ -20,7 +23,6 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #endif
 
-#include "cpu/blocked.h"
 #include "cpu/units_x86.h"
 #include "cpu/vector_avx512.h"
 

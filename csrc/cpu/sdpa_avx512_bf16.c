@@ -7,11 +7,14 @@
  * Numerics: float32 query and key are rounded to bfloat16, as torch does; P is rounded to bfloat16,
  * row_sum adds up what it was before. vdpbf16ps takes subnormal numbers for zero.
  */
+#include <float.h>
+#include <math.h>
+
+#include "cpu/blocked.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 
-#include <float.h>
 #include <immintrin.h>
-#include <math.h>
 
 /* For this file alone, and in the source, so that every build and every tool agrees. MSVC needs no
  * permission. */
@@ -23,7 +26,6 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #endif
 
-#include "cpu/blocked.h"
 #include "cpu/units_x86.h"
 #include "cpu/vector_avx512.h"
 

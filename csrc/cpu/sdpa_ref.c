@@ -27,7 +27,7 @@
 #include "cpu/half.h"
 #include "cpu/threads.h"
 
-enum { BLOCK_M = 16, BLOCK_N = 32, MAX_HEAD_DIM = 256 };
+enum { BLOCK_M = 16, BLOCK_N = 32, PART_D = 64, MAX_HEAD_DIM = 256 };
 
 wan_attn_status wan_attn_sdpa_ref(const wan_attn_problem *p, wan_attn_error *err);
 
@@ -71,9 +71,14 @@ static void load_keys(const wan_attn_problem *p, int64_t b, int64_t head, int64_
 static void score_row(const float *q, const key_block *block, int64_t head_dim, float scale,
                       float s[BLOCK_N]) {
     float sum[BLOCK_N] = {0};
-    for (int64_t d = 0; d < head_dim; d++)
+    for (int64_t first = 0; first < head_dim; first += PART_D) {
+        float part[BLOCK_N] = {0};
+        for (int64_t d = first; d < head_dim && d < first + PART_D; d++)
+            for (int n = 0; n < BLOCK_N; n++)
+                part[n] += q[d] * block->k_transposed[d][n];
         for (int n = 0; n < BLOCK_N; n++)
-            sum[n] += q[d] * block->k_transposed[d][n];
+            sum[n] += part[n];
+    }
     for (int n = 0; n < BLOCK_N; n++)
         s[n] = sum[n] * scale;
 }

@@ -12,6 +12,14 @@
 
 enum { UNIT_LANES = 8 };
 
+#if defined(__GNUC__) /* gcc drops calls of functions that do nothing but __builtin_prefetch */
+#define PREFETCH_READ(p) __asm__ volatile("prefetcht0 %0" ::"m"(*(const char *)(p)))
+#define PREFETCH_WRITE(p) __asm__ volatile("prefetchw %0" ::"m"(*(const char *)(p)))
+#else
+#define PREFETCH_READ(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
+#define PREFETCH_WRITE(p) _m_prefetchw((void *)(p))
+#endif
+
 typedef __m256 units;
 
 static inline units zero_units(void) { return _mm256_setzero_ps(); }
