@@ -27,6 +27,14 @@ from torch.overrides import TorchFunctionMode
 OPTIONAL = ("cv2", "dashscope", "decord", "librosa", "peft", "torchvision")
 # What it cannot do without: einops and easydict run while the models do, ftfy cleans prompts.
 REQUIRED = ("diffusers", "transformers", "einops", "easydict", "ftfy", "numpy", "PIL", "tqdm")
+# What Wan2.2 takes from libraries that adapt to what is installed, and load lazily.
+LOOKING_AROUND = {
+    "transformers": ("AutoTokenizer", "Wav2Vec2ForCTC", "Wav2Vec2Processor"),
+    "diffusers.loaders": ("FromOriginalModelMixin", "PeftAdapterMixin"),
+    "diffusers.models.attention": ("AdaLayerNorm",),
+    "diffusers.models.modeling_utils": ("ModelMixin",),
+    "diffusers.schedulers.scheduling_utils": ("SchedulerMixin",),
+}
 
 
 def missing() -> list[str]:
@@ -130,6 +138,11 @@ def prepare(wan22_dir: str | None = None) -> None:
     """Make `import wan` work here."""
     warnings.filterwarnings("ignore")
     sys.path.insert(0, wan22_dir or os.environ["WAN22_DIR"])
+    # First what looks around for optional packages, and must not take a stub for one.
+    for module, names in LOOKING_AROUND.items():
+        imported = importlib.import_module(module)
+        for name in names:
+            getattr(imported, name)
     sys.meta_path.append(_StubFinder())
     if not torch.cuda.is_available():
         # T5EncoderModel takes it as a default argument, so that importing asks for a GPU.
