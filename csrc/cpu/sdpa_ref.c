@@ -16,7 +16,8 @@
  * Budget: 106 KiB of stack at the largest head_dim (Q, O, K^T, V as float); a block of K and V is
  * converted once per 16 rows.
  * Numerics: products and sums in float32. Each block of keys is summed from zero and then added to
- * O and row_sum, so that rounding grows with the number of blocks, not of keys. P is not rounded.
+ * O and row_sum, so that rounding grows with the number of blocks, not of keys; for the same reason
+ * a score is summed 64 elements of head_dim at a time. P is not rounded.
  * x = s - row_max is exactly 0 for the largest score, hence one key gives that value exactly.
  * Masked keys are left out by loop bounds, never by -inf or by a zero weight, so nothing behind the
  * lengths or outside the mask can leak, NaN included; NaN in a visible key stays NaN.
