@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=int, metavar="N", help="4n + 1 (25)")
     add("--height", type=int, metavar="N", help="a multiple of 16, some models 32 (224)")
     add("--width", type=int, metavar="N", help="a multiple of 16, some models 32 (400)")
-    add("--steps", type=int, metavar="N", help="denoising steps (8)")
+    add("--steps", type=int, metavar="N", help="denoising steps (6)")
     add("--seed", type=int, default=0, metavar="N", help="of noise and random weights (0)")
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: bfloat16 on a GPU")
     add("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda, cuda:1 ...")

@@ -37,7 +37,7 @@ class Size:
 
 # 25 x 224 x 400 is 2,450 tokens: enough that attention is most of a step, little enough that the
 # portable C kernel does its run in well under a minute on two cores.
-STANDARD = Size(frames=25, height=224, width=400, steps=8)
+STANDARD = Size(frames=25, height=224, width=400, steps=6)
 QUICK = Size(frames=9, height=96, width=160, steps=3)
 REAL = Size(frames=33, height=480, width=832, steps=20)
 
