@@ -48,7 +48,9 @@ def reference(
         scores = ((q @ k.transpose(1, 2)) * factor).masked_fill(~seen[rows], -math.inf)
         if fused:
             q = q if factor > 0 else -q  # exact; some of torch's kernels dislike a negative scale
-            of_sample = F.scaled_dot_product_attention(q, k, v, seen[rows], scale=abs(factor))
+            mask = None if bool(seen[rows].all()) else seen[rows]  # without one: the fused kernel
+            one = (q[None], k[None], v[None])
+            of_sample = F.scaled_dot_product_attention(*one, mask, scale=abs(factor))[0]
         else:
             of_sample = scores.softmax(-1) @ v
         of_sample = of_sample.transpose(0, 1)
