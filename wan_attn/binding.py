@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from ctypes import CFUNCTYPE, POINTER, c_int32, c_size_t, c_uint32, c_void_p
 from pathlib import Path
@@ -81,7 +82,23 @@ def torch_function(name: str) -> int | None:
 @functools.cache
 def parallel_for() -> int | None:
     """torch_parallel_for (torch >= 2.10): kernels then run on torch's own threads."""
-    return torch_function("torch_parallel_for")
+    return None if _is_forked else torch_function("torch_parallel_for")
+
+
+_is_forked = False
+
+
+def _leave_torchs_threads() -> None:
+    """In a child of fork, torch's OpenMP would wait for ever for threads that the parent kept."""
+    global _is_forked
+    _is_forked = True
+    parallel_for.cache_clear()
+    if _shim is not None:
+        _configure(_shim)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_torchs_threads)
 
 
 def _num_threads(out: ctypes._Pointer[c_uint32]) -> int:
@@ -119,17 +136,13 @@ def why_no_shim() -> str | None:
     return None
 
 
-def load_shim() -> str | None:
-    """Loads the shim, which registers the op for CPU and CUDA; or says why it could not."""
-    why = why_no_shim()
-    if why is not None:
-        return why
+_shim: ctypes.CDLL | None = None
+
+
+def _configure(shim: ctypes.CDLL) -> None:
+    """Tells the shim the functions to use."""
     lib = _native.lib()
-    try:
-        shim = ctypes.CDLL(str(_native.shim_path()))
-        configure = shim.wan_attn_shim_configure
-    except (OSError, AttributeError) as error:
-        return f"{_native.shim_path().name} does not load: {error}"
+    configure = shim.wan_attn_shim_configure
     configure.restype, configure.argtypes = None, [POINTER(_ShimFunctions)]
     table = _ShimFunctions(
         ctypes.cast(lib.wan_attn_workspace_size, c_void_p),
@@ -140,6 +153,20 @@ def load_shim() -> str | None:
         allowed_cpu_features(),
     )
     configure(ctypes.byref(table))
+
+
+def load_shim() -> str | None:
+    """Loads the shim, which registers the op for CPU and CUDA; or says why it could not."""
+    why = why_no_shim()
+    if why is not None:
+        return why
+    global _shim
+    try:
+        shim = ctypes.CDLL(str(_native.shim_path()))
+        _configure(shim)
+    except (OSError, AttributeError) as error:
+        return f"{_native.shim_path().name} does not load: {error}"
+    _shim = shim
     return None
 
 

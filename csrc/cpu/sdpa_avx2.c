@@ -64,6 +64,7 @@ static inline __m256 exp2_degree5(__m256 x) {
 #define VECTORS 3
 #define ROWS 4
 #define STEP ROWS
+#define PREFETCHES (BLOCK_N / ROWS)
 #define UNIT 1
 #define BLOCK_N 128
 #define DOT FMA

@@ -29,6 +29,7 @@
 #define VECTORS 3
 #define ROWS 8
 #define STEP ROWS
+#define PREFETCHES (BLOCK_N / ROWS)
 #define UNIT 1
 #define BLOCK_N 128
 #define DOT FMA

@@ -28,25 +28,18 @@
 
 #include "cpu/units_x86.h"
 #include "cpu/vector_avx512.h"
+#include "cpu/vector_avx512_bf16.h"
 
 #define VECTORS 3
 #define ROWS 8
 #define STEP ROWS
+#define PREFETCHES (BLOCK_N / ROWS)
 #define UNIT 2
 #define BLOCK_N 128
 #define EXP2 exp2_degree5
 
 static inline __m512 DOT(__m512 a, __m512 b, __m512 c) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
-}
-
-/* Lane by lane (even[i], odd[i]), rounded. */
-static inline __m512 BF16_PAIRS(__m512 even, __m512 odd) {
-    const __m512i ORDER =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(ORDER, halves));
 }
 
 #include "cpu/sdpa_tile.inc"

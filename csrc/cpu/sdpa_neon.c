@@ -53,6 +53,7 @@ static inline float32x4_t exp2_degree5(float32x4_t x) {
 #define VECTORS 3
 #define ROWS 8
 #define STEP ROWS
+#define PREFETCHES (BLOCK_N / ROWS)
 #define UNIT 1
 #define BLOCK_N 128
 #define DOT FMA

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""test_cpu_amx.py - the AMX row, with its tile instructions executed by tests/amx_emulator.
+
+The row's C is compiled as it ships; a second library holds it together with a handler for the
+SIGILL that tile instructions raise on a CPU without AMX. Everything else in the row runs on the
+CPU, which therefore must have AVX512-BF16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from tolerances import assert_close_to_oracle
+from wan_attn import _native, binding, ops
+
+ROOT = Path(__file__).parent.parent
+REPLACED = ("core/cpuid.c", "cpu/amx_permission.c")
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux"
+    or platform.machine() != "x86_64"
+    or shutil.which("cc") is None
+    or "avx512_bf16" not in ops.cpu_features(),
+    reason="needs Linux on an x86-64 with AVX512-BF16, and a C compiler",
+)
+
+
+def compile_library(folder: Path) -> Path:
+    sources = [p for p in ROOT.glob("csrc/c*/*.c") if not p.as_posix().endswith(REPLACED)]
+    sources += ROOT.glob("tests/amx_emulator/*.c")
+
+    def compile_one(source: Path) -> Path:
+        made = folder / f"{source.stem}.o"
+        flags = ["-std=c11", "-O1", "-fPIC", "-DWAN_ATTN_BUILD", f"-I{ROOT / 'csrc'}"]
+        subprocess.run(["cc", *flags, "-c", source, "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = folder / "libwan_attn_amx.so"
+    subprocess.run(["cc", "-shared", *objects, "-lm", "-lpthread", "-o", library], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(compile_library(tmp_path_factory.mktemp("amx"))))
+    for name, (restype, argtypes) in _native._FUNCTIONS.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = restype, argtypes
+    lib.wan_attn_amx_instructions.restype = ctypes.c_long
+    assert lib.wan_attn_emulate_amx() == 0
+    return lib
+
+
+@pytest.fixture
+def amx(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, threads: None) -> Iterator[int]:
+    """The AMX row's index in a library whose tiles are emulated; tiles must have been used."""
+    monkeypatch.setattr(_native, "_open", lambda: (library, None))
+    torch.set_num_threads(1)  # the emulator counts for each thread
+    names = [info.name for info in map(info_at, range(library.wan_attn_kernel_count()))]
+    before = library.wan_attn_amx_instructions()
+    yield names.index(b"sdpa_amx")
+    assert library.wan_attn_amx_instructions() > before
+
+
+def info_at(row: int) -> _native.KernelInfo:
+    info = _native.KernelInfo(struct_size=ctypes.sizeof(_native.KernelInfo))
+    _native.lib().wan_attn_kernel_at(row, ctypes.byref(info))
+    return info
+
+
+def check(amx: int, *tensors: torch.Tensor, **call: object) -> torch.Tensor:
+    given = dict(call)
+    left, right = given.pop("window", (-1, -1))
+    k_lens = given.pop("k_lens", None)
+    out, lse = binding.ctypes_sdpa(
+        *tensors,
+        k_lens=None if k_lens is None else torch.tensor(k_lens),
+        window_left=left,
+        window_right=right,
+        return_lse=True,
+        kernel=amx,
+        **given,
+    )
+    assert_close_to_oracle(out, *tensors, lse=lse, **call)
+    return out
+
+
+def operands(
+    seqlen_q: int, seqlen_k: int, head_dim: int, batch: int = 1, heads: tuple[int, int] = (1, 1)
+) -> tuple[torch.Tensor, ...]:
+    shapes = ((seqlen_q, heads[0]), (seqlen_k, heads[1]), (seqlen_k, heads[1]))
+    return tuple(torch.randn(batch, n, h, head_dim).bfloat16() for n, h in shapes)
+
+
+@pytest.mark.parametrize("head_dim", (1, 7, 32, 64, 80, 128, 256))
+def test_head_dims(amx: int, head_dim: int) -> None:
+    check(amx, *operands(19, 35, head_dim))
+
+
+@pytest.mark.parametrize("length", (1, 2, 15, 17, 31, 33, 64, 65, 255, 257))
+def test_lengths(amx: int, length: int) -> None:
+    check(amx, *operands(5, length, 32))
+    check(amx, *operands(length, 40, 32))
+
+
+@pytest.mark.parametrize(
+    "call",
+    ({"is_causal": True}, {"window": (9, 4)}, {"window": (0, 0)}, {"scale": -0.3}, {"scale": 0.0}),
+    ids=str,
+)
+def test_masks_and_scales(amx: int, call: dict[str, object]) -> None:
+    check(amx, *operands(70, 300, 64), **call)
+
+
+def test_padding_grouped_heads_and_float32_query(amx: int) -> None:
+    query, key, value = operands(10, 77, 64, batch=3, heads=(4, 2))
+    for b, n in enumerate((77, 0, 33)):
+        key[b, n:], value[b, n:] = float("nan"), float("inf")
+    check(amx, query, key, value, k_lens=[77, 0, 33])
+    check(amx, query.float(), key, value, k_lens=[77, 0, 33], is_causal=True)
+
+
+def test_one_key_gives_its_value(amx: int) -> None:
+    query, key, value = operands(3, 1, 64)
+    assert torch.equal(check(amx, query, key, value), value.expand(-1, 3, -1, -1))
+
+
+def test_nan_behind_the_mask_stays_there(amx: int) -> None:
+    query, key, value = operands(40, 40, 64)
+    value[:, 20] = float("nan")
+    out = check(amx, query, key, value, is_causal=True)
+    assert out[:, :20].isfinite().all() and out[:, 20:].isnan().all()
