@@ -64,10 +64,15 @@ def kernel_calls() -> tuple[Callable[[], object], Callable[[], object]] | None:
         window_size_right=-1,
         num_threads=1,
     )
-    at = ctypes.byref(params)
+    at, size = ctypes.byref(params), ctypes.c_size_t()
+    if _native.lib().wan_attn_workspace_size(at, size, error) != _native.OK:
+        raise RuntimeError(error.text())
+    workspace = torch.empty(size.value + 64, dtype=torch.uint8)
+    params.workspace = -(-workspace.data_ptr() // 64) * 64
+    params.workspace_size = size.value
     if forward(at, error) != _native.OK:
         raise RuntimeError(error.text())
-    kept = (tensors, params)  # the closure below owns what `at` points to
+    kept = (tensors, params, workspace)  # the closure below owns what `at` points to
     return lambda: kept and forward(at, None), lambda: kept and forward(None, None)
 
 
