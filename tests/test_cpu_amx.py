@@ -142,3 +142,18 @@ def test_nan_behind_the_mask_stays_there(amx: int) -> None:
     value[:, 20] = float("nan")
     out = check(amx, query, key, value, is_causal=True)
     assert out[:, :20].isfinite().all() and out[:, 20:].isnan().all()
+
+
+def test_permission_is_asked_of_linux(tmp_path: Path) -> None:
+    """Granted where there are tiles (no emulator here), refused with a reason elsewhere."""
+    library = tmp_path / "permission.so"
+    source = ROOT / "csrc/cpu/amx_permission.c"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", source, "-o", library], check=True
+    )
+    refusal = ctypes.CDLL(str(library)).wan_attn_amx_refusal
+    refusal.restype = ctypes.c_char_p
+    if "amx_bf16" in ops.cpu_features():
+        assert refusal() is None
+    else:
+        assert refusal() == b"Linux does not let this process use the AMX tile registers"

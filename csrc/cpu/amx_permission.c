@@ -6,8 +6,6 @@
 
 #include <stddef.h>
 
-#include "core/atomic.h"
-
 #if defined(__linux__) && defined(__x86_64__)
 
 /* arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): Documentation/arch/x86/xstate.rst */
@@ -21,13 +19,9 @@ static int is_granted(void) {
     return result == 0;
 }
 
+/* Asking again is harmless and takes less than a microsecond, so no answer is kept. */
 const char *wan_attn_amx_refusal(void) {
-    enum { NOT_ASKED, GRANTED, DENIED };
-    static wan_attn_flags answer;
-    uint32_t known = wan_attn_load(&answer);
-    if (known == NOT_ASKED)
-        wan_attn_store(&answer, known = is_granted() ? GRANTED : DENIED);
-    return known == GRANTED ? NULL : "Linux does not let this process use the AMX tile registers";
+    return is_granted() ? NULL : "Linux does not let this process use the AMX tile registers";
 }
 
 #else

@@ -4,8 +4,8 @@
 #ifndef WAN_ATTN_CPU_AMX_PERMISSION_H
 #define WAN_ATTN_CPU_AMX_PERMISSION_H
 
-/* NULL if this process may use the tile registers, else why not. Asks once; threads that start
- * later, and children of fork, inherit the answer. */
+/* NULL if this process may use the tile registers from now on, in all threads and children, else
+ * why not. */
 const char *wan_attn_amx_refusal(void);
 
 #endif /* WAN_ATTN_CPU_AMX_PERMISSION_H */
