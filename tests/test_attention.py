@@ -294,7 +294,7 @@ def test_a_backend_that_fails_is_left_and_that_is_said_once(
     assert said[0] == (f"[Attention] wan_attn SDPA (sdpa_broken) {reason}; the next one takes over")
     assert said[1].startswith(f"[Attention] Using PyTorch SDPA (wan_attn SDPA: {reason}), dropout=")
     assert len(said) == 4
-    sdpa(q, k, v)  # another kind of call: tried again, not said again
+    sdpa(q[:, :5], k, v)  # another kind of call: tried again, not said again
     assert broken.calls == 2 and caplog.text.count("takes over") == 1
 
 

@@ -48,6 +48,13 @@ def test_the_op_is_the_function() -> None:
     assert torch.equal(out, want[0]) and torch.equal(lse, want[1]) and out.is_contiguous()
 
 
+def test_the_op_returns_querys_dtype_whatever_was_computed_in() -> None:
+    q, k, v = operands(dtype=(BF16, F32, F32))
+    arguments = (None, None, None, False, -1, -1, False, torch.float16, None)
+    out, _ = torch.ops.wan_attn.attention(q, k, v, *arguments)
+    assert out.dtype == BF16 and out.is_contiguous()
+
+
 def test_the_ops_gradient_is_the_functions() -> None:
     q, k, v = operands(batch=2, dtype=F32)
     lens = torch.tensor([33, 4])
