@@ -281,11 +281,9 @@ def _batched(
         keep = mask.block(begin, end)
         sees = keep.any(-1, keepdim=True)  # [batch, 1, rows or 1, 1]
         alive = sees & real_rows.transpose(1, 2)[:, :, begin:end]
-        keep[
-            ..., :1
-        ] |= (
-            ~sees
-        )  # key 0 for rows without any, whose result is dropped: a softmax over nothing is NaN
+        # Rows without a key get key 0, and their result is dropped: before torch 2.5 a softmax over
+        # nothing is NaN, which would reach the gradients.
+        keep[..., :1] |= ~sees
         rows = q[:, :, begin:end]
         part = _torch_kernels.attend(rows, k, v, keep, False, call.scale, call.dropout_p)
         out[:, begin:end].copy_(part.masked_fill(~alive, 0).transpose(1, 2))
