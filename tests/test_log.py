@@ -74,17 +74,20 @@ def test_a_call_says_what_ran_and_says_it_once(lines: Any) -> None:
     for _ in range(3):
         flash_attention(q, k, v, k_lens=torch.tensor([20, 5]))
     using, *rest = lines()
-    kernel = native.kernel_name(Request.from_tensors(q, k, v, k_lens=torch.tensor([20, 5])))
-    if kernel is not None:
-        assert using == (
-            f"[Attention] Using wan_attn SDPA ({kernel}), dropout=disabled (inference)"
-        )
+    request = Request.from_tensors(q, k, v, k_lens=torch.tensor([20, 5]))
+    refusal = native.why_not(request)  # there is a native library, or WAN_ATTN_BINDING=torch
+    who = (
+        f"wan_attn SDPA ({native.kernel_name(request)})"
+        if refusal is None
+        else f"PyTorch SDPA (wan_attn SDPA: {refusal})"
+    )
+    assert using == f"[Attention] Using {who}, dropout=disabled (inference)"
     assert rest == [
-        f"[Attention] Config: backend={'sdpa' if kernel else 'torch'}, dtype=bf16, mode=inference,"
+        f"[Attention] Config: backend={'torch' if refusal else 'sdpa'}, dtype=bf16, mode=inference,"
         " shape=[B=2, Lq=10, Lk=20], dropout=0",
         "[Attention] Computation: actual=250, batch=400, ratio=0.62",
     ]
-    sdpa(q, k, v[:, :, :, :])  # without lengths: another configuration
+    sdpa(q, k, v)  # without lengths: another configuration
     assert len(lines()) == 6
 
 
