@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * math.cuh - arithmetic that CUDA C has no exact word for.
+ */
+#ifndef WAN_ATTN_CUDA_PTX_MATH_H
+#define WAN_ATTN_CUDA_PTX_MATH_H
+
+DEVICE float float_from_bits(u32 bits) {
+    float x;
+    asm("mov.b32 %0, %1;" : "=f"(x) : "r"(bits));
+    return x;
+}
+
+/* 2^x within 2 ulp; results below 2^-126 are 0. Without .ftz every call costs three instructions
+ * more, to save subnormal weights that no sum can notice. */
+DEVICE float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* 1 / x within 1 ulp. */
+DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* The exact product-sum with one rounding, whatever the compiler's flags. */
+DEVICE float fused_multiply_add(float x, float y, float z) {
+    float r;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(x), "f"(y), "f"(z));
+    return r;
+}
+
+/* The natural logarithm within 1 ulp (the compiler's own function, not lg2.approx: it is needed
+ * once a row, and lse is compared with exact ones). */
+DEVICE float natural_log(float x) { return logf(x); }
+
+/* The larger one; the other one if one is NaN. */
+DEVICE float larger(float x, float y) {
+    float r;
+    asm("max.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+    return r;
+}
+
+/* Two floats rounded to nearest, `low` in the low half. */
+DEVICE u32 pack_bf16(float low, float high) {
+    u32 x;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    return x;
+}
+
+DEVICE u32 pack_f16(float low, float high) {
+    u32 x;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    return x;
+}
+
+#endif /* WAN_ATTN_CUDA_PTX_MATH_H */
