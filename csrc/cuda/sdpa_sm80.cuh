@@ -7,7 +7,7 @@
  * of O is skipped when no maximum grew (FlashAttention-4's idea, here without its threshold, hence
  * exact); outputs leave as whole sectors straight from registers.
  *
- *                    n_block, from the last to the first
+ *                    n, from the last tile to the first
  *              +-----------+ BLOCK_N keys
  *              |   K(n)^T  |                 S = Q K^T           mma, S stays in registers
  *              +-----------+                 P = exp2(S c - m c) registers; packed, it is the
@@ -57,7 +57,9 @@ enum {
     V_SMEM = 0, /* offsets in shared memory */
     K_SMEM = TILE_BYTES,
     Q_SMEM = TILE_BYTES * (1 + STAGES),
-    Q_BYTES = Q_IN_REGS ? 0 : BLOCK_M * ROW_BYTES
+    Q_BYTES = Q_IN_REGS ? 0 : BLOCK_M * ROW_BYTES,
+    /* Unrolled, loading Q would keep dozens of loads in flight, and their registers. */
+    Q_UNROLL = Q_IN_REGS ? K_STEPS : 1
 };
 static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row tiles");
 static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two K tiles");
@@ -83,11 +85,12 @@ typedef struct key_tiles {
 } key_tiles;
 
 /* Where K(n) is, in shared memory. */
-DEVICE u32 k_stage(int n_block) { return K_SMEM + (u32)n_block % STAGES * TILE_BYTES; }
+DEVICE u32 k_stage(int n) { return K_SMEM + (u32)n % STAGES * TILE_BYTES; }
 
-DEVICE int first_row(int row_begin, int m_tile) {
+/* The first of the lane's two rows in an m tile, counted from the block's first row. */
+DEVICE int row_in_block(int m_tile) {
     int warp = thread_index() / 32, g = thread_index() % 32 / 4;
-    return row_begin + (warp * M_TILES + m_tile) * 16 + g;
+    return (warp * M_TILES + m_tile) * 16 + g;
 }
 
 /* Two neighbouring elements of Q as a packed pair of the row's dtype. */
@@ -112,14 +115,14 @@ DEVICE void load_q(const wan_attn_cuda_args &args, const block_place &place, int
     int t = thread_index() % 4;
     q.smem = shared_base() + Q_SMEM + (u32)(thread_index() / 32) * (M_TILES * K_STEPS * 512) +
              (u32)(thread_index() % 32) * 16;
-#pragma unroll
+#pragma unroll(Q_UNROLL)
     for (int m = 0; m < M_TILES; m++)
-#pragma unroll
+#pragma unroll(Q_UNROLL)
         for (int step = 0; step < K_STEPS; step++) {
             u32 a[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                int row = first_row(place.row_begin, m) + i % 2 * 8;
+                int row = place.row_begin + row_in_block(m) + i % 2 * 8;
                 i64 at = head + row * args.q.row_stride + 16 * step + 8 * (i / 2) + 2 * t;
                 a[i] = row < used_q ? load_q_pair(args, at) : 0;
                 if (Q_IN_REGS)
@@ -130,13 +133,14 @@ DEVICE void load_q(const wan_attn_cuda_args &args, const block_place &place, int
         }
 }
 
-DEVICE key_tiles find_tiles(const wan_attn_cuda_args &args, const block_place &place, int last) {
+DEVICE key_tiles find_tiles(const wan_attn_cuda_args &args, const block_place &place,
+                            int first_key) {
     key_tiles tiles;
     int head = place.head / args.heads_per_key_head;
     i64 k_at = place.sample * args.k.batch_stride + head * args.k.head_stride;
     i64 v_at = place.sample * args.v.batch_stride + head * args.v.head_stride;
-    tiles.k = source_of((const char *)args.k.data + k_at * 2, args.k.row_stride, last);
-    tiles.v = source_of((const char *)args.v.data + v_at * 2, args.v.row_stride, last);
+    tiles.k = source_of((const char *)args.k.data + k_at * 2, args.k.row_stride, first_key);
+    tiles.v = source_of((const char *)args.v.data + v_at * 2, args.v.row_stride, first_key);
     tiles.copied_to = shared_base() + copied_to();
     /* Lane 8i + r brings row r of matrix i. K: matrices 0 and 1 are 16 elements of head_dim for 8
      * keys, b0 and b1 of one product; 2 and 3 the same for the next 8 keys. V, transposed: 0 and 1
@@ -205,17 +209,16 @@ DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_T
 }
 
 /* Tile n: the pipeline of this file's head. is_masked is a constant in each of its two copies. */
-DEVICE void process_tile(const wan_attn_cuda_args &args, const block_work &work, int n_block,
+DEVICE void process_tile(const wan_attn_cuda_args &args, const block_work &work, int n,
                          bool is_masked, const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
     float s[M_TILES][S_TILES][4];
-    bool has_next = n_block > work.first_tile;
-    u32 k_smem = k_stage(n_block), k_smem_next = k_stage(n_block - 1);
+    u32 k_smem = k_stage(n), k_smem_next = k_stage(n + 1); /* the same as n - 1 */
 
     cp_async_wait(0);
     block_barrier();
-    copy_tile(tiles.copied_to + V_SMEM, tiles.v, is_masked, work.used_k - n_block * BLOCK_N);
+    copy_tile(tiles.copied_to + V_SMEM, tiles.v, is_masked, work.num_keys - n * BLOCK_N);
     cp_async_commit();
-    if (STAGES == 2 && has_next)
+    if (STAGES == 2 && n > 0)
         copy_tile(tiles.copied_to + k_smem_next, tiles.k, false, 0);
     if (STAGES == 2)
         cp_async_commit();
@@ -223,52 +226,25 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, const block_work &work,
     multiply_qk(s, q, tiles.k_read + k_smem);
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
-        if (is_masked) {
-            int row = first_row(work.row_begin, m);
-            const key_range keys[2] = {visible_keys(args, work, row),
-                                       visible_keys(args, work, row + 8)};
-            mask_scores(s[m], keys, n_block * BLOCK_N + thread_index() % 4 * 2);
-        }
+#pragma unroll
+        for (int r = 0; r < 2 && is_masked; r++)
+            mask_scores(s[m], r,
+                        visible_keys(args, work.diagonal + row_in_block(m) + 8 * r, work.num_keys),
+                        n * BLOCK_N + thread_index() % 4 * 2);
         softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], args.scale_log2e,
                      is_masked);
     }
 
     cp_async_wait(STAGES - 1);
     block_barrier();
-    if (STAGES == 1 && has_next)
+    if (STAGES == 1 && n > 0)
         copy_tile(tiles.copied_to + k_smem_next, tiles.k, false, 0);
     if (STAGES == 1)
         cp_async_commit();
     multiply_pv(rows.o, s, tiles.v_read + V_SMEM);
 }
 
-/* From the last tile to the first; clean ones in a loop of their own. */
-DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &place,
-                          const block_work &work, warp_rows &rows) {
-    int n_block = work.end_tile - 1;
-    key_tiles tiles = find_tiles(args, place, n_block);
-    copy_tile(tiles.copied_to + k_stage(n_block), tiles.k, true, work.used_k - n_block * BLOCK_N);
-    cp_async_commit();
-    q_fragments q;
-    load_q(args, place, work.used_q, q);
-    while (n_block >= work.first_tile) {
-        if (n_block < work.clean_begin || n_block >= work.clean_end) {
-            process_tile(args, work, n_block, true, q, tiles, rows);
-            n_block--;
-        } else {
-            int clean_begin = larger_int(work.clean_begin, work.first_tile);
-            do {
-                process_tile(args, work, n_block, false, q, tiles, rows);
-                n_block--;
-            } while (n_block >= clean_begin);
-        }
-    }
-}
-
-WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_args, args) {
-    block_place place = find_place(args, BLOCK_M);
-    block_work work = find_work(args, place, BLOCK_M, BLOCK_N);
-    warp_rows rows;
+DEVICE void clear(warp_rows &rows) {
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
@@ -280,11 +256,43 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_args, args) {
             rows.row_sum[m][r] = 0.0f;
         }
     }
-    if (work.first_tile < work.end_tile)
+}
+
+/* From the last tile to the first; clean ones in a loop of their own. */
+DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &place,
+                          const block_work &work, warp_rows &rows) {
+    int n = work.num_tiles - 1;
+    key_tiles tiles = find_tiles(args, place, work.first_key + n * BLOCK_N);
+    copy_tile(tiles.copied_to + k_stage(n), tiles.k, true, work.num_keys - n * BLOCK_N);
+    cp_async_commit();
+    q_fragments q;
+    load_q(args, place, work.used_q, q);
+    clear(rows);
+    while (n >= 0) {
+        if (n < work.clean_begin || n >= work.clean_end) {
+            process_tile(args, work, n, true, q, tiles, rows);
+            n--;
+        } else {
+            do {
+                process_tile(args, work, n, false, q, tiles, rows);
+                n--;
+            } while (n >= work.clean_begin);
+        }
+    }
+}
+
+WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_args, args) {
+    block_place place = find_place(args, BLOCK_M);
+    block_work work = find_work(args, place, BLOCK_M, BLOCK_N);
+    warp_rows rows;
+    if (work.num_tiles > 0)
         process_tiles(args, place, work, rows);
+    else
+        clear(rows);
     place = find_place(args, BLOCK_M);
+    int used_q = used_rows(args, place);
 #pragma unroll
     for (int m = 0; m < M_TILES; m++)
-        store_rows(args, place, first_row(place.row_begin, m), work.used_q, rows.o[m],
+        store_rows(args, place, place.row_begin + row_in_block(m), used_q, rows.o[m],
                    rows.row_max[m], rows.row_sum[m]);
 }

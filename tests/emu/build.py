@@ -15,13 +15,15 @@ from pathlib import Path
 from emu.rows import CSRC, Tile
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+BUILT = HERE.parents[1] / "build" / "emu"
 MACHINE = ("fiber", "machine", "memory", "instructions", "sanitizer")
 
 FLAGS = [
     *("-std=c++17", "-fPIC", "-g0", "-DWAN_ATTN_EMULATE", f"-I{HERE.parent}"),
     "-ffp-contract=off",  # fused operations are the kernel's to ask for
-    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-Wall", "-Wextra", "-Werror"),
+    # The loops' pragmas are meant for the other compilers.
+    *("-Wno-unknown-pragmas", "-Wno-pass-failed"),
 ]
 # The machine runs for all; a kernel is there to be watched: uninitialised registers hold NaN
 # (with clang++; g++'s pattern is a finite number) and register arrays know their bounds.
@@ -51,17 +53,19 @@ def _version() -> str:
     return found.stdout
 
 
-def _made(stem: str, suffix: str, sources: list[Path], command: list[str]) -> Path:
+def _made(
+    stem: str, suffix: str, sources: list[Path], command: list[str], folder: Path = BUILT
+) -> Path:
     """The output of `command`, made unless it is there from the same sources and command."""
     digest = hashlib.sha256("\0".join([*command, _version()]).encode())
     for source in sources:
         digest.update(source.read_bytes())
-    target = ROOT / "build" / "emu" / f"{stem}-{digest.hexdigest()[:16]}{suffix}"
+    target = folder / f"{stem}-{digest.hexdigest()[:16]}{suffix}"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         # Into a file of its own first: several test processes may be at it.
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
+        with tempfile.TemporaryDirectory(dir=folder) as private:
+            made = Path(private) / target.name
             _run([*command, "-o", str(made)])
             made.replace(target)
     return target
@@ -88,4 +92,5 @@ def library(tile: Tile, csrc: Path = CSRC) -> ctypes.CDLL:
         *(compiler() or "", *KERNEL_FLAGS, f"-I{csrc}", "-shared", *defines),
         *(f"-DKERNEL_BODY={tile.source}", str(HERE / "kernel.cpp"), *_machine()),
     ]
-    return ctypes.CDLL(str(_made(tile.name, ".so", _sources(csrc), command)))
+    folder = BUILT if csrc == CSRC else csrc
+    return ctypes.CDLL(str(_made(tile.name, ".so", _sources(csrc), command, folder)))

@@ -56,9 +56,9 @@ inline std::uint16_t to_f16(float x) {
         return 0x7fff;
     if (size >= 65520.0f) // half way to what would be the next number
         return sign | 0x7c00;
-    int exponent;
-    std::frexp(size, &exponent);
-    exponent = exponent < -13 ? -13 : exponent;
+    int exponent = -13;
+    if (size >= 0x1p-14f)
+        std::frexp(size, &exponent);
     // 11 bits, or fewer below 2^-14; nearbyint rounds to even.
     auto fraction = static_cast<std::uint32_t>(std::nearbyint(std::ldexp(size, 11 - exponent)));
     return static_cast<std::uint16_t>(sign |

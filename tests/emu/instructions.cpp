@@ -226,17 +226,15 @@ struct product {
     float *d;
     const u32 *a;
     u32 b[2];
-    bool is_bf16;
 };
 
 // Sums of products are kept exactly (or nearly: 53 bits) and rounded once; a tensor core drops some
 // bits earlier, which is what tolerances are for.
+template <float (*VALUE)(std::uint16_t)>
 void multiply_tiles(int, const std::array<void *, WARP> &lanes) {
-    float a[16][16], b[16][8];
-    double d[16][8];
-    auto value = [&lanes](u32 bits) {
-        auto half = static_cast<std::uint16_t>(bits);
-        return pack_of<product>(lanes, 0).is_bf16 ? from_bf16(half) : from_f16(half);
+    double a[16][16], b[16][8], d[16][8];
+    auto value = [](u32 bits) {
+        return static_cast<double>(VALUE(static_cast<std::uint16_t>(bits)));
     };
     for (int l = 0; l < WARP; l++) {
         const product &self = pack_of<product>(lanes, l);
@@ -253,7 +251,7 @@ void multiply_tiles(int, const std::array<void *, WARP> &lanes) {
     for (int row = 0; row < 16; row++)
         for (int k = 0; k < 16; k++)
             for (int column = 0; column < 8; column++)
-                d[row][column] += static_cast<double>(a[row][k]) * static_cast<double>(b[k][column]);
+                d[row][column] += a[row][k] * b[k][column];
     for (int l = 0; l < WARP; l++)
         for (int i = 0; i < 4; i++)
             pack_of<product>(lanes, l).d[i] =
@@ -263,8 +261,11 @@ void multiply_tiles(int, const std::array<void *, WARP> &lanes) {
 } // namespace
 
 void multiply(float d[4], const u32 a[4], u32 b0, u32 b1, bool is_bf16, site at) {
-    product mine = {d, a, {b0, b1}, is_bf16};
-    the_machine().together("mma", at, &mine, multiply_tiles);
+    product mine = {d, a, {b0, b1}};
+    if (is_bf16)
+        the_machine().together("mma bf16", at, &mine, multiply_tiles<from_bf16>);
+    else
+        the_machine().together("mma f16", at, &mine, multiply_tiles<from_f16>);
 }
 
 } // namespace emu

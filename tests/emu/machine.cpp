@@ -26,7 +26,7 @@ void machine::enter() {
 std::string machine::launch(int grid, int threads, std::uint32_t shared_bytes,
                             const options &settings, const std::function<void()> &kernel) {
     how = settings;
-    random.seed(how.seed * 2 + 1);
+    random_state = how.seed * 2 + 1;
     body = &kernel;
     failed = false;
     message.clear();
@@ -46,7 +46,7 @@ std::string machine::launch(int grid, int threads, std::uint32_t shared_bytes,
 }
 
 void machine::run_block() {
-    int threads = static_cast<int>(lanes.size());
+    auto threads = static_cast<int>(lanes.size());
     warps.assign(threads / WARP, warp{});
     epoch = 0;
     serial++;
@@ -54,7 +54,7 @@ void machine::run_block() {
         lanes[i].is = state::ready;
         stacks.prepare(i, lanes[i].fiber, enter);
     }
-    running = static_cast<int>(random() % lanes.size());
+    running = static_cast<int>(random() % threads);
     while (!failed && pick_next())
         switch_context(scheduler, lanes[running].fiber);
     if (failed)
@@ -67,13 +67,19 @@ void machine::run_block() {
         }
 }
 
+// Knuth's linear congruential generator, of which the upper bits are good.
+std::uint32_t machine::random() {
+    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<std::uint32_t>(random_state >> 33);
+}
+
 // Stays in the warp while one of its lanes can run, which is what a GPU does and what is fast; now
 // and then another warp gets ahead, so that no order between warps can be relied on.
 bool machine::pick_next() {
     int count = static_cast<int>(warps.size());
     int first = running / WARP;
     if (random() % (16 * WARP) == 0)
-        first = static_cast<int>(random() % warps.size());
+        first = static_cast<int>(random() % count);
     for (int i = 0; i < count; i++) {
         int w = (first + i) % count;
         for (int l = 1; l <= WARP; l++) {
@@ -103,14 +109,14 @@ void machine::together(const char *what, site at, void *brought, warp_action act
     self.what = what;
     self.at = at;
     self.brought = brought;
-    for (int l = 0; l < WARP; l++) {
-        const lane &other = lanes[number * WARP + l];
-        if (other.is == state::meeting && (other.at.line != at.line || other.what != what))
-            fail("lanes of a warp meet at different instructions: " + name_of(self) + " and " +
-                 name_of(other));
-        if (other.is == state::at_barrier || other.is == state::done)
-            fail(name_of(self) + " without all lanes of its warp");
-    }
+    if (mine.arrived + mine.finished > 0)
+        fail(name_of(self) + " without all lanes of its warp: " + who_waits());
+    if (mine.met == 0)
+        mine.first = running;
+    const lane &first = lanes[mine.first];
+    if (first.at.line != at.line || first.what != what)
+        fail("lanes of a warp meet at different instructions: " + name_of(self) + " and " +
+             name_of(first));
     if (++mine.met < WARP) {
         self.is = state::meeting;
         yield();

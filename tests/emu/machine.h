@@ -6,7 +6,6 @@
 #include <array>
 #include <cstdint>
 #include <functional>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -71,11 +70,13 @@ class machine {
     };
     struct warp {
         int met = 0;      // lanes that wait for the others
+        int first = 0;    // the first of them
         int arrived = 0;  // lanes at the block's barrier
         int finished = 0; // lanes that have left the kernel
     };
 
     static void enter();
+    std::uint32_t random();
     void run_block();
     bool pick_next();
     void yield();
@@ -84,7 +85,7 @@ class machine {
     std::string name_of(const lane &l) const;
 
     options how;
-    std::mt19937_64 random;
+    std::uint64_t random_state = 0;
     fiber_stacks stacks;
     context scheduler;
     std::vector<lane> lanes;

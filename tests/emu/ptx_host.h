@@ -81,6 +81,7 @@ DEVICE void cp_async_16(u32 to, const void *from, emu::site at = {}) {
 DEVICE void cp_async_16_or_zero(u32 to, const void *from, bool is_zero, emu::site at = {}) {
     emu::start_copy(to, from, is_zero, at);
 }
+DEVICE const char *stepped_back(const char *from, i64 bytes) { return from - bytes; }
 DEVICE void cp_async_commit() { emu::end_group(); }
 DEVICE void cp_async_wait(int pending) { emu::wait_for_copies(pending); }
 

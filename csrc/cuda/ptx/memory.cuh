@@ -9,22 +9,18 @@
  * tiles relies on. */
 DEVICE u32 shared_base() {
     extern __shared__ __align__(1024) unsigned char dynamic_smem[];
-    u32 address;
-    asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }"
-        : "=r"(address)
-        : "l"(dynamic_smem));
-    return address;
+    return (u32)__cvta_generic_to_shared(dynamic_smem);
 }
 
 DEVICE int load_global_i32(const void *at) {
     int x;
-    asm("ld.global.nc.s32 %0, [%1];" : "=r"(x) : "l"(at));
+    asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(x) : "l"(at));
     return x;
 }
 
 DEVICE i64 load_global_i64(const void *at) {
     i64 x;
-    asm("ld.global.nc.s64 %0, [%1];" : "=l"(x) : "l"(at));
+    asm volatile("ld.global.nc.s64 %0, [%1];" : "=l"(x) : "l"(at));
     return x;
 }
 
@@ -74,6 +70,14 @@ DEVICE void cp_async_16_or_zero(u32 to, const void *from, bool is_zero) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                  "r"(is_zero ? 0 : 16)
                  : "memory");
+}
+
+/* from - bytes. Opaque to the compiler, which would otherwise turn a chain of these into separate
+ * multiplications: twice the instructions, in the main loop. */
+DEVICE const char *stepped_back(const char *from, i64 bytes) {
+    const char *to;
+    asm("sub.s64 %0, %1, %2;" : "=l"(to) : "l"(from), "l"(bytes));
+    return to;
 }
 
 /* Ends a group of this thread's copies; a group may be empty. */

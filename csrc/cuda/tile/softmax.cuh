@@ -27,16 +27,15 @@ DEVICE float quad_sum(float x) {
     return x + shfl_xor(x, 2);
 }
 
-/* keys: what the lane's two rows see. first_key: the key of s[0][0]. */
-DEVICE void mask_scores(float s[S_TILES][4], const key_range keys[2], int first_key) {
+/* keys: what one of the lane's rows sees. first_key: the key of s[0][0]. */
+DEVICE void mask_scores(float s[S_TILES][4], int r, const key_range &keys, int first_key) {
+    int begin = keys.begin - first_key, end = keys.end - first_key;
 #pragma unroll
     for (int j = 0; j < S_TILES; j++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            int key = first_key + 8 * j + e % 2;
-            if (key < keys[e / 2].begin || key >= keys[e / 2].end)
-                s[j][e] = minus_infinity();
-        }
+        for (int e = 0; e < 2; e++)
+            if (8 * j + e < begin || 8 * j + e >= end)
+                s[j][2 * r + e] = minus_infinity();
 }
 
 /* The maximum of row r of this tile and of the tiles before it. */

@@ -52,10 +52,10 @@ typedef struct tile_source {
 DEVICE int copied_row() { return thread_index() / GROUP; }
 DEVICE u32 copied_to() { return swizzled((u32)copied_row(), (u32)thread_index() % GROUP); }
 
-/* head: the first key of the head; tile: the tile to begin with. */
-DEVICE tile_source source_of(const char *head, i64 row_stride, int tile) {
+/* head: key 0 of the head; first_key: of the tile to begin with. */
+DEVICE tile_source source_of(const char *head, i64 row_stride, int first_key) {
     tile_source source;
-    i64 row = (i64)(tile + 1) * BLOCK_N - ROWS_PER_PASS + copied_row();
+    i64 row = first_key + BLOCK_N - ROWS_PER_PASS + copied_row();
     source.from = head + row * row_stride * 2 + thread_index() % GROUP * 16;
     source.pass_bytes = row_stride * (ROWS_PER_PASS * 2);
     return source;
@@ -75,7 +75,7 @@ DEVICE void copy_tile(u32 to, tile_source &source, bool has_tail, int rows) {
             else
                 cp_async_16(place, from);
         }
-        source.from -= source.pass_bytes;
+        source.from = stepped_back(source.from, source.pass_bytes);
     }
 }
 

@@ -2,11 +2,11 @@
  * work.cuh - what one block has to do: its query rows, their lengths, and the key tiles that any of
  * them sees. All of the mask is here; it knows no kernel's registers.
  *
- *              keys   first_tile    clean_begin    clean_end   end_tile
- *   row_begin  ........|##########|########################|######.....|....   # seen by the row
- *              .........|#########|########################|########...|....   . not seen
- *   row_end    ..........|########|########################|##########.|....
- *                      masked        no mask needed          masked: diagonal or end of the keys
+ *                 tile 0          clean_begin          clean_end       num_tiles
+ *   first row  ...|###############|####################|######.........|....   # seen by the row
+ *              ...|....###########|####################|##########.....|....   . not seen
+ *   last row   ...|........#######|####################|#############..|....
+ *           first_key    masked       no mask needed     masked: diagonal or end of the keys
  */
 #ifndef WAN_ATTN_CUDA_TILE_WORK_H
 #define WAN_ATTN_CUDA_TILE_WORK_H
@@ -24,12 +24,13 @@ typedef struct block_place {
     int row_begin; /* the block's first row; there may be fewer than BLOCK_M behind it */
 } block_place;
 
-/* What it needs for that. */
+/* What it needs for that. Keys count from the first one of tile 0, to which first_key is added. */
 typedef struct block_work {
-    int row_begin;
-    int used_q, used_k;         /* the sample's real lengths */
-    int first_tile, end_tile;   /* key tiles with work, empty if first_tile >= end_tile */
-    int clean_begin, clean_end; /* among them, those that every real row sees whole */
+    int used_q;                 /* the sample's real rows */
+    int first_key, num_tiles;   /* num_tiles <= 0: nothing to do */
+    int clean_begin, clean_end; /* tiles that every real row sees whole */
+    int num_keys;               /* real keys from first_key on */
+    int diagonal;               /* the key that the block's first row is aligned with */
 } block_work;
 
 DEVICE int smaller_int(int x, int y) { return x < y ? x : y; }
@@ -46,15 +47,16 @@ DEVICE int length_at(const wan_attn_cuda_lengths &lengths, int sample, int padde
     return n < 0 ? 0 : n < padded ? (int)n : padded;
 }
 
-/* The keys that one row sees; the last real row's diagonal ends in the last real key. */
-DEVICE key_range visible_keys(const wan_attn_cuda_args &args, const block_work &work, int row) {
-    key_range keys = {0, 0};
-    if (row >= work.used_q)
-        return keys;
-    int diagonal = row + work.used_k - work.used_q;
-    keys.begin = larger_int(diagonal - args.window_left, 0);
-    keys.end = smaller_int(diagonal + args.window_right + 1, work.used_k);
+/* What a row sees that is aligned with the key `diagonal`, if there are num_keys. */
+DEVICE key_range visible_keys(const wan_attn_cuda_args &args, int diagonal, int num_keys) {
+    key_range keys;
+    keys.begin = diagonal - args.window_left;
+    keys.end = smaller_int(diagonal + args.window_right + 1, num_keys);
     return keys;
+}
+
+DEVICE int used_rows(const wan_attn_cuda_args &args, const block_place &place) {
+    return length_at(args.seqused_q, place.sample, args.seqlen_q);
 }
 
 /* Block numbers run over [batch][head][split][m_block]: blocks that run at the same time share a
@@ -78,23 +80,29 @@ DEVICE block_place find_place(const wan_attn_cuda_args &args, int block_m) {
 DEVICE block_work find_work(const wan_attn_cuda_args &args, const block_place &place, int block_m,
                             int block_n) {
     block_work work;
-    work.row_begin = uniform(place.row_begin);
-    work.used_q = uniform(length_at(args.seqused_q, place.sample, args.seqlen_q));
-    work.used_k = uniform(length_at(args.seqused_k, place.sample, args.seqlen_k));
+    work.used_q = used_rows(args, place);
+    int used_k = length_at(args.seqused_k, place.sample, args.seqlen_k);
 
-    /* Both ends of a row's range grow with the row: first and last row bound them all. */
-    int row_last = smaller_int(work.row_begin + block_m, work.used_q) - 1;
-    key_range top = visible_keys(args, work, work.row_begin);
-    key_range bottom = visible_keys(args, work, row_last);
+    /* The last real row is aligned with the last real key. Both ends of a row's keys move on with
+     * the row, so that the block's first and last row bound them all. */
+    int shift = used_k - work.used_q;
+    int last_row = smaller_int(place.row_begin + block_m, work.used_q) - 1;
+    key_range top = visible_keys(args, place.row_begin + shift, used_k);
+    key_range bottom = visible_keys(args, last_row + shift, used_k);
+
     int first = place.split * args.split_tiles, end = first + args.split_tiles;
-    first = larger_int(top.begin / block_n, first);
+    first = larger_int(larger_int(top.begin, 0) / block_n, first);
     end = smaller_int((bottom.end + block_n - 1) / block_n, end);
-    if (work.row_begin >= work.used_q || bottom.end <= top.begin)
+    if (place.row_begin >= work.used_q || bottom.end <= larger_int(top.begin, 0))
         end = first;
-    work.first_tile = uniform(first);
-    work.end_tile = uniform(end);
-    work.clean_begin = uniform((bottom.begin + block_n - 1) / block_n);
-    work.clean_end = uniform(larger_int(top.end, 0) / block_n);
+    int clean_begin = (larger_int(bottom.begin, 0) + block_n - 1) / block_n;
+    int clean_end = larger_int(top.end, 0) / block_n;
+    work.first_key = uniform(first * block_n);
+    work.num_tiles = uniform(end - first);
+    work.clean_begin = uniform(larger_int(clean_begin - first, 0));
+    work.clean_end = uniform(clean_end - first);
+    work.num_keys = uniform(used_k - work.first_key);
+    work.diagonal = uniform(place.row_begin + shift - work.first_key);
     return work;
 }
 
