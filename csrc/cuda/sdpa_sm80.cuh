@@ -58,12 +58,13 @@ enum {
     K_SMEM = TILE_BYTES,
     Q_SMEM = TILE_BYTES * (1 + STAGES),
     Q_BYTES = Q_IN_REGS ? 0 : BLOCK_M * ROW_BYTES,
+    BOUNDS_SMEM = Q_SMEM + Q_BYTES,
     /* Unrolled, loading Q would keep dozens of loads in flight, and their registers. */
     Q_UNROLL = Q_IN_REGS ? K_STEPS : 1
 };
 static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row tiles");
 static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two K tiles");
-static_assert(Q_SMEM + Q_BYTES == SMEM_BYTES, "sdpa_rows.def must say what is used");
+static_assert(BOUNDS_SMEM + 16 == SMEM_BYTES, "sdpa_rows.def must say what is used");
 
 /* A operands of Q: registers, or a place for them that is filled on demand. */
 typedef struct q_fragments {
@@ -83,6 +84,24 @@ typedef struct key_tiles {
     u32 copied_to;      /* this thread's first chunk */
     u32 k_read, v_read; /* this lane's row for ldmatrix */
 } key_tiles;
+
+/* What only masked tiles need. It waits in shared memory: in registers it would be four more for
+ * the whole of the main loop, which has none to spare. */
+typedef struct mask_bounds {
+    int num_keys, diagonal, clean_end; /* as in block_work */
+} mask_bounds;
+
+DEVICE void store_bounds(const block_work &work) {
+    const u32 words[4] = {(u32)work.num_keys, (u32)work.diagonal, (u32)work.clean_end, 0};
+    if (thread_index() == 0)
+        store_shared_b32x4(shared_base() + BOUNDS_SMEM, words);
+}
+
+DEVICE mask_bounds load_bounds() {
+    u32 words[4];
+    load_shared_b32x4(words, shared_base() + BOUNDS_SMEM);
+    return {(int)words[0], (int)words[1], (int)words[2]};
+}
 
 /* Where K(n) is, in shared memory. */
 DEVICE u32 k_stage(int n) { return K_SMEM + (u32)n % STAGES * TILE_BYTES; }
@@ -209,14 +228,16 @@ DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_T
 }
 
 /* Tile n: the pipeline of this file's head. is_masked is a constant in each of its two copies. */
-DEVICE void process_tile(const wan_attn_cuda_args &args, const block_work &work, int n,
-                         bool is_masked, const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
+DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked, const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
     float s[M_TILES][S_TILES][4];
     u32 k_smem = k_stage(n), k_smem_next = k_stage(n + 1); /* the same as n - 1 */
 
     cp_async_wait(0);
     block_barrier();
-    copy_tile(tiles.copied_to + V_SMEM, tiles.v, is_masked, work.num_keys - n * BLOCK_N);
+    mask_bounds bounds = {0, 0, 0};
+    if (is_masked)
+        bounds = load_bounds();
+    copy_tile(tiles.copied_to + V_SMEM, tiles.v, is_masked, bounds.num_keys - n * BLOCK_N);
     cp_async_commit();
     if (STAGES == 2 && n > 0)
         copy_tile(tiles.copied_to + k_smem_next, tiles.k, false, 0);
@@ -229,7 +250,8 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, const block_work &work,
 #pragma unroll
         for (int r = 0; r < 2 && is_masked; r++)
             mask_scores(s[m], r,
-                        visible_keys(args, work.diagonal + row_in_block(m) + 8 * r, work.num_keys),
+                        visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r,
+                                     bounds.num_keys),
                         n * BLOCK_N + thread_index() % 4 * 2);
         softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], args.scale_log2e,
                      is_masked);
@@ -267,16 +289,20 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
     cp_async_commit();
     q_fragments q;
     load_q(args, place, work.used_q, q);
+    store_bounds(work);
     clear(rows);
+    bool is_clean = n >= work.clean_begin && n < work.clean_end;
     while (n >= 0) {
-        if (n < work.clean_begin || n >= work.clean_end) {
-            process_tile(args, work, n, true, q, tiles, rows);
-            n--;
-        } else {
+        if (is_clean) {
             do {
-                process_tile(args, work, n, false, q, tiles, rows);
+                process_tile(args, n, false, q, tiles, rows);
                 n--;
             } while (n >= work.clean_begin);
+            is_clean = false;
+        } else {
+            process_tile(args, n, true, q, tiles, rows);
+            n--;
+            is_clean = n >= work.clean_begin && n < load_bounds().clean_end;
         }
     }
 }

@@ -109,13 +109,6 @@ void load_shared(u32 x[4], u32 at, site where) {
 
 void store_shared(u32 at, const u32 x[4], site where) {
     machine &gpu = the_machine();
-    u32 mine = at;
-    gpu.together("st.shared", where, &mine, [](int, const std::array<void *, WARP> &lanes) {
-        std::array<u32, WARP> address{};
-        for (int l = 0; l < WARP; l++)
-            address[l] = pack_of<u32>(lanes, l);
-        count_conflicts(address);
-    });
     demand(gpu.shared.check_address(at), where);
     demand(gpu.shared.write(at, gpu.now()), where);
     std::memcpy(gpu.shared.piece(at), x, 16);

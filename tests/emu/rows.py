@@ -47,7 +47,7 @@ class Tile:
     @property
     def smem_bytes(self) -> int:
         q_rows = 0 if self.q_in_regs else self.block_m
-        return 2 * self.head_dim * (self.block_n * (self.stages + 1) + q_rows)
+        return 2 * self.head_dim * (self.block_n * (self.stages + 1) + q_rows) + 16
 
     @property
     def max_registers(self) -> int:

@@ -64,19 +64,21 @@ DEVICE tile_source source_of(const char *head, i64 row_stride, int first_key) {
 /* Starts the copy of the source's tile to `to` and turns the source to the tile before it. With a
  * tail, only the first `rows` rows are read, the others become zero: 0 * NaN would be NaN. */
 DEVICE void copy_tile(u32 to, tile_source &source, bool has_tail, int rows) {
+    const char *row = source.from;
 #pragma unroll
     for (int pass = PASSES - 1; pass >= 0; pass--) {
 #pragma unroll
         for (int group = 0; group < CHUNKS / GROUP; group++) {
             u32 place = to + (u32)(pass * ROWS_PER_PASS * ROW_BYTES + group * GROUP_BYTES);
-            const char *from = source.from + group * GROUP_BYTES;
+            const char *from = row + group * GROUP_BYTES;
             if (has_tail)
                 cp_async_16_or_zero(place, from, copied_row() + pass * ROWS_PER_PASS >= rows);
             else
                 cp_async_16(place, from);
         }
-        source.from = stepped_back(source.from, source.pass_bytes);
+        row = stepped_back(row, source.pass_bytes);
     }
+    source.from = stepped_back(source.from, source.pass_bytes * PASSES);
 }
 
 #endif /* WAN_ATTN_CUDA_TILE_SWIZZLE_H */
