@@ -13,7 +13,7 @@ import torch
 from emu import cases
 from emu.build import compiler
 from emu.rows import Tile, tiles
-from emu.run import DTYPES, Schedule, run
+from emu.run import Schedule, run
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
@@ -44,14 +44,10 @@ def test_there_are_enough_cases() -> None:
 def test_one_key_takes_all_the_weight_wherever_it_is(tile: Tile) -> None:
     """Softmax forgives a wrong maximum unless one score is far ahead of those that were looked at:
     each sample has it in another column of the tile."""
-    query = torch.ones(tile.block_n, 1, 1, tile.head_dim)
-    key = 0.05 * torch.randn(tile.block_n, tile.block_n, 1, tile.head_dim)
-    for column in range(tile.block_n):
-        key[column, column] = 226.0 * tile.head_dim**-0.5
-    value = torch.randn(key.shape)
-    query, key, value = (x.to(DTYPES[tile.dtype]) for x in (query, key, value))
-    result = run(tile, query, key, value)
-    assert torch.equal(result.out[:, 0], value[torch.arange(len(key)), torch.arange(len(key))])
+    case = cases.Case(1, tile.block_n, batch=tile.block_n, values="one hot each")
+    query, key, value = cases.operands(case, tile)
+    out = run(tile, query, key, value).out
+    assert torch.equal(out[:, 0], value[torch.arange(len(key)), torch.arange(len(key))])
 
 
 @each_tile

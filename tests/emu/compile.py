@@ -27,16 +27,21 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-def with_nvcc(tile: Tile, arch: int, output: Path, *more: str) -> None:
-    """Compiles to `output`: a cubin, or PTX with more = ("-ptx",). Warnings are errors."""
-    kind = () if "-ptx" in more else ("-cubin", "-Xptxas", "--warn-on-spills,-Werror")
-    command = [
-        *(nvcc() or "", *kind, f"-arch=sm_{arch}", "--Werror=all-warnings", *options(tile)),
-        *(*more, "-x", "cu", str(CSRC / tile.source), "-o", str(output)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _nvcc(arch: int, source: Path, output: Path, *more: str) -> None:
+    command = [nvcc() or "", f"-arch=sm_{arch}", "--Werror=all-warnings", *more, str(source)]
+    done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CompileError(done.stderr)
+
+
+def with_nvcc(tile: Tile, arch: int, output: Path) -> None:
+    """Compiles to the cubin `output`; warnings and spills are errors."""
+    strict = ("-Xptxas", "--warn-on-spills,-Werror")
+    _nvcc(arch, CSRC / tile.source, output, "-cubin", *strict, *options(tile), "-x", "cu")
+
+
+def to_ptx(source: Path, arch: int, output: Path) -> None:
+    _nvcc(arch, source, output, "-ptx", f"-I{CSRC}", "-std=c++17")
 
 
 @cache
