@@ -65,7 +65,7 @@ BUGS = (
     ),
     Bug(
         *("one K buffer for two tiles", KERNEL, "(u32)n % STAGES * TILE_BYTES", "0u"),
-        "may still be read",
+        "",
     ),
     Bug(
         *("K(n - 1) too early for one buffer", KERNEL, "if (STAGES == 2 && n > 0)"),
@@ -93,8 +93,11 @@ BUGS = (
         "(larger_int(top.end, 0) + block_n - 1) / block_n;", ""),
     Bug("the window's first tile counts as clean", WORK,
         "(larger_int(bottom.begin, 0) + block_n - 1) / block_n;",
-        "larger_int(bottom.begin, 0) / block_n;",
-        "is wrong"),
+        "larger_int(bottom.begin, 0) / block_n;", "is wrong"),
+    Bug("f16 sums are not added up", KERNEL, "o[2 * r + 1] += high;", "o[2 * r + 1] = high;", "out is wrong",
+        "sdpa_sm80_pv16_bf16_d128_slim"),
+    Bug("V's scale is forgotten", OUTPUT, "reciprocal(sum) * scale", "reciprocal(sum)",
+        "out is wrong", "sdpa_sm80_pv16_bf16_d128_slim"),
     Bug("maximum of half a row", SOFTMAX, "return larger(x, shfl_xor(x, 2));", "return x;", ""),
     Bug("maximum without the last column", SOFTMAX,
         "for (int j = 1; j < S_TILES; j++)\n        score",
@@ -137,6 +140,7 @@ def suspicious(tile: Tile) -> Iterator[cases.Case]:
     m, n = tile.block_m, tile.block_n
     yield cases.Case(m + 9, 2 * n + 5, 1, 4, 2)
     yield cases.Case(m, 3 * n + 5, window=(n, 3))
+    yield cases.Case(m, 4 * n + 9, window=(n + 20, 40))
     yield cases.Case(m, n - 1, 2, q_lens=(m - 5, 3), k_lens=(n - 9, 0), is_causal=True)
     yield cases.Case(40, 3 * n - 1, values="rising", layout="surrounded", k_lens=(3 * n - 5,))
     yield cases.Case(9, 3 * n, split_tiles=2)

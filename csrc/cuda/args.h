@@ -31,11 +31,15 @@ typedef struct wan_attn_cuda_lengths {
 
 typedef struct wan_attn_cuda_args {
     wan_attn_cuda_view q;    /* f32 if q_is_f32, else the row's dtype */
-    wan_attn_cuda_view k, v; /* the row's dtype */
+    wan_attn_cuda_view k, v; /* the row's dtype; v of a pv16 row: f16, see v_scale */
     wan_attn_cuda_view out;  /* f32 if out_is_f32, else the row's dtype */
     float *lse;              /* [batch, num_heads_q, seqlen_q], natural log; NULL: not wanted */
     wan_attn_i64 lse_batch_stride, lse_head_stride, lse_row_stride;
     wan_attn_cuda_lengths seqused_q, seqused_k;
+
+    /* pv16 rows: [batch, num_heads_k], what v of that head has been divided by. A power of two that
+     * brings the largest finite |v| to at most WAN_ATTN_CUDA_LARGEST_V. Other rows: NULL. */
+    const float *v_scale;
 
     /* Split over keys: part s works on the key tiles [s, s + 1) * split_tiles of its rows and
      * writes a complete result (out, lse) of those keys, s strides further. One part: num_splits =
@@ -60,5 +64,8 @@ typedef struct wan_attn_cuda_args {
 /* No window: larger than any key index, and the sum of two still is an int. */
 #define WAN_ATTN_CUDA_UNBOUNDED (1 << 30)
 #define WAN_ATTN_CUDA_SMALLEST_SCALE 1.1754944e-38f
+
+/* 32 weights of at most 1 times this stay far below f16's 65504, rounding included. */
+#define WAN_ATTN_CUDA_LARGEST_V 512.0f
 
 #endif /* WAN_ATTN_CUDA_ARGS_H */

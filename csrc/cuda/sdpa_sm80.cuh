@@ -31,7 +31,10 @@
  * are 64 bits wide. A NaN or infinity in V reaches every row of a tile that a mask cuts, also rows
  * that do not see it (0 * NaN), but never from behind the real lengths.
  * Numerics: scores, weights and sums in f32; P is rounded to the operands' dtype, its row sum is
- * not; exp2.approx.ftz; each tile's weights are summed from zero.
+ * not; exp2.approx.ftz; each tile's weights are summed from zero. With PV_SUM_F16 (rows pv16, for
+ * GeForce, where that product then runs twice as fast) P and V are f16 and 32 keys at a time are
+ * summed in f16: eleven bits of P instead of bf16's eight outweigh those roundings. V comes scaled
+ * (args.h), so that no sum of finite numbers can overflow; NaN and infinities pass through.
  * Measured: no GPU was at hand. What the instruction counts allow: benchmarks/static_model.py.
  */
 #include "cuda/args.h"
@@ -54,6 +57,7 @@ enum {
     M_TILES = BLOCK_M / (16 * NUM_WARPS),
     K_STEPS = HEAD_DIM / 16,
     V_STEPS = BLOCK_N / 16,
+    F16_STEPS = 2, /* products that are summed in f16: 32 keys */
     V_SMEM = 0, /* offsets in shared memory */
     K_SMEM = TILE_BYTES,
     Q_SMEM = TILE_BYTES * (1 + STAGES),
@@ -64,6 +68,7 @@ enum {
 };
 static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row tiles");
 static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two K tiles");
+static_assert(V_STEPS % F16_STEPS == 0, "the last f16 sum must be added as well");
 static_assert(BOUNDS_SMEM + 16 == SMEM_BYTES, "sdpa_rows.def must say what is used");
 
 /* A operands of Q: registers, or a place for them that is filled on demand. */
@@ -201,6 +206,50 @@ DEVICE void multiply_qk(float s[M_TILES][S_TILES][4], const q_fragments &q, u32 
     }
 }
 
+#if PV_SUM_F16
+DEVICE void add_f16(float o[4], const u32 sum[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float low, high;
+        unpack_f16(&low, &high, sum[r]);
+        o[2 * r] += low;
+        o[2 * r + 1] += high;
+    }
+}
+
+/* O += P V(n), where 32 keys at a time are summed in f16 and then added to O in f32. (All 64 would be
+ * cheaper, but then a V far from zero mean has larger errors than bf16 with f32 sums.) Columns are
+ * the outer loop, so that a few accumulators suffice. */
+DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_TILES][4],
+                        u32 v_read) {
+    u32 a[M_TILES][V_STEPS][4];
+#pragma unroll
+    for (int i = 0; i < M_TILES * V_STEPS * 4; i++) {
+        int m = i / (V_STEPS * 4), step = i / 4 % V_STEPS;
+        const float *pair = &p[m][2 * step + i % 4 / 2][2 * (i % 2)];
+        a[m][step][i % 4] = pack_f16(pair[0], pair[1]);
+    }
+#pragma unroll
+    for (int j = 0; j < O_TILES; j += 2) {
+        u32 sum[M_TILES][2][2];
+#pragma unroll
+        for (int step = 0; step < V_STEPS; step++) {
+            u32 b[4];
+            ldmatrix_x4_trans(b, advanced(v_read, j / 2) + (u32)(step * 16 * ROW_BYTES));
+#pragma unroll
+            for (int i = 0; i < M_TILES * 2; i++) {
+                int m = i / 2, column = i % 2;
+                u32 *to = sum[m][column];
+                if (step % F16_STEPS == 0)
+                    to[0] = to[1] = 0;
+                mma_m16n8k16_f16_sum_f16(to, a[m][step], b[2 * column], b[2 * column + 1]);
+                if (step % F16_STEPS == F16_STEPS - 1)
+                    add_f16(o[m][j + column], to);
+            }
+        }
+    }
+}
+#else
 /* O += P V(n) */
 DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_TILES][4],
                         u32 v_read) {
@@ -226,6 +275,8 @@ DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_T
         }
     }
 }
+
+#endif
 
 /* Tile n: the pipeline of this file's head. is_masked is a constant in each of its two copies. */
 DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked, const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
@@ -317,8 +368,14 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_args, args) {
         clear(rows);
     place = find_place(args, BLOCK_M);
     int used_q = used_rows(args, place);
+    float scale = 1.0f;
+    if (PV_SUM_F16) {
+        int head = place.head / args.heads_per_key_head;
+        int num_heads_k = args.num_heads_q / args.heads_per_key_head;
+        scale = load_global_f32(args.v_scale + (i64)place.sample * num_heads_k + head);
+    }
 #pragma unroll
     for (int m = 0; m < M_TILES; m++)
-        store_rows(args, place, place.row_begin + row_in_block(m), used_q, rows.o[m],
-                   rows.row_max[m], rows.row_sum[m]);
+        store_rows(args, place, place.row_begin + row_in_block(m), used_q, scale,
+                   rows.o[m], rows.row_max[m], rows.row_sum[m]);
 }

@@ -261,4 +261,14 @@ void multiply(float d[4], const u32 a[4], u32 b0, u32 b1, bool is_bf16, site at)
         the_machine().together("mma f16", at, &mine, multiply_tiles<from_f16>);
 }
 
+// Sixteen products and the sum so far, rounded to f16 once: as the f32 one, then packed.
+void multiply_sum_f16(u32 d[2], const u32 a[4], u32 b0, u32 b1, site at) {
+    float sum[4];
+    for (int i = 0; i < 4; i++)
+        sum[i] = from_f16(static_cast<std::uint16_t>(d[i / 2] >> 16 * (i % 2)));
+    multiply(sum, a, b0, b1, false, at);
+    for (int i = 0; i < 2; i++)
+        d[i] = to_f16(sum[2 * i]) | static_cast<u32>(to_f16(sum[2 * i + 1])) << 16;
+}
+
 } // namespace emu

@@ -27,6 +27,7 @@ void end_group();
 void wait_for_copies(int pending);
 void load_matrices(u32 x[4], u32 row_address, bool is_transposed, site at);
 void multiply(float d[4], const u32 a[4], u32 b0, u32 b1, bool is_bf16, site at);
+void multiply_sum_f16(u32 d[2], const u32 a[4], u32 b0, u32 b1, site at);
 float rough(float x);
 } // namespace emu
 
@@ -55,6 +56,11 @@ DEVICE i64 load_global_i64(const void *at) {
 }
 DEVICE u32 load_global_b32(const void *at) {
     u32 x;
+    emu::load_global(&x, at, 4);
+    return x;
+}
+DEVICE float load_global_f32(const void *at) {
+    float x;
     emu::load_global(&x, at, 4);
     return x;
 }
@@ -98,6 +104,10 @@ DEVICE void mma_m16n8k16_f16(float d[4], const u32 a[4], u32 b0, u32 b1, emu::si
     emu::multiply(d, a, b0, b1, false, at);
 }
 
+DEVICE void mma_m16n8k16_f16_sum_f16(u32 d[2], const u32 a[4], u32 b0, u32 b1, emu::site at = {}) {
+    emu::multiply_sum_f16(d, a, b0, b1, at);
+}
+
 DEVICE float float_from_bits(u32 bits) { return emu::float_of_bits(bits); }
 DEVICE float fused_multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
 DEVICE float natural_log(float x) { return std::log(x); }
@@ -112,4 +122,8 @@ DEVICE u32 pack_bf16(float low, float high) {
 }
 DEVICE u32 pack_f16(float low, float high) {
     return emu::to_f16(low) | static_cast<u32>(emu::to_f16(high)) << 16;
+}
+DEVICE void unpack_f16(float *low, float *high, u32 pair) {
+    *low = emu::from_f16(static_cast<std::uint16_t>(pair));
+    *high = emu::from_f16(static_cast<std::uint16_t>(pair >> 16));
 }

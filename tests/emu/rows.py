@@ -27,6 +27,7 @@ class Tile:
     stages: int
     q_in_regs: int
     min_ctas: int
+    pv_sum_f16: int
 
     @property
     def name(self) -> str:
@@ -66,6 +67,7 @@ class Tile:
             "STAGES": str(self.stages),
             "Q_IN_REGS": str(self.q_in_regs),
             "MIN_CTAS": str(self.min_ctas),
+            "PV_SUM_F16": str(self.pv_sum_f16),
             "SMEM_BYTES": str(self.smem_bytes),
         }
 

@@ -37,6 +37,7 @@ class Args(ctypes.Structure):
         *((name, View) for name in ("q", "k", "v", "out")),
         *(("lse", c_void_p), ("lse_strides", c_longlong * 3)),
         *(("seqused_q", Lengths), ("seqused_k", Lengths)),
+        ("v_scale", c_void_p),
         *(("out_split_stride", c_longlong), ("lse_split_stride", c_longlong)),
         *((name, c_int) for name in ("num_splits", "split_tiles", "batch", "num_heads_q")),
         *((name, c_int) for name in ("heads_per_key_head", "seqlen_q", "seqlen_k", "m_blocks")),
@@ -91,6 +92,18 @@ def _bound(window: int) -> int:
     return UNBOUNDED if window < 0 else min(window, UNBOUNDED)
 
 
+def scaled_v(value: Tensor) -> tuple[Tensor, Tensor]:
+    """What the pack kernels make of V for a pv16 row: f16 values, and the powers of two by which
+    each head was divided so that its largest finite |v| is between 256 and 512."""
+    wide = value.float()
+    largest = torch.where(wide.isfinite(), wide.abs(), 0.0).amax(dim=(1, 3)) if value.numel() else (
+        torch.zeros(value.shape[0], value.shape[2])
+    )
+    exponent = torch.frexp(largest)[1] - 9  # largest = fraction * 2^exponent, fraction below 1
+    scale = torch.where(largest > 0, torch.exp2(exponent.float().clamp(-126, 126)), 1.0)
+    return (wide / scale[:, None, :, None]).half(), scale.contiguous()
+
+
 def run(
     tile: Tile,
     query: Tensor,
@@ -114,6 +127,9 @@ def run(
     batch, seqlen_q, heads_q, head_dim = query.shape
     seqlen_k = key.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
+    v_scale = None
+    if tile.pv_sum_f16:
+        value, v_scale = scaled_v(value)
     k_tiles = max(1, -(-seqlen_k // tile.block_n))
     splits = -(-k_tiles // split_tiles) if split_tiles else 1
     out_dtype = torch.float32 if split_tiles else query.dtype
@@ -126,6 +142,7 @@ def run(
         lse.data_ptr() if lse is not None else None,
         (c_longlong * 3)(*(lse.stride()[1:] if lse is not None else (0, 0, 0))),
         *(_lengths(q_lens), _lengths(k_lens)),
+        v_scale.data_ptr() if v_scale is not None else None,
         *(out.stride(0), lse.stride(0) if lse is not None else 0),
         *(splits, split_tiles or k_tiles, batch, heads_q),
         *(heads_q // key.shape[2], seqlen_q, seqlen_k, -(-seqlen_q // tile.block_m)),
@@ -137,6 +154,7 @@ def run(
     memory = [
         *(*_memory("q", query), *_memory("k", key), *_memory("v", value)),
         *(*_memory("q_lens", q_lens), *_memory("k_lens", k_lens)),
+        *_memory("v_scale", v_scale),
         *(*_memory("out", out, True), *_memory("lse", lse, True)),
     ]
     message = ctypes.create_string_buffer(1024)

@@ -16,6 +16,7 @@ KERNEL(k_shared_base, u32 *out) { *out = shared_base(); }
 KERNEL(k_load_global_i32, int *out, const int *x) { *out = load_global_i32(x); }
 KERNEL(k_load_global_i64, i64 *out, const i64 *x) { *out = load_global_i64(x); }
 KERNEL(k_load_global_b32, u32 *out, const u32 *x) { *out = load_global_b32(x); }
+KERNEL(k_load_global_f32, float *out, const float *x) { *out = load_global_f32(x); }
 KERNEL(k_load_global_f32x2, float *out, const float *x) { load_global_f32x2(out, x); }
 KERNEL(k_store_global_f32, float *out, float x) { store_global_f32(out, x); }
 KERNEL(k_store_global_f32x2, float *out, float x, float y) { store_global_f32x2(out, x, y); }
@@ -44,6 +45,10 @@ KERNEL(k_mma_m16n8k16_f16, float *d, const u32 *a, u32 b0, u32 b1) {
     mma_m16n8k16_f16(d, a, b0, b1);
 }
 
+KERNEL(k_mma_m16n8k16_f16_sum_f16, u32 *d, const u32 *a, u32 b0, u32 b1) {
+    mma_m16n8k16_f16_sum_f16(d, a, b0, b1);
+}
+
 KERNEL(k_float_from_bits, float *out, u32 x) { *out = float_from_bits(x); }
 KERNEL(k_exp2_approx, float *out, float x) { *out = exp2_approx(x); }
 KERNEL(k_reciprocal, float *out, float x) { *out = reciprocal(x); }
@@ -52,4 +57,5 @@ KERNEL(k_fused_multiply_add, float *out, float x, float y, float z) {
 }
 KERNEL(k_larger, float *out, float x, float y) { *out = larger(x, y); }
 KERNEL(k_pack_bf16, u32 *out, float low, float high) { *out = pack_bf16(low, high); }
+KERNEL(k_unpack_f16, float *low, float *high, u32 pair) { unpack_f16(low, high, pair); }
 KERNEL(k_pack_f16, u32 *out, float low, float high) { *out = pack_f16(low, high); }

@@ -56,4 +56,11 @@ DEVICE u32 pack_f16(float low, float high) {
     return x;
 }
 
+/* The two f16 of a packed pair. */
+DEVICE void unpack_f16(float *low, float *high, u32 pair) {
+    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+        : "=f"(*low), "=f"(*high)
+        : "r"(pair));
+}
+
 #endif /* WAN_ATTN_CUDA_PTX_MATH_H */

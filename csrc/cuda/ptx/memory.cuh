@@ -30,6 +30,12 @@ DEVICE u32 load_global_b32(const void *at) {
     return x;
 }
 
+DEVICE float load_global_f32(const void *at) {
+    float x;
+    asm("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(at));
+    return x;
+}
+
 DEVICE void load_global_f32x2(float x[2], const void *at) {
     asm("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "l"(at));
 }

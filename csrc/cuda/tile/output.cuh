@@ -35,10 +35,10 @@ DEVICE void store_row_f32(char *row, const float values[O_TILES][2], bool has_ro
             store_global_f32x2(row + (8 * j + 2 * t) * 4, values[j][0], values[j][1]);
 }
 
-/* Rows `row` and `row + 8` of the head; those that see no key become 0, with an lse of -inf. */
+/* Rows `row` and `row + 8` of the head, times scale; those that see no key become 0, with an lse of -inf. */
 DEVICE void store_rows(const wan_attn_cuda_args &args, const block_place &place, int row,
-                       int used_q, const float o[O_TILES][4], const float row_max[2],
-                       const float row_sum[2]) {
+                       int used_q, float scale, const float o[O_TILES][4],
+                       const float row_max[2], const float row_sum[2]) {
     i64 at = place.sample * args.out.batch_stride + place.head * args.out.head_stride +
              place.split * args.out_split_stride;
     i64 lse_at = place.sample * args.lse_batch_stride + place.head * args.lse_head_stride +
@@ -48,7 +48,7 @@ DEVICE void store_rows(const wan_attn_cuda_args &args, const block_place &place,
         float sum = quad_sum(row_sum[r]);
         bool has_row = row < args.seqlen_q;
         bool sees_none = row >= used_q || (row_max[r] == minus_infinity() && sum == 0.0f);
-        float factor = reciprocal(sum), values[O_TILES][2];
+        float factor = reciprocal(sum) * scale, values[O_TILES][2];
 #pragma unroll
         for (int j = 0; j < O_TILES; j++) {
             values[j][0] = sees_none ? 0.0f : o[j][2 * r] * factor;
