@@ -61,6 +61,32 @@ typedef struct wan_attn_cuda_args {
     unsigned q_sign;
 } wan_attn_cuda_args;
 
+/* pack.cuh. Grids, in warps: measure batch * heads * num_parts, find_scale batch * heads, convert
+ * batch * seqlen * heads; in blocks of HELPER's threads, rounded up. */
+typedef struct wan_attn_cuda_pack_args {
+    wan_attn_cuda_view from;
+    void *to; /* [batch, seqlen, heads, head_dim], dense, 16-bit */
+    wan_attn_cuda_lengths seqused;
+    float *largest; /* measure: [batch, heads, num_parts] */
+    float *scale;   /* [batch, heads]; made by find_scale, divides in convert; NULL: 1 */
+    int batch, seqlen, heads, head_dim; /* head_dim: even */
+    int from_dtype;                     /* wan_attn_dtype: f32, f16 or bf16 */
+    int to_bf16;                        /* else f16 */
+    int num_parts, unused;
+} wan_attn_cuda_pack_args;
+
+/* merge.cuh. Grid, in warps: batch * seqlen * num_heads. */
+typedef struct wan_attn_cuda_merge_args {
+    const float *part_out; /* [num_splits, batch, seqlen, num_heads, head_dim] */
+    const float *part_lse; /* [num_splits, batch, num_heads, seqlen] */
+    wan_attn_cuda_view out;
+    float *lse; /* NULL: not wanted */
+    wan_attn_i64 lse_batch_stride, lse_head_stride, lse_row_stride;
+    int batch, seqlen, num_heads, head_dim;
+    int num_splits;
+    int out_dtype; /* wan_attn_dtype: f32, f16 or bf16 */
+} wan_attn_cuda_merge_args;
+
 /* No window: larger than any key index, and the sum of two still is an int. */
 #define WAN_ATTN_CUDA_UNBOUNDED (1 << 30)
 #define WAN_ATTN_CUDA_SMALLEST_SCALE 1.1754944e-38f

@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from emu.rows import CSRC, Tile
+from emu.rows import CSRC, Helper, Tile
 
 HERE = Path(__file__).resolve().parent
 BUILT = HERE.parents[1] / "build" / "emu"
@@ -85,9 +85,10 @@ def _machine() -> tuple[str, ...]:
 
 
 @cache
-def library(tile: Tile, csrc: Path = CSRC) -> ctypes.CDLL:
+def library(tile: Tile | Helper, csrc: Path = CSRC) -> ctypes.CDLL:
     """The emulated kernel. `csrc`: other sources than the repository's (planted bugs)."""
-    defines = [f"-D{name}={value}" for name, value in tile.defines().items()]
+    constants = {"SMEM_BYTES": "0", **tile.defines(), "KERNEL_ARGS": tile.args}
+    defines = [f"-D{name}={value}" for name, value in constants.items()]
     strict = ["-Werror"] if csrc == CSRC else []  # bugs may leave things unused
     command = [
         *(compiler() or "", *KERNEL_FLAGS, *strict, f"-I{csrc}", "-shared", *defines),

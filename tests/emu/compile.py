@@ -11,14 +11,14 @@ from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 
-from emu.rows import CSRC, Tile
+from emu.rows import CSRC, Helper, Tile
 
 
 class CompileError(Exception):
     """What the compiler said."""
 
 
-def options(tile: Tile) -> list[str]:
+def options(tile: Tile | Helper) -> list[str]:
     """What every CUDA compiler has to be told; the loader uses the same."""
     return [f"-I{CSRC}", "-std=c++17", *(f"-D{k}={v}" for k, v in tile.defines().items())]
 
@@ -34,7 +34,7 @@ def _nvcc(arch: int, source: Path, output: Path, *more: str) -> None:
         raise CompileError(done.stderr)
 
 
-def with_nvcc(tile: Tile, arch: int, output: Path) -> None:
+def with_nvcc(tile: Tile | Helper, arch: int, output: Path) -> None:
     """Compiles to the cubin `output`; warnings and spills are errors."""
     strict = ("-Xptxas", "--warn-on-spills,-Werror")
     _nvcc(arch, CSRC / tile.source, output, "-cubin", *strict, *options(tile), "-x", "cu")
@@ -68,7 +68,7 @@ def _text(library: ctypes.CDLL, what: str, program: c_void_p) -> bytes:
     return text.raw
 
 
-def with_nvrtc(library: ctypes.CDLL, tile: Tile, arch: int, output: Path) -> None:
+def with_nvrtc(library: ctypes.CDLL, tile: Tile | Helper, arch: int, output: Path) -> None:
     """Compiles to the cubin `output`."""
     program = c_void_p()
     source = (CSRC / tile.source).read_bytes()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // kernel.cpp - one kernel as a library for tests: compiled once per row and GPU class, with
-// KERNEL_BODY, KERNEL_NAME and the tile constants of sdpa_rows.def on the command line.
+// KERNEL_BODY, KERNEL_NAME, KERNEL_ARGS and the constants of sdpa_rows.def on the command line.
 #define STRING_OF(x) #x
 #define STRING(x) STRING_OF(x)
 #include STRING(KERNEL_BODY)
@@ -19,10 +19,10 @@ struct tensor {
 extern "C" {
 
 // For the Python side to compare its own idea of the struct with.
-int emu_args_size() { return static_cast<int>(sizeof(wan_attn_cuda_args)); }
+int emu_args_size() { return static_cast<int>(sizeof(KERNEL_ARGS)); }
 
 // Runs the grid. landing: 0 early, 1 late, 2 random. Returns 0, or 1 with the reason in `message`.
-int emu_launch(const wan_attn_cuda_args *args, int grid, const tensor *tensors, int num_tensors,
+int emu_launch(const KERNEL_ARGS *args, int grid, const tensor *tensors, int num_tensors,
                int landing, unsigned long long seed, int check_order, char *message,
                int message_size, unsigned long long *bank_conflicts) {
     emu::machine &gpu = emu::the_machine();

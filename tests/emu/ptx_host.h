@@ -54,6 +54,11 @@ DEVICE i64 load_global_i64(const void *at) {
     emu::load_global(&x, at, 8);
     return x;
 }
+DEVICE u32 load_global_b16(const void *at) {
+    unsigned short x;
+    emu::load_global(&x, at, 2);
+    return x;
+}
 DEVICE u32 load_global_b32(const void *at) {
     u32 x;
     emu::load_global(&x, at, 4);
@@ -66,6 +71,7 @@ DEVICE float load_global_f32(const void *at) {
 }
 DEVICE void load_global_f32x2(float x[2], const void *at) { emu::load_global(x, at, 8); }
 DEVICE void store_global_f32(void *at, float x) { emu::store_global(at, &x, 4); }
+DEVICE void store_global_b32(void *at, u32 x) { emu::store_global(at, &x, 4); }
 DEVICE void store_global_f32x2(void *at, float x, float y) {
     const float pair[2] = {x, y};
     emu::store_global(at, pair, 8);
@@ -109,6 +115,7 @@ DEVICE void mma_m16n8k16_f16_sum_f16(u32 d[2], const u32 a[4], u32 b0, u32 b1, e
 }
 
 DEVICE float float_from_bits(u32 bits) { return emu::float_of_bits(bits); }
+DEVICE u32 bits_from_float(float x) { return emu::bits_of_float(x); }
 DEVICE float fused_multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
 DEVICE float natural_log(float x) { return std::log(x); }
 DEVICE float larger(float x, float y) { return std::fmax(x, y); }

@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
+Made = TypeVar("Made")
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 LIST = CSRC / "cuda" / "sdpa_rows.def"
 
@@ -36,6 +38,10 @@ class Tile:
     @property
     def source(self) -> str:
         return f"cuda/sdpa_{self.body}.cuh"
+
+    @property
+    def args(self) -> str:
+        return "wan_attn_cuda_args"
 
     @property
     def num_threads(self) -> int:
@@ -72,18 +78,56 @@ class Tile:
         }
 
 
+@dataclass(frozen=True)
+class Helper:
+    """One HELPER line: a pass before or after the attention."""
+
+    name: str
+    body: str
+    num_threads: int
+    pack_step: int
+
+    @property
+    def row(self) -> str:
+        return self.name
+
+    @property
+    def source(self) -> str:
+        return f"cuda/{self.body}.cuh"
+
+    @property
+    def args(self) -> str:
+        return f"wan_attn_cuda_{self.body}_args"
+
+    def defines(self) -> dict[str, str]:
+        return {
+            "KERNEL_NAME": self.name,
+            "NUM_THREADS": str(self.num_threads),
+            "PACK_STEP": str(self.pack_step),
+        }
+
+
 def _lines(macro: str) -> list[list[str]]:
     text = re.sub(r"/\*.*?\*/", "", LIST.read_text(encoding="utf-8"), flags=re.DOTALL)
     return [re.split(r"\s*,\s*", found.strip()) for found in re.findall(rf"^{macro}\((.*)\)", text, re.M)]
 
 
+def _read(macro: str, made: type[Made]) -> tuple[Made, ...]:
+    kinds = [field.type for field in fields(made)]  # type: ignore[arg-type]
+    return tuple(
+        made(*(int(x) if kind == "int" else x for kind, x in zip(kinds, line, strict=True)))
+        for line in _lines(macro)
+    )
+
+
 @cache
 def tiles() -> tuple[Tile, ...]:
-    kinds = [field.type for field in fields(Tile)]
-    return tuple(
-        Tile(*(int(x) if kind == "int" else x for kind, x in zip(kinds, line, strict=True)))
-        for line in _lines("TILE")
-    )
+    return _read("TILE", Tile)
+
+
+@cache
+def helpers() -> dict[str, Helper]:
+    return {helper.name: helper for helper in _read("HELPER", Helper)}
 
 
 @cache

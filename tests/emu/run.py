@@ -92,6 +92,27 @@ def _bound(window: int) -> int:
     return UNBOUNDED if window < 0 else min(window, UNBOUNDED)
 
 
+def launch(
+    kernel: ctypes.CDLL,
+    args: ctypes.Structure,
+    grid: int,
+    memory: list[Tensor_],
+    schedule: Schedule = Schedule(),
+) -> int:
+    """Runs the grid and returns the number of bank conflicts."""
+    assert kernel.emu_args_size() == ctypes.sizeof(args)
+    message = ctypes.create_string_buffer(1024)
+    conflicts = c_ulonglong()
+    failed = kernel.emu_launch(
+        *(ctypes.byref(args), grid, (Tensor_ * len(memory))(*memory), len(memory)),
+        *(schedule.landing, c_ulonglong(schedule.seed), int(schedule.check_order)),
+        *(message, len(message), ctypes.byref(conflicts)),
+    )
+    if failed:
+        raise EmulatorError(message.value.decode())
+    return conflicts.value
+
+
 def scaled_v(value: Tensor) -> tuple[Tensor, Tensor]:
     """What the pack kernels make of V for a pv16 row: f16 values, and the powers of two by which
     each head was divided so that its largest finite |v| is between 256 and 512."""
@@ -123,7 +144,6 @@ def run(
     """The oracle's arguments. split_tiles: key tiles of a part; out and lse then have the parts as
     first dimension, in float32."""
     kernel = library(tile, csrc)
-    assert kernel.emu_args_size() == ctypes.sizeof(Args)
     batch, seqlen_q, heads_q, head_dim = query.shape
     seqlen_k = key.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
@@ -157,16 +177,7 @@ def run(
         *_memory("v_scale", v_scale),
         *(*_memory("out", out, True), *_memory("lse", lse, True)),
     ]
-    message = ctypes.create_string_buffer(1024)
-    conflicts = c_ulonglong()
-    failed = kernel.emu_launch(
-        *(ctypes.byref(args), args.m_blocks * splits * heads_q * batch),
-        *((Tensor_ * len(memory))(*memory), len(memory)),
-        *(schedule.landing, c_ulonglong(schedule.seed), int(schedule.check_order)),
-        *(message, len(message), ctypes.byref(conflicts)),
-    )
-    if failed:
-        raise EmulatorError(message.value.decode())
+    conflicts = launch(kernel, args, args.m_blocks * splits * heads_q * batch, memory, schedule)
     if split_tiles:
-        return Result(out, lse, conflicts.value)
-    return Result(out[0], lse[0] if lse is not None else None, conflicts.value)
+        return Result(out, lse, conflicts)
+    return Result(out[0], lse[0] if lse is not None else None, conflicts)

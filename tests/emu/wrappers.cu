@@ -15,10 +15,12 @@ KERNEL(k_any_lane, int *out, int x) { *out = any_lane(x > 7) ? 3 : 5; }
 KERNEL(k_shared_base, u32 *out) { *out = shared_base(); }
 KERNEL(k_load_global_i32, int *out, const int *x) { *out = load_global_i32(x); }
 KERNEL(k_load_global_i64, i64 *out, const i64 *x) { *out = load_global_i64(x); }
+KERNEL(k_load_global_b16, u32 *out, const void *x) { *out = load_global_b16(x); }
 KERNEL(k_load_global_b32, u32 *out, const u32 *x) { *out = load_global_b32(x); }
 KERNEL(k_load_global_f32, float *out, const float *x) { *out = load_global_f32(x); }
 KERNEL(k_load_global_f32x2, float *out, const float *x) { load_global_f32x2(out, x); }
 KERNEL(k_store_global_f32, float *out, float x) { store_global_f32(out, x); }
+KERNEL(k_store_global_b32, u32 *out, u32 x) { store_global_b32(out, x); }
 KERNEL(k_store_global_f32x2, float *out, float x, float y) { store_global_f32x2(out, x, y); }
 KERNEL(k_store_global_b32x2, u32 *out, u32 x, u32 y) { store_global_b32x2(out, x, y); }
 KERNEL(k_load_shared_b32x4, u32 *out, u32 at) { load_shared_b32x4(out, at); }
@@ -50,6 +52,7 @@ KERNEL(k_mma_m16n8k16_f16_sum_f16, u32 *d, const u32 *a, u32 b0, u32 b1) {
 }
 
 KERNEL(k_float_from_bits, float *out, u32 x) { *out = float_from_bits(x); }
+KERNEL(k_bits_from_float, u32 *out, float x) { *out = bits_from_float(x); }
 KERNEL(k_exp2_approx, float *out, float x) { *out = exp2_approx(x); }
 KERNEL(k_reciprocal, float *out, float x) { *out = reciprocal(x); }
 KERNEL(k_fused_multiply_add, float *out, float x, float y, float z) {

@@ -10,6 +10,12 @@ DEVICE float float_from_bits(u32 bits) {
     return x;
 }
 
+DEVICE u32 bits_from_float(float x) {
+    u32 bits;
+    asm("mov.b32 %0, %1;" : "=r"(bits) : "f"(x));
+    return bits;
+}
+
 /* 2^x within 2 ulp; results below 2^-126 are 0. Without .ftz every call costs three instructions
  * more, to save subnormal weights that no sum can notice. */
 DEVICE float exp2_approx(float x) {

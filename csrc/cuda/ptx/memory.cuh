@@ -24,6 +24,12 @@ DEVICE i64 load_global_i64(const void *at) {
     return x;
 }
 
+DEVICE u32 load_global_b16(const void *at) {
+    unsigned short x;
+    asm("ld.global.nc.b16 %0, [%1];" : "=h"(x) : "l"(at));
+    return x;
+}
+
 DEVICE u32 load_global_b32(const void *at) {
     u32 x;
     asm("ld.global.nc.b32 %0, [%1];" : "=r"(x) : "l"(at));
@@ -42,6 +48,10 @@ DEVICE void load_global_f32x2(float x[2], const void *at) {
 
 DEVICE void store_global_f32(void *at, float x) {
     asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(x) : "memory");
+}
+
+DEVICE void store_global_b32(void *at, u32 x) {
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(at), "r"(x) : "memory");
 }
 
 DEVICE void store_global_f32x2(void *at, float x, float y) {
