@@ -3,7 +3,7 @@
 
 The emulator replaces these wrappers, so it cannot see a typing error in one: a wrong modifier, a
 swapped operand. Here a kernel per wrapper is compiled to PTX and its instructions are compared with
-tests/emu/golden.ptx, which people have read beside the PTX manual.
+tests/emu/golden_sm75.ptx and golden_sm80.ptx, which people have read beside the PTX manual.
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ def instructions(ptx: str) -> str:
 
 
 @pytest.mark.skipif(compilers.nvcc() is None, reason="no nvcc on PATH")
-def test_the_wrappers_make_the_instructions_that_were_reviewed(tmp_path: Path) -> None:
-    output = tmp_path / "wrappers.ptx"
-    compilers.to_ptx(HERE / "wrappers.cu", 80, output)
+@pytest.mark.parametrize("arch", (75, 80))
+def test_the_wrappers_make_the_instructions_that_were_reviewed(arch: int, tmp_path: Path) -> None:
+    golden, output = f"golden_sm{arch}.ptx", tmp_path / "wrappers.ptx"
+    compilers.to_ptx(HERE / "wrappers.cu", arch, output)
     found = instructions(output.read_text(encoding="utf-8"))
-    (tmp_path / "golden.ptx").write_text(found, encoding="utf-8")
-    assert found == (HERE / "golden.ptx").read_text(encoding="utf-8"), (
-        f"if the change is meant, read it beside the PTX manual and copy {tmp_path / 'golden.ptx'}"
+    (tmp_path / golden).write_text(found, encoding="utf-8")
+    assert found == (HERE / golden).read_text(encoding="utf-8"), (
+        f"if the change is meant, read it beside the PTX manual and copy {tmp_path / golden}"
     )
 
 

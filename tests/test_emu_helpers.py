@@ -71,13 +71,19 @@ def convert(x: Tensor, dtype: torch.dtype, lens: Tensor | None, scale: Tensor | 
 
 def measured_scale(x: Tensor, lens: Tensor | None, num_parts: int) -> Tensor:
     batch, seqlen, heads, head_dim = x.shape
-    largest, scale = torch.full((batch, heads, num_parts), math.nan), torch.full((batch, heads), math.nan)
+    largest, scale = (
+        torch.full((batch, heads, num_parts), math.nan),
+        torch.full((batch, heads), math.nan),
+    )
     lengths = Lengths(lens.data_ptr(), lens.stride(0), 1, 0) if lens is not None else Lengths()
     args = PackArgs(
         *(view(x), None, lengths, largest.data_ptr(), scale.data_ptr()),
         *(batch, seqlen, heads, head_dim, NUMBER[x.dtype], 0, num_parts, 0),
     )
-    measure, find = library(helpers()["wan_attn_measure"]), library(helpers()["wan_attn_find_scale"])
+    measure, find = (
+        library(helpers()["wan_attn_measure"]),
+        library(helpers()["wan_attn_find_scale"]),
+    )
     launch(measure, args, blocks(batch * heads * num_parts), memory(largest, x=x, lens=lens))
     launch(find, args, blocks(batch * heads), memory(scale, largest=largest))
     return scale
@@ -105,7 +111,11 @@ def test_v_is_scaled_into_the_range_of_f16(num_parts: int) -> None:
     value[1, :, 3] = 0.0
     lens = torch.tensor([33, 20])
     value[1, 20:] = 1e38  # padding must not count
-    want, want_scale = scaled_v(torch.where(torch.arange(33)[:, None, None] < lens[:, None, None, None], value, 0.0).bfloat16())
+    want, want_scale = scaled_v(
+        torch.where(
+            torch.arange(33)[:, None, None] < lens[:, None, None, None], value, 0.0
+        ).bfloat16()
+    )
     scale = measured_scale(value, lens, num_parts)
     assert torch.equal(scale, want_scale)
     got = convert(value, torch.float16, lens, scale)
@@ -120,7 +130,10 @@ def test_merge(dtype: torch.dtype) -> None:
     lse = 30.0 * torch.randn(splits, batch, heads, seqlen)
     lse[:, 0, 0, 1] = -math.inf  # sees no key at all
     lse[1:, 1, 1, 2] = -math.inf  # all its keys are in the first part
-    got, got_lse = torch.full(out.shape[1:], math.nan, dtype=dtype), torch.full(lse.shape[1:], math.nan)
+    got, got_lse = (
+        torch.full(out.shape[1:], math.nan, dtype=dtype),
+        torch.full(lse.shape[1:], math.nan),
+    )
     args = MergeArgs(
         *(out.data_ptr(), lse.data_ptr(), view(got), got_lse.data_ptr()),
         *((c_longlong * 3)(*got_lse.stride()), batch, seqlen, heads, head_dim, splits),

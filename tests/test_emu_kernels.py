@@ -58,7 +58,9 @@ def test_one_key_gives_exactly_its_value(tile: Tile) -> None:
 
 @each_tile
 def test_no_schedule_changes_a_bit(tile: Tile) -> None:
-    case = cases.Case(tile.block_m + 1, 3 * tile.block_n - 7, q_lens=(tile.block_m,), is_causal=True)
+    case = cases.Case(
+        tile.block_m + 1, 3 * tile.block_n - 7, q_lens=(tile.block_m,), is_causal=True
+    )
     operands = cases.operands(case, tile)
     first = run(tile, *operands, **case.call())
     for landing in range(3):

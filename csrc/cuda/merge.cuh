@@ -31,8 +31,8 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, 1, wan_attn_cuda_merge_args, args) {
     for (int s = 0; s < args.num_splits && !is_empty; s++)
         sum += weight_of(load_global_f32(args.part_lse + s * rows + lse_at) - largest);
 
-    i64 to = sample * args.out.batch_stride + row * args.out.row_stride +
-             head * args.out.head_stride;
+    i64 to =
+        sample * args.out.batch_stride + row * args.out.row_stride + head * args.out.head_stride;
     for (int d = 2 * lane; d < args.head_dim; d += 64) {
         float low = 0.0f, high = 0.0f;
         for (int s = 0; s < args.num_splits && !is_empty; s++) {

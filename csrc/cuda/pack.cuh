@@ -34,7 +34,7 @@ DEVICE float load_element(const wan_attn_cuda_pack_args &args, i64 at) {
 /* The power of two by which a head with this largest value is divided. */
 DEVICE float scale_for(float largest) {
     int exponent = (int)(bits_from_float(largest) >> 23) - 126; /* largest < 2^exponent */
-    exponent = larger_int(exponent - 9, -126);                   /* 2^9: LARGEST_V */
+    exponent = larger_int(exponent - 9, -126);                  /* 2^9: LARGEST_V */
     return largest == 0.0f ? 1.0f : float_from_bits((u32)(exponent + 127) << 23);
 }
 
@@ -79,7 +79,8 @@ DEVICE void find_scale(const wan_attn_cuda_pack_args &args) {
         return;
     float largest = 0.0f;
     for (int part = lane; part < args.num_parts; part += 32)
-        largest = larger(largest, load_global_f32(args.largest + (i64)head * args.num_parts + part));
+        largest =
+            larger(largest, load_global_f32(args.largest + (i64)head * args.num_parts + part));
     largest = warp_max(largest);
     if (lane == 0)
         store_global_f32(args.scale + head, scale_for(largest));
@@ -91,8 +92,8 @@ DEVICE void convert(const wan_attn_cuda_pack_args &args) {
     int sample = warp_number() / args.heads / args.seqlen, lane = thread_index() % 32;
     if (sample >= args.batch || row >= length_at(args.seqused, sample, args.seqlen))
         return;
-    i64 from = sample * args.from.batch_stride + row * args.from.row_stride +
-               head * args.from.head_stride;
+    i64 from =
+        sample * args.from.batch_stride + row * args.from.row_stride + head * args.from.head_stride;
     i64 to = (((i64)sample * args.seqlen + row) * args.heads + head) * args.head_dim;
     float factor = 1.0f;
     if (args.scale)

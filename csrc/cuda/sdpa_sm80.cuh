@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0
  * sdpa_sm80.cuh - exact attention for every GPU from sm_80 on: mma.sync m16n8k16, cp.async,
- * ldmatrix; f16 or bf16 operands, f32 sums.
+ * ldmatrix; f16 or bf16 operands, f32 sums. Rows sm75 are the same with what Turing has instead:
+ * two m16n8k8, copies that are waited for, f16 only.
  *
- * Implements: FlashAttention-2 (Dao, arXiv 2307.08691, algorithm 1). Differs from it: the key tiles
- * are two copies ahead (K) and one (V); Q stays in registers where a warp has 16 rows; the rescaling
- * of O is skipped when no maximum grew (FlashAttention-4's idea, here without its threshold, hence
- * exact); outputs leave as whole sectors straight from registers.
+ * Implements: FlashAttention-2 (Dao, arXiv 2307.08691, algorithm 1). Differs from it: K has two
+ * buffers, so that the next tile is on its way all the time; Q stays in registers where a warp has
+ * 16 rows; rescaling O is skipped when no maximum grew (FlashAttention-4's idea, here without its
+ * threshold, hence exact); outputs leave as whole sectors straight from registers.
  *
  *                    n, from the last tile to the first
  *              +-----------+ BLOCK_N keys
@@ -18,7 +19,7 @@
  *
  * Who does what: all warps are alike. A thread copies the same rows and chunks of every tile
  * (swizzle.cuh); a warp multiplies its own rows with whole tiles.
- * Pipeline, STAGES = 2 (one barrier fewer per tile than a buffer more would save):
+ * Pipeline, STAGES = 2:
  *     barrier 1: K(n) has landed; all are done with V(n + 1) and K(n + 1)
  *         start V(n), start K(n - 1)        under way while S(n) and its softmax are computed
  *     barrier 2: V(n) has landed            K(n - 1) stays under way through P V
@@ -58,7 +59,7 @@ enum {
     K_STEPS = HEAD_DIM / 16,
     V_STEPS = BLOCK_N / 16,
     F16_STEPS = 2, /* products that are summed in f16: 32 keys */
-    V_SMEM = 0, /* offsets in shared memory */
+    V_SMEM = 0,    /* offsets in shared memory */
     K_SMEM = TILE_BYTES,
     Q_SMEM = TILE_BYTES * (1 + STAGES),
     Q_BYTES = Q_IN_REGS ? 0 : BLOCK_M * ROW_BYTES,
@@ -217,9 +218,9 @@ DEVICE void add_f16(float o[4], const u32 sum[2]) {
     }
 }
 
-/* O += P V(n), where 32 keys at a time are summed in f16 and then added to O in f32. (All 64 would be
- * cheaper, but then a V far from zero mean has larger errors than bf16 with f32 sums.) Columns are
- * the outer loop, so that a few accumulators suffice. */
+/* O += P V(n), where 32 keys at a time are summed in f16 and then added to O in f32. (All 64 would
+ * be cheaper, but then a V far from zero mean has larger errors than bf16 with f32 sums.) Columns
+ * are the outer loop, so that a few accumulators suffice. */
 DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_TILES][4],
                         u32 v_read) {
     u32 a[M_TILES][V_STEPS][4];
@@ -279,11 +280,12 @@ DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_T
 #endif
 
 /* Tile n: the pipeline of this file's head. is_masked is a constant in each of its two copies. */
-DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked, const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
+DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked,
+                         const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
     float s[M_TILES][S_TILES][4];
     u32 k_smem = k_stage(n), k_smem_next = k_stage(n + 1); /* the same as n - 1 */
 
-    cp_async_wait(0);
+    cp_async_wait<0>();
     block_barrier();
     mask_bounds bounds = {0, 0, 0};
     if (is_masked)
@@ -300,15 +302,15 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked, 
     for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
         for (int r = 0; r < 2 && is_masked; r++)
-            mask_scores(s[m], r,
-                        visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r,
-                                     bounds.num_keys),
-                        n * BLOCK_N + thread_index() % 4 * 2);
+            mask_scores(
+                s[m], r,
+                visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r, bounds.num_keys),
+                n * BLOCK_N + thread_index() % 4 * 2);
         softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], args.scale_log2e,
                      is_masked);
     }
 
-    cp_async_wait(STAGES - 1);
+    cp_async_wait<STAGES - 1>();
     block_barrier();
     if (STAGES == 1 && n > 0)
         copy_tile(tiles.copied_to + k_smem_next, tiles.k, false, 0);
@@ -376,6 +378,6 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_args, args) {
     }
 #pragma unroll
     for (int m = 0; m < M_TILES; m++)
-        store_rows(args, place, place.row_begin + row_in_block(m), used_q, scale,
-                   rows.o[m], rows.row_max[m], rows.row_sum[m]);
+        store_rows(args, place, place.row_begin + row_in_block(m), used_q, scale, rows.o[m],
+                   rows.row_max[m], rows.row_sum[m]);
 }

@@ -27,7 +27,7 @@ FLAGS = [
 ]
 # The machine runs for all; a kernel is there to be watched: uninitialised registers hold NaN
 # (with clang++; g++'s pattern is a finite number) and register arrays know their bounds.
-MACHINE_FLAGS = [*FLAGS, "-O2", "-Werror", f"-I{CSRC}"]
+MACHINE_FLAGS = [*FLAGS, "-O2", "-Werror", f"-I{CSRC}", "-DEMULATED_ARCH=80"]
 KERNEL_FLAGS = [
     *(*FLAGS, "-O1", "-ftrivial-auto-var-init=pattern"),
     *("-fsanitize=bounds,shift,integer-divide-by-zero", "-fno-sanitize-recover=all"),
@@ -88,6 +88,7 @@ def _machine() -> tuple[str, ...]:
 def library(tile: Tile | Helper, csrc: Path = CSRC) -> ctypes.CDLL:
     """The emulated kernel. `csrc`: other sources than the repository's (planted bugs)."""
     constants = {"SMEM_BYTES": "0", **tile.defines(), "KERNEL_ARGS": tile.args}
+    constants["EMULATED_ARCH"] = str(tile.emulated_arch)
     defines = [f"-D{name}={value}" for name, value in constants.items()]
     strict = ["-Werror"] if csrc == CSRC else []  # bugs may leave things unused
     command = [

@@ -42,7 +42,9 @@ class Case:
     def call(self) -> dict[str, Any]:
         """The oracle's keyword arguments."""
         dtype = getattr(torch, self.lens_dtype)
-        lens = [None if n is None else torch.tensor(n, dtype=dtype) for n in (self.q_lens, self.k_lens)]
+        lens = [
+            None if n is None else torch.tensor(n, dtype=dtype) for n in (self.q_lens, self.k_lens)
+        ]
         return {
             **{"q_lens": lens[0], "k_lens": lens[1], "scale": self.scale},
             **{"is_causal": self.is_causal, "window": self.window},
@@ -65,9 +67,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     batch, head_dim = query.shape[0], query.shape[3]
     seqlen, heads = max(p.shape[1] for p in parts), [p.shape[2] for p in parts]
     whole = torch.full((batch, seqlen, sum(heads), head_dim), math.nan, dtype=key.dtype)
-    views = [
-        v[:, : p.shape[1]] for p, v in zip(parts, whole.split(heads, dim=2), strict=True)
-    ]
+    views = [v[:, : p.shape[1]] for p, v in zip(parts, whole.split(heads, dim=2), strict=True)]
     for part, view in zip(parts, views, strict=True):
         view.copy_(part)
     return tuple(views)

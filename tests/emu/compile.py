@@ -29,7 +29,9 @@ def nvcc() -> str | None:
 
 def _nvcc(arch: int, source: Path, output: Path, *more: str) -> None:
     command = [nvcc() or "", f"-arch=sm_{arch}", "--Werror=all-warnings", *more, str(source)]
-    done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "-o", str(output)], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise CompileError(done.stderr)
 

@@ -61,8 +61,8 @@ inline std::uint16_t to_f16(float x) {
         std::frexp(size, &exponent);
     // 11 bits, or fewer below 2^-14; nearbyint rounds to even.
     auto fraction = static_cast<std::uint32_t>(std::nearbyint(std::ldexp(size, 11 - exponent)));
-    return static_cast<std::uint16_t>(sign |
-                                      (fraction + (static_cast<std::uint32_t>(exponent + 13) << 10)));
+    return static_cast<std::uint16_t>(
+        sign | (fraction + (static_cast<std::uint32_t>(exponent + 13) << 10)));
 }
 
 } // namespace emu

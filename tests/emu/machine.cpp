@@ -136,8 +136,8 @@ void machine::block_barrier(site at) {
     lane &self = lanes[running];
     warp &mine = warps[running / WARP];
     if (mine.met > 0)
-        fail("barrier at line " + std::to_string(at.line) + " while lanes of the warp wait: " +
-             who_waits());
+        fail("barrier at line " + std::to_string(at.line) +
+             " while lanes of the warp wait: " + who_waits());
     self.what = "barrier";
     self.at = at;
     self.is = state::at_barrier;
@@ -154,8 +154,7 @@ void machine::block_barrier(site at) {
 void machine::release_barrier() {
     for (lane &l : lanes) {
         if (l.at.line != lanes[0].at.line)
-            fail("threads wait at different barriers: " + name_of(l) + " and " +
-                 name_of(lanes[0]));
+            fail("threads wait at different barriers: " + name_of(l) + " and " + name_of(lanes[0]));
         l.is = state::ready;
     }
     for (warp &w : warps)

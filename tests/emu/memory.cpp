@@ -77,8 +77,8 @@ bool shared_memory::is_ordered(const access &before, const moment &now, bool by_
 std::string shared_memory::about(std::uint32_t address, const char *what,
                                  const access &other) const {
     char text[160];
-    std::snprintf(text, sizeof text, "%s shared 0x%x (the other: thread %d)", what,
-                  address - BASE, other.thread);
+    std::snprintf(text, sizeof text, "%s shared 0x%x (the other: thread %d)", what, address - BASE,
+                  other.thread);
     return text;
 }
 

@@ -87,15 +87,23 @@ DEVICE void load_shared_b32x4(u32 x[4], u32 at, emu::site where = {}) {
 DEVICE void store_shared_b32x4(u32 at, const u32 x[4], emu::site where = {}) {
     emu::store_shared(at, x, where);
 }
-DEVICE void cp_async_16(u32 to, const void *from, emu::site at = {}) {
-    emu::start_copy(to, from, false, at);
-}
+DEVICE void load_global_b32x4(u32 x[4], const void *at) { emu::load_global(x, at, 16); }
 DEVICE void cp_async_16_or_zero(u32 to, const void *from, bool is_zero, emu::site at = {}) {
+#if EMULATED_ARCH >= 80
     emu::start_copy(to, from, is_zero, at);
+#else
+    u32 x[4] = {0, 0, 0, 0};
+    if (!is_zero)
+        load_global_b32x4(x, from);
+    store_shared_b32x4(to, x, at);
+#endif
+}
+DEVICE void cp_async_16(u32 to, const void *from, emu::site at = {}) {
+    cp_async_16_or_zero(to, from, false, at);
 }
 DEVICE const char *stepped_back(const char *from, i64 bytes) { return from - bytes; }
 DEVICE void cp_async_commit() { emu::end_group(); }
-DEVICE void cp_async_wait(int pending) { emu::wait_for_copies(pending); }
+template <int pending> DEVICE void cp_async_wait() { emu::wait_for_copies(pending); }
 
 DEVICE void ldmatrix_x4(u32 x[4], u32 row_address, emu::site at = {}) {
     emu::load_matrices(x, row_address, false, at);
@@ -107,7 +115,13 @@ DEVICE void mma_m16n8k16_bf16(float d[4], const u32 a[4], u32 b0, u32 b1, emu::s
     emu::multiply(d, a, b0, b1, true, at);
 }
 DEVICE void mma_m16n8k16_f16(float d[4], const u32 a[4], u32 b0, u32 b1, emu::site at = {}) {
+#if EMULATED_ARCH >= 80
     emu::multiply(d, a, b0, b1, false, at);
+#else
+    const u32 left[4] = {a[0], a[1], 0, 0}, right[4] = {a[2], a[3], 0, 0};
+    emu::multiply(d, left, b0, 0, false, at);
+    emu::multiply(d, right, b1, 0, false, at);
+#endif
 }
 
 DEVICE void mma_m16n8k16_f16_sum_f16(u32 d[2], const u32 a[4], u32 b0, u32 b1, emu::site at = {}) {

@@ -77,6 +77,11 @@ class Tile:
             "SMEM_BYTES": str(self.smem_bytes),
         }
 
+    @property
+    def emulated_arch(self) -> int:
+        """Whose instructions the emulator offers; all from sm_80 on are alike to these kernels."""
+        return 75 if self.gpu_class == "TURING" else 80
+
 
 @dataclass(frozen=True)
 class Helper:
@@ -86,6 +91,8 @@ class Helper:
     body: str
     num_threads: int
     pack_step: int
+
+    emulated_arch = 80
 
     @property
     def row(self) -> str:
@@ -109,7 +116,10 @@ class Helper:
 
 def _lines(macro: str) -> list[list[str]]:
     text = re.sub(r"/\*.*?\*/", "", LIST.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return [re.split(r"\s*,\s*", found.strip()) for found in re.findall(rf"^{macro}\((.*)\)", text, re.M)]
+    return [
+        re.split(r"\s*,\s*", found.strip())
+        for found in re.findall(rf"^{macro}\((.*)\)", text, re.M)
+    ]
 
 
 def _read(macro: str, made: type[Made]) -> tuple[Made, ...]:

@@ -8,7 +8,6 @@ import math
 from ctypes import c_char_p, c_float, c_int, c_longlong, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,8 +116,10 @@ def scaled_v(value: Tensor) -> tuple[Tensor, Tensor]:
     """What the pack kernels make of V for a pv16 row: f16 values, and the powers of two by which
     each head was divided so that its largest finite |v| is between 256 and 512."""
     wide = value.float()
-    largest = torch.where(wide.isfinite(), wide.abs(), 0.0).amax(dim=(1, 3)) if value.numel() else (
-        torch.zeros(value.shape[0], value.shape[2])
+    largest = (
+        torch.where(wide.isfinite(), wide.abs(), 0.0).amax(dim=(1, 3))
+        if value.numel()
+        else (torch.zeros(value.shape[0], value.shape[2]))
     )
     exponent = torch.frexp(largest)[1] - 9  # largest = fraction * 2^exponent, fraction below 1
     scale = torch.where(largest > 0, torch.exp2(exponent.float().clamp(-126, 126)), 1.0)

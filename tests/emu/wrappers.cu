@@ -18,6 +18,7 @@ KERNEL(k_load_global_i64, i64 *out, const i64 *x) { *out = load_global_i64(x); }
 KERNEL(k_load_global_b16, u32 *out, const void *x) { *out = load_global_b16(x); }
 KERNEL(k_load_global_b32, u32 *out, const u32 *x) { *out = load_global_b32(x); }
 KERNEL(k_load_global_f32, float *out, const float *x) { *out = load_global_f32(x); }
+KERNEL(k_load_global_b32x4, u32 *out, const void *x) { load_global_b32x4(out, x); }
 KERNEL(k_load_global_f32x2, float *out, const float *x) { load_global_f32x2(out, x); }
 KERNEL(k_store_global_f32, float *out, float x) { store_global_f32(out, x); }
 KERNEL(k_store_global_b32, u32 *out, u32 x) { store_global_b32(out, x); }
@@ -36,19 +37,21 @@ KERNEL(k_stepped_back, const char **out, const char *from, i64 bytes) {
     *out = stepped_back(from, bytes);
 }
 KERNEL(k_cp_async_commit) { cp_async_commit(); }
-KERNEL(k_cp_async_wait) { cp_async_wait(1); }
+KERNEL(k_cp_async_wait) { cp_async_wait<1>(); }
 
 KERNEL(k_ldmatrix_x4, u32 *out, u32 at) { ldmatrix_x4(out, at); }
 KERNEL(k_ldmatrix_x4_trans, u32 *out, u32 at) { ldmatrix_x4_trans(out, at); }
+#if __CUDA_ARCH__ >= 800
 KERNEL(k_mma_m16n8k16_bf16, float *d, const u32 *a, u32 b0, u32 b1) {
     mma_m16n8k16_bf16(d, a, b0, b1);
 }
-KERNEL(k_mma_m16n8k16_f16, float *d, const u32 *a, u32 b0, u32 b1) {
-    mma_m16n8k16_f16(d, a, b0, b1);
-}
-
 KERNEL(k_mma_m16n8k16_f16_sum_f16, u32 *d, const u32 *a, u32 b0, u32 b1) {
     mma_m16n8k16_f16_sum_f16(d, a, b0, b1);
+}
+KERNEL(k_pack_bf16, u32 *out, float low, float high) { *out = pack_bf16(low, high); }
+#endif
+KERNEL(k_mma_m16n8k16_f16, float *d, const u32 *a, u32 b0, u32 b1) {
+    mma_m16n8k16_f16(d, a, b0, b1);
 }
 
 KERNEL(k_float_from_bits, float *out, u32 x) { *out = float_from_bits(x); }
@@ -59,6 +62,5 @@ KERNEL(k_fused_multiply_add, float *out, float x, float y, float z) {
     *out = fused_multiply_add(x, y, z);
 }
 KERNEL(k_larger, float *out, float x, float y) { *out = larger(x, y); }
-KERNEL(k_pack_bf16, u32 *out, float low, float high) { *out = pack_bf16(low, high); }
 KERNEL(k_unpack_f16, float *low, float *high, u32 pair) { unpack_f16(low, high, pair); }
 KERNEL(k_pack_f16, u32 *out, float low, float high) { *out = pack_f16(low, high); }

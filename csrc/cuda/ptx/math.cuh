@@ -49,16 +49,24 @@ DEVICE float larger(float x, float y) {
     return r;
 }
 
-/* Two floats rounded to nearest, `low` in the low half. */
+/* Two floats rounded to nearest, `low` in the low half. Not on Turing, which has no bf16. */
 DEVICE u32 pack_bf16(float low, float high) {
-    u32 x;
+    u32 x = 0;
+#if __CUDA_ARCH__ >= 800
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+#endif
     return x;
 }
 
 DEVICE u32 pack_f16(float low, float high) {
     u32 x;
+#if __CUDA_ARCH__ >= 800
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+#else
+    asm("{ .reg .f16 l, h; cvt.rn.f16.f32 l, %2; cvt.rn.f16.f32 h, %1; mov.b32 %0, {l, h}; }"
+        : "=r"(x)
+        : "f"(high), "f"(low));
+#endif
     return x;
 }
 

@@ -75,17 +75,35 @@ DEVICE void store_shared_b32x4(u32 at, const u32 x[4]) {
                  : "memory");
 }
 
-/* 16 bytes from global to shared memory, past L1; both addresses are multiples of 16. Other threads
- * may read them after this thread's cp_async_wait and a barrier. */
-DEVICE void cp_async_16(u32 to, const void *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+DEVICE void load_global_b32x4(u32 x[4], const void *at) {
+    asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "l"(at));
 }
 
-/* The same, or 16 zero bytes if is_zero; `from` is then not read and may point anywhere. */
+/* 16 bytes from global to shared memory, or 16 zero bytes if is_zero; `from` is then not read and
+ * may point anywhere. Both addresses are multiples of 16. Other threads may read the bytes after
+ * this thread's cp_async_wait and a barrier. Turing has no asynchronous copies: there the bytes
+ * pass through registers, and the thread waits for them. */
 DEVICE void cp_async_16_or_zero(u32 to, const void *from, bool is_zero) {
+#if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                  "r"(is_zero ? 0 : 16)
                  : "memory");
+#else
+    u32 x[4] = {0, 0, 0, 0};
+    if (!is_zero)
+        load_global_b32x4(x, from);
+    store_shared_b32x4(to, x);
+#endif
+}
+
+DEVICE void cp_async_16(u32 to, const void *from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#else
+    cp_async_16_or_zero(to, from, false);
+#endif
 }
 
 /* from - bytes. Opaque to the compiler, which would otherwise turn a chain of these into separate
@@ -97,9 +115,18 @@ DEVICE const char *stepped_back(const char *from, i64 bytes) {
 }
 
 /* Ends a group of this thread's copies; a group may be empty. */
-DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+DEVICE void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
 
-/* Waits until at most `pending` of this thread's newest groups are still under way. */
-#define cp_async_wait(pending) asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory")
+/* Waits until at most `pending` of this thread's newest groups are still under way. A template: the
+ * instruction wants a literal. */
+template <int pending> DEVICE void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
 
 #endif /* WAN_ATTN_CUDA_PTX_MEMORY_H */

@@ -29,9 +29,10 @@ DEVICE int block_index() {
 /* A number that is the same in all lanes anyway. As the result of a reduction the compiler knows
  * that too and may keep it in a uniform register, of which there are plenty. */
 DEVICE int uniform(int x) {
-    int y;
-    asm("redux.sync.or.b32 %0, %1, 0xffffffff;" : "=r"(y) : "r"(x));
-    return y;
+#if __CUDA_ARCH__ >= 800
+    asm("redux.sync.or.b32 %0, %0, 0xffffffff;" : "+r"(x));
+#endif
+    return x;
 }
 
 /* All threads of the block, in convergence; orders their shared memory accesses. */

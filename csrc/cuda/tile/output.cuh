@@ -35,10 +35,11 @@ DEVICE void store_row_f32(char *row, const float values[O_TILES][2], bool has_ro
             store_global_f32x2(row + (8 * j + 2 * t) * 4, values[j][0], values[j][1]);
 }
 
-/* Rows `row` and `row + 8` of the head, times scale; those that see no key become 0, with an lse of -inf. */
+/* Rows `row` and `row + 8` of the head, times scale; those that see no key become 0, with an lse of
+ * -inf. */
 DEVICE void store_rows(const wan_attn_cuda_args &args, const block_place &place, int row,
-                       int used_q, float scale, const float o[O_TILES][4],
-                       const float row_max[2], const float row_sum[2]) {
+                       int used_q, float scale, const float o[O_TILES][4], const float row_max[2],
+                       const float row_sum[2]) {
     i64 at = place.sample * args.out.batch_stride + place.head * args.out.head_stride +
              place.split * args.out_split_stride;
     i64 lse_at = place.sample * args.lse_batch_stride + place.head * args.lse_head_stride +
@@ -62,9 +63,9 @@ DEVICE void store_rows(const wan_attn_cuda_args &args, const block_place &place,
                             has_row);
         if (args.lse && has_row && thread_index() % 4 == 0)
             store_global_f32(args.lse + lse_at + row * args.lse_row_stride,
-                             sees_none ? minus_infinity()
-                                       : fused_multiply_add(row_max[r], 0.69314718f,
-                                                            natural_log(sum)));
+                             sees_none
+                                 ? minus_infinity()
+                                 : fused_multiply_add(row_max[r], 0.69314718f, natural_log(sum)));
     }
 }
 

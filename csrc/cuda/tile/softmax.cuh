@@ -3,8 +3,8 @@
  * accumulators (ptx/mma.cuh): element e of S tile j is row g + 8 * (e / 2), key 8j + 2t + e % 2.
  * Includer sets HEAD_DIM and BLOCK_N.
  *
- * Scores stay unscaled; the scale is part of exp2's argument, one fused multiply-add. row_max is the
- * largest score times scale_log2e, rounded once: every weight of a row is relative to that very
+ * Scores stay unscaled; the scale is part of exp2's argument, one fused multiply-add. row_max is
+ * the largest score times scale_log2e, rounded once: every weight of a row is relative to that very
  * number, so that its rounding cancels in the quotient.
  */
 #ifndef WAN_ATTN_CUDA_TILE_SOFTMAX_H

@@ -19,7 +19,9 @@
 
 enum {
     CHUNKS = HEAD_DIM / 8,
-    GROUP = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2, /* G: gcd(CHUNKS, 8) */
+    GROUP = CHUNKS % 8 == 0 ? 8
+    : CHUNKS % 4 == 0       ? 4
+                            : 2, /* G: gcd(CHUNKS, 8) */
     ROW_BYTES = HEAD_DIM * 2,
     TILE_BYTES = BLOCK_N * ROW_BYTES,
     GROUP_BYTES = GROUP * 16,
@@ -42,10 +44,10 @@ DEVICE u32 advanced(u32 address, int step) {
     return (address ^ (u32)(step % (GROUP / 2) * 32)) + (u32)(step / (GROUP / 2) * GROUP_BYTES);
 }
 
-/* One thread's share of all copies of K or of V: the same chunks of every ROWS_PER_PASS-th row, from
- * the last row to the first, across tiles. */
+/* One thread's share of all copies of K or of V: the same chunks of every ROWS_PER_PASS-th row,
+ * from the last row to the first. */
 typedef struct tile_source {
-    const char *from; /* what this thread copies next */
+    const char *from; /* this thread's last row of the tile to be copied next */
     i64 pass_bytes;   /* ROWS_PER_PASS rows in global memory */
 } tile_source;
 
