@@ -53,10 +53,10 @@ def expected(tile: Tile) -> dict[str, int]:
     copies = 2 * tile.block_n * tile.head_dim * 2 // (16 * tile.num_threads)
     if tile.gpu_class == "TURING":
         own = {"HMMA.1688.F32": 2 * products, "LDG.E.128": copies, "STS.128": copies, "LDGSTS": 0}
-        own["F2F."] = weights  # no instruction that rounds two at once
+        own["F2F"] = weights  # no instruction that rounds two at once
     else:
         own = {"HMMA.16816.F32": products // (2 if tile.pv_sum_f16 else 1)}
-        own |= {"LDGSTS.E.BYPASS.128": copies, "LDGSTS": copies, "LDG": 0, "STS": 0, "F2F.": 0}
+        own |= {"LDGSTS.E.BYPASS.128": copies, "LDGSTS": copies, "LDG": 0, "STS": 0, "F2F": 0}
     return own | {
         "HMMA.16816.F16": products // 2 if tile.pv_sum_f16 else 0,
         "HADD2.F32": v_steps // 2 * tile.rows_per_warp * tile.head_dim // 32

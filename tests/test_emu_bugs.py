@@ -206,8 +206,8 @@ BUGS = (
     Bug(
         "wrong key head",
         KERNEL,
-        "place.head / args.heads_per_key_head",
-        "place.head % args.heads_per_key_head",
+        "int head = place.head / args.heads_per_key_head;\n    i64",
+        "int head = place.head % args.heads_per_key_head;\n    i64",
         "",
     ),
     Bug("lse in base 2", OUTPUT, "0.69314718f", "1.0f", "lse is wrong"),

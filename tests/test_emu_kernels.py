@@ -13,7 +13,7 @@ import torch
 from emu import cases
 from emu.build import compiler
 from emu.rows import Tile, tiles
-from emu.run import Schedule, run
+from emu.run import DTYPES, Schedule, run
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
@@ -68,6 +68,27 @@ def test_no_schedule_changes_a_bit(tile: Tile) -> None:
         assert torch.equal(first.out, again.out)
         assert first.lse is not None and again.lse is not None
         assert torch.equal(first.lse, again.lse)
+
+
+@pytest.mark.parametrize("dim", (0, 1, 2), ids=("batch", "row", "head"))
+def test_offsets_beyond_two_to_the_31(dim: int) -> None:
+    """The last element of each operand lies over 2^31 elements behind its first one. The views
+    begin so far into the memory that an offset that has wrapped reads zeros from it."""
+    tile = tiles()[0]
+    memory = cases.reserved(2**32 + 2**16, DTYPES[tile.dtype])
+    if memory is None:
+        pytest.skip("this system does not lend address space without memory behind it")
+    shape, stride = (
+        [2, 3, 2, tile.head_dim],
+        [6 * tile.head_dim, 2 * tile.head_dim, tile.head_dim, 1],
+    )
+    stride[dim] = 2**31 // (shape[dim] - 1) + tile.head_dim
+    views = []
+    for number in range(3):
+        view = memory.as_strided(shape, stride, 2**31 + 4096 * number)
+        views.append(view.copy_(torch.randn(shape)))
+    out = run(tile, *views).out
+    assert torch.equal(out, run(tile, *(view.contiguous() for view in views)).out)
 
 
 @each_tile

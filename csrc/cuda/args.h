@@ -49,7 +49,7 @@ typedef struct wan_attn_cuda_args {
 
     int batch, num_heads_q;
     int heads_per_key_head; /* num_heads_q / num_heads_k */
-    int seqlen_q, seqlen_k; /* padded lengths, below 2^30 */
+    int seqlen_q, seqlen_k; /* padded lengths, below 2^29 */
     int m_blocks;           /* ceil(seqlen_q / BLOCK_M) */
     /* Keys left and right of the diagonal, at most WAN_ATTN_CUDA_UNBOUNDED. */
     int window_left, window_right;
@@ -87,8 +87,8 @@ typedef struct wan_attn_cuda_merge_args {
     int out_dtype; /* wan_attn_dtype: f32, f16 or bf16 */
 } wan_attn_cuda_merge_args;
 
-/* No window: larger than any key index, and the sum of two still is an int. */
-#define WAN_ATTN_CUDA_UNBOUNDED (1 << 30)
+/* No window: larger than any key index, and the sum of a few still is an int. */
+#define WAN_ATTN_CUDA_UNBOUNDED (1 << 29)
 #define WAN_ATTN_CUDA_SMALLEST_SCALE 1.1754944e-38f
 
 /* 32 weights of at most 1 times this stay far below f16's 65504, rounding included. */

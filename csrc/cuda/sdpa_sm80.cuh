@@ -28,7 +28,7 @@
  * own copy of the loop body, and the clean tiles between carry no trace of them.
  * Budget, d128: 16 rows a warp: O 64 + S 32 + Q 32 registers of at most 255; 32 rows: O 128 + S 64,
  * Q in shared memory. Shared memory: sdpa_rows.def. No spills: tests/test_cuda_static.py.
- * Limits: head_dim a multiple of 16, up to 256; alignment as in args.h; seqlen below 2^30, offsets
+ * Limits: head_dim a multiple of 16, up to 256; alignment as in args.h; seqlen below 2^29, offsets
  * are 64 bits wide. A NaN or infinity in V reaches every row of a tile that a mask cuts, also rows
  * that do not see it (0 * NaN), but never from behind the real lengths.
  * Numerics: scores, weights and sums in f32; P is rounded to the operands' dtype, its row sum is

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+import mmap
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -129,6 +131,18 @@ def operands(case: Case, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
             if case.layout != "one sample":
                 x[b, n:] = math.nan
     return laid  # type: ignore[return-value]
+
+
+def reserved(elements: int, dtype: torch.dtype) -> Tensor | None:
+    """Address space without memory behind it: pages appear as they are written. None: not here."""
+    no_reserve = 0x4000  # MAP_NORESERVE, which the mmap module does not name before Python 3.13
+    if sys.platform != "linux":
+        return None
+    try:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+        return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags), dtype=dtype)
+    except OSError:  # an address-space limit
+        return None
 
 
 def merged(parts: Result) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from emu.build import library
 from emu.rows import CSRC, Tile
 
-UNBOUNDED = 1 << 30
+UNBOUNDED = 1 << 29
 SMALLEST_SCALE = 1.1754944e-38
 LOG2_E = 1.4426950408889634
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}

@@ -54,8 +54,12 @@ class Kernel:
 
 
 def count(code: tuple[Instruction, ...], *opcodes: str) -> int:
-    """Executed instructions whose opcode begins with one of these."""
-    return sum(i.is_executed and i.opcode.startswith(opcodes) for i in code)
+    """Executed instructions that are one of these, whatever modifiers follow: LDS is LDS and
+    LDS.128, not LDSM."""
+    return sum(
+        i.is_executed and any(f"{i.opcode}.".startswith(f"{opcode}.") for opcode in opcodes)
+        for i in code
+    )
 
 
 def histogram(code: tuple[Instruction, ...]) -> Counter[str]:
