@@ -103,6 +103,22 @@ def test_convert_is_torchs_conversion(source: torch.dtype, to: torch.dtype) -> N
     assert (got[0, 5:] == 7.0).all() and (got[1] == 7.0).all()
 
 
+@pytest.mark.parametrize("to", (torch.float16, torch.bfloat16), ids=str)
+def test_the_emulators_conversions_are_torchs_for_every_number(to: torch.dtype) -> None:
+    """Each 16-bit number, what lies half way to the next one, and the floats beside that."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(to).float()
+    every = every[every.isfinite()].sort().values
+    middle = (every[1:].double() + every[:-1].double()).mul(0.5).float()
+    beside = [torch.nextafter(middle, torch.tensor(side)) for side in (-math.inf, math.inf)]
+    x = torch.cat([every, middle, *beside])
+    x = x[: len(x) // 128 * 128].view(1, -1, 1, 128)
+    assert torch.equal(convert(x, to, None, None), x.to(to))
+    back = torch.float32 if to == torch.float16 else torch.float16
+    exact = every[: len(every) // 128 * 128].to(to).view(1, -1, 1, 128)
+    if back == torch.float16:
+        assert torch.equal(convert(exact, back, None, None), exact.to(back))
+
+
 @pytest.mark.parametrize("num_parts", (1, 3, 40))
 def test_v_is_scaled_into_the_range_of_f16(num_parts: int) -> None:
     size = torch.tensor([1.0, 1e30, 1e-30, 6e4])[:, None]
