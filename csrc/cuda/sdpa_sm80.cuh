@@ -131,9 +131,9 @@ DEVICE u32 load_q_pair(const wan_attn_cuda_args &args, i64 at) {
     return pair ^ args.q_sign;
 }
 
-/* Straight from global memory into fragments: once a block, so that its 4-byte loads do not matter,
- * and any alignment, stride and dtype of Q will do. Rows behind the real length are not read. In
- * shared memory a fragment lies as its lanes hold it; lanes read only what they wrote. */
+/* Straight from global memory into fragments: once a block, so that its small loads do not matter,
+ * and f32 needs no pass of its own. Rows behind the real length are not read. In shared memory a
+ * fragment lies as its lanes hold it; lanes read only what they wrote. */
 DEVICE void load_q(const wan_attn_cuda_args &args, const block_place &place, int used_q,
                    q_fragments &q) {
     i64 head = place.sample * args.q.batch_stride + place.head * args.q.head_stride;
