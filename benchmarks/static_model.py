@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""static_model.py - how fast a CUDA kernel could be, from its machine code alone: an estimate.
+
+    python -m benchmarks.static_model [--row NAME] [--json FILE]
+
+Counts what one block does for one clean tile of keys, divides by what an SM does in a clock, and
+takes the slowest unit as the bound, as if everything overlapped perfectly. That is a ceiling, not
+a prediction: it knows no latencies, no L2, no power limit. It says which unit limits a kernel, how
+much room the others have, and what a change can gain at most. Nothing here was measured on a GPU.
+
+Tensor rates are NVIDIA's published dense peaks divided by SMs and boost clock. On Hopper, mma.sync
+is taken to reach 62 % of what wgmma does (as Luo et al. found on an H100, arXiv 2402.13499).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from emu import compile as compilers
+from emu import sass
+from emu.rows import Tile, tiles_for
+
+HMMA_FLOP = 2 * 16 * 8 * 16
+SHARED_BYTES = 128  # a clock, an SM
+MUFU_LANES, SCHEDULERS = 16, 4
+UNITS = ("tensor", "shared", "exp2", "issue")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    arch: int
+    sms: int
+    ghz: float
+    flop_f32_sum: int  # a clock, an SM: 16-bit products summed in f32
+    flop_f16_sum: int  # summed in f16
+
+    def peak(self) -> float:
+        """TFLOP/s of 16-bit products summed in f32."""
+        return self.flop_f32_sum * self.sms * self.ghz / 1e3
+
+
+GPUS = (
+    Gpu("A100", 80, 108, 1.41, 2048, 2048),
+    Gpu("RTX 3090", 86, 82, 1.695, 512, 1024),
+    Gpu("RTX 4090", 89, 128, 2.52, 512, 1024),
+    Gpu("H200", 90, 132, 1.83, 2540, 2540),
+    Gpu("RTX 5090", 120, 170, 2.407, 512, 1024),
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    gpu: str
+    row: str
+    registers: int
+    smem_bytes: int
+    clocks: dict[str, float]  # that an SM needs for one block's tile, by unit
+    others_per_product: float
+    bound_tflops: float
+    of_peak: float
+
+    @property
+    def limit(self) -> str:
+        return max(UNITS, key=lambda unit: self.clocks[unit])
+
+
+def estimate(gpu: Gpu, tile: Tile, cubin: Path) -> Estimate:
+    loop = sass.read(cubin).main_loop()
+    warps = tile.num_warps
+    in_f16 = sass.count(loop, "HMMA.16816.F16")
+    in_f32 = sass.count(loop, "HMMA") - in_f16
+    shared = sass.count(loop, "LDSM", "LDS.128", "LDGSTS")  # 512 bytes each
+    executed = sum(sass.histogram(loop).values())
+    clocks = {
+        "tensor": warps * HMMA_FLOP * (in_f16 / gpu.flop_f16_sum + in_f32 / gpu.flop_f32_sum),
+        "shared": warps * 512 * shared / SHARED_BYTES,
+        "exp2": warps * 32 * sass.count(loop, "MUFU") / MUFU_LANES,
+        "issue": warps * executed / SCHEDULERS,
+    }
+    products = in_f16 + in_f32
+    bound = warps * HMMA_FLOP * products / max(clocks.values()) * gpu.sms * gpu.ghz / 1e3
+    return Estimate(
+        *(gpu.name, tile.row, sass.registers(cubin), tile.smem_bytes, clocks),
+        *((executed - products) / products, bound, bound / gpu.peak()),
+    )
+
+
+def compiled(tile: Tile, arch: int, output: Path) -> None:
+    """With nvcc if it is there, else with the newest NVRTC."""
+    if compilers.nvcc():
+        compilers.with_nvcc(tile, arch, output)
+    else:
+        newest = max(compilers.nvrtcs())
+        compilers.with_nvrtc(compilers.nvrtcs()[newest], tile, arch, output)
+
+
+def estimates(row: str | None = None) -> Iterator[Estimate]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        for gpu in GPUS:
+            for tile in tiles_for(gpu.arch):
+                if row in (None, tile.row):
+                    compiled(tile, gpu.arch, cubin)
+                    yield estimate(gpu, tile, cubin)
+
+
+def table(rows: list[Estimate]) -> str:
+    lines = [
+        "| GPU | kernel | regs | smem | tensor | shared | exp2 | issue | others/product | limit "
+        "| bound, TFLOP/s | of f32-sum peak |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        shares = " | ".join(f"{r.clocks[unit] / r.clocks['tensor']:.0%}" for unit in UNITS[1:])
+        lines.append(
+            f"| {r.gpu} | {r.row} | {r.registers} | {r.smem_bytes} | {r.clocks['tensor']:.0f} "
+            f"| {shares} | {r.others_per_product:.2f} | {r.limit} | {r.bound_tflops:.0f} "
+            f"| {r.of_peak:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="estimates a bound for each kernel on each GPU")
+    parser.add_argument("--row", help="only this row of csrc/cuda/sdpa_rows.def")
+    parser.add_argument("--json", type=Path, help="write the numbers there, too")
+    options = parser.parse_args()
+    if sass.nvdisasm() is None or not (compilers.nvcc() or compilers.nvrtcs()):
+        print("needs nvdisasm (nvidia-cuda-nvdisasm) and nvcc or NVRTC (nvidia-cuda-nvrtc)")
+        return 1
+    rows = list(estimates(options.row))
+    print("An estimate from machine code; nothing was measured. tensor: clocks of an SM for one")
+    print("block's tile of keys; shared, exp2, issue: what those units need, as a share of that.\n")
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

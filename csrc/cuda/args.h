@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * args.h - what the host passes to an attention kernel: the one parameter of every launch. Plain C
+ * for the loader, CUDA C for the kernels and C++ for the emulator; includes nothing, because NVRTC
+ * has no system headers.
+ *
+ * Launch: grid (m_blocks * num_splits * num_heads_q * batch, 1, 1), block (32 * NUM_WARPS, 1, 1),
+ * dynamic shared memory and tile constants as in the kernel's row of sdpa_rows.def.
+ */
+#ifndef WAN_ATTN_CUDA_ARGS_H
+#define WAN_ATTN_CUDA_ARGS_H
+
+/* The same size on every platform that CUDA has, Windows included. */
+typedef long long wan_attn_i64;
+
+/* One [batch, seqlen, heads, head_dim] operand in device memory. Strides in elements; head_dim has
+ * stride 1. What must be aligned, base and strides alike: k and v to 16 bytes, q to two elements,
+ * out to four. */
+typedef struct wan_attn_cuda_view {
+    void *data;
+    wan_attn_i64 batch_stride, row_stride, head_stride;
+} wan_attn_cuda_view;
+
+/* Real lengths of a padded batch, in device memory, clamped by the kernel to [0, seqlen]. data ==
+ * NULL: every sample has the padded length. */
+typedef struct wan_attn_cuda_lengths {
+    const void *data;
+    wan_attn_i64 stride; /* in elements */
+    int is_i64;          /* else i32 */
+    int unused;
+} wan_attn_cuda_lengths;
+
+typedef struct wan_attn_cuda_args {
+    wan_attn_cuda_view q;    /* f32 if q_is_f32, else the row's dtype */
+    wan_attn_cuda_view k, v; /* the row's dtype; v of a pv16 row: f16, see v_scale */
+    wan_attn_cuda_view out;  /* f32 if out_is_f32, else the row's dtype */
+    float *lse;              /* [batch, num_heads_q, seqlen_q], natural log; NULL: not wanted */
+    wan_attn_i64 lse_batch_stride, lse_head_stride, lse_row_stride;
+    wan_attn_cuda_lengths seqused_q, seqused_k;
+
+    /* pv16 rows: [batch, num_heads_k], what v of that head has been divided by. A power of two that
+     * brings the largest finite |v| to at most WAN_ATTN_CUDA_LARGEST_V. Other rows: NULL. */
+    const float *v_scale;
+
+    /* Split over keys: part s works on the key tiles [s, s + 1) * split_tiles of its rows and
+     * writes a complete result (out, lse) of those keys, s strides further. One part: num_splits =
+     * 1, split_tiles >= all tiles. */
+    wan_attn_i64 out_split_stride, lse_split_stride;
+    int num_splits, split_tiles;
+
+    int batch, num_heads_q;
+    int heads_per_key_head; /* num_heads_q / num_heads_k */
+    int seqlen_q, seqlen_k; /* padded lengths, below 2^29 */
+    int m_blocks;           /* ceil(seqlen_q / BLOCK_M) */
+    /* Keys left and right of the diagonal, at most WAN_ATTN_CUDA_UNBOUNDED. */
+    int window_left, window_right;
+    int q_is_f32, out_is_f32;
+    /* |softmax_scale| * log2(e). Never 0: the host passes WAN_ATTN_CUDA_SMALLEST_SCALE instead, so
+     * that -inf, the score of a hidden key, times the scale stays -inf. */
+    float scale_log2e;
+    /* 0x80008000 for a negative softmax_scale: its sign is moved into Q, where it is exact. */
+    unsigned q_sign;
+} wan_attn_cuda_args;
+
+/* pack.cuh. Grids, in warps: measure batch * heads * num_parts, find_scale batch * heads, convert
+ * batch * seqlen * heads; in blocks of HELPER's threads, rounded up. */
+typedef struct wan_attn_cuda_pack_args {
+    wan_attn_cuda_view from;
+    void *to; /* [batch, seqlen, heads, head_dim], dense, 16-bit */
+    wan_attn_cuda_lengths seqused;
+    float *largest; /* measure: [batch, heads, num_parts] */
+    float *scale;   /* [batch, heads]; made by find_scale, divides in convert; NULL: 1 */
+    int batch, seqlen, heads, head_dim; /* head_dim: even */
+    int from_dtype;                     /* wan_attn_dtype: f32, f16 or bf16 */
+    int to_bf16;                        /* else f16 */
+    int num_parts, unused;
+} wan_attn_cuda_pack_args;
+
+/* merge.cuh. Grid, in warps: batch * seqlen * num_heads. */
+typedef struct wan_attn_cuda_merge_args {
+    const float *part_out; /* [num_splits, batch, seqlen, num_heads, head_dim] */
+    const float *part_lse; /* [num_splits, batch, num_heads, seqlen] */
+    wan_attn_cuda_view out;
+    float *lse; /* NULL: not wanted */
+    wan_attn_i64 lse_batch_stride, lse_head_stride, lse_row_stride;
+    int batch, seqlen, num_heads, head_dim;
+    int num_splits;
+    int out_dtype; /* wan_attn_dtype: f32, f16 or bf16 */
+} wan_attn_cuda_merge_args;
+
+/* No window: larger than any key index, and the sum of a few still is an int. */
+#define WAN_ATTN_CUDA_UNBOUNDED (1 << 29)
+#define WAN_ATTN_CUDA_SMALLEST_SCALE 1.1754944e-38f
+
+/* 32 weights of at most 1 times this stay far below f16's 65504, rounding included. */
+#define WAN_ATTN_CUDA_LARGEST_V 512.0f
+
+#endif /* WAN_ATTN_CUDA_ARGS_H */

@@ -1,0 +1,383 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * sdpa_sm80.cuh - exact attention for every GPU from sm_80 on: mma.sync m16n8k16, cp.async,
+ * ldmatrix; f16 or bf16 operands, f32 sums. Rows sm75 are the same with what Turing has instead:
+ * two m16n8k8, copies that are waited for, f16 only.
+ *
+ * Implements: FlashAttention-2 (Dao, arXiv 2307.08691, algorithm 1). Differs from it: K has two
+ * buffers, so that the next tile is on its way all the time; Q stays in registers where a warp has
+ * 16 rows; rescaling O is skipped when no maximum grew (FlashAttention-4's idea, here without its
+ * threshold, hence exact); outputs leave as whole sectors straight from registers.
+ *
+ *                    n, from the last tile to the first
+ *              +-----------+ BLOCK_N keys
+ *              |   K(n)^T  |                 S = Q K^T           mma, S stays in registers
+ *              +-----------+                 P = exp2(S c - m c) registers; packed, it is the
+ *     +------+ +-----------+ +------+                            A operand of the next mma
+ *     |  Q   | |  S -> P   | |  O   |        O = O + P V         mma, O stays in registers
+ *     +------+ +-----------+ +------+
+ *     BLOCK_M rows; warp w has rows [w, w + 1) * 16 * M_TILES; no two warps share a row
+ *
+ * Who does what: all warps are alike. A thread copies the same rows and chunks of every tile
+ * (swizzle.cuh); a warp multiplies its own rows with whole tiles.
+ * Pipeline, STAGES = 2:
+ *     barrier 1: K(n) has landed; all are done with V(n + 1) and K(n + 1)
+ *         start V(n), start K(n - 1)        under way while S(n) and its softmax are computed
+ *     barrier 2: V(n) has landed            K(n - 1) stays under way through P V
+ * STAGES = 1: K(n - 1) starts after barrier 2, when all are done with K(n).
+ * Tiles run backwards, so that the ragged one comes first; it and those that a mask cuts have their
+ * own copy of the loop body, and the clean tiles between carry no trace of them.
+ * Budget, d128: 16 rows a warp: O 64 + S 32 + Q 32 registers of at most 255; 32 rows: O 128 + S 64,
+ * Q in shared memory. Shared memory: sdpa_rows.def. No spills: tests/test_cuda_static.py.
+ * Limits: head_dim a multiple of 16, up to 256; alignment as in args.h; seqlen below 2^29, offsets
+ * are 64 bits wide. A NaN or infinity in V reaches every row of a tile that a mask cuts, also rows
+ * that do not see it (0 * NaN), but never from behind the real lengths.
+ * Numerics: scores, weights and sums in f32; P is rounded to the operands' dtype, its row sum is
+ * not; exp2.approx.ftz; each tile's weights are summed from zero. With PV_SUM_F16 (rows pv16, for
+ * GeForce, where that product then runs twice as fast) P and V are f16 and 32 keys at a time are
+ * summed in f16: eleven bits of P instead of bf16's eight outweigh those roundings. V comes scaled
+ * (args.h), so that no sum of finite numbers can overflow; NaN and infinities pass through.
+ * Measured: no GPU was at hand. What the instruction counts allow: benchmarks/static_model.py.
+ */
+#include "cuda/args.h"
+#include "cuda/ptx/ptx.cuh"
+
+#define NUM_THREADS (32 * NUM_WARPS)
+#if IS_BF16
+#define PACK pack_bf16
+#define MMA mma_m16n8k16_bf16
+#else
+#define PACK pack_f16
+#define MMA mma_m16n8k16_f16
+#endif
+
+#include "cuda/tile/swizzle.cuh"
+#include "cuda/tile/softmax.cuh"
+#include "cuda/tile/output.cuh"
+
+enum {
+    M_TILES = BLOCK_M / (16 * NUM_WARPS),
+    K_STEPS = HEAD_DIM / 16,
+    V_STEPS = BLOCK_N / 16,
+    F16_STEPS = 2, /* products that are summed in f16: 32 keys */
+    V_SMEM = 0,    /* offsets in shared memory */
+    K_SMEM = TILE_BYTES,
+    Q_SMEM = TILE_BYTES * (1 + STAGES),
+    Q_BYTES = Q_IN_REGS ? 0 : BLOCK_M * ROW_BYTES,
+    BOUNDS_SMEM = Q_SMEM + Q_BYTES,
+    /* Unrolled, loading Q would keep dozens of loads in flight, and their registers. */
+    Q_UNROLL = Q_IN_REGS ? K_STEPS : 1
+};
+static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row tiles");
+static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two K tiles");
+static_assert(V_STEPS % F16_STEPS == 0, "the last f16 sum must be added as well");
+static_assert(BOUNDS_SMEM + 16 == SMEM_BYTES, "sdpa_rows.def must say what is used");
+
+/* A operands of Q: registers, or a place for them that is filled on demand. */
+typedef struct q_fragments {
+    u32 in_regs[Q_IN_REGS ? M_TILES : 1][Q_IN_REGS ? K_STEPS : 1][4];
+    u32 smem; /* this lane's 16 bytes of fragment 0 */
+} q_fragments;
+
+/* What a warp carries from tile to tile. */
+typedef struct warp_rows {
+    float o[M_TILES][O_TILES][4];
+    float row_max[M_TILES][2], row_sum[M_TILES][2];
+} warp_rows;
+
+typedef struct key_tiles {
+    tile_source k, v;
+    /* Of a tile at the start of shared memory: */
+    u32 copied_to;      /* this thread's first chunk */
+    u32 k_read, v_read; /* this lane's row for ldmatrix */
+} key_tiles;
+
+/* What only masked tiles need. It waits in shared memory: in registers it would be four more for
+ * the whole of the main loop, which has none to spare. */
+typedef struct mask_bounds {
+    int num_keys, diagonal, clean_end; /* as in block_work */
+} mask_bounds;
+
+DEVICE void store_bounds(const block_work &work) {
+    const u32 words[4] = {(u32)work.num_keys, (u32)work.diagonal, (u32)work.clean_end, 0};
+    if (thread_index() == 0)
+        store_shared_b32x4(shared_base() + BOUNDS_SMEM, words);
+}
+
+DEVICE mask_bounds load_bounds() {
+    u32 words[4];
+    load_shared_b32x4(words, shared_base() + BOUNDS_SMEM);
+    return {(int)words[0], (int)words[1], (int)words[2]};
+}
+
+/* Where K(n) is, in shared memory. */
+DEVICE u32 k_stage(int n) { return K_SMEM + (u32)n % STAGES * TILE_BYTES; }
+
+/* The first of the lane's two rows in an m tile, counted from the block's first row. */
+DEVICE int row_in_block(int m_tile) {
+    int warp = thread_index() / 32, g = thread_index() % 32 / 4;
+    return (warp * M_TILES + m_tile) * 16 + g;
+}
+
+/* Two neighbouring elements of Q as a packed pair of the row's dtype. */
+DEVICE u32 load_q_pair(const wan_attn_cuda_args &args, i64 at) {
+    u32 pair;
+    if (args.q_is_f32) {
+        float x[2];
+        load_global_f32x2(x, (const float *)args.q.data + at);
+        pair = PACK(x[0], x[1]);
+    } else {
+        pair = load_global_b32((const char *)args.q.data + at * 2);
+    }
+    return pair ^ args.q_sign;
+}
+
+/* Straight from global memory into fragments: once a block, so that its small loads do not matter,
+ * and f32 needs no pass of its own. Rows behind the real length are not read. In shared memory a
+ * fragment lies as its lanes hold it; lanes read only what they wrote. */
+DEVICE void load_q(const wan_attn_cuda_args &args, const block_place &place, int used_q,
+                   q_fragments &q) {
+    i64 head = place.sample * args.q.batch_stride + place.head * args.q.head_stride;
+    int t = thread_index() % 4;
+    q.smem = shared_base() + Q_SMEM + (u32)(thread_index() / 32) * (M_TILES * K_STEPS * 512) +
+             (u32)(thread_index() % 32) * 16;
+#pragma unroll(Q_UNROLL)
+    for (int m = 0; m < M_TILES; m++)
+#pragma unroll(Q_UNROLL)
+        for (int step = 0; step < K_STEPS; step++) {
+            u32 a[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int row = place.row_begin + row_in_block(m) + i % 2 * 8;
+                i64 at = head + row * args.q.row_stride + 16 * step + 8 * (i / 2) + 2 * t;
+                a[i] = row < used_q ? load_q_pair(args, at) : 0;
+                if (Q_IN_REGS)
+                    q.in_regs[m][step][i] = a[i];
+            }
+            if (!Q_IN_REGS)
+                store_shared_b32x4(q.smem + (u32)(m * K_STEPS + step) * 512, a);
+        }
+}
+
+DEVICE key_tiles find_tiles(const wan_attn_cuda_args &args, const block_place &place,
+                            int first_key) {
+    key_tiles tiles;
+    int head = place.head / args.heads_per_key_head;
+    i64 k_at = place.sample * args.k.batch_stride + head * args.k.head_stride;
+    i64 v_at = place.sample * args.v.batch_stride + head * args.v.head_stride;
+    tiles.k = source_of((const char *)args.k.data + k_at * 2, args.k.row_stride, first_key);
+    tiles.v = source_of((const char *)args.v.data + v_at * 2, args.v.row_stride, first_key);
+    tiles.copied_to = shared_base() + copied_to();
+    /* Lane 8i + r brings row r of matrix i. K: matrices 0 and 1 are 16 elements of head_dim for 8
+     * keys, b0 and b1 of one product; 2 and 3 the same for the next 8 keys. V, transposed: 0 and 1
+     * are 16 keys for 8 columns; 2 and 3 the same for the next 8 columns. */
+    u32 r = (u32)thread_index() % 8, i = (u32)thread_index() % 32 / 8;
+    tiles.k_read = shared_base() + swizzled(i / 2 * 8 + r, i % 2);
+    tiles.v_read = shared_base() + swizzled(i % 2 * 8 + r, i / 2);
+    return tiles;
+}
+
+/* S = Q K(n)^T */
+DEVICE void multiply_qk(float s[M_TILES][S_TILES][4], const q_fragments &q, u32 k_read) {
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++)
+#pragma unroll
+        for (int j = 0; j < S_TILES * 4; j++)
+            s[m][j / 4][j % 4] = 0.0f;
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++) {
+        u32 a[M_TILES][4];
+#pragma unroll
+        for (int m = 0; m < M_TILES; m++) {
+            if (!Q_IN_REGS)
+                load_shared_b32x4(a[m], q.smem + (u32)(m * K_STEPS + step) * 512);
+#pragma unroll
+            for (int i = 0; i < 4 && Q_IN_REGS; i++)
+                a[m][i] = q.in_regs[m][step][i];
+        }
+#pragma unroll
+        for (int j = 0; j < S_TILES; j += 2) {
+            u32 b[4];
+            ldmatrix_x4(b, advanced(k_read, step) + (u32)(j * 8 * ROW_BYTES));
+#pragma unroll
+            for (int m = 0; m < M_TILES; m++) {
+                MMA(s[m][j], a[m], b[0], b[1]);
+                MMA(s[m][j + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+#if PV_SUM_F16
+DEVICE void add_f16(float o[4], const u32 sum[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float low, high;
+        unpack_f16(&low, &high, sum[r]);
+        o[2 * r] += low;
+        o[2 * r + 1] += high;
+    }
+}
+
+/* O += P V(n), where 32 keys at a time are summed in f16 and then added to O in f32. (All 64 would
+ * be cheaper, but then a V far from zero mean has larger errors than bf16 with f32 sums.) Columns
+ * are the outer loop, so that a few accumulators suffice. */
+DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_TILES][4],
+                        u32 v_read) {
+    u32 a[M_TILES][V_STEPS][4];
+#pragma unroll
+    for (int i = 0; i < M_TILES * V_STEPS * 4; i++) {
+        int m = i / (V_STEPS * 4), step = i / 4 % V_STEPS;
+        const float *pair = &p[m][2 * step + i % 4 / 2][2 * (i % 2)];
+        a[m][step][i % 4] = pack_f16(pair[0], pair[1]);
+    }
+#pragma unroll
+    for (int j = 0; j < O_TILES; j += 2) {
+        u32 sum[M_TILES][2][2];
+#pragma unroll
+        for (int step = 0; step < V_STEPS; step++) {
+            u32 b[4];
+            ldmatrix_x4_trans(b, advanced(v_read, j / 2) + (u32)(step * 16 * ROW_BYTES));
+#pragma unroll
+            for (int i = 0; i < M_TILES * 2; i++) {
+                int m = i / 2, column = i % 2;
+                u32 *to = sum[m][column];
+                if (step % F16_STEPS == 0)
+                    to[0] = to[1] = 0;
+                mma_m16n8k16_f16_sum_f16(to, a[m][step], b[2 * column], b[2 * column + 1]);
+                if (step % F16_STEPS == F16_STEPS - 1)
+                    add_f16(o[m][j + column], to);
+            }
+        }
+    }
+}
+#else
+/* O += P V(n) */
+DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_TILES][4],
+                        u32 v_read) {
+#pragma unroll
+    for (int step = 0; step < V_STEPS; step++) {
+        u32 a[M_TILES][4];
+#pragma unroll
+        for (int m = 0; m < M_TILES; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float *pair = &p[m][2 * step + i / 2][2 * (i % 2)];
+                a[m][i] = PACK(pair[0], pair[1]);
+            }
+#pragma unroll
+        for (int j = 0; j < O_TILES; j += 2) {
+            u32 b[4];
+            ldmatrix_x4_trans(b, advanced(v_read, j / 2) + (u32)(step * 16 * ROW_BYTES));
+#pragma unroll
+            for (int m = 0; m < M_TILES; m++) {
+                MMA(o[m][j], a[m], b[0], b[1]);
+                MMA(o[m][j + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+#endif
+
+/* Tile n: the pipeline of this file's head. is_masked is a constant in each of its two copies. */
+DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked,
+                         const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
+    float s[M_TILES][S_TILES][4];
+    u32 k_smem = k_stage(n), k_smem_next = k_stage(n + 1); /* the same as n - 1 */
+
+    cp_async_wait<0>();
+    block_barrier();
+    mask_bounds bounds = {0, 0, 0};
+    if (is_masked)
+        bounds = load_bounds();
+    copy_tile(tiles.copied_to + V_SMEM, tiles.v, is_masked, bounds.num_keys - n * BLOCK_N);
+    cp_async_commit();
+    if (STAGES == 2 && n > 0)
+        copy_tile(tiles.copied_to + k_smem_next, tiles.k, false, 0);
+    if (STAGES == 2)
+        cp_async_commit();
+
+    multiply_qk(s, q, tiles.k_read + k_smem);
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) {
+#pragma unroll
+        for (int r = 0; r < 2 && is_masked; r++)
+            mask_scores(
+                s[m], r,
+                visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r, bounds.num_keys),
+                n * BLOCK_N + thread_index() % 4 * 2);
+        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], args.scale_log2e,
+                     is_masked);
+    }
+
+    cp_async_wait<STAGES - 1>();
+    block_barrier();
+    if (STAGES == 1 && n > 0)
+        copy_tile(tiles.copied_to + k_smem_next, tiles.k, false, 0);
+    if (STAGES == 1)
+        cp_async_commit();
+    multiply_pv(rows.o, s, tiles.v_read + V_SMEM);
+}
+
+DEVICE void clear(warp_rows &rows) {
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) {
+#pragma unroll
+        for (int j = 0; j < O_TILES * 4; j++)
+            rows.o[m][j / 4][j % 4] = 0.0f;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            rows.row_max[m][r] = minus_infinity();
+            rows.row_sum[m][r] = 0.0f;
+        }
+    }
+}
+
+/* From the last tile to the first; clean ones in a loop of their own. */
+DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &place,
+                          const block_work &work, warp_rows &rows) {
+    int n = work.num_tiles - 1;
+    key_tiles tiles = find_tiles(args, place, work.first_key + n * BLOCK_N);
+    copy_tile(tiles.copied_to + k_stage(n), tiles.k, true, work.num_keys - n * BLOCK_N);
+    cp_async_commit();
+    q_fragments q;
+    load_q(args, place, work.used_q, q);
+    store_bounds(work);
+    clear(rows);
+    bool is_clean = n >= work.clean_begin && n < work.clean_end;
+    while (n >= 0) {
+        if (is_clean) {
+            do {
+                process_tile(args, n, false, q, tiles, rows);
+                n--;
+            } while (n >= work.clean_begin);
+            is_clean = false;
+        } else {
+            process_tile(args, n, true, q, tiles, rows);
+            n--;
+            is_clean = n >= work.clean_begin && n < load_bounds().clean_end;
+        }
+    }
+}
+
+WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_args, args) {
+    block_place place = find_place(args, BLOCK_M);
+    block_work work = find_work(args, place, BLOCK_M, BLOCK_N);
+    warp_rows rows;
+    if (work.num_tiles > 0)
+        process_tiles(args, place, work, rows);
+    else
+        clear(rows);
+    place = find_place(args, BLOCK_M);
+    int used_q = used_rows(args, place);
+    float scale = 1.0f;
+    if (PV_SUM_F16) {
+        int head = place.head / args.heads_per_key_head;
+        int num_heads_k = args.num_heads_q / args.heads_per_key_head;
+        scale = load_global_f32(args.v_scale + (i64)place.sample * num_heads_k + head);
+    }
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++)
+        store_rows(args, place, place.row_begin + row_in_block(m), used_q, scale, rows.o[m],
+                   rows.row_max[m], rows.row_sum[m]);
+}

@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * output.cuh - from the accumulators of one 16-row tile to out and lse. Includer sets HEAD_DIM and
+ * PACK, the rounding of two floats to the row's 16-bit dtype.
+ *
+ * A lane holds two neighbouring columns of every 8. Lanes 2i and 2i + 1 swap, and then hold four
+ * neighbouring columns of every second 8: the four lanes of a row write 32 bytes together, one
+ * whole sector, with no detour through shared memory.
+ */
+#ifndef WAN_ATTN_CUDA_TILE_OUTPUT_H
+#define WAN_ATTN_CUDA_TILE_OUTPUT_H
+
+#include "cuda/tile/softmax.cuh"
+
+/* values: one row's columns 8j + 2t and 8j + 2t + 1 for each j. All lanes must call, also where
+ * there is no row to write. */
+DEVICE void store_row_16bit(char *row, const float values[O_TILES][2], bool has_row) {
+    int t = thread_index() % 4;
+    bool is_odd = t % 2 != 0;
+#pragma unroll
+    for (int j = 0; j < O_TILES; j += 2) {
+        u32 left = PACK(values[j][0], values[j][1]);
+        u32 right = PACK(values[j + 1][0], values[j + 1][1]);
+        u32 swapped = shfl_xor_bits(is_odd ? left : right, 1);
+        u32 low = is_odd ? swapped : left, high = is_odd ? right : swapped;
+        if (has_row)
+            store_global_b32x2(row + (8 * (j + t % 2) + 4 * (t / 2)) * 2, low, high);
+    }
+}
+
+DEVICE void store_row_f32(char *row, const float values[O_TILES][2], bool has_row) {
+    int t = thread_index() % 4;
+#pragma unroll
+    for (int j = 0; j < O_TILES; j++)
+        if (has_row)
+            store_global_f32x2(row + (8 * j + 2 * t) * 4, values[j][0], values[j][1]);
+}
+
+/* Rows `row` and `row + 8` of the head, times scale; those that see no key become 0, with an lse of
+ * -inf. */
+DEVICE void store_rows(const wan_attn_cuda_args &args, const block_place &place, int row,
+                       int used_q, float scale, const float o[O_TILES][4], const float row_max[2],
+                       const float row_sum[2]) {
+    i64 at = place.sample * args.out.batch_stride + place.head * args.out.head_stride +
+             place.split * args.out_split_stride;
+    i64 lse_at = place.sample * args.lse_batch_stride + place.head * args.lse_head_stride +
+                 place.split * args.lse_split_stride;
+#pragma unroll
+    for (int r = 0; r < 2; r++, row += 8) {
+        float sum = quad_sum(row_sum[r]);
+        bool has_row = row < args.seqlen_q;
+        bool sees_none = row >= used_q || (row_max[r] == minus_infinity() && sum == 0.0f);
+        float factor = reciprocal(sum) * scale, values[O_TILES][2];
+#pragma unroll
+        for (int j = 0; j < O_TILES; j++) {
+            values[j][0] = sees_none ? 0.0f : o[j][2 * r] * factor;
+            values[j][1] = sees_none ? 0.0f : o[j][2 * r + 1] * factor;
+        }
+        if (args.out_is_f32)
+            store_row_f32((char *)args.out.data + (at + row * args.out.row_stride) * 4, values,
+                          has_row);
+        else
+            store_row_16bit((char *)args.out.data + (at + row * args.out.row_stride) * 2, values,
+                            has_row);
+        if (args.lse && has_row && thread_index() % 4 == 0)
+            store_global_f32(args.lse + lse_at + row * args.lse_row_stride,
+                             sees_none
+                                 ? minus_infinity()
+                                 : fused_multiply_add(row_max[r], 0.69314718f, natural_log(sum)));
+    }
+}
+
+#endif /* WAN_ATTN_CUDA_TILE_OUTPUT_H */

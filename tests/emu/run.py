@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""run.py - a call of an emulated kernel with torch tensors: what the loader does on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from ctypes import c_char_p, c_float, c_int, c_longlong, c_uint, c_ulonglong, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emu.build import library
+from emu.rows import CSRC, Tile
+
+UNBOUNDED = 1 << 29
+SMALLEST_SCALE = 1.1754944e-38
+LOG2_E = 1.4426950408889634
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class View(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("strides", c_longlong * 3)]
+
+
+class Lengths(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("stride", c_longlong), ("is_i64", c_int), ("unused", c_int)]
+
+
+class Args(ctypes.Structure):
+    """wan_attn_cuda_args of csrc/cuda/args.h."""
+
+    _fields_ = [
+        *((name, View) for name in ("q", "k", "v", "out")),
+        *(("lse", c_void_p), ("lse_strides", c_longlong * 3)),
+        *(("seqused_q", Lengths), ("seqused_k", Lengths)),
+        ("v_scale", c_void_p),
+        *(("out_split_stride", c_longlong), ("lse_split_stride", c_longlong)),
+        *((name, c_int) for name in ("num_splits", "split_tiles", "batch", "num_heads_q")),
+        *((name, c_int) for name in ("heads_per_key_head", "seqlen_q", "seqlen_k", "m_blocks")),
+        *((name, c_int) for name in ("window_left", "window_right", "q_is_f32", "out_is_f32")),
+        *(("scale_log2e", c_float), ("q_sign", c_uint)),
+    ]
+
+
+class Tensor_(ctypes.Structure):
+    _fields_ = [("name", c_char_p), ("data", c_void_p), ("bytes", c_longlong), ("output", c_int)]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the emulated GPU takes its liberties: when copies land, who runs first."""
+
+    landing: int = 2  # 0 early, 1 late, 2 random
+    seed: int = 0
+    check_order: bool = True
+
+
+class EmulatorError(AssertionError):
+    """What the emulated GPU found wrong with a kernel."""
+
+
+@dataclass(frozen=True)
+class Result:
+    out: Tensor
+    lse: Tensor | None
+    bank_conflicts: int
+
+
+def _view(x: Tensor) -> View:
+    return View(x.data_ptr(), (c_longlong * 3)(x.stride(0), x.stride(1), x.stride(2)))
+
+
+def _lengths(lens: Tensor | None) -> Lengths:
+    if lens is None:
+        return Lengths(None, 0, 0, 0)
+    return Lengths(lens.data_ptr(), lens.stride(0), int(lens.dtype == torch.int64), 0)
+
+
+def _memory(name: str, x: Tensor | None, output: bool = False) -> list[Tensor_]:
+    """The storage behind a view: all of it may be read, as on a GPU; NaN marks what must not be."""
+    if x is None or not x.numel():
+        return []
+    store = x.untyped_storage()
+    return [Tensor_(name.encode(), store.data_ptr(), store.nbytes(), int(output))]
+
+
+def _bound(window: int) -> int:
+    return UNBOUNDED if window < 0 else min(window, UNBOUNDED)
+
+
+def launch(
+    kernel: ctypes.CDLL,
+    args: ctypes.Structure,
+    grid: int,
+    memory: list[Tensor_],
+    schedule: Schedule = Schedule(),
+) -> int:
+    """Runs the grid and returns the number of bank conflicts."""
+    assert kernel.emu_args_size() == ctypes.sizeof(args)
+    message = ctypes.create_string_buffer(1024)
+    conflicts = c_ulonglong()
+    failed = kernel.emu_launch(
+        *(ctypes.byref(args), grid, (Tensor_ * len(memory))(*memory), len(memory)),
+        *(schedule.landing, c_ulonglong(schedule.seed), int(schedule.check_order)),
+        *(message, len(message), ctypes.byref(conflicts)),
+    )
+    if failed:
+        raise EmulatorError(message.value.decode())
+    return conflicts.value
+
+
+def scaled_v(value: Tensor) -> tuple[Tensor, Tensor]:
+    """What the pack kernels make of V for a pv16 row: f16 values, and the powers of two by which
+    each head was divided so that its largest finite |v| is between 256 and 512."""
+    wide = value.float()
+    largest = (
+        torch.where(wide.isfinite(), wide.abs(), 0.0).amax(dim=(1, 3))
+        if value.numel()
+        else (torch.zeros(value.shape[0], value.shape[2]))
+    )
+    exponent = torch.frexp(largest)[1] - 9  # largest = fraction * 2^exponent, fraction below 1
+    scale = torch.where(largest > 0, torch.exp2(exponent.float().clamp(-126, 126)), 1.0)
+    return (wide / scale[:, None, :, None]).half(), scale.contiguous()
+
+
+def run(
+    tile: Tile,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    q_lens: Tensor | None = None,
+    k_lens: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    return_lse: bool = True,
+    split_tiles: int = 0,
+    schedule: Schedule = Schedule(),
+    csrc: Path = CSRC,
+) -> Result:
+    """The oracle's arguments. split_tiles: key tiles of a part; out and lse then have the parts as
+    first dimension, in float32."""
+    kernel = library(tile, csrc)
+    batch, seqlen_q, heads_q, head_dim = query.shape
+    seqlen_k = key.shape[1]
+    scale = head_dim**-0.5 if scale is None else scale
+    v_scale = None
+    if tile.pv_sum_f16:
+        value, v_scale = scaled_v(value)
+    k_tiles = max(1, -(-seqlen_k // tile.block_n))
+    splits = -(-k_tiles // split_tiles) if split_tiles else 1
+    out_dtype = torch.float32 if split_tiles else query.dtype
+    # Filled with NaN: an element that is not written shows.
+    out = torch.full((splits, *query.shape), math.nan, dtype=out_dtype)
+    lse = torch.full((splits, batch, heads_q, seqlen_q), math.nan) if return_lse else None
+    left, right = window
+    args = Args(
+        *(_view(query), _view(key), _view(value), _view(out[0])),
+        lse.data_ptr() if lse is not None else None,
+        (c_longlong * 3)(*(lse.stride()[1:] if lse is not None else (0, 0, 0))),
+        *(_lengths(q_lens), _lengths(k_lens)),
+        v_scale.data_ptr() if v_scale is not None else None,
+        *(out.stride(0), lse.stride(0) if lse is not None else 0),
+        *(splits, split_tiles or k_tiles, batch, heads_q),
+        *(heads_q // key.shape[2], seqlen_q, seqlen_k, -(-seqlen_q // tile.block_m)),
+        *(_bound(left), 0 if is_causal else _bound(right)),
+        *(int(query.dtype == torch.float32), int(out_dtype == torch.float32)),
+        max(abs(scale) * LOG2_E, SMALLEST_SCALE),
+        0x80008000 if scale < 0 else 0,
+    )
+    memory = [
+        *(*_memory("q", query), *_memory("k", key), *_memory("v", value)),
+        *(*_memory("q_lens", q_lens), *_memory("k_lens", k_lens)),
+        *_memory("v_scale", v_scale),
+        *(*_memory("out", out, True), *_memory("lse", lse, True)),
+    ]
+    conflicts = launch(kernel, args, args.m_blocks * splits * heads_q * batch, memory, schedule)
+    if split_tiles:
+        return Result(out, lse, conflicts)
+    return Result(out[0], lse[0] if lse is not None else None, conflicts)

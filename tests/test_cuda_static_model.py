@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""test_cuda_static_model.py - what the performance model says of the rows that Wan2.2 uses."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import static_model
+from emu import compile as compilers
+from emu import sass
+
+pytestmark = pytest.mark.skipif(
+    sass.nvdisasm() is None or not (compilers.nvcc() or compilers.nvrtcs()),
+    reason="no nvdisasm, or neither nvcc nor NVRTC",
+)
+
+
+def of(row: str) -> dict[str, static_model.Estimate]:
+    return {r.gpu: r for r in static_model.estimates(row)}
+
+
+def test_head_dim_128_is_limited_by_the_tensor_cores_alone() -> None:
+    for r in of("sdpa_sm80_bf16_d128").values():
+        assert r.limit == "tensor"
+        assert r.clocks["issue"] <= 0.55 * r.clocks["tensor"], r
+        assert r.of_peak == pytest.approx(1.0)
+
+
+def test_f16_sums_lift_the_bound_on_geforce_by_a_third() -> None:
+    plain, pv16 = of("sdpa_sm80_bf16_d128"), of("sdpa_sm80_pv16_bf16_d128")
+    for gpu in ("RTX 3090", "RTX 4090", "RTX 5090"):
+        assert pv16[gpu].limit == "tensor"
+        assert pv16[gpu].bound_tflops >= 1.3 * plain[gpu].bound_tflops
+
+
+def test_the_table_shows_every_row() -> None:
+    rows = list(of("sdpa_sm80_bf16_d64").values())
+    assert static_model.table(rows).count("sdpa_sm80_bf16_d64") == len(rows)
