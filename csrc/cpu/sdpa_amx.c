@@ -140,8 +140,9 @@ static inline void multiply_tiles(const float *a0, const float *a1, const float 
     _tile_stored(3, c + 16 * c_stride + 16, c_stride * 4);
 }
 
-static void block_scores(const wan_attn_plan *plan, const wan_attn_packed_block *keys,
-                         const panel *x, block_range r, float *s) {
+static int64_t block_scores(const wan_attn_plan *plan, const wan_attn_packed_block *keys,
+                            const panel *x, block_range r, float *s, float *top) {
+    (void)top; /* the scores are in tiles, not in registers */
     MEMORY_BARRIER();
     for (int64_t n = r.first; n < r.last; n += STEP) {
         const float *a = keys->k + n * plan->depth;
@@ -151,6 +152,7 @@ static void block_scores(const wan_attn_plan *plan, const wan_attn_packed_block 
             multiply_tiles(a, a + TILE_ROWS * plan->depth, x->q_t + m, plan->depth / TILE_UNITS,
                            s + n * PANEL + m, PANEL);
     }
+    return r.first;
 }
 
 static void block_values(const wan_attn_plan *plan, const wan_attn_packed_block *keys,

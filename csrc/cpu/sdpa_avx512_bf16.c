@@ -35,7 +35,7 @@
 #define STEP ROWS
 #define PREFETCHES (BLOCK_N / ROWS)
 #define UNIT 2
-#define BLOCK_N 128
+#define BLOCK_N 512 /* O is loaded and stored less often than with 128: +1.5 % */
 #define EXP2 exp2_degree5
 
 static inline __m512 DOT(__m512 a, __m512 b, __m512 c) {
