@@ -40,7 +40,7 @@ demo:
 # Two workers: most of a test's time is Python, which does not use a second core.
 test:
 	@echo '== environment for the tests'
-	@$(setup) test
+	@$(setup) test,demo$${WAN22_DIR:+,wan22-tests}
 	@echo '== tests'
 	@$(python) -m pytest -q -n $(JOBS) $(ARGS)
 
@@ -49,7 +49,7 @@ check: check-format check-lint check-types check-warnings check-analyzers check-
 
 check-environment:
 	@echo '== environment for the checks'
-	@$(setup) test
+	@$(setup) test,demo
 	@$(setup) tools
 
 check-format: check-environment
@@ -88,7 +88,7 @@ tables: check-environment
 
 build:
 	@echo '== build'
-	@$(setup) test
+	@$(setup) test,demo
 
 bench: build
 	@echo '== benchmark: the cost of a call'
