@@ -88,8 +88,9 @@ typedef struct wan_attn_params {
     uint32_t struct_size; /* sizeof(wan_attn_params) of the caller; fields are only ever appended */
     int32_t kernel; /* row of the kernel table to force; -1: the best one that takes the call */
 
-    /* [batch, seqlen, heads, head_dim], any strides whose last is 1. num_heads_q must be a multiple
-     * of num_heads_k. v is f32, f16 or bf16; q and k have v's dtype or f32; out has q's. */
+    /* [batch, seqlen, heads, head_dim], any strides whose last is 1, at most 2^48 elements.
+     * num_heads_q must be a multiple of num_heads_k. v is f32, f16 or bf16; q and k have v's dtype
+     * or f32; out has q's. */
     wan_attn_tensor q;
     wan_attn_tensor k;
     wan_attn_tensor v;

@@ -195,6 +195,17 @@ def test_real_nan_stays_visible(row: ops.KernelInfo | None) -> None:
         assert out[0, :, 1, 0].isposinf().all()
 
 
+@pytest.mark.parametrize("bits", (0x7FC00001, 0x7FC0017F, 0x7FC001FF))
+def test_any_nan_stays_visible(row: ops.KernelInfo | None, bits: int) -> None:
+    """A float32 NaN has 2^22 spellings; arithmetic on its bits must not make a number of one."""
+    for which in range(3):
+        call = some(row, seqlen_q=20, seqlen_k=70, dtype=row_dtypes(row)[0])
+        if call[which].dtype != torch.float32:
+            pytest.skip("this row takes no float32")
+        call[which].view(torch.int32)[0, 11, 1, 0] = bits
+        check(row, *call)
+
+
 RAGGED = (
     {"q_lens": [40, 23, 1], "k_lens": [51, 51, 30]},  # longer than, as long as, shorter than
     {"q_lens": [5, 40, 33], "k_lens": [51, 2, 33]},
@@ -372,6 +383,17 @@ def test_offsets_beyond_two_to_the_31(row: ops.KernelInfo | None, dim: int) -> N
         view.copy_(torch.randn(shape))
         views.append(view)
     check(row, *views)
+
+
+def test_sizes_whose_products_overflow(row: ops.KernelInfo | None, native: str) -> None:
+    """An expanded tensor may have any size; its workspace once came out small and was overrun."""
+    one = torch.zeros(1, 1, 1, 1, dtype=row_dtypes(row)[0])
+    for seqlen_k in (512298381738950656, 2**48 + 1, 2**63 - 1):
+        key = one.expand(1, seqlen_k, 1, 1)
+        with pytest.raises(RuntimeError, match=r"key must have at most 2\^48 elements"):
+            sdpa(one, key, key, row=row, k_lens=[5])
+    with pytest.raises(RuntimeError, match=r"query must have at most 2\^48 elements"):
+        sdpa(one.expand(1, 2**40, 2**9, 1), one, one, row=row)
 
 
 def test_rows_of_long_sequences(row: ops.KernelInfo | None) -> None:

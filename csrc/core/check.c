@@ -10,6 +10,10 @@
 
 #define INVALID(err, ...) wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, __VA_ARGS__)
 
+/* More than any memory holds, but a stride of 0 makes every size possible; rows multiply sizes, by
+ * bytes and padding too, and 2^15 times this is still a number. */
+#define MAX_ELEMENTS (1ll << 48)
+
 static int is_float(int32_t dtype) {
     return dtype == WAN_ATTN_F32 || dtype == WAN_ATTN_F16 || dtype == WAN_ATTN_BF16;
 }
@@ -57,10 +61,16 @@ static wan_attn_status check_rank_and_dtype(const char *name, const wan_attn_ten
     if (!is_float(t->dtype))
         return INVALID(err, "%s must be float32, float16 or bfloat16, got %s", name,
                        dtype_name(t->dtype));
-    for (int d = 0; d < 4; d++)
+    int64_t elements = 1; /* as if no size were 0: sizes are also multiplied without the others */
+    for (int d = 0; d < 4; d++) {
         if (t->shape[d] < 0)
             return INVALID(err, "%s must have no negative size, got %s", name,
                            shape_of(t->shape, 4).text);
+        if (t->shape[d] > MAX_ELEMENTS / elements)
+            return INVALID(err, "%s must have at most 2^48 elements, got %s", name,
+                           shape_of(t->shape, 4).text);
+        elements *= t->shape[d] > 0 ? t->shape[d] : 1;
+    }
     if (t->shape[3] > 1 && t->stride[3] != 1)
         return INVALID(
             err,
