@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -198,6 +198,9 @@ def test_views_as_clip_makes_them() -> None:
         ({"version": 4}, "version must be None, 2 or 3, got 4"),
         ({"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\), got 1.5"),
         ({"window_size": (1, 2, 3)}, r"window must be a pair \(left, right\), got \(1, 2, 3\)"),
+        ({"window_size": None}, r"window must be a pair \(left, right\), got None"),
+        ({"window_size": (1.5, 2)}, "window_left must be an integer, got 1.5"),
+        ({"window_size": (1, True)}, "window_right must be an integer, got True"),
         ({"softmax_scale": math.nan}, "scale must be finite, got nan"),
         ({"q_scale": math.inf}, "scale must be finite, got inf"),
         ({"k_lens": torch.tensor([34])}, "k_lens must be between 0 and the padded length 33"),
@@ -210,6 +213,11 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=f"^wan_attn: {message}"):
         flash_attention(q.requires_grad_(), k, v, **options)
     flash_attention(q.detach(), k, v)
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"^wan_attn: query must be a torch.Tensor, got list$"):
+        flash_attention(*[cast(Any, [1.0])] * 3)
 
 
 def test_integers_are_not_silently_converted() -> None:

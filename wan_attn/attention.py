@@ -57,7 +57,7 @@ def sdpa(
             backend takes the call, with every backend's reason; or the device is in trouble.
 
     Differentiable: a call that needs a gradient goes to a backend that has one. Works under
-    torch.compile(fullgraph=True). Contract: wan.md section 3.
+    torch.compile(fullgraph=True).
     """
     call = Call(
         _lengths(q_lens),
@@ -118,6 +118,8 @@ def flash_attention(
         refuse("dtype", "torch.float16, torch.bfloat16 or torch.float32", dtype)
     if version not in _VERSIONS:
         refuse("version", "None, 2 or 3", version)
+    if not isinstance(q, Tensor):
+        refuse("query", "a torch.Tensor", type(q).__name__)
     out_dtype = q.dtype
     if q_scale is not None:
         if isinstance(q_scale, Tensor):
@@ -150,6 +152,10 @@ def _lengths(lengths: Tensor | Sequence[int] | None) -> Tensor | None:
 
 
 def _window(window: tuple[int, int]) -> tuple[int, int]:
-    if len(window) != 2:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
         refuse("window", "a pair (left, right)", window)
+    for name, bound in (("window_left", window[0]), ("window_right", window[1])):
+        # int() would cut 1.5 to 1, and take True for 1.
+        if type(bound) is not int and (isinstance(bound, bool) or not hasattr(bound, "__index__")):
+            refuse(name, "an integer", repr(bound))
     return int(window[0]), int(window[1])
