@@ -341,6 +341,10 @@ def test_mp4_where_there_is_ffmpeg(tmp_path: Path) -> None:
         (["--output", "file/below"], "pass another folder"),
         (["--ckpt-dir", "empty"], "set WAN22_DIR to a checkout"),
         (["--ckpt-dir", "empty", "--model", "empty"], "pass one of them"),
+        (["--ckpt-dir", "empty", "--dtype", "float16"], "--dtype means nothing to Wan2.2's"),
+        (["--ckpt-dir", "empty", "--device", "cpu"], "--device means nothing to Wan2.2's"),
+        (["--ckpt-dir", "empty", "--quick"], "--quick means nothing to Wan2.2's"),
+        (["--task", "ti2v-5B"], "--task goes with --ckpt-dir"),
     ],
 )
 def test_bad_input(

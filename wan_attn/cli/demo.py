@@ -45,6 +45,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         if args.ckpt_dir is not None:
             return _stock_wan22(args)
+        if args.task is not None:
+            raise DemoError("--task goes with --ckpt-dir: pass both or neither")
         return _diffusers(_options(args))
     except (DemoError, config.ConfigError) as error:
         print(f"wan-attn demo: {error}", file=sys.stderr)
@@ -130,6 +132,13 @@ def _write_json(folder: Path, content: dict[str, object]) -> None:
 def _stock_wan22(args: argparse.Namespace) -> int:
     if args.model is not None:
         raise DemoError("--model and --ckpt-dir are two formats of weights: pass one of them")
+    for option, is_set in (
+        ("--dtype", args.dtype != "auto"),
+        ("--device", args.device != "auto"),
+        ("--quick", args.quick),
+    ):
+        if is_set:
+            raise DemoError(f"{option} means nothing to Wan2.2's generate.py: leave it out")
     asked = wan22.Asked(
         weights=Path(args.ckpt_dir),
         task=args.task,
