@@ -94,7 +94,7 @@ _FIRST_WITH_BF16 = (8, 0)
 def compute_dtype(
     value_dtype: torch.dtype, asked: torch.dtype | None, device: torch.device, force_fp16: bool
 ) -> torch.dtype:
-    """The dtype policy of wan.md section 4.
+    """What a call is computed in: the dtype policy.
 
     Args:
         asked: flash_attention's `dtype`; None: value's own, whatever it is.

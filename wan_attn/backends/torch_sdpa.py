@@ -30,12 +30,9 @@ from wan_attn.request import Request, host_lengths
 NAME = "torch"
 TITLE = "PyTorch SDPA"
 
-# Below this share of real query-key pairs each sample is computed alone at its real lengths (wan.md
-# section 4).
+# Below this share of real query-key pairs each sample is computed alone at its real lengths.
 PER_SAMPLE_RATIO = 0.7
-MASK_ELEMENTS = (
-    1 << 24
-)  # elements of one block's mask: 16 MiB of bool, 32 MiB once a kernel made a bias of it
+MASK_ELEMENTS = 1 << 24  # of one block: 16 MiB of bool, 32 MiB once a kernel made a bias of it
 
 
 def why_not(request: Request) -> str | None:

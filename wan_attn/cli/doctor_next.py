@@ -7,15 +7,17 @@ from typing import Any
 
 from wan_attn.cli.doctor_facts import Machine
 
+FORGOTTEN = "einops decord librosa peft"
+"""What `import wan` needs and Wan2.2's requirements.txt does not list."""
 # Stock Wan2.2 lists flash_attn in requirements.txt, and building it fails for many.
 RECIPE = {
     "sh": (
         "grep -v flash_attn requirements.txt > requirements-wan.txt",
-        "python -m pip install -r requirements-wan.txt",
+        f"python -m pip install -r requirements-wan.txt {FORGOTTEN}",
     ),
     "powershell": (
         "(Get-Content requirements.txt) -notmatch 'flash_attn' | Set-Content requirements-wan.txt",
-        "python -m pip install -r requirements-wan.txt",
+        f"python -m pip install -r requirements-wan.txt {FORGOTTEN}",
     ),
 }
 # Quoted, because a shell may take * for file names; sh and PowerShell both read it so.

@@ -105,9 +105,8 @@ def make_request(args: argparse.Namespace, call: Workload, settings: Settings) -
     device = args.device or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(DTYPES[args.dtype], None, device, settings.force_fp16)
     qk_dtype = DTYPES[args.qk_dtype or args.dtype]
-    if (
-        qk_dtype != torch.float32
-    ):  # only float32 is read beside another dtype; the rest is converted
+    # Only float32 is read beside another dtype; the rest is converted.
+    if qk_dtype != torch.float32:
         qk_dtype = dtype
     return Request(
         batch=call.batch,
