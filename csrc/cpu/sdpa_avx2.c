@@ -45,10 +45,11 @@
 #endif
 
 /* 2^x for x <= 0: 2^n times a polynomial in x - n that is exactly 1 at 0; relative error 9e-8.
- * Adding 1.5 * 2^23 rounds x to an integer and leaves it in the low bits. Below the normal numbers
- * the result is 0; NaN stays NaN. */
+ * Adding 1.5 * 2^23 + 127 rounds x to the integer n and leaves n + 127, the exponent of 2^n, in the
+ * low bits. Below the normal numbers the result is 0. NaN stays NaN: p is, whatever its bits make
+ * of 2^n. */
 static inline __m256 exp2_degree5(__m256 x) {
-    const __m256 ROUND = _mm256_set1_ps(0x1.8p23f);
+    const __m256 ROUND = _mm256_set1_ps(0x1.8p23f + 127.0f);
     __m256 shifted = _mm256_add_ps(x, ROUND);
     __m256 f = _mm256_sub_ps(x, _mm256_sub_ps(shifted, ROUND));
     __m256 p = _mm256_fmadd_ps(f, _mm256_set1_ps(0x1.5bda56p-10f), _mm256_set1_ps(0x1.3ce8aep-7f));
@@ -57,7 +58,7 @@ static inline __m256 exp2_degree5(__m256 x) {
     p = _mm256_fmadd_ps(f, p, _mm256_set1_ps(0x1.62e42ap-1f));
     p = _mm256_fmadd_ps(f, p, _mm256_set1_ps(1.0f));
     __m256i power = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-    p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
+    p = _mm256_mul_ps(p, _mm256_castsi256_ps(power));
     return _mm256_and_ps(p, _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ));
 }
 
