@@ -14,7 +14,7 @@ import pytest
 
 from emu import compile as compilers
 from emu import sass
-from emu.rows import Tile, tiles, tiles_for
+from emu.rows import Helper, Tile, helpers, tiles, tiles_for
 
 # The architectures that are looked at; the others of a class get the same code or nearly so.
 ARCHS = (75, 80, 86, 89, 90, 120)
@@ -34,7 +34,7 @@ def row_id(x: object) -> str:
     return x.name if isinstance(x, Tile) else str(x)
 
 
-def compile_with(compiler: str, tile: Tile, arch: int, output: Path) -> None:
+def compile_with(compiler: str, tile: Tile | Helper, arch: int, output: Path) -> None:
     if compiler == NVCC:
         if compilers.nvcc() is None:
             pytest.skip("no nvcc on PATH")
@@ -127,3 +127,13 @@ def test_every_row_has_a_tile_for_every_class() -> None:
         wanted = {"TURING"} if "_sm75_" in row else wanted
         assert {tile.gpu_class for tile in tiles() if tile.row == row} == wanted
     assert len({tile.name for tile in tiles()}) == len(tiles())
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("helper", helpers().values(), ids=lambda helper: helper.name)
+@needs_nvdisasm
+def test_the_helpers_compile_everywhere(helper: Helper, compiler: str, tmp_path: Path) -> None:
+    for arch in (ARCHS[0], ARCHS[-1]):
+        cubin = tmp_path / f"{arch}.cubin"
+        compile_with(compiler, helper, arch, cubin)
+        assert not sass.count(sass.read(cubin).instructions, "LDL", "STL")

@@ -4,7 +4,7 @@
 #ifndef WAN_ATTN_CUDA_PTX_THREAD_H
 #define WAN_ATTN_CUDA_PTX_THREAD_H
 
-#define DEVICE static __device__ __forceinline__
+#define DEVICE [[maybe_unused]] static __device__ __forceinline__
 
 /* WAN_ATTN_KERNEL(name, threads, min_ctas, type, args) { body }: unmangled, so that loader and
  * tools find it. __grid_constant__: args stays in constant memory also where its address is taken.
