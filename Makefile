@@ -13,7 +13,8 @@ ARGS ?=
 
 python = $(VENV)/bin/python
 setup = PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh .ci/setup
-c_files = csrc tests/c
+c_files = find csrc tests benchmarks -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' \
+	-o -name '*.cuh' -o -name '*.inc' -o -name '*.def'
 
 help:
 	@echo 'make demo          denoise a short video with and without wan_attn; results in demo-out/'
@@ -21,7 +22,7 @@ help:
 	@echo 'make check         formatters, linters, types, warnings as errors, sanitizers, README tables'
 	@echo 'make format        put C and Python sources into their format'
 	@echo 'make tables        write the generated tables of README.md'
-	@echo 'make bench         the benchmarks that need no GPU'
+	@echo 'make bench         the benchmarks that need no GPU (an idle machine tells more)'
 	@echo 'make build         the C library and the torch shim, beside wan_attn/'
 	@echo 'make wheel         a wheel for this platform, in dist/'
 	@echo 'make wheel-matrix  one wheel against several torch versions (downloads them: GBs)'
@@ -54,7 +55,7 @@ check-environment:
 
 check-format: check-environment
 	@echo '== format: clang-format, ruff format'
-	@find $(c_files) -name '*.[chdi]*' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	@$(c_files) | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	@$(VENV)/bin/ruff format --quiet --check . || { echo 'run: make format'; exit 1; }
 
 check-lint: check-environment
@@ -79,7 +80,7 @@ check-tables: check-environment
 	@$(python) -m wan_attn.cli.tables --check README.md
 
 format: check-environment
-	@find $(c_files) -name '*.[chdi]*' | xargs $(VENV)/bin/clang-format -i
+	@$(c_files) | xargs $(VENV)/bin/clang-format -i
 	@$(VENV)/bin/ruff check --quiet --fix --select I .
 	@$(VENV)/bin/ruff format --quiet .
 
@@ -90,9 +91,13 @@ build:
 	@echo '== build'
 	@$(setup) test,demo
 
-bench: build
+bench:
+	@echo '== environment for the benchmarks'
+	@$(setup) bench
 	@echo '== benchmark: the cost of a call'
-	@$(python) benchmarks/bench_overhead.py $(ARGS)
+	@$(python) benchmarks/bench_overhead.py
+	@echo '== benchmark: the CPU kernels, into build/bench'
+	@$(python) benchmarks/bench_cpu.py --out build/bench $(ARGS)
 
 wheel: build
 	@echo '== wheel'
