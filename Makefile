@@ -99,9 +99,12 @@ bench:
 	@echo '== benchmark: the CPU kernels, into build/bench'
 	@$(python) benchmarks/bench_cpu.py --out build/bench $(ARGS)
 
+# Without isolation, because the shim needs torch's headers; build/lib may hold files of old.
 wheel: build
 	@echo '== wheel'
-	@$(python) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@rm -rf build/lib* build/bdist*
+	@$(python) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation \
+		--wheel-dir dist .
 	@ls -l dist/*.whl
 
 wheel-matrix: build
