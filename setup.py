@@ -18,9 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Command, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.dist import Distribution
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # --no-build-isolation takes whatever setuptools is there
+    sys.exit('wan_attn needs a newer setuptools to build: pip install "setuptools>=77"')
 
 try:  # moved into setuptools itself in a later version
     from setuptools._distutils.ccompiler import new_compiler
