@@ -36,7 +36,7 @@ except ImportError:
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "wan_attn/version.py").read_text()).group(1)
 
-C_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/c*/*.c"))
+C_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/c*/**/*.c"))
 SHIM_SOURCE = "csrc/torch/shim.cpp"
 # The oldest torch whose stable ABI the shim may use, and the oldest whose headers can express it.
 SHIM_TARGET, SHIM_HEADERS = 0x0209000000000000, (2, 10)
@@ -124,7 +124,7 @@ class build_native(Command):
         self.link(
             objects,
             target / shared_library("wan_attn"),
-            libraries=[] if IS_MSVC else ["m", "pthread"],
+            libraries=[] if IS_MSVC else ["m", "pthread", *(["dl"] if sys.platform == "linux" else [])],
             extra_postargs=["-Wl,--no-undefined", "-s"] if sys.platform == "linux" else [],
         )
 
@@ -217,6 +217,7 @@ setup(
         "wan_attn",
         "wan_attn.backends",
         "wan_attn.cli",
+        "wan_attn.cuda",
         "wan_attn.demo",
         "wan_attn.integrations",
     ],

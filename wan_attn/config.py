@@ -126,6 +126,15 @@ VARIABLES: tuple[Variable, ...] = (
         " all (`torch`).",
     ),
     Variable(
+        "WAN_ATTN_LIBCUDA",
+        "libcuda",
+        "path",
+        ("a file",),
+        "",
+        "The NVIDIA driver's library to use instead of the system's; for tests, and for drivers in"
+        " unusual places.",
+    ),
+    Variable(
         "WAN22_DIR",
         "wan22_dir",
         "path",
@@ -150,6 +159,7 @@ class Settings:
     log_level: str = "info"
     cpu_isa: str = "auto"
     binding: str = "auto"
+    libcuda: str | None = None
     wan22_dir: str | None = None
 
     @classmethod
