@@ -217,6 +217,7 @@ setup(
         "wan_attn",
         "wan_attn.backends",
         "wan_attn.cli",
+        "wan_attn.cuda",
         "wan_attn.demo",
         "wan_attn.integrations",
     ],
