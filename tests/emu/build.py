@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from emu.rows import CSRC, Helper, Tile
+from emu.rows import CSRC, Helper, Tile, emulated_arch
 
 HERE = Path(__file__).resolve().parent
 BUILT = HERE.parents[1] / "build" / "emu"
@@ -88,7 +88,7 @@ def _machine() -> tuple[str, ...]:
 def library(tile: Tile | Helper, csrc: Path = CSRC) -> ctypes.CDLL:
     """The emulated kernel. `csrc`: other sources than the repository's (planted bugs)."""
     constants = {"SMEM_BYTES": "0", **tile.defines(), "KERNEL_ARGS": tile.args}
-    constants["EMULATED_ARCH"] = str(tile.emulated_arch)
+    constants["EMULATED_ARCH"] = str(emulated_arch(tile))
     defines = [f"-D{name}={value}" for name, value in constants.items()]
     strict = ["-Werror"] if csrc == CSRC else []  # bugs may leave things unused
     command = [

@@ -15,12 +15,9 @@ from wan_attn import _native
 from wan_attn.config import current
 from wan_attn.cuda import images
 
-# What has been handed to C: kept, because C holds the address while it loads, and because the
-# second device of a kind asks for the same.
+# What has been handed to C, for good: C holds the address while it loads, and the second device of
+# a kind asks for the same.
 _images: dict[tuple[str, int], bytes] = {}
-# A kernel that could not be had once is not looked for again in this process: that may take seconds
-# each time, and would end the same.
-_failures: dict[tuple[str, int], str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +39,6 @@ class Device:
     driver_version: tuple[int, int]
 
 
-def _find(kernel: str, arch: int) -> bytes:
-    key = (kernel, arch)
-    if key in _failures:
-        raise images.ImageError(_failures[key])
-    found = _images.get(key)
-    if found is None:
-        found = _images[key] = images.image(kernel, arch)
-    return found
-
-
 def _find_image(
     kernel: bytes,
     arch: int,
@@ -61,12 +48,11 @@ def _find_image(
     message_size: int,
 ) -> int:
     """wan_attn_image_fn. An exception cannot pass through C: whatever it is, it becomes words."""
-    name = kernel.decode()
+    key = (kernel.decode(), arch)
     try:
-        found = _find(name, arch)
+        found = _images[key] = _images.get(key) or images.image(*key)
     except Exception as error:  # noqa: BLE001 - see above
         words = str(error) if isinstance(error, images.ImageError) else repr(error)
-        _failures[name, arch] = words
         text = words.encode("utf-8", "replace")[: message_size - 1] + b"\0"
         ctypes.memmove(message, text, len(text))
         return 1
