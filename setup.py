@@ -124,7 +124,9 @@ class build_native(Command):
         self.link(
             objects,
             target / shared_library("wan_attn"),
-            libraries=[] if IS_MSVC else ["m", "pthread", *(["dl"] if sys.platform == "linux" else [])],
+            libraries=[]
+            if IS_MSVC
+            else ["m", "pthread", *(["dl"] if sys.platform == "linux" else [])],
             extra_postargs=["-Wl,--no-undefined", "-s"] if sys.platform == "linux" else [],
         )
 

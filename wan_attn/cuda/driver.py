@@ -65,15 +65,19 @@ def _find_image(
 _FIND_IMAGE = _native.ImageFn(_find_image)
 
 
-def configure(library: ctypes.CDLL) -> str | None:
-    """Tells libwan_attn its driver and its source of machine code; why it did not take them."""
-    driver = current().libcuda
+def configure(library: ctypes.CDLL) -> None:
+    """Tells libwan_attn its driver (WAN_ATTN_LIBCUDA, or the system's) and where images are found.
+
+    Raises:
+        RuntimeError: too late, it has opened another driver.
+    """
+    path = current().libcuda
     config = _native.CudaConfig(
-        ctypes.sizeof(_native.CudaConfig), driver.encode() if driver else None, _FIND_IMAGE
+        ctypes.sizeof(_native.CudaConfig), path.encode() if path else None, _FIND_IMAGE
     )
     error = _native.Error()
-    status = library.wan_attn_cuda_configure(ctypes.byref(config), ctypes.byref(error))
-    return None if status == _native.OK else error.text()
+    if library.wan_attn_cuda_configure(ctypes.byref(config), ctypes.byref(error)) != _native.OK:
+        raise RuntimeError(f"wan_attn: {error.text()}")
 
 
 def device(index: int) -> Device | str:
