@@ -186,7 +186,7 @@ BUGS = (
         KERNEL,
         "row < used_q ? load_q_pair(args, at) : 0",
         "load_q_pair(args, at)",
-        "in no tensor",
+        "global load outside the inputs",
     ),
     Bug(
         "padding rows of out keep garbage",
@@ -195,7 +195,10 @@ BUGS = (
         "sees_none =",
         "",
     ),
-    Bug("rows beyond out are written", OUTPUT, "row < args.seqlen_q", "true", "in no tensor"),
+    Bug(
+        *("rows beyond out are written", OUTPUT, "row < args.seqlen_q", "true"),
+        "global store outside the outputs",
+    ),
     Bug(
         "lanes do not swap",
         OUTPUT,

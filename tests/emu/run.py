@@ -79,12 +79,35 @@ def _lengths(lens: Tensor | None) -> Lengths:
     return Lengths(lens.data_ptr(), lens.stride(0), int(lens.dtype == torch.int64), 0)
 
 
-def _memory(name: str, x: Tensor | None, output: bool = False) -> list[Tensor_]:
-    """The storage behind a view: all of it may be read, as on a GPU; NaN marks what must not be."""
-    if x is None or not x.numel():
-        return []
-    store = x.untyped_storage()
-    return [Tensor_(name.encode(), store.data_ptr(), store.nbytes(), int(output))]
+class Memory:
+    """The tensors of a launch, copied to places far from each other: what runs over the end of one
+    must not depend on the allocator for being found in none. All of the storage behind a view may
+    be read, as on a GPU; NaN marks what must not be."""
+
+    GUARD = 1 << 18  # bytes; more than the rows of a block in any test
+    LARGEST = 1 << 26  # what is larger stays where it is
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor_] = []
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, name: str, x: Tensor, output: bool = False) -> Tensor:
+        """The view x at its new place; views of one storage stay together."""
+        whole = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+        if whole.data_ptr() not in self._places:
+            place = whole
+            if len(whole) <= self.LARGEST:
+                place = torch.empty(len(whole) + 2 * self.GUARD, dtype=torch.uint8)
+                place = place[self.GUARD : self.GUARD + len(whole)].copy_(whole)
+            self._places[whole.data_ptr()] = whole, place
+            known = Tensor_(name.encode(), place.data_ptr(), len(place), int(output))
+            self.tensors += [known] if len(place) else []
+        _, place = self._places[whole.data_ptr()]
+        begin = place.storage_offset() // x.itemsize + x.storage_offset()
+        return place.view(x.dtype).as_strided(x.shape, x.stride(), begin)
+
+    def maybe(self, name: str, x: Tensor | None, output: bool = False) -> Tensor | None:
+        return None if x is None else self.add(name, x, output)
 
 
 def _bound(window: int) -> int:
@@ -157,6 +180,11 @@ def run(
     # Filled with NaN: an element that is not written shows.
     out = torch.full((splits, *query.shape), math.nan, dtype=out_dtype)
     lse = torch.full((splits, batch, heads_q, seqlen_q), math.nan) if return_lse else None
+    memory = Memory()
+    query, key, value = memory.add("q", query), memory.add("k", key), memory.add("v", value)
+    out, lse = memory.add("out", out, True), memory.maybe("lse", lse, True)
+    q_lens, k_lens = memory.maybe("q_lens", q_lens), memory.maybe("k_lens", k_lens)
+    v_scale = memory.maybe("v_scale", v_scale)
     left, right = window
     args = Args(
         *(_view(query), _view(key), _view(value), _view(out[0])),
@@ -172,13 +200,8 @@ def run(
         max(abs(scale) * LOG2_E, SMALLEST_SCALE),
         0x80008000 if scale < 0 else 0,
     )
-    memory = [
-        *(*_memory("q", query), *_memory("k", key), *_memory("v", value)),
-        *(*_memory("q_lens", q_lens), *_memory("k_lens", k_lens)),
-        *_memory("v_scale", v_scale),
-        *(*_memory("out", out, True), *_memory("lse", lse, True)),
-    ]
-    conflicts = launch(kernel, args, args.m_blocks * splits * heads_q * batch, memory, schedule)
+    grid = args.m_blocks * splits * heads_q * batch
+    conflicts = launch(kernel, args, grid, memory.tensors, schedule)
     if split_tiles:
         return Result(out, lse, conflicts)
     return Result(out[0], lse[0] if lse is not None else None, conflicts)
