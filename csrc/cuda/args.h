@@ -31,15 +31,18 @@ typedef struct wan_attn_cuda_lengths {
 
 typedef struct wan_attn_cuda_args {
     wan_attn_cuda_view q;    /* f32 if q_is_f32, else the row's dtype */
-    wan_attn_cuda_view k, v; /* the row's dtype; v of a pv16 row: f16, see v_scale */
+    wan_attn_cuda_view k, v; /* the row's dtype; f16 where a scale is asked for below */
     wan_attn_cuda_view out;  /* f32 if out_is_f32, else the row's dtype */
     float *lse;              /* [batch, num_heads_q, seqlen_q], natural log; NULL: not wanted */
     wan_attn_i64 lse_batch_stride, lse_head_stride, lse_row_stride;
     wan_attn_cuda_lengths seqused_q, seqused_k;
 
-    /* pv16 rows: [batch, num_heads_k], what v of that head has been divided by. A power of two that
-     * brings the largest finite |v| to at most WAN_ATTN_CUDA_LARGEST_V. Other rows: NULL. */
-    const float *v_scale;
+    /* [batch, num_heads_k]: what v and k of that head have been divided by to fit f16. Powers of
+     * two, from wan_attn_find_scale with these limits:
+     *     pv16 rows                v_scale: WAN_ATTN_CUDA_LIMIT_SUM_F16    k_scale: NULL
+     *     bf16 rows on Turing      both: WAN_ATTN_CUDA_LIMIT_F16
+     *     all others               both: NULL */
+    const float *v_scale, *k_scale;
 
     /* Split over keys: part s works on the key tiles [s, s + 1) * split_tiles of its rows and
      * writes a complete result (out, lse) of those keys, s strides further. One part: num_splits =
@@ -62,7 +65,8 @@ typedef struct wan_attn_cuda_args {
 } wan_attn_cuda_args;
 
 /* pack.cuh. Grids, in warps: measure batch * heads * num_parts, find_scale batch * heads, convert
- * batch * seqlen * heads; in blocks of HELPER's threads, rounded up. */
+ * batch * seqlen * heads; in blocks of HELPER's threads, rounded up. For another dtype's sake alone
+ * (f32 to bf16, say), or for alignment's, convert with scale == NULL is enough. */
 typedef struct wan_attn_cuda_pack_args {
     wan_attn_cuda_view from;
     void *to; /* [batch, seqlen, heads, head_dim], dense, 16-bit */
@@ -72,8 +76,19 @@ typedef struct wan_attn_cuda_pack_args {
     int batch, seqlen, heads, head_dim; /* head_dim: even */
     int from_dtype;                     /* wan_attn_dtype: f32, f16 or bf16 */
     int to_bf16;                        /* else f16 */
-    int num_parts, unused;
+    int num_parts;
+    int limit; /* find_scale: the largest finite value becomes less than 2^limit */
 } wan_attn_cuda_pack_args;
+
+/* put_lengths.cuh. Grid: one block. Writes lengths[0 .. count) to `to`, for seqused_q, seqused_k or
+ * both of a launch behind it in the stream; for more of them, launch it again further on. */
+enum { WAN_ATTN_CUDA_MOST_LENGTHS = 256 };
+typedef struct wan_attn_cuda_put_lengths_args {
+    int *to; /* device memory */
+    int count;
+    int lengths[WAN_ATTN_CUDA_MOST_LENGTHS];
+    int unused;
+} wan_attn_cuda_put_lengths_args;
 
 /* merge.cuh. Grid, in warps: batch * seqlen * num_heads. */
 typedef struct wan_attn_cuda_merge_args {
@@ -91,7 +106,10 @@ typedef struct wan_attn_cuda_merge_args {
 #define WAN_ATTN_CUDA_UNBOUNDED (1 << 29)
 #define WAN_ATTN_CUDA_SMALLEST_SCALE 1.1754944e-38f
 
-/* 32 weights of at most 1 times this stay far below f16's 65504, rounding included. */
-#define WAN_ATTN_CUDA_LARGEST_V 512.0f
+/* Limits of find_scale. 32 weights of at most 1 times 2^9 stay far below f16's 65504, rounding
+ * included; 2^15 does so alone, and leaves the largest range below: what is 2^-32 of the largest
+ * still has bf16's eight bits. */
+#define WAN_ATTN_CUDA_LIMIT_SUM_F16 9
+#define WAN_ATTN_CUDA_LIMIT_F16 15
 
 #endif /* WAN_ATTN_CUDA_ARGS_H */

@@ -85,10 +85,10 @@ def _machine() -> tuple[str, ...]:
 
 
 @cache
-def library(tile: Tile | Helper, csrc: Path = CSRC) -> ctypes.CDLL:
+def library(tile: Tile | Helper, csrc: Path = CSRC, arch: int | None = None) -> ctypes.CDLL:
     """The emulated kernel. `csrc`: other sources than the repository's (planted bugs)."""
     constants = {"SMEM_BYTES": "0", **tile.defines(), "KERNEL_ARGS": tile.args}
-    constants["EMULATED_ARCH"] = str(tile.emulated_arch)
+    constants["EMULATED_ARCH"] = str(arch or tile.emulated_arch)
     defines = [f"-D{name}={value}" for name, value in constants.items()]
     strict = ["-Werror"] if csrc == CSRC else []  # bugs may leave things unused
     command = [

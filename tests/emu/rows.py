@@ -78,6 +78,11 @@ class Tile:
         }
 
     @property
+    def bf16_as_f16(self) -> bool:
+        """Turing: k and v of a bf16 row are f16, with a scale each."""
+        return self.gpu_class == "TURING" and self.dtype == "BF16"
+
+    @property
     def emulated_arch(self) -> int:
         """Whose instructions the emulator offers; all from sm_80 on are alike to these kernels."""
         return 75 if self.gpu_class == "TURING" else 80

@@ -17,6 +17,7 @@ from emu.rows import CSRC, Tile
 
 UNBOUNDED = 1 << 29
 SMALLEST_SCALE = 1.1754944e-38
+LIMIT_SUM_F16, LIMIT_F16 = 9, 15  # of find_scale
 LOG2_E = 1.4426950408889634
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -36,7 +37,7 @@ class Args(ctypes.Structure):
         *((name, View) for name in ("q", "k", "v", "out")),
         *(("lse", c_void_p), ("lse_strides", c_longlong * 3)),
         *(("seqused_q", Lengths), ("seqused_k", Lengths)),
-        ("v_scale", c_void_p),
+        *(("v_scale", c_void_p), ("k_scale", c_void_p)),
         *(("out_split_stride", c_longlong), ("lse_split_stride", c_longlong)),
         *((name, c_int) for name in ("num_splits", "split_tiles", "batch", "num_heads_q")),
         *((name, c_int) for name in ("heads_per_key_head", "seqlen_q", "seqlen_k", "m_blocks")),
@@ -135,16 +136,16 @@ def launch(
     return conflicts.value
 
 
-def scaled_v(value: Tensor) -> tuple[Tensor, Tensor]:
-    """What the pack kernels make of V for a pv16 row: f16 values, and the powers of two by which
-    each head was divided so that its largest finite |v| is between 256 and 512."""
-    wide = value.float()
+def scaled(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """What the pack kernels make of K or V: f16 values, and the powers of two by which each head
+    was divided so that its largest finite number is between 2^(limit - 1) and 2^limit."""
+    wide = x.float()
     largest = (
         torch.where(wide.isfinite(), wide.abs(), 0.0).amax(dim=(1, 3))
-        if value.numel()
-        else (torch.zeros(value.shape[0], value.shape[2]))
+        if x.numel()
+        else (torch.zeros(x.shape[0], x.shape[2]))
     )
-    exponent = torch.frexp(largest)[1] - 9  # largest = fraction * 2^exponent, fraction below 1
+    exponent = torch.frexp(largest)[1] - limit  # largest = fraction * 2^exponent, fraction below 1
     scale = torch.where(largest > 0, torch.exp2(exponent.float().clamp(-126, 126)), 1.0)
     return (wide / scale[:, None, :, None]).half(), scale.contiguous()
 
@@ -171,9 +172,11 @@ def run(
     batch, seqlen_q, heads_q, head_dim = query.shape
     seqlen_k = key.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
-    v_scale = None
+    v_scale = k_scale = None
     if tile.pv_sum_f16:
-        value, v_scale = scaled_v(value)
+        value, v_scale = scaled(value, LIMIT_SUM_F16)
+    if tile.bf16_as_f16:
+        (key, k_scale), (value, v_scale) = scaled(key, LIMIT_F16), scaled(value, LIMIT_F16)
     k_tiles = max(1, -(-seqlen_k // tile.block_n))
     splits = -(-k_tiles // split_tiles) if split_tiles else 1
     out_dtype = torch.float32 if split_tiles else query.dtype
@@ -184,7 +187,7 @@ def run(
     query, key, value = memory.add("q", query), memory.add("k", key), memory.add("v", value)
     out, lse = memory.add("out", out, True), memory.maybe("lse", lse, True)
     q_lens, k_lens = memory.maybe("q_lens", q_lens), memory.maybe("k_lens", k_lens)
-    v_scale = memory.maybe("v_scale", v_scale)
+    v_scale, k_scale = memory.maybe("v_scale", v_scale), memory.maybe("k_scale", k_scale)
     left, right = window
     args = Args(
         *(_view(query), _view(key), _view(value), _view(out[0])),
@@ -192,6 +195,7 @@ def run(
         (c_longlong * 3)(*(lse.stride()[1:] if lse is not None else (0, 0, 0))),
         *(_lengths(q_lens), _lengths(k_lens)),
         v_scale.data_ptr() if v_scale is not None else None,
+        k_scale.data_ptr() if k_scale is not None else None,
         *(out.stride(0), lse.stride(0) if lse is not None else 0),
         *(splits, split_tiles or k_tiles, batch, heads_q),
         *(heads_q // key.shape[2], seqlen_q, seqlen_k, -(-seqlen_q // tile.block_m)),
