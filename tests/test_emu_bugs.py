@@ -151,6 +151,22 @@ BUGS = (
         "out is wrong",
         "sdpa_sm80_pv16_bf16_d128_slim",
     ),
+    Bug(
+        *("K's scale is forgotten", KERNEL, "scale_q_row(q.in_regs[m], r) * k_scale"),
+        *("scale_q_row(q.in_regs[m], r)", "is wrong", "sdpa_sm75_bf16_d64_turing"),
+    ),
+    Bug(
+        *("a row has the scale of the one beside it", KERNEL, "q.scale[m][r] = larger"),
+        *("q.scale[m][1 - r] = larger", "is wrong", "sdpa_sm75_bf16_d64_turing"),
+    ),
+    Bug(
+        "a row is scaled by a quarter of it",
+        KERNEL,
+        "lane_mask = 1; lane_mask < 4; lane_mask *= 2",
+        "lane_mask = 1; lane_mask < 1; lane_mask *= 2",
+        "is wrong",
+        "sdpa_sm75_bf16_d64_turing",
+    ),
     Bug("maximum of half a row", SOFTMAX, "return larger(x, shfl_xor(x, 2));", "return x;", ""),
     Bug(
         "maximum without the last column",

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * put_lengths.cuh - lengths that the host knows, to device memory. They travel inside the launch, as
- * its parameter: no copy that waits for the stream, no host memory that has to outlive the call, and
- * a captured CUDA graph carries them along.
+ * put_lengths.cuh - lengths that the host knows, to device memory. They travel inside the launch,
+ * as its parameter: no copy that waits for the stream, no host memory that has to outlive the call,
+ * and a captured CUDA graph carries them along.
  */
 #include "cuda/args.h"
 #include "cuda/ptx/ptx.cuh"
