@@ -151,6 +151,22 @@ BUGS = (
         "out is wrong",
         "sdpa_sm80_pv16_bf16_d128_slim",
     ),
+    Bug(
+        *("K's scale is forgotten", KERNEL, "scale_q_row(q.in_regs[m], r) * k_scale"),
+        *("scale_q_row(q.in_regs[m], r)", "is wrong", "sdpa_sm75_bf16_d64_turing"),
+    ),
+    Bug(
+        *("a row has the scale of the one beside it", KERNEL, "q.scale[m][r] = larger"),
+        *("q.scale[m][1 - r] = larger", "is wrong", "sdpa_sm75_bf16_d64_turing"),
+    ),
+    Bug(
+        "a row is scaled by a quarter of it",
+        KERNEL,
+        "lane_mask = 1; lane_mask < 4; lane_mask *= 2",
+        "lane_mask = 1; lane_mask < 1; lane_mask *= 2",
+        "is wrong",
+        "sdpa_sm75_bf16_d64_turing",
+    ),
     Bug("maximum of half a row", SOFTMAX, "return larger(x, shfl_xor(x, 2));", "return x;", ""),
     Bug(
         "maximum without the last column",
@@ -186,7 +202,7 @@ BUGS = (
         KERNEL,
         "row < used_q ? load_q_pair(args, at) : 0",
         "load_q_pair(args, at)",
-        "in no tensor",
+        "global load outside the inputs",
     ),
     Bug(
         "padding rows of out keep garbage",
@@ -195,7 +211,10 @@ BUGS = (
         "sees_none =",
         "",
     ),
-    Bug("rows beyond out are written", OUTPUT, "row < args.seqlen_q", "true", "in no tensor"),
+    Bug(
+        *("rows beyond out are written", OUTPUT, "row < args.seqlen_q", "true"),
+        "global store outside the outputs",
+    ),
     Bug(
         "lanes do not swap",
         OUTPUT,

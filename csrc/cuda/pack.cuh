@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0
  * pack.cuh - the passes that bring K and V into the form the attention kernels read: 16-bit, dense
- * rows, and for pv16 rows V scaled into f16's range. Needed for f32 keys, for views that are not
- * 16-byte aligned, and for V of a pv16 row; a small part of the attention's own time.
+ * rows, and scaled into f16's range where the row wants f16 of bf16 tensors. Needed for f32 keys,
+ * for views that are not 16-byte aligned, for V of a pv16 row, and for K and V of a bf16 row on
+ * Turing; a small part of the attention's own time.
  *
  * Three kernels, by PACK_STEP: 1 measures the largest finite value of each part of a head, 2 makes
- * of a head's parts its scale, 3 converts. 1 and 2 are only for pv16 rows. One warp works on one
- * part, one head, or one row; nothing is shared between warps, so that neither barriers nor atomics
+ * of a head's parts its scale, 3 converts. 1 and 2 only where there is a scale. One warp works on
+ * one part, one head, or one row; nothing is shared between warps, so that neither barriers nor atomics
  * are needed and two runs give the same bits.
  * Numerics: scales are powers of two, hence exact; f32 is rounded to nearest; NaN and infinities
  * stay what they are and do not count as the largest.
@@ -31,10 +32,10 @@ DEVICE float load_element(const wan_attn_cuda_pack_args &args, i64 at) {
     return low;
 }
 
-/* The power of two by which a head with this largest value is divided. */
-DEVICE float scale_for(float largest) {
+/* The power of two that, as divisor, brings this largest value below 2^limit. */
+DEVICE float scale_for(float largest, int limit) {
     int exponent = (int)(bits_from_float(largest) >> 23) - 126; /* largest < 2^exponent */
-    exponent = larger_int(exponent - 9, -126);                  /* 2^9: LARGEST_V */
+    exponent = larger_int(exponent - limit, -126);
     return largest == 0.0f ? 1.0f : float_from_bits((u32)(exponent + 127) << 23);
 }
 
@@ -83,7 +84,7 @@ DEVICE void find_scale(const wan_attn_cuda_pack_args &args) {
             larger(largest, load_global_f32(args.largest + (i64)head * args.num_parts + part));
     largest = warp_max(largest);
     if (lane == 0)
-        store_global_f32(args.scale + head, scale_for(largest));
+        store_global_f32(args.scale + head, scale_for(largest, args.limit));
 }
 
 /* Warps run over [batch][seqlen][heads]; rows behind the real length are left as they are. */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * sdpa_sm80.cuh - exact attention for every GPU from sm_80 on: mma.sync m16n8k16, cp.async,
  * ldmatrix; f16 or bf16 operands, f32 sums. Rows sm75 are the same with what Turing has instead:
- * two m16n8k8, copies that are waited for, f16 only.
+ * two m16n8k8, copies that are waited for, f16 products only (bf16 tensors: see Numerics).
  *
  * Implements: FlashAttention-2 (Dao, arXiv 2307.08691, algorithm 1). Differs from it: K has two
  * buffers, so that the next tile is on its way all the time; Q stays in registers where a warp has
@@ -36,17 +36,27 @@
  * GeForce, where that product then runs twice as fast) P and V are f16 and 32 keys at a time are
  * summed in f16: eleven bits of P instead of bf16's eight outweigh those roundings. V comes scaled
  * (args.h), so that no sum of finite numbers can overflow; NaN and infinities pass through.
+ * bf16 on Turing: f16 has three bits more than bf16 and a far smaller range, so that every operand
+ * comes with a power of two: K and V one a head (args.h), Q one a row, found as it is loaded; P
+ * needs none. The products then are those of the bf16 numbers, exactly; what is smaller than 2^-32
+ * of its head's or row's largest loses bits. out is rounded to bf16 in integer arithmetic.
  * Measured: no GPU was at hand. What the instruction counts allow: benchmarks/static_model.py.
  */
 #include "cuda/args.h"
 #include "cuda/ptx/ptx.cuh"
 
 #define NUM_THREADS (32 * NUM_WARPS)
-#if IS_BF16
+#if IS_BF16 /* of q and out */
 #define PACK pack_bf16
-#define MMA mma_m16n8k16_bf16
 #else
 #define PACK pack_f16
+#endif
+#define BF16_AS_F16 (IS_BF16 && !HAS_BF16)
+#if IS_BF16 && HAS_BF16 /* of products */
+#define PACK_P pack_bf16
+#define MMA mma_m16n8k16_bf16
+#else
+#define PACK_P pack_f16
 #define MMA mma_m16n8k16_f16
 #endif
 
@@ -70,12 +80,15 @@ enum {
 static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row tiles");
 static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two K tiles");
 static_assert(V_STEPS % F16_STEPS == 0, "the last f16 sum must be added as well");
+static_assert(!BF16_AS_F16 || Q_IN_REGS, "a row of Q is scaled where all of it is at hand");
 static_assert(BOUNDS_SMEM + 16 == SMEM_BYTES, "sdpa_rows.def must say what is used");
 
 /* A operands of Q: registers, or a place for them that is filled on demand. */
 typedef struct q_fragments {
     u32 in_regs[Q_IN_REGS ? M_TILES : 1][Q_IN_REGS ? K_STEPS : 1][4];
     u32 smem; /* this lane's 16 bytes of fragment 0 */
+    /* Of the rows' scores in base 2; used if BF16_AS_F16, else it is args.scale_log2e. */
+    float scale[M_TILES][2];
 } q_fragments;
 
 /* What a warp carries from tile to tile. */
@@ -131,6 +144,45 @@ DEVICE u32 load_q_pair(const wan_attn_cuda_args &args, i64 at) {
     return pair ^ args.q_sign;
 }
 
+#if BF16_AS_F16
+/* Row r of an m tile from bf16 to f16, times the power of two that brings its largest finite number
+ * to between 2^14 and 2^15. Returns what undoes it. */
+DEVICE float scale_q_row(u32 q[K_STEPS][4], int r) {
+    int exponent = 15; /* biased; less would scale by more than a float holds */
+#pragma unroll
+    for (int i = 0; i < K_STEPS * 4; i++) {
+        u32 pair = q[i / 4][i / 2 % 2 * 2 + r];
+        int one = (int)((i % 2 ? pair >> 16 : pair) >> 7 & 255);
+        exponent = one == 255 ? exponent : larger_int(exponent, one); /* 255: NaN, infinity */
+    }
+#pragma unroll
+    for (int lane_mask = 1; lane_mask < 4; lane_mask *= 2)
+        exponent = larger_int(exponent, (int)shfl_xor_bits((u32)exponent, lane_mask));
+    float factor = float_from_bits((u32)(127 + 127 + 14 - exponent) << 23);
+#pragma unroll
+    for (int i = 0; i < K_STEPS * 2; i++) {
+        u32 *pair = &q[i / 2][i % 2 * 2 + r];
+        *pair = pack_f16(float_from_bits(*pair << 16) * factor,
+                         float_from_bits(*pair & 0xffff0000u) * factor);
+    }
+    return float_from_bits((u32)(exponent - 14) << 23);
+}
+
+/* From bf16 to f16; q.scale then holds what makes scores of the scaled products. */
+DEVICE void scale_q(const wan_attn_cuda_args &args, const block_place &place, q_fragments &q) {
+    int num_heads_k = args.num_heads_q / args.heads_per_key_head;
+    int head = place.head / args.heads_per_key_head;
+    float k_scale = load_global_f32(args.k_scale + (i64)place.sample * num_heads_k + head);
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float scale = scale_q_row(q.in_regs[m], r) * k_scale * args.scale_log2e;
+            q.scale[m][r] = larger(scale, WAN_ATTN_CUDA_SMALLEST_SCALE);
+        }
+}
+#endif
+
 /* Straight from global memory into fragments: once a block, so that its small loads do not matter,
  * and f32 needs no pass of its own. Rows behind the real length are not read. In shared memory a
  * fragment lies as its lanes hold it; lanes read only what they wrote. */
@@ -156,6 +208,9 @@ DEVICE void load_q(const wan_attn_cuda_args &args, const block_place &place, int
             if (!Q_IN_REGS)
                 store_shared_b32x4(q.smem + (u32)(m * K_STEPS + step) * 512, a);
         }
+#if BF16_AS_F16
+    scale_q(args, place, q);
+#endif
 }
 
 DEVICE key_tiles find_tiles(const wan_attn_cuda_args &args, const block_place &place,
@@ -262,7 +317,7 @@ DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_T
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float *pair = &p[m][2 * step + i / 2][2 * (i % 2)];
-                a[m][i] = PACK(pair[0], pair[1]);
+                a[m][i] = PACK_P(pair[0], pair[1]);
             }
 #pragma unroll
         for (int j = 0; j < O_TILES; j += 2) {
@@ -306,8 +361,9 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked,
                 s[m], r,
                 visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r, bounds.num_keys),
                 n * BLOCK_N + thread_index() % 4 * 2);
-        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], args.scale_log2e,
-                     is_masked);
+        const float scale[2] = {BF16_AS_F16 ? q.scale[m][0] : args.scale_log2e,
+                                BF16_AS_F16 ? q.scale[m][1] : args.scale_log2e};
+        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale, is_masked);
     }
 
     cp_async_wait<STAGES - 1>();
@@ -371,7 +427,7 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_args, args) {
     place = find_place(args, BLOCK_M);
     int used_q = used_rows(args, place);
     float scale = 1.0f;
-    if (PV_SUM_F16) {
+    if (PV_SUM_F16 || BF16_AS_F16) {
         int head = place.head / args.heads_per_key_head;
         int num_heads_k = args.num_heads_q / args.heads_per_key_head;
         scale = load_global_f32(args.v_scale + (i64)place.sample * num_heads_k + head);

@@ -18,13 +18,16 @@ std::string global_memory::check(const void *address, int bytes, bool is_write) 
     const char *verb = is_write ? "store" : "load";
     if (reinterpret_cast<std::uintptr_t>(at) % static_cast<std::uintptr_t>(bytes) != 0)
         return std::string("misaligned global ") + verb + " of " + std::to_string(bytes) + " bytes";
+    // The same words whatever lies there: that is up to whoever allocated the tensors.
+    std::string outside =
+        std::string("global ") + verb + " outside the " + (is_write ? "outputs" : "inputs");
     for (std::size_t i = 0; i < tensors.size(); i++) {
         tensor &t = tensors[(last_hit + i) % tensors.size()];
         if (at < t.begin || at + bytes > t.end)
             continue;
         last_hit = (last_hit + i) % tensors.size();
         if (is_write != t.is_output)
-            return std::string("global ") + verb + " of " + t.name;
+            return outside + ", in " + t.name;
         for (std::ptrdiff_t n = at - t.begin; is_write && n < at - t.begin + bytes; n += 2) {
             if (t.written[static_cast<std::size_t>(n / 2)])
                 return t.name + " is written twice at byte " + std::to_string(n);
@@ -32,12 +35,11 @@ std::string global_memory::check(const void *address, int bytes, bool is_write) 
         }
         return "";
     }
-    std::string near;
     for (const tensor &t : tensors)
         if (at + bytes > t.begin - 4096 && at < t.end + 4096)
-            near = ", near " + t.name + " at byte " + std::to_string(at - t.begin) + " of " +
-                   std::to_string(t.end - t.begin);
-    return std::string("global ") + verb + ": address is in no tensor" + near;
+            outside += ", near " + t.name + " at byte " + std::to_string(at - t.begin) + " of " +
+                       std::to_string(t.end - t.begin);
+    return outside;
 }
 
 void shared_memory::begin_block(std::uint32_t size, bool check) {

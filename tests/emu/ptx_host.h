@@ -111,9 +111,14 @@ DEVICE void ldmatrix_x4(u32 x[4], u32 row_address, emu::site at = {}) {
 DEVICE void ldmatrix_x4_trans(u32 x[4], u32 row_address, emu::site at = {}) {
     emu::load_matrices(x, row_address, true, at);
 }
+#if HAS_BF16
 DEVICE void mma_m16n8k16_bf16(float d[4], const u32 a[4], u32 b0, u32 b1, emu::site at = {}) {
     emu::multiply(d, a, b0, b1, true, at);
 }
+DEVICE u32 cvt_bf16x2(float low, float high) {
+    return emu::to_bf16(low) | static_cast<u32>(emu::to_bf16(high)) << 16;
+}
+#endif
 DEVICE void mma_m16n8k16_f16(float d[4], const u32 a[4], u32 b0, u32 b1, emu::site at = {}) {
 #if EMULATED_ARCH >= 80
     emu::multiply(d, a, b0, b1, false, at);
@@ -138,9 +143,6 @@ DEVICE float exp2_approx(float x) {
     return y < 0x1p-126f ? 0.0f : emu::rough(y);
 }
 DEVICE float reciprocal(float x) { return emu::rough(1.0f / x); }
-DEVICE u32 pack_bf16(float low, float high) {
-    return emu::to_bf16(low) | static_cast<u32>(emu::to_bf16(high)) << 16;
-}
 DEVICE u32 pack_f16(float low, float high) {
     return emu::to_f16(low) | static_cast<u32>(emu::to_f16(high)) << 16;
 }

@@ -48,8 +48,10 @@ KERNEL(k_mma_m16n8k16_bf16, float *d, const u32 *a, u32 b0, u32 b1) {
 KERNEL(k_mma_m16n8k16_f16_sum_f16, u32 *d, const u32 *a, u32 b0, u32 b1) {
     mma_m16n8k16_f16_sum_f16(d, a, b0, b1);
 }
-KERNEL(k_pack_bf16, u32 *out, float low, float high) { *out = pack_bf16(low, high); }
+KERNEL(k_cvt_bf16x2, u32 *out, float low, float high) { *out = cvt_bf16x2(low, high); }
 #endif
+KERNEL(k_pack_bf16, u32 *out, float low, float high) { *out = pack_bf16(low, high); }
+KERNEL(k_round_to_bf16, u32 *out, float x) { *out = round_to_bf16(x); }
 KERNEL(k_mma_m16n8k16_f16, float *d, const u32 *a, u32 b0, u32 b1) {
     mma_m16n8k16_f16(d, a, b0, b1);
 }

@@ -62,6 +62,11 @@ class Tile:
         return ONE_ARCH.get(self.body)
 
     @property
+    def bf16_as_f16(self) -> bool:
+        """Turing: k and v of a bf16 row are f16, with a scale each."""
+        return self.gpu_class == "TURING" and self.dtype == "BF16"
+
+    @property
     def num_threads(self) -> int:
         return 32 * self.num_warps
 

@@ -64,17 +64,19 @@ const wan_attn_cuda_device *wan_attn_cuda_find_device(int32_t index, char *reaso
     const wan_attn_cuda_driver *d = wan_attn_cuda_open_driver(reason, size);
     if (!d)
         return NULL;
-    int count = 0;
-    wan_attn_cu_result error = d->device_count(&count);
-    if (error == 0 && (index < 0 || index >= count || index >= WAN_ATTN_CUDA_MAX_DEVICES)) {
+    int count = 0, is_there = index >= 0 && index < WAN_ATTN_CUDA_MAX_DEVICES;
+    wan_attn_cu_result error = 0;
+    wan_attn_acquire(&lock);
+    if (!is_there || !slots[index].is_known)
+        error = d->device_count(&count);
+    if (is_there && !slots[index].is_known && error == 0) {
+        is_there = index < count;
+        error = is_there ? ask(d, index, &slots[index]) : 0;
+    }
+    wan_attn_release(&lock);
+    if (error == 0 && !is_there) {
         snprintf(reason, size, "the driver has %d devices, there is no cuda:%d", count, (int)index);
         return NULL;
-    }
-    if (error == 0) {
-        wan_attn_acquire(&lock);
-        if (!slots[index].is_known)
-            error = ask(d, index, &slots[index]);
-        wan_attn_release(&lock);
     }
     if (error != 0) {
         wan_attn_error told;

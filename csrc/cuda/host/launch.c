@@ -28,10 +28,10 @@ const char *wan_attn_cuda_refuse(const wan_attn_problem *p) {
         wan_attn_cuda_find_device(p->params->q.device_index, unused, sizeof(unused));
     wan_attn_cuda_plan plan;
     wan_attn_cuda_make_plan(p, &plan);
+    if (device && wan_attn_cuda_sums_f16(p->row) && !device->is_half_rate)
+        return "pays only where tensor cores sum f32 at half rate (GeForce RTX 30 to 50)";
     if (!device || !plan.tile)
         return "has no tile for this GPU";
-    if (plan.tile->pv_sum_f16 && !device->is_half_rate)
-        return "pays only where tensor cores sum f32 at half rate (GeForce RTX 30 to 50)";
     const int64_t most = WAN_ATTN_CUDA_UNBOUNDED, blocks = INT32_MAX;
     if (p->seqlen_q >= most || p->seqlen_k >= most)
         return "takes lengths below 2^29";

@@ -64,6 +64,13 @@ const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch) {
     return NULL;
 }
 
+int wan_attn_cuda_sums_f16(const char *row) {
+    for (int n = 0; n < TILE_COUNT; n++)
+        if (strcmp(TILES[n].program.name, row) == 0)
+            return TILES[n].pv_sum_f16;
+    return 0;
+}
+
 const wan_attn_cuda_program *wan_attn_cuda_helper_program(wan_attn_cuda_helper helper) {
     return &HELPERS[helper];
 }

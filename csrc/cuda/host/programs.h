@@ -35,6 +35,9 @@ typedef enum wan_attn_cuda_helper {
  * than the list is taken for the newest one that is older. */
 const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch);
 
+/* Whether the row sums P V in f16, on whatever GPU. */
+int wan_attn_cuda_sums_f16(const char *row);
+
 const wan_attn_cuda_program *wan_attn_cuda_helper_program(wan_attn_cuda_helper helper);
 
 /* The program's function in the device's context, which must be this thread's; loaded at its first

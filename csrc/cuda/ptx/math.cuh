@@ -49,14 +49,13 @@ DEVICE float larger(float x, float y) {
     return r;
 }
 
-/* Two floats rounded to nearest, `low` in the low half. Not on Turing, which has no bf16. */
-DEVICE u32 pack_bf16(float low, float high) {
-    u32 x = 0;
-#if __CUDA_ARCH__ >= 800
+#if HAS_BF16
+DEVICE u32 cvt_bf16x2(float low, float high) {
+    u32 x;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
-#endif
     return x;
 }
+#endif
 
 DEVICE u32 pack_f16(float low, float high) {
     u32 x;

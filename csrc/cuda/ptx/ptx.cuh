@@ -9,6 +9,13 @@
 typedef unsigned int u32;
 typedef long long i64;
 
+/* Turing's tensor cores and conversions know no bf16. */
+#if __CUDA_ARCH__ >= 800 || EMULATED_ARCH >= 80
+#define HAS_BF16 1
+#else
+#define HAS_BF16 0
+#endif
+
 #if defined(WAN_ATTN_EMULATE)
 #include "emu/ptx_host.h"
 #else
@@ -17,5 +24,6 @@ typedef long long i64;
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/math.cuh"
 #endif
+#include "cuda/ptx/bf16.cuh"
 
 #endif /* WAN_ATTN_CUDA_PTX_H */

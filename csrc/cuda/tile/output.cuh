@@ -49,11 +49,11 @@ DEVICE void store_rows(const wan_attn_cuda_args &args, const block_place &place,
         float sum = quad_sum(row_sum[r]);
         bool has_row = row < args.seqlen_q;
         bool sees_none = row >= used_q || (row_max[r] == minus_infinity() && sum == 0.0f);
-        float factor = reciprocal(sum) * scale, values[O_TILES][2];
+        float factor = reciprocal(sum), values[O_TILES][2];
 #pragma unroll
         for (int j = 0; j < O_TILES; j++) {
-            values[j][0] = sees_none ? 0.0f : o[j][2 * r] * factor;
-            values[j][1] = sees_none ? 0.0f : o[j][2 * r + 1] * factor;
+            values[j][0] = sees_none ? 0.0f : o[j][2 * r] * factor * scale;
+            values[j][1] = sees_none ? 0.0f : o[j][2 * r + 1] * factor * scale;
         }
         if (args.out_is_f32)
             store_row_f32((char *)args.out.data + (at + row * args.out.row_stride) * 4, values,

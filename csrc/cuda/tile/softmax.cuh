@@ -4,7 +4,7 @@
  * Includer sets HEAD_DIM and BLOCK_N.
  *
  * Scores stay unscaled; the scale is part of exp2's argument, one fused multiply-add. row_max is
- * the largest score times scale_log2e, rounded once: every weight of a row is relative to that very
+ * the largest score times the row's scale, rounded once: every weight of a row is relative to that very
  * number, so that its rounding cancels in the quotient.
  */
 #ifndef WAN_ATTN_CUDA_TILE_SOFTMAX_H
@@ -39,20 +39,20 @@ DEVICE void mask_scores(float s[S_TILES][4], int r, const key_range &keys, int f
 }
 
 /* The maximum of row r of this tile and of the tiles before it. */
-DEVICE float grown_max(const float s[S_TILES][4], int r, float row_max, float scale_log2e) {
+DEVICE float grown_max(const float s[S_TILES][4], int r, float row_max, float scale) {
     float score = larger(s[0][2 * r], s[0][2 * r + 1]);
 #pragma unroll
     for (int j = 1; j < S_TILES; j++)
         score = larger(score, larger(s[j][2 * r], s[j][2 * r + 1]));
-    return larger(row_max, quad_max(score) * scale_log2e);
+    return larger(row_max, quad_max(score) * scale);
 }
 
-/* Scores become weights; o and row_sum are brought to the new maximum. is_masked: a row may have
- * seen no key yet. */
+/* Scores become weights; o and row_sum are brought to the new maximum. scale: of scores in base 2,
+ * for each of the lane's two rows. is_masked: a row may have seen no key yet. */
 DEVICE void softmax_tile(float s[S_TILES][4], float o[O_TILES][4], float row_max[2],
-                         float row_sum[2], float scale_log2e, bool is_masked) {
-    const float new_max[2] = {grown_max(s, 0, row_max[0], scale_log2e),
-                              grown_max(s, 1, row_max[1], scale_log2e)};
+                         float row_sum[2], const float scale[2], bool is_masked) {
+    const float new_max[2] = {grown_max(s, 0, row_max[0], scale[0]),
+                              grown_max(s, 1, row_max[1], scale[1])};
     /* Almost never after the first tiles. Skipping is exact: the factor would be 1. */
     if (any_lane(new_max[0] > row_max[0] || new_max[1] > row_max[1])) {
 #pragma unroll
@@ -76,8 +76,8 @@ DEVICE void softmax_tile(float s[S_TILES][4], float o[O_TILES][4], float row_max
 #pragma unroll
         for (int j = 0; j < S_TILES; j++) {
             float *weight = &s[j][2 * r];
-            weight[0] = exp2_approx(fused_multiply_add(weight[0], scale_log2e, shift));
-            weight[1] = exp2_approx(fused_multiply_add(weight[1], scale_log2e, shift));
+            weight[0] = exp2_approx(fused_multiply_add(weight[0], scale[r], shift));
+            weight[1] = exp2_approx(fused_multiply_add(weight[1], scale[r], shift));
             sum = j == 0 ? weight[0] + weight[1] : sum + (weight[0] + weight[1]);
         }
         row_sum[r] += sum; /* of one tile at a time: rounding grows with the tiles, not the keys */
