@@ -190,8 +190,8 @@ WAN_ATTN_API wan_attn_status wan_attn_workspace_size(const wan_attn_params *para
 /* Before the first CUDA call; later only find_image can still change. Opens nothing. */
 WAN_ATTN_API wan_attn_status wan_attn_cuda_configure(const wan_attn_cuda_config *config,
                                                      wan_attn_error *err);
-/* Opens the driver, makes no context. UNSUPPORTED: no driver, or no such device. device->struct_size
- * must be set. */
+/* Opens the driver, makes no context. UNSUPPORTED: no driver, or no such device.
+ * device->struct_size must be set. */
 WAN_ATTN_API wan_attn_status wan_attn_cuda_device_at(int32_t index, wan_attn_cuda_device *device,
                                                      wan_attn_error *err);
 

@@ -76,7 +76,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
 
 # From the bottom up: a module may import its own layer and those below.
 PYTHON_LAYERS = [
-    {"version", "_native", "autograd", "contract", "workloads"},
+    {"version", "_native", "_truth", "autograd", "contract", "workloads"},
     {"config"},
     {"request"},
     {"log", "states"},

@@ -137,6 +137,15 @@ VARIABLES: tuple[Variable, ...] = (
         " folder.",
     ),
     Variable(
+        "WAN_ATTN_SELF_CHECK",
+        "self_check",
+        "flag",
+        _FLAG,
+        "1",
+        "1 lets each of our CUDA kernels prove itself on the card, once in a process, before its"
+        " first call; a wrong one is left for the next backend.",
+    ),
+    Variable(
         "WAN_ATTN_LIBCUDA",
         "libcuda",
         "path",
@@ -171,6 +180,7 @@ class Settings:
     cpu_isa: str = "auto"
     binding: str = "auto"
     cache_dir: str | None = None
+    self_check: bool = True
     libcuda: str | None = None
     wan22_dir: str | None = None
 

@@ -200,7 +200,7 @@ static void append(char *text, size_t size, size_t *used, const char *format, co
 }
 
 /* UNSUPPORTED, with the reasons of the rows that came nearest: a user of one card is not told of
- * the rows for other dtypes. Neighbours with the same reason share it: "a, b: reason; c: another". */
+ * the rows for other dtypes. Neighbours with the same reason share it: "a, b: reason; c: other". */
 static wan_attn_status no_row(const wan_attn_problem *p, nearness nearest, wan_attn_error *err) {
     char reasons[900] = "", reason[200], before[200] = "";
     size_t used = 0;

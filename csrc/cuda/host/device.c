@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * device.c - what each CUDA device is. Asking makes no context; the primary one is retained when the
- * first kernel is loaded or launched, and then kept: it is torch's, and ends with the process.
+ * device.c - what each CUDA device is. Asking makes no context; the primary one is retained when
+ * the first kernel is loaded or launched, and then kept: it is torch's, and ends with the process.
  */
 #include "cuda/host/device.h"
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * launch.c - runs a call on a GPU: fills the arguments of each pass of its plan and enqueues them on
- * the caller's stream, in order. Waits for nothing, allocates nothing, reads nothing from the
+ * launch.c - runs a call on a GPU: fills the arguments of each pass of its plan and enqueues them
+ * on the caller's stream, in order. Waits for nothing, allocates nothing, reads nothing from the
  * device; what it passes by value is baked into a captured graph, as are the pointers.
  */
 #include <math.h>
