@@ -151,5 +151,11 @@ def gpus() -> dict[int, str]:
     return {int(arch): gpu_class for arch, gpu_class in _lines("GPU")}
 
 
+@cache
+def half_rate() -> tuple[tuple[int, str], ...]:
+    """(compute capability * 10, words in the card's name) of cards that pv16 rows are for."""
+    return tuple((int(arch), words.strip('"')) for arch, words in _lines("HALF_RATE"))
+
+
 def tiles_for(arch: int) -> tuple[Tile, ...]:
     return tuple(tile for tile in tiles() if tile.gpu_class == gpus()[arch])
