@@ -79,7 +79,7 @@ PYTHON_LAYERS = [
     {"version", "_native", "_truth", "autograd", "contract", "workloads"},
     {"config"},
     {"request"},
-    {"log", "states"},
+    {"log", "proof", "states"},
     {"cuda"},
     {"binding"},
     {"kernels"},

@@ -14,7 +14,7 @@ import pytest
 
 from emu import compile as compilers
 from emu import sass
-from emu.rows import Helper, Tile, helpers, tiles, tiles_for
+from emu.rows import Helper, Tile, gpus, half_rate, helpers, tiles, tiles_for
 
 # The architectures that are looked at; the others of a class get the same code or nearly so.
 ARCHS = (75, 80, 86, 89, 90, 120)
@@ -127,6 +127,13 @@ def test_every_row_has_a_tile_for_every_class() -> None:
         wanted = {"TURING"} if "_sm75_" in row else wanted
         assert {tile.gpu_class for tile in tiles() if tile.row == row} == wanted
     assert len({tile.name for tile in tiles()}) == len(tiles())
+
+
+def test_cards_of_half_rate_have_rows_for_it() -> None:
+    assert half_rate()
+    for arch, words in half_rate():
+        assert arch in gpus() and words
+        assert any(tile.pv_sum_f16 for tile in tiles_for(arch)), arch
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)

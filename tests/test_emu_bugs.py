@@ -145,9 +145,9 @@ BUGS = (
     ),
     Bug(
         "V's scale is forgotten",
-        OUTPUT,
-        "reciprocal(sum) * scale",
-        "reciprocal(sum)",
+        KERNEL,
+        "scale = load_global_f32(args.v_scale",
+        "load_global_f32(args.v_scale",
         "out is wrong",
         "sdpa_sm80_pv16_bf16_d128_slim",
     ),

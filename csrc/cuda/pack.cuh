@@ -6,8 +6,8 @@
  *
  * Three kernels, by PACK_STEP: 1 measures the largest finite value of each part of a head, 2 makes
  * of a head's parts its scale, 3 converts. 1 and 2 only where there is a scale. One warp works on
- * one part, one head, or one row; nothing is shared between warps, so that neither barriers nor atomics
- * are needed and two runs give the same bits.
+ * one part, one head, or one row; nothing is shared between warps, so that neither barriers nor
+ * atomics are needed and two runs give the same bits.
  * Numerics: scales are powers of two, hence exact; f32 is rounded to nearest; NaN and infinities
  * stay what they are and do not count as the largest.
  */

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from wan_attn.cuda import sources
-from wan_attn.cuda.rows import Helper, Job, Tile, gpus, helpers, tiles, tiles_for
+from wan_attn.cuda.rows import Helper, Job, Tile, gpus, half_rate, helpers, tiles, tiles_for
 
 __all__ = [
     "CSRC",
@@ -13,6 +13,7 @@ __all__ = [
     "Tile",
     "emulated_arch",
     "gpus",
+    "half_rate",
     "helpers",
     "tiles",
     "tiles_for",

@@ -216,6 +216,12 @@ def _dotted(arch: int) -> str:
     return f"{arch // 10}.{arch % 10}"
 
 
+@cache
+def half_rate() -> tuple[tuple[int, str], ...]:
+    """(compute capability * 10, words in the card's name) of cards that pv16 rows are for."""
+    return tuple((int(arch), words.strip('"')) for arch, words in _lines("HALF_RATE"))
+
+
 def tiles_for(arch: int) -> tuple[Tile, ...]:
     """The tiles that `arch` runs: those of its class, less those of another architecture alone."""
     gpu_class = class_of(arch)

@@ -4,8 +4,8 @@
  * Includer sets HEAD_DIM and BLOCK_N.
  *
  * Scores stay unscaled; the scale is part of exp2's argument, one fused multiply-add. row_max is
- * the largest score times the row's scale, rounded once: every weight of a row is relative to that very
- * number, so that its rounding cancels in the quotient.
+ * the largest score times the row's scale, rounded once: every weight of a row is relative to that
+ * very number, so that its rounding cancels in the quotient.
  */
 #ifndef WAN_ATTN_CUDA_TILE_SOFTMAX_H
 #define WAN_ATTN_CUDA_TILE_SOFTMAX_H
