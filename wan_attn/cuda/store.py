@@ -81,7 +81,7 @@ def read(folder: Path, name: str) -> bytes | None:
     return data
 
 
-def write(folder: Path, name: str, data: bytes) -> None:
+def write(folder: Path, name: str, data: bytes, mode: int = 0o600) -> None:
     """Puts the cubin there, whole or not at all.
 
     Raises:
@@ -91,6 +91,7 @@ def write(folder: Path, name: str, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data + _digest(name, data))
+        os.chmod(partial, mode)
         os.replace(partial, folder / f"{name}{SUFFIX}")
     except BaseException:
         Path(partial).unlink(missing_ok=True)
