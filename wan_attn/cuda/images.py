@@ -77,7 +77,7 @@ def images(kernels: Sequence[str], arch: int, force: bool = False) -> dict[str, 
 
 
 def state(kernel: str, arch: int) -> str:
-    """ "shipped", "cached" or "to compile".
+    """Where it would come from: "shipped", "cached" or "to compile".
 
     Raises:
         ImageError: nothing of that name runs there.
@@ -104,7 +104,10 @@ def forget() -> None:
 
 def _jobs(kernels: Sequence[str], arch: int) -> tuple[Job, ...]:
     try:
-        return jobs_for(arch, kernels)
+        jobs = jobs_for(arch, kernels)
+        for job in jobs:
+            job.texts()
+        return jobs
     except RowError as error:
         raise ImageError(str(error)) from error
     except OSError as error:
@@ -159,12 +162,9 @@ def _read(folder: Path, name: str) -> bytes | None:
 
 
 def _trusted(folder: Path) -> bool:
-    try:
-        store.check_private(folder)
-    except OSError as error:
-        _warn(("cache", folder), f"the cache of CUDA kernels is not used: {error}")
-        return False
-    return True
+    if why := store.problem(folder):
+        _warn(("not trusted", folder), f"the cache of CUDA kernels is not used: {why}")
+    return not why
 
 
 def _warn(key: object, text: str) -> None:
