@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""doctor_cuda.py - the facts on CUDA kernels: which are ready, what compiles others, where those are.
+"""doctor_cuda.py - which CUDA kernels are ready, what compiles the others, where those are kept.
 
 Loads no compiler and changes nothing.
 """

@@ -46,9 +46,9 @@ def compiler() -> nvrtc.Found | None:
     return max(known, key=lambda one: one.version or (0, 0), default=None)
 
 
-def wanted() -> list[Job]:
-    """Every kernel that is shipped, the longest to compile first."""
-    jobs = [job for arch in rows.SHIPPED for job in rows.jobs_for(arch)]
+def wanted(archs: Sequence[int]) -> list[Job]:
+    """Every kernel of these, the longest to compile first."""
+    jobs = [job for arch in archs for job in rows.jobs_for(arch)]
     return sorted(jobs, key=lambda job: -len(job.options()))  # helpers have fewer options
 
 
@@ -112,7 +112,12 @@ def ship(into: Path, kept: Path, workers: int) -> str:
     if found is None or found.version is None:
         raise ShipError(f"no NVRTC {MAJOR}.x here (pip install {REQUIREMENT})")
     kept.mkdir(parents=True, exist_ok=True)
-    jobs = wanted()
+    try:
+        known = nvrtc.load(found).archs
+    except nvrtc.NvrtcError as error:
+        raise ShipError(str(error)) from error
+    archs = [arch for arch in rows.SHIPPED if arch in known]
+    jobs = wanted(archs)
     missing = [job for job in jobs if _kept(kept, job, found.version) is None]
     if missing:
         make(missing, kept, min(workers, len(missing)))
@@ -126,9 +131,9 @@ def ship(into: Path, kept: Path, workers: int) -> str:
         size += len(data)
     for name in set(store.names(into)) - {job.stem for job in jobs}:
         store.remove(into, name)
-    archs = " ".join(f"sm_{arch}" for arch in rows.SHIPPED)
+    names = " ".join(f"sm_{arch}" for arch in archs)
     return (
-        f"{len(jobs)} CUDA kernels for {archs}, {size / 2**20:.1f} MiB ({len(missing)} compiled by"
+        f"{len(jobs)} CUDA kernels for {names}, {size / 2**20:.1f} MiB ({len(missing)} compiled by"
         f" NVRTC {nvrtc.version_name(found.version)} in {time.perf_counter() - start:.1f} s)"
     )
 
