@@ -30,6 +30,7 @@ KEYS = {
     "import_error": (str, type(None)),
     "backends": list,
     "kernels": list,
+    "cuda_kernels": dict,
     "choices": list,
     "selftest": list,
     "selftest_error": (str, type(None)),

@@ -41,6 +41,7 @@ class Image:
     data: bytes
     origin: str  # "shipped", "cached" or "NVRTC 12.8"
     seconds: float  # that it took
+    not_kept: str = ""  # why a later process will have to compile it again
 
 
 def image(kernel: str, arch: int) -> bytes:
@@ -56,15 +57,14 @@ def images(kernels: Sequence[str], arch: int, force: bool = False) -> dict[str, 
     """The same for several: what has to be compiled is announced in one line.
 
     Args:
-        force: compile all of them, and replace what is cached.
+        force: compile what is not shipped, and replace what is cached.
 
     Raises:
         ImageError: one of them is nowhere and cannot be made.
     """
     jobs = {job.kernel.row: job for job in _jobs(kernels, arch)}
-    found: dict[str, Image] = {}
-    if not force:
-        found = {name: ready for name, job in jobs.items() if (ready := _ready(job)) is not None}
+    look = _shipped if force else _ready
+    found = {name: ready for name, job in jobs.items() if (ready := look(job)) is not None}
     if len(found) < len(jobs):
         with _lock:
             # Another thread may have made some meanwhile.
@@ -77,7 +77,7 @@ def images(kernels: Sequence[str], arch: int, force: bool = False) -> dict[str, 
 
 
 def state(kernel: str, arch: int) -> str:
-    """ "shipped", "cached" or "to compile".
+    """Where it would come from: "shipped", "cached" or "to compile".
 
     Raises:
         ImageError: nothing of that name runs there.
@@ -104,7 +104,10 @@ def forget() -> None:
 
 def _jobs(kernels: Sequence[str], arch: int) -> tuple[Job, ...]:
     try:
-        return jobs_for(arch, kernels)
+        jobs = jobs_for(arch, kernels)
+        for job in jobs:
+            job.texts()
+        return jobs
     except RowError as error:
         raise ImageError(str(error)) from error
     except OSError as error:
@@ -118,15 +121,22 @@ def _ready(job: Job) -> Image | None:
     """What needs no compiler."""
     if job in _made:
         return _made[job]
+    if (shipped := _shipped(job)) is not None:
+        return shipped
     start = time.perf_counter()
-    for other in serving(job):
-        if (data := _read(SHIPPED_FOLDER, other.stem)) is not None:
-            return Image(data, "shipped", time.perf_counter() - start)
     folder = cache_folder()
     if folder is not None and folder.exists() and _trusted(folder):
         for name in _cached_names(job, folder):
             if (data := _read(folder, name)) is not None:
                 return Image(data, "cached", time.perf_counter() - start)
+    return None
+
+
+def _shipped(job: Job) -> Image | None:
+    start = time.perf_counter()
+    for other in serving(job):
+        if (data := _read(SHIPPED_FOLDER, other.stem)) is not None:
+            return Image(data, "shipped", time.perf_counter() - start)
     return None
 
 
@@ -139,12 +149,8 @@ def _cached_names(job: Job, folder: Path) -> list[str]:
         except nvrtc.NvrtcError as error:
             log.LOGGER.debug("%s %s", log.PREFIX, error)
     if versions:
-        return [_cached_name(job, version) for version in dict.fromkeys(versions)]
+        return [job.made_by(version) for version in dict.fromkeys(versions)]
     return [name for name in store.names(folder) if name.startswith(f"{job.stem}-nvrtc")]
-
-
-def _cached_name(job: Job, version: tuple[int, int]) -> str:
-    return f"{job.stem}-nvrtc{nvrtc.version_name(version)}"
 
 
 def _read(folder: Path, name: str) -> bytes | None:
@@ -156,12 +162,9 @@ def _read(folder: Path, name: str) -> bytes | None:
 
 
 def _trusted(folder: Path) -> bool:
-    try:
-        store.check_private(folder)
-    except OSError as error:
-        _warn(("cache", folder), f"the cache of CUDA kernels is not used: {error}")
-        return False
-    return True
+    if why := store.problem(folder):
+        _warn(("not trusted", folder), f"the cache of CUDA kernels is not used: {why}")
+    return not why
 
 
 def _warn(key: object, text: str) -> None:
@@ -182,19 +185,21 @@ def _make(job: Job) -> Image:
     if job in _failed:
         raise ImageError(_failed[job])
     start = time.perf_counter()
-    reasons = []
+    reasons: list[nvrtc.NvrtcError] = []
     for found in nvrtc.found():
         try:
             compiler = nvrtc.load(found)
             data = compiler.compile(job.arch, job.texts(), job.options())
         except nvrtc.NvrtcError as error:
-            reasons.append(str(error))
+            reasons.append(error)
             continue
         origin = f"NVRTC {nvrtc.version_name(compiler.version)}"
-        _made[job] = Image(data, origin, time.perf_counter() - start)
-        _keep(job, compiler.version, data)
+        seconds = time.perf_counter() - start
+        _made[job] = Image(data, origin, seconds, _keep(job, compiler.version, data))
         return _made[job]
-    why = "; ".join(reasons) or nvrtc.not_found()
+    why = "; ".join(map(str, reasons)) or nvrtc.not_found()
+    if reasons and all(isinstance(reason, nvrtc.UnknownArch) for reason in reasons):
+        why += "; a newer torch brings a newer NVRTC"
     _failed[job] = (
         f"{job.kernel.row} for {job.target}: the package has no ready machine code for this GPU and"
         f" it cannot be compiled: {why}"
@@ -202,20 +207,19 @@ def _make(job: Job) -> Image:
     raise ImageError(_failed[job])
 
 
-def _keep(job: Job, version: tuple[int, int], data: bytes) -> None:
+def _keep(job: Job, version: tuple[int, int], data: bytes) -> str:
+    """Puts it into the cache; "" or why it could not."""
     folder = cache_folder()
     if folder is None:
         why = "this user has no home directory"
     else:
         try:
             store.make_private(folder)
-            store.write(folder, _cached_name(job, version), data)
-            return
+            store.write(folder, job.made_by(version), data)
+            return ""
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             why = f"{folder} is full" if full else str(error)
-    _warn(
-        ("cache", folder),
-        f"compiled CUDA kernels are not kept for the next start: {why}; WAN_ATTN_CACHE_DIR names"
-        " another folder",
-    )
+    why += "; WAN_ATTN_CACHE_DIR names another folder"
+    _warn(("not kept", folder), f"compiled CUDA kernels are not kept for the next start: {why}")
+    return why

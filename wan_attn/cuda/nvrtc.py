@@ -53,6 +53,10 @@ class NvrtcError(RuntimeError):
     what to do."""
 
 
+class UnknownArch(NvrtcError):
+    """This NVRTC has no code for an architecture."""
+
+
 @dataclass(frozen=True)
 class Found:
     """An NVRTC on this machine; nothing of it is loaded yet."""
@@ -172,13 +176,12 @@ class Nvrtc:
             options: as on a command line, with the target among them.
 
         Raises:
-            NvrtcError: this NVRTC does not know `arch`, or what the compiler said.
+            UnknownArch: `arch` is newer than this NVRTC, or too old for it.
+            NvrtcError: what the compiler said.
         """
         if arch not in self.archs:
-            raise NvrtcError(
-                f"{self} does not know sm_{arch} (it knows {self.archs[0]} to {self.archs[-1]}); "
-                "a newer torch brings a newer one"
-            )
+            known = f"{self.archs[0]} to {self.archs[-1]}"
+            raise UnknownArch(f"{self} does not know sm_{arch} (it knows {known})")
         (name, text), *headers = texts.items()
         program = _P()
         status = self._lib.nvrtcCreateProgram(

@@ -160,6 +160,10 @@ class Job:
         """Names the result but for the compiler: a change of text or options changes it, too."""
         return f"{self.kernel.row}-{self.target}-{_fingerprint(self)}"
 
+    def made_by(self, version: tuple[int, int]) -> str:
+        """Names the result of one version of NVRTC."""
+        return f"{self.stem}-nvrtc{version[0]}.{version[1]}"
+
 
 @cache
 def _fingerprint(job: Job) -> str:

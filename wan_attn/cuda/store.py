@@ -26,41 +26,35 @@ def _digest(name: str, data: bytes) -> bytes:
     return hashlib.sha256(name.encode() + b"\0" + data).digest()
 
 
+def problem(folder: Path) -> str:
+    """Why what lies in `folder` is not to be believed; "" if it may be. Changes nothing."""
+    try:
+        state = folder.lstat()
+    except OSError as error:
+        return str(error)
+    if os.name == "nt":
+        return ""
+    if not stat.S_ISDIR(state.st_mode):
+        return f"{folder} must be a folder, not a link to one"
+    if state.st_uid != os.geteuid():
+        return (
+            f"{folder} belongs to another user (uid {state.st_uid}, this process is {os.geteuid()})"
+        )
+    if state.st_mode & 0o022:
+        return f"{folder} can be written to by other users (chmod 700 mends it)"
+    return ""
+
+
 def make_private(folder: Path) -> None:
     """Creates `folder` for this user alone.
 
-    What lies in it will run: a folder that somebody else owns or may write to is not used.
-
     Raises:
-        StoreError: it is somebody else's, or no folder.
+        StoreError: it is there, and somebody else may write to it: what lies in it will run.
         OSError: it cannot be created.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if os.name == "nt":
-        return  # the user's own profile: its permissions are inherited
-    state = folder.lstat()
-    if not stat.S_ISDIR(state.st_mode):
-        raise StoreError(f"{folder} must be a folder, not a link to one")
-    if state.st_uid != os.geteuid():
-        raise StoreError(
-            f"{folder} belongs to another user (uid {state.st_uid}, this process is {os.geteuid()})"
-        )
-    if state.st_mode & 0o077:
-        folder.chmod(0o700)
-
-
-def check_private(folder: Path) -> None:
-    """The same for reading: changes nothing.
-
-    Raises:
-        StoreError: somebody else may have written what is there.
-        OSError: there is no such folder.
-    """
-    state = folder.lstat()
-    if os.name == "nt":
-        return
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid() or state.st_mode & 0o022:
-        raise StoreError(f"{folder} must be a folder that only this user may write to")
+    if why := problem(folder):
+        raise StoreError(why)
 
 
 def read(folder: Path, name: str) -> bytes | None:
@@ -81,7 +75,7 @@ def read(folder: Path, name: str) -> bytes | None:
     return data
 
 
-def write(folder: Path, name: str, data: bytes) -> None:
+def write(folder: Path, name: str, data: bytes, mode: int = 0o600) -> None:
     """Puts the cubin there, whole or not at all.
 
     Raises:
@@ -91,6 +85,7 @@ def write(folder: Path, name: str, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data + _digest(name, data))
+        os.chmod(partial, mode)
         os.replace(partial, folder / f"{name}{SUFFIX}")
     except BaseException:
         Path(partial).unlink(missing_ok=True)
