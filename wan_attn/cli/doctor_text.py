@@ -124,7 +124,15 @@ def _kernels(report: Report) -> str:
     if report["backends"] and not report["kernels"]:
         reason = report["versions"].get("binding_reason") or "the table could not be read"
         return f"{heading('kernels of sdpa')}\n{wrap(f'none: {reason}')}"
-    return _usable("kernels of sdpa", "best first", report["kernels"], "description")
+    here = [row for row in report["kernels"] if row["device_is_here"]]
+    text = _usable("kernels of sdpa", "best first", here, "description")
+    absent: dict[str, int] = {}
+    for row in report["kernels"]:
+        if not row["device_is_here"]:
+            absent[row["device"]] = absent.get(row["device"], 0) + 1
+    for device, count in absent.items():
+        text += f"\n{wrap(f'and {count} for {device}: there is no {device} device here')}"
+    return text
 
 
 def _cuda_kernels(report: Report) -> str:
