@@ -6,6 +6,7 @@
  * Strict where the real one is undefined: no context, a context of another device, an unbalanced
  * pop or a function of another context is an error here.
  */
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -32,20 +33,24 @@ static device devices[MAX_DEVICES];
 static int device_count;
 static function functions[MAX_FUNCTIONS];
 static int function_count, module_count;
-static int contexts[MAX_DEPTH], depth; /* device numbers */
-static char failing[64];               /* the function whose next calls fail */
+static _Thread_local int contexts[MAX_DEPTH], depth; /* device numbers */
+static _Thread_local int capture_mode;               /* 0: global, as every thread begins */
+static char failing[64];                             /* the function whose next calls fail */
 static int failing_error, failing_after;
 static launch_fn on_launch;
 static char log_text[LOG_BYTES];
 static size_t log_used;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void say(const char *format, ...) {
     va_list args;
     va_start(args, format);
+    pthread_mutex_lock(&lock);
     int n = vsnprintf(log_text + log_used, LOG_BYTES - log_used, format, args);
     va_end(args);
     if (n > 0 && log_used + (size_t)n < LOG_BYTES)
         log_used += (size_t)n;
+    pthread_mutex_unlock(&lock);
 }
 
 /* What the test calls. */
@@ -64,10 +69,12 @@ const char *mock_log(void) { return log_text; }
 void mock_clear_log(void) { log_used = 0, log_text[0] = 0; }
 
 static int fails(const char *name) {
-    if (strcmp(name, failing) != 0 || failing_after-- > 0)
-        return 0;
-    say("%s fails with %d\n", name, failing_error);
-    return failing_error;
+    pthread_mutex_lock(&lock);
+    int error = strcmp(name, failing) == 0 && failing_after-- <= 0 ? failing_error : 0;
+    pthread_mutex_unlock(&lock);
+    if (error)
+        say("%s fails with %d\n", name, error);
+    return error;
 }
 #define FAIL_IF_ASKED(name)                                                                        \
     do {                                                                                           \
@@ -132,8 +139,6 @@ int cuCtxPopCurrent_v2(void **context) {
     return fails("cuCtxPopCurrent_v2");
 }
 
-static int capture_mode; /* 0: global, as every thread begins */
-
 int cuThreadExchangeStreamCaptureMode(int *mode) {
     int before = capture_mode;
     capture_mode = *mode;
@@ -148,15 +153,19 @@ int cuModuleLoadData(void **module, const char *image) {
     if (memcmp(image, "\177ELF", 4) != 0)
         return INVALID_IMAGE;
     say("load on %d, capture mode %d\n", contexts[depth - 1], capture_mode);
+    pthread_mutex_lock(&lock);
     *module = (void *)(uintptr_t)(MODULE_BASE + module_count++);
+    pthread_mutex_unlock(&lock);
     return 0;
 }
 
 int cuModuleGetFunction(void **made, void *module, const char *name) {
     FAIL_IF_ASKED("cuModuleGetFunction");
-    if ((uintptr_t)module < MODULE_BASE || function_count == MAX_FUNCTIONS)
+    pthread_mutex_lock(&lock);
+    function *f = function_count < MAX_FUNCTIONS ? &functions[function_count++] : NULL;
+    pthread_mutex_unlock(&lock);
+    if ((uintptr_t)module < MODULE_BASE || !f)
         return NOT_FOUND;
-    function *f = &functions[function_count++];
     snprintf(f->name, sizeof(f->name), "%s", name);
     f->device = contexts[depth - 1];
     f->max_smem = 48 * 1024;

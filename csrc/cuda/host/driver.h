@@ -54,6 +54,7 @@ enum {
     X(error_string, "cuGetErrorString", (wan_attn_cu_result error, const char **text))
 
 typedef struct wan_attn_cuda_driver {
+/* NOLINTNEXTLINE(bugprone-macro-parentheses): it declares, there is nothing to bind */
 #define FIELD(field, name, parameters) wan_attn_cu_result(*field) parameters;
     WAN_ATTN_CUDA_DRIVER_FUNCTIONS(FIELD)
 #undef FIELD
