@@ -46,7 +46,7 @@ def test_it_fills_the_cache(machine: Machine, capsys: pytest.CaptureFixture[str]
     code, out = run(capsys, "--arch", "8.9", "12.0")
     assert code == 0
     lines = table(out)
-    expected = [[j.kernel.row, j.target] for arch in (89, 120) for j in rows.jobs_for(arch)]
+    expected = [[j.name, j.target] for arch in (89, 120) for j in rows.jobs_for(arch)]
     assert [line[:2] for line in lines] == expected
     origins = {line[4] for line in lines if line[:2] != [MERGE, "sm_89"]}
     assert origins == {"NVRTC 12.8"}
@@ -149,7 +149,7 @@ def test_doctor_tells(
 ) -> None:
     monkeypatch.setattr(rows, "SHIPPED", (75,))
     for job in rows.jobs_for(75):
-        ship(machine, job.kernel.row, 75)
+        ship(machine, job.name, 75)
     machine.get()
     main(["doctor", "--no-selftest"])
     section = capsys.readouterr().out.split("CUDA kernels")[1].split("\n\n")[0]

@@ -447,7 +447,7 @@ def test_processes_at_once(machine: Machine, caplog: pytest.LogCaptureFixture) -
 
 def test_a_second_start(machine: Machine, record_property: Any) -> None:
     """No time decides; what is done does: nothing is compiled, nothing written."""
-    names = [job.kernel.row for job in rows.jobs_for(89)]
+    names = [job.name for job in rows.jobs_for(89)]
     images.images(names, 89)
     before = {f: f.stat().st_mtime_ns for f in machine.cache.iterdir()}
     machine.restart()

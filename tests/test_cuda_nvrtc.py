@@ -144,7 +144,7 @@ def test_the_helpers_compile_for_every_shipped_gpu(one: nvrtc.Found) -> None:
     for arch in (*rows.SHIPPED, 89):
         for job in rows.jobs_for(arch, rows.helpers()):
             cubin = compiler.compile(arch, job.texts(), job.options())
-            assert job.kernel.row.encode() in cubin
+            assert job.name.encode() in cubin
 
 
 # --- the list ---------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_a_worker_answers_what_the_compiler_said(
     options = rows.Job.options
     broken = [*options(rows.jobs_for(75, HELPERS[:1])[0]), "--nonsense"]
     monkeypatch.setattr(
-        rows.Job, "options", lambda j: broken if j.kernel.row == HELPERS[0] else options(j)
+        rows.Job, "options", lambda j: broken if j.name == HELPERS[0] else options(j)
     )
     ship.work(tmp_path)
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())

@@ -41,6 +41,6 @@ def _short(found: nvrtc.Found) -> str:
 
 def _states(arch: int) -> dict[str, int]:
     try:
-        return dict(Counter(images.state(job.kernel.row, arch) for job in rows.jobs_for(arch)))
+        return dict(Counter(images.state(job.name, arch) for job in rows.jobs_for(arch)))
     except rows.RowError:
         return {}
