@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     except CannotCompile as error:
         _report.emit(_report.wrap(f"compile: {error}", ""))
         return NOTHING_TO_DO
-    width = max(len(job.kernel.row) for job in jobs)
+    width = max(len(job.name) for job in jobs)
     _report.emit(_line(HEAD, width))
     failures: list[str] = []
     for line in _states(jobs) if args.list else _compiled(jobs, args.force, failures):
@@ -108,7 +108,7 @@ def chosen(args: argparse.Namespace) -> list[rows.Job]:
             except rows.RowError as error:
                 refusals.append(str(error))
     # A row that some of the GPUs have no tile for is not an error, unless none of them has.
-    named = {job.kernel.row for job in jobs}
+    named = {job.name for job in jobs}
     if not jobs or (args.row and set(args.row) - named):
         raise CannotCompile("; ".join(dict.fromkeys(refusals)))
     return jobs
@@ -121,13 +121,13 @@ def _devices() -> list[int]:
 
 def _states(jobs: list[rows.Job]) -> Iterator[Line]:
     for job in jobs:
-        yield job.kernel.row, job.target, "", "", images.state(job.kernel.row, job.arch)
+        yield job.name, job.target, "", "", images.state(job.name, job.arch)
 
 
 def _compiled(jobs: list[rows.Job], force: bool, failures: list[str]) -> Iterator[Line]:
     """One line for each, as soon as it is ready: that is the progress."""
     for job in jobs:
-        name = job.kernel.row
+        name = job.name
         try:
             made = images.images([name], job.arch, force)[name]
         except images.ImageError as error:

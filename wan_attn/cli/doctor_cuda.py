@@ -22,7 +22,7 @@ def facts(archs: Iterable[int]) -> dict[str, Any]:
     return {
         "shipped": shipped,
         "stale": bool(here) and not shipped,
-        "nvrtc": [str(found) for found in nvrtc.found()],
+        "nvrtc": [_short(found) for found in nvrtc.found()],
         "nvrtc_problem": "" if nvrtc.found() else nvrtc.not_found(),
         "cache": None if folder is None else str(folder),
         "cached": len(cached),
@@ -32,8 +32,15 @@ def facts(archs: Iterable[int]) -> dict[str, Any]:
     }
 
 
+def _short(found: nvrtc.Found) -> str:
+    """Its version and its folder, without the long way to Python's packages."""
+    number = "of unknown version" if found.version is None else nvrtc.version_name(found.version)
+    _, _, inside = found.path.parent.as_posix().rpartition("-packages/")
+    return f"NVRTC {number} ({inside})"
+
+
 def _states(arch: int) -> dict[str, int]:
     try:
-        return dict(Counter(images.state(job.kernel.row, arch) for job in rows.jobs_for(arch)))
+        return dict(Counter(images.state(job.name, arch) for job in rows.jobs_for(arch)))
     except rows.RowError:
         return {}

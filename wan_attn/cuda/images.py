@@ -62,7 +62,7 @@ def images(kernels: Sequence[str], arch: int, force: bool = False) -> dict[str, 
     Raises:
         ImageError: one of them is nowhere and cannot be made.
     """
-    jobs = {job.kernel.row: job for job in _jobs(kernels, arch)}
+    jobs = {job.name: job for job in _jobs(kernels, arch)}
     look = _shipped if force else _ready
     found = {name: ready for name, job in jobs.items() if (ready := look(job)) is not None}
     if len(found) < len(jobs):
@@ -174,7 +174,7 @@ def _warn(key: object, text: str) -> None:
 def _announce(jobs: Sequence[Job]) -> None:
     jobs = [job for job in jobs if job not in _failed]
     if jobs and nvrtc.found():
-        names = ", ".join(job.kernel.row for job in jobs)
+        names = ", ".join(job.name for job in jobs)
         count = f"{len(jobs)} kernel{'s' if len(jobs) > 1 else ''}"
         log.LOGGER.info(
             "%s compiling %s for %s, once: %s", log.PREFIX, count, jobs[0].target, names
@@ -201,7 +201,7 @@ def _make(job: Job) -> Image:
     if reasons and all(isinstance(reason, nvrtc.UnknownArch) for reason in reasons):
         why += "; a newer torch brings a newer NVRTC"
     _failed[job] = (
-        f"{job.kernel.row} for {job.target}: the package has no ready machine code for this GPU and"
+        f"{job.name} for {job.target}: the package has no ready machine code for this GPU and"
         f" it cannot be compiled: {why}"
     )
     raise ImageError(_failed[job])

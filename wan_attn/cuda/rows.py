@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import TypeAlias, TypeVar
+from typing import Protocol, TypeVar
 
 from wan_attn.cuda import sources
 
@@ -47,6 +47,10 @@ class Tile:
     @property
     def name(self) -> str:
         return f"{self.row}_{self.gpu_class.lower()}"
+
+    @property
+    def key(self) -> str:
+        return self.row
 
     @property
     def source(self) -> str:
@@ -117,6 +121,10 @@ class Helper:
         return self.name
 
     @property
+    def key(self) -> str:
+        return self.name
+
+    @property
     def source(self) -> str:
         return f"cuda/{self.body}.cuh"
 
@@ -132,7 +140,23 @@ class Helper:
         }
 
 
-Kernel: TypeAlias = Tile | Helper
+class Kernel(Protocol):
+    """What can be compiled: every kind of line of the list offers this."""
+
+    @property
+    def key(self) -> str:
+        """What the loader asks for; one class of GPU has one kernel of that name."""
+
+    @property
+    def source(self) -> str:
+        """The file, below csrc/."""
+
+    @property
+    def one_arch(self) -> int | None:
+        """The only architecture that it is for (compiled for sm_90a, say); None: any."""
+
+    def defines(self) -> dict[str, str]:
+        """The macros that make this kernel of the file."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +165,10 @@ class Job:
 
     kernel: Kernel
     arch: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.key
 
     @property
     def target(self) -> str:
@@ -158,7 +186,7 @@ class Job:
     @property
     def stem(self) -> str:
         """Names the result but for the compiler: a change of text or options changes it, too."""
-        return f"{self.kernel.row}-{self.target}-{_fingerprint(self)}"
+        return f"{self.name}-{self.target}-{_fingerprint(self)}"
 
     def made_by(self, version: tuple[int, int]) -> str:
         """Names the result of one version of NVRTC."""
@@ -232,17 +260,22 @@ def tiles_for(arch: int) -> tuple[Tile, ...]:
     return tuple(t for t in tiles() if t.gpu_class == gpu_class and t.one_arch in (None, arch))
 
 
+def kernels_for(arch: int) -> tuple[Kernel, ...]:
+    """All that `arch` runs: attention, and the passes before and after."""
+    return (*tiles_for(arch), *helpers().values())
+
+
 def jobs_for(arch: int, names: Iterable[str] | None = None) -> tuple[Job, ...]:
     """Everything (or what is named) that `arch` runs.
 
     Raises:
         RowError: nothing of that name runs there.
     """
-    mine: dict[str, Kernel] = {tile.row: tile for tile in tiles_for(arch)} | helpers()
+    mine = {kernel.key: kernel for kernel in kernels_for(arch)}
     jobs = []
     for name in mine if names is None else names:
         if name not in mine:
-            known = name in {tile.row for tile in tiles()}
+            known = name in {tile.key for tile in tiles()}
             gpu = f"compute capability {_dotted(arch)} (class {class_of(arch)})"
             has = ", ".join(mine)
             raise RowError(

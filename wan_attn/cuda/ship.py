@@ -77,11 +77,11 @@ def _feed(waiting: queue.SimpleQueue[Job], kept: Path) -> None:
                 job = waiting.get_nowait()
             except queue.Empty:
                 return  # leaving the block closes the pipe, and the worker ends
-            print(json.dumps([job.kernel.row, job.arch]), file=worker.stdin, flush=True)
+            print(json.dumps([job.name, job.arch]), file=worker.stdin, flush=True)
             answer = worker.stdout.readline()
             if answer.strip() != '""':
                 said = json.loads(answer) if answer else "the compiler's process died"
-                raise ShipError(f"{job.kernel.row} for {job.target}: {said}")
+                raise ShipError(f"{job.name} for {job.target}: {said}")
 
 
 def work(kept: Path) -> None:
@@ -148,8 +148,7 @@ def _kept(kept: Path, job: Job, version: tuple[int, int]) -> bytes | None:
 def copy_texts(into: Path) -> None:
     """The list and every kernel's text, for machines that compile."""
     names = {"cuda/sdpa_rows.def"}
-    kernels: tuple[rows.Kernel, ...] = (*rows.tiles(), *rows.helpers().values())
-    for kernel in kernels:
+    for kernel in {kernel for arch in rows.gpus() for kernel in rows.kernels_for(arch)}:
         names |= set(sources.closure(kernel.source))
     for name in sorted(names):
         (into / name).parent.mkdir(parents=True, exist_ok=True)

@@ -87,9 +87,11 @@ def write(folder: Path, name: str, data: bytes, mode: int = 0o600) -> None:
             file.write(data + _digest(name, data))
         os.chmod(partial, mode)
         os.replace(partial, folder / f"{name}{SUFFIX}")
-    except BaseException:
+    except BaseException as error:
         Path(partial).unlink(missing_ok=True)
-        raise
+        # Windows replaces no file that somebody reads; then it is one that somebody has made.
+        if not (isinstance(error, PermissionError) and read(folder, name) == data):
+            raise
 
 
 def names(folder: Path) -> dict[str, int]:
