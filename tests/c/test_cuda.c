@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  * test_cuda.c - the CUDA half of the C ABI without Python or a GPU, for the sanitizers: the mock
- * driver of tests/cuda_mock takes the launches and runs nothing. Random calls, each pass's workspace
- * within bounds, failures of every driver function, many threads from the first call on.
+ * driver of tests/cuda_mock takes the launches and runs nothing. Random calls, failures of the
+ * driver, many threads from the first call on.
  *
- *     test_cuda MOCK_DRIVER [calls]      prints one line; 1 and the failing call if anything is wrong
+ *     test_cuda MOCK_DRIVER [calls]     prints one line; 1 and the failing call if anything is wrong
  */
 #include <dlfcn.h>
 #include <pthread.h>
