@@ -3,7 +3,7 @@
  * driver of tests/cuda_mock takes the launches and runs nothing. Random calls, failures of the
  * driver, many threads from the first call on.
  *
- *     test_cuda MOCK_DRIVER [calls]     prints one line; 1 and the failing call if anything is wrong
+ *     test_cuda MOCK_DRIVER [calls]    prints one line; 1 and the failing call if anything is wrong
  */
 #include <dlfcn.h>
 #include <pthread.h>
