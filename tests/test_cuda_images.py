@@ -159,15 +159,15 @@ def test_what_a_shipped_cubin_serves(
 def test_code_of_one_architecture_serves_that_one_alone(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (job,) = rows.jobs_for(86, [ROW])
+    (job,) = rows.jobs_for(89, [ROW])
     tile = replace(job.kernel, row="only", body="sm80")
-    monkeypatch.setitem(rows.ONE_ARCH, "sm80", 86)
+    monkeypatch.setitem(rows.ONE_ARCH, "sm80", 89)
     monkeypatch.setattr(rows, "tiles", lambda: (tile,))
-    assert [j.target for j in rows.jobs_for(86, ["only"])] == ["sm_86a"]
-    assert "--gpu-architecture=sm_86a" in rows.jobs_for(86, ["only"])[0].options()
-    assert rows.serving(rows.Job(tile, 86)) == [rows.Job(tile, 86)]
-    with pytest.raises(images.ImageError, match="only has no tile for compute capability 8.9"):
-        machine.get("only", 89)
+    assert [j.target for j in rows.jobs_for(89, ["only"])] == ["sm_89a"]
+    assert "--gpu-architecture=sm_89a" in rows.jobs_for(89, ["only"])[0].options()
+    assert rows.serving(rows.Job(tile, 89)) == [rows.Job(tile, 89)]
+    with pytest.raises(images.ImageError, match="only has no tile for compute capability 8.6"):
+        machine.get("only", 86)
 
 
 def test_force_replaces_what_is_cached_and_not_what_is_shipped(machine: Machine) -> None:
