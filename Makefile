@@ -115,6 +115,7 @@ clean:
 	@echo '== clean'
 	@rm -rf build dist demo-out ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@rm -f wan_attn/*.so wan_attn/*.dll wan_attn/*.dylib "$(VENV)"/.made-test "$(VENV)"/.made-demo
+	@rm -rf wan_attn/cuda/cubin
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 .PHONY: help demo test check check-environment check-format check-lint check-types check-warnings \

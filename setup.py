@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""setup.py - compiles libwan_attn (C) and, only if torch is here, its shim (C++) into the package.
+"""setup.py - compiles libwan_attn (C), the CUDA kernels and, only if torch is here, its shim (C++).
 
 Asks nothing of a GPU, a driver or a CUDA toolkit, and fetches nothing. The environment can say:
 
 WAN_ATTN_SHIM=auto|0|1   the shim: if torch >= 2.10 can be imported (default), never, or always
+WAN_ATTN_CUDA=auto|0|1   ready CUDA kernels: if NVRTC 12 is here (default), never, or always
 CC, CXX, CFLAGS          as everywhere
 """
 
@@ -13,6 +14,7 @@ import importlib.util
 import os
 import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,7 +38,8 @@ except ImportError:
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "wan_attn/version.py").read_text()).group(1)
 
-C_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/c*/*.c"))
+C_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/c*/**/*.c"))
+HEADERS = (".h", ".cuh", ".def", ".inc")
 SHIM_SOURCE = "csrc/torch/shim.cpp"
 # The oldest torch whose stable ABI the shim may use, and the oldest whose headers can express it.
 SHIM_TARGET, SHIM_HEADERS = 0x0209000000000000, (2, 10)
@@ -59,6 +62,14 @@ def shared_library(stem: str) -> str:
         sys.platform, ("lib", ".so")
     )
     return f"{prefix}{stem}{suffix}"
+
+
+def asked(variable: str) -> str:
+    """What the environment wants: auto, 0 or 1."""
+    wanted = os.environ.get(variable, "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"{variable} must be auto, 0 or 1, got {wanted}")
+    return wanted
 
 
 def torch_root() -> tuple[Path | None, str]:
@@ -88,9 +99,9 @@ def compiler():
 
 
 class build_native(Command):
-    """Builds both libraries beside wan_attn/__init__.py, in the build folder or the source tree."""
+    """Builds all that runs beside wan_attn/__init__.py, in the build folder or the source tree."""
 
-    description = "compile libwan_attn and the torch shim"
+    description = "compile libwan_attn, the torch shim and the CUDA kernels"
     user_options: list = []
     editable_mode = False
 
@@ -107,6 +118,7 @@ class build_native(Command):
         target = ROOT / "wan_attn" if self.editable_mode else Path(self.build_lib) / "wan_attn"
         self.build_core(target)
         self.build_shim(target)
+        self.build_cuda(target / "cuda")
 
     def build_core(self, target: Path) -> None:
         def compile_one(source: str) -> list[str]:
@@ -124,7 +136,9 @@ class build_native(Command):
         self.link(
             objects,
             target / shared_library("wan_attn"),
-            libraries=[] if IS_MSVC else ["m", "pthread"],
+            libraries=[]
+            if IS_MSVC
+            else ["m", "pthread", *(["dl"] if sys.platform == "linux" else [])],
             extra_postargs=["-Wl,--no-undefined", "-s"] if sys.platform == "linux" else [],
         )
 
@@ -138,9 +152,7 @@ class build_native(Command):
         os.replace(partial, library)
 
     def build_shim(self, target: Path) -> None:
-        wanted = os.environ.get("WAN_ATTN_SHIM", "auto")
-        if wanted not in ("auto", "0", "1"):
-            sys.exit(f"WAN_ATTN_SHIM must be auto, 0 or 1, got {wanted}")
+        wanted = asked("WAN_ATTN_SHIM")
         root, why = (None, "WAN_ATTN_SHIM=0") if wanted == "0" else torch_root()
         if root is not None:
             try:
@@ -174,11 +186,25 @@ class build_native(Command):
             target_lang="c++",
         )
 
+    def build_cuda(self, target: Path) -> None:
+        """The CUDA kernels as text, and as machine code for most GPUs if NVRTC is here."""
+        wanted = asked("WAN_ATTN_CUDA")
+        if sys.platform == "darwin":
+            wanted = "0"
+        # A program of its own, because it imports modules of the package, and that wants torch.
+        # build/ outlives an isolated build, which has no other place to keep things.
+        ship = [sys.executable, ROOT / "wan_attn/cuda/ship.py", "--into", target]
+        ship += ["--kept", ROOT / "build/cubin", "--cubins", wanted]
+        if self.editable_mode:
+            ship.append("--editable")
+        if subprocess.run(ship, check=False).returncode != 0:
+            sys.exit("WAN_ATTN_CUDA=1, but the CUDA kernels cannot be compiled, see above")
+
     def get_source_files(self) -> list[str]:
         return [
             *C_SOURCES,
             SHIM_SOURCE,
-            *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.[hd]*")),
+            *(str(p.relative_to(ROOT)) for s in HEADERS for p in ROOT.glob(f"csrc/**/*{s}")),
         ]
 
     def get_outputs(self) -> list[str]:
@@ -217,6 +243,7 @@ setup(
         "wan_attn",
         "wan_attn.backends",
         "wan_attn.cli",
+        "wan_attn.cuda",
         "wan_attn.demo",
         "wan_attn.integrations",
     ],

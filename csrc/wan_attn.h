@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  * wan_attn.h - the C ABI of libwan_attn: scaled-dot-product attention, forward. Knows neither torch
- * nor CUDA.
+ * nor CUDA's headers.
  *
  *   out[b,i,h,:] = sum_j softmax_j(softmax_scale * <q[b,i,h,:], k[b,j,h',:]>) * v[b,j,h',:]
  *   lse[b,h,i]   = log sum_j exp(softmax_scale * <q[b,i,h,:], k[b,j,h',:]>)
@@ -13,8 +13,8 @@
  * A row that sees no key gets out = 0 and lse = -inf. What lies in memory beyond the real lengths
  * is never used.
  *
- * Every call is re-entrant and deterministic; the library keeps no state between calls, allocates
- * nothing, prints nothing.
+ * Every call is re-entrant and deterministic; the library allocates nothing and prints nothing.
+ * Between calls it keeps what it has found out about the CUDA driver, and the kernels loaded there.
  */
 #ifndef WAN_ATTN_H
 #define WAN_ATTN_H
@@ -146,6 +146,29 @@ typedef struct wan_attn_kernel_info {
 #define WAN_ATTN_CPU_NEON (1u << 4)
 #define WAN_ATTN_CPU_KNOWN (1u << 31)
 
+/* Finds the machine code (a cubin) of `kernel`, a CUDA row or a pass beside one, for compute
+ * capability arch / 10. 0: *image and *size are set, valid until this thread asks again. Else a
+ * reason is in message. May take seconds (it may compile); called without any lock. */
+typedef int32_t (*wan_attn_image_fn)(const char *kernel, int32_t arch, const void **image,
+                                     size_t *size, char *message, size_t message_size);
+
+/* What the CUDA rows need from outside. */
+typedef struct wan_attn_cuda_config {
+    uint32_t struct_size;
+    const char *driver; /* the driver library's path; NULL: the system's */
+    wan_attn_image_fn find_image;
+} wan_attn_cuda_config;
+
+/* One CUDA device as the driver describes it. */
+typedef struct wan_attn_cuda_device {
+    uint32_t struct_size;
+    int32_t arch; /* compute capability * 10 */
+    int32_t num_sms;
+    int32_t is_half_rate;   /* 1: tensor cores sum f32 at half the rate of f16 */
+    int32_t driver_version; /* the newest CUDA it supports: 1000 * major + 10 * minor */
+    char name[100];
+} wan_attn_cuda_device;
+
 WAN_ATTN_API int32_t wan_attn_abi_version(void);
 WAN_ATTN_API const char *wan_attn_build_info(void); /* compiler, target, build type; one line */
 WAN_ATTN_API const char *wan_attn_status_name(int32_t status);
@@ -162,6 +185,14 @@ WAN_ATTN_API wan_attn_status wan_attn_why_not(const wan_attn_params *params, int
 WAN_ATTN_API wan_attn_status wan_attn_select(const wan_attn_params *params, int32_t *row,
                                              wan_attn_error *err);
 WAN_ATTN_API wan_attn_status wan_attn_workspace_size(const wan_attn_params *params, size_t *size,
+                                                     wan_attn_error *err);
+
+/* Before the first CUDA call; later only find_image can still change. Opens nothing. */
+WAN_ATTN_API wan_attn_status wan_attn_cuda_configure(const wan_attn_cuda_config *config,
+                                                     wan_attn_error *err);
+/* Opens the driver, makes no context. UNSUPPORTED: no driver, or no such device.
+ * device->struct_size must be set. */
+WAN_ATTN_API wan_attn_status wan_attn_cuda_device_at(int32_t index, wan_attn_cuda_device *device,
                                                      wan_attn_error *err);
 
 /* Runs the call: at once on the CPU, enqueued on `stream` on a GPU. */

@@ -26,6 +26,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "wan_attn_params": _native.Params,
     "wan_attn_error": _native.Error,
     "wan_attn_kernel_info": _native.KernelInfo,
+    "wan_attn_cuda_config": _native.CudaConfig,
+    "wan_attn_cuda_device": _native.CudaDevice,
 }
 
 # Name in wan_attn.h -> the mirrored number.

@@ -40,6 +40,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/wan_attn.h": ["<stddef.h>", "<stdint.h>"],
     "csrc/core/atomic.h": ["<stdint.h>", "<stdatomic.h>", "<intrin.h>"],
     "csrc/core/cpuid.c": ["core/*.h", "<cpuid.h>", "<immintrin.h>", "<intrin.h>"],
+    "csrc/core/lock.h": ["<pthread.h>", "<windows.h>"],
     "csrc/core/*": ["wan_attn.h", "core/*.h", "core/kernels.def", *C_LIBRARY],
     "csrc/cpu/threads.c": [
         "cpu/threads.h",
@@ -52,7 +53,15 @@ MAY_INCLUDE: dict[str, list[str]] = {
         *C_LIBRARY,
     ],
     "csrc/cpu/*.inc": [],  # a body for files that include what it needs
-    # No system header anywhere in csrc/cuda: nvcc, NVRTC and the emulator take the same text.
+    "csrc/cuda/host/driver.c": [
+        *("cuda/host/*.h", "core/lock.h", "<dlfcn.h>", "<windows.h>"),
+        *C_LIBRARY,
+    ],
+    "csrc/cuda/host/*.[ch]": [
+        *("core/kernel.h", "core/lock.h", "cuda/host/*.h", "cuda/args.h", "cuda/sdpa_rows.def"),
+        *C_LIBRARY,
+    ],
+    # No system header anywhere else in csrc/cuda: nvcc, NVRTC and the emulator take the same text.
     "csrc/cuda/args.h": [],
     "csrc/cuda/sdpa_rows.def": [],
     "csrc/cuda/ptx/ptx.cuh": ["cuda/ptx/*.cuh", "emu/*.h"],
@@ -67,10 +76,12 @@ MAY_INCLUDE: dict[str, list[str]] = {
 
 # From the bottom up: a module may import its own layer and those below.
 PYTHON_LAYERS = [
-    {"version", "_native", "autograd", "contract", "workloads"},
+    {"version", "_native", "_truth", "autograd", "contract", "workloads"},
     {"config"},
     {"request"},
-    {"binding", "log", "states"},
+    {"log", "proof", "states"},
+    {"cuda"},
+    {"binding"},
     {"kernels"},
     {"ops"},
     {"backends"},

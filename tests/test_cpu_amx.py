@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""test_cpu_amx.py - the AMX row, with its tile instructions executed by tests/amx_emulator.
+"""test_cpu_amx.py - the AMX row: its tile instructions executed by the CPU, where it has them, and
+by tests/amx_emulator, everywhere.
 
-The row's C is compiled as it ships; a second library holds it together with a handler for the
-SIGILL that tile instructions raise on a CPU without AMX. Everything else in the row runs on the
-CPU, which therefore must have AVX512-BF16.
+For the emulator the row's C is compiled as it ships, but for a trap (ud2) put before every tile
+instruction: so the CPU never executes one, whether it could or not, and the handler of the trap
+does. Everything else in the row runs on the CPU, which therefore must have AVX512-BF16.
 """
 
 from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from wan_attn import _native, binding, ops
 
 ROOT = Path(__file__).parent.parent
 REPLACED = ("core/cpuid.c", "cpu/amx_permission.c")
+ON_CPU, EMULATED = "cpu", "emulator"
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux"
@@ -35,13 +38,27 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def trapped(source: Path, folder: Path, flags: list[object]) -> Path:
+    """The source as assembly, with a trap before each tile instruction."""
+    made = folder / f"{source.stem}.s"
+    subprocess.run(["cc", *flags, "-S", source, "-o", made], check=True)
+    text, count = re.subn(
+        r"(?m)^(?=\s+(?:ldtilecfg|tile\w+|tdp\w+)\s*)", "\tud2\n", made.read_text()
+    )
+    assert count >= 20, "no tile instructions found in what the compiler made"
+    made.write_text(text)
+    return made
+
+
 def compile_library(folder: Path) -> Path:
     sources = [p for p in ROOT.glob("csrc/c*/*.c") if not p.as_posix().endswith(REPLACED)]
     sources += ROOT.glob("tests/amx_emulator/*.c")
+    flags: list[object] = ["-std=c11", "-O1", "-fPIC", "-DWAN_ATTN_BUILD", f"-I{ROOT / 'csrc'}"]
 
     def compile_one(source: Path) -> Path:
         made = folder / f"{source.stem}.o"
-        flags = ["-std=c11", "-O1", "-fPIC", "-DWAN_ATTN_BUILD", f"-I{ROOT / 'csrc'}"]
+        if source.stem == "sdpa_amx":
+            source = trapped(source, folder, flags)
         subprocess.run(["cc", *flags, "-c", source, "-o", made], check=True)
         return made
 
@@ -53,7 +70,7 @@ def compile_library(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     lib = ctypes.CDLL(str(compile_library(tmp_path_factory.mktemp("amx"))))
     for name, (restype, argtypes) in _native._FUNCTIONS.items():
         function = getattr(lib, name)
@@ -63,14 +80,30 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return lib
 
 
-@pytest.fixture
-def amx(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, threads: None) -> Iterator[int]:
-    """The AMX row's index in a library whose tiles are emulated; tiles must have been used."""
+def amx_row() -> int:
+    names = [info_at(row).name for row in range(_native.lib().wan_attn_kernel_count())]
+    return names.index(b"sdpa_amx")
+
+
+def need_amx() -> None:
+    if "amx_bf16" not in ops.cpu_features():
+        pytest.skip("this CPU has no AMX: the row runs under the emulator only")
+
+
+@pytest.fixture(params=(ON_CPU, EMULATED))
+def amx(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> Iterator[int]:
+    """The AMX row's index, in the library as built or in one whose tiles are emulated and used."""
+    if request.param == ON_CPU:
+        need_amx()
+        yield amx_row()
+        return
+    library = request.getfixturevalue("emulator")
     monkeypatch.setattr(_native, "_open", lambda: (library, None))
     torch.set_num_threads(1)  # the emulator counts for each thread
-    names = [info.name for info in map(info_at, range(library.wan_attn_kernel_count()))]
     before = library.wan_attn_amx_instructions()
-    yield names.index(b"sdpa_amx")
+    yield amx_row()
     assert library.wan_attn_amx_instructions() > before
 
 
@@ -144,8 +177,20 @@ def test_nan_behind_the_mask_stays_there(amx: int) -> None:
     assert out[:, :20].isfinite().all() and out[:, 20:].isnan().all()
 
 
+@pytest.mark.parametrize("call", ({}, {"is_causal": True}, {"k_lens": [301]}), ids=str)
+def test_the_emulator_computes_what_the_cpu_does(
+    emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, call: dict[str, object]
+) -> None:
+    """Bit for bit: what is proven under the emulator is proven for the CPU."""
+    need_amx()
+    tensors = operands(70, 333, 80, heads=(2, 1))
+    on_cpu = check(amx_row(), *tensors, **call)
+    monkeypatch.setattr(_native, "_open", lambda: (emulator, None))
+    assert torch.equal(check(amx_row(), *tensors, **call), on_cpu)
+
+
 def test_permission_is_asked_of_linux(tmp_path: Path) -> None:
-    """Granted where there are tiles (no emulator here), refused with a reason elsewhere."""
+    """Granted where the CPU has tiles, refused with a reason elsewhere."""
     library = tmp_path / "permission.so"
     source = ROOT / "csrc/cpu/amx_permission.c"
     subprocess.run(

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from wan_attn import _truth as truth
 from wan_attn import config, ops
 from wan_attn.__main__ import main
 from wan_attn.backends import REGISTRY
 from wan_attn.cli import doctor, doctor_facts, doctor_known, selftest, selftest_paths, selftest_run
-from wan_attn.cli import selftest_truth as truth
 
 KEYS = {
     "schema": int,
@@ -30,6 +30,7 @@ KEYS = {
     "import_error": (str, type(None)),
     "backends": list,
     "kernels": list,
+    "cuda_kernels": dict,
     "choices": list,
     "selftest": list,
     "selftest_error": (str, type(None)),

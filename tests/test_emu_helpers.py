@@ -3,23 +3,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-from ctypes import c_int, c_longlong, c_void_p
+from ctypes import c_int, c_longlong
 
 import pytest
 import torch
 from torch import Tensor
 
+from emu.args import Lengths, MergeArgs, PackArgs, PutLengthsArgs, View
 from emu.build import compiler, library
 from emu.rows import helpers
 from emu.run import (
     LIMIT_F16,
     LIMIT_SUM_F16,
     EmulatorError,
-    Lengths,
     Tensor_,
-    View,
     launch,
     scaled,
 )
@@ -27,28 +25,6 @@ from emu.run import (
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
 NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-class PackArgs(ctypes.Structure):
-    _fields_ = [
-        *(("source", View), ("to", c_void_p), ("seqused", Lengths)),
-        *(("largest", c_void_p), ("scale", c_void_p)),
-        *((name, c_int) for name in ("batch", "seqlen", "heads", "head_dim")),
-        *((name, c_int) for name in ("from_dtype", "to_bf16", "num_parts", "limit")),
-    ]
-
-
-class PutLengthsArgs(ctypes.Structure):
-    _fields_ = [("to", c_void_p), ("count", c_int), ("lengths", c_int * 256), ("unused", c_int)]
-
-
-class MergeArgs(ctypes.Structure):
-    _fields_ = [
-        *(("part_out", c_void_p), ("part_lse", c_void_p), ("out", View)),
-        *(("lse", c_void_p), ("lse_strides", c_longlong * 3)),
-        *((name, c_int) for name in ("batch", "seqlen", "num_heads", "head_dim")),
-        *(("num_splits", c_int), ("out_dtype", c_int)),
-    ]
 
 
 def view(x: Tensor) -> View:

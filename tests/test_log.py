@@ -127,6 +127,7 @@ def test_training_names_the_reason(lines: Any) -> None:
 )
 def test_reasons(env: dict[str, str], reasons: str, monkeypatch: pytest.MonkeyPatch) -> None:
     standins.pretend_card(monkeypatch, (9, 0))
+    monkeypatch.setattr("wan_attn.select._BEYOND_MMA_SYNC", ())  # ours are asked first
     for name in ("flash_attn", "flash_attn_interface", "flash_attn_3"):
         standins.install(monkeypatch, None, name)
     monkeypatch.setattr(native, "why_not", lambda request: "no\n  cuda   row")
@@ -141,6 +142,7 @@ def test_one_reason_for_each_flash_attention_where_they_differ(
     standins.install(monkeypatch, None, "flash_attn_3")
     standins.install(monkeypatch, standins.make_fa2(version="2.0"), "flash_attn")
     standins.pretend_card(monkeypatch, (9, 0))
+    monkeypatch.setattr("wan_attn.select._BEYOND_MMA_SYNC", ())  # ours are asked first
     monkeypatch.setattr(native, "why_not", lambda request: None)
     monkeypatch.setattr(native, "kernel_name", lambda request: "sdpa_sm90_f16_d128")
     choice = select(SEED, Settings())

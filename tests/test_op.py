@@ -205,7 +205,8 @@ def test_select_and_why_not_agree_with_the_op(native: str) -> None:
     nothing, why = ops.select(too_wide)
     assert nothing is None
     for row in ops.kernels():
-        assert row.is_lossy or row.name in why
+        is_near = row.device == "cpu" and query.dtype in row.dtypes
+        assert row.is_lossy or not is_near or row.name in why
         reason = ops.why_not(too_wide, row.index)
         assert reason is not None and row.name in reason
 

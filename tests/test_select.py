@@ -95,14 +95,14 @@ LONG = {"seqlen_q": 75600, "seqlen_k": 75600}
         ({"arch": None, "installed": ALL, "ours": False}, {"device": CPU}, {}, "torch", "sdpa"),
         # what a call asks for
         ({"arch": H100, "installed": ALL, "ours": True}, {"dropout_p": 0.1}, {}, "fa2", "fa3"),
-        ({"arch": H100, "installed": ALL, "ours": True}, {"dtype": F32}, {}, "sdpa", "fa3 fa2"),
+        ({"arch": H100, "installed": ALL, "ours": True}, {"dtype": F32}, {}, "torch", "fa3 fa2"),
         ({"arch": H100, "installed": ALL, "ours": True}, {"needs_grad": True}, {}, "fa3", ""),
         (
             {"arch": H100, "installed": ALL, "ours": True},
             {"needs_grad": True, "return_lse": True},
             {},
             "torch",
-            "fa3 fa2 sdpa",
+            "fa3 fa2",
         ),
         (
             {"arch": None, "installed": "", "ours": True},
@@ -116,7 +116,7 @@ LONG = {"seqlen_q": 75600, "seqlen_k": 75600}
             {"arch": H100, "installed": ALL, "ours": True},
             {},
             {"DISABLE_FLASH_ATTN": "1"},
-            "sdpa",
+            "torch",
             "fa3 fa2",
         ),
         # a named backend is first, and what is behind it follows
@@ -226,7 +226,7 @@ def test_version(machine: Machine, version: int | None, want: str, refused: str)
 
 def test_version_2_without_flash_attention_2_does_not_run_3(machine: Machine) -> None:
     machine.has(arch=H100, installed="fa3", ours=True)
-    assert select(CALL, Settings(), version=2).backend == "sdpa"
+    assert select(CALL, Settings(), version=2).backend == "torch"
 
 
 @pytest.mark.parametrize("name", ["fa2", "fa3", "sdpa"])
@@ -245,7 +245,7 @@ def test_what_failed_is_passed_over_with_its_reason(machine: Machine) -> None:
     machine.has(arch=H100, installed=ALL, ours=True)
     failed = (("fa3", "failed at run time (X)"), ("fa2", "failed at run time (Y)"))
     choice = select(CALL, Settings(), failed=failed)
-    assert choice.backend == "sdpa" and choice.refusals == failed
+    assert choice.backend == "torch" and choice.refusals == failed
 
 
 def test_nothing_left_lists_every_reason(machine: Machine) -> None:
@@ -380,3 +380,17 @@ def test_a_request_that_breaks_the_contract(change: dict[str, Any], message: str
     arguments: dict[str, Any] = {"query": Q, "key": K, "value": K, **change}
     with pytest.raises(RuntimeError, match=f"^wan_attn: {message}"):
         Request.from_tensors(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arch", "first"), [((8, 9), "sdpa"), ((12, 0), "sdpa"), ((9, 0), "torch"), ((10, 3), "torch")]
+)
+def test_torchs_kernels_go_before_mma_sync_where_that_is_slow(
+    machine: Machine, arch: tuple[int, int], first: str
+) -> None:
+    machine.has(arch=arch, installed="", ours=True)
+    assert select(CALL, Settings()).backend == first
+    assert select(CALL, Settings(use_sdpa=True)).backend == "sdpa"
+    row = Measured(arch, BF16, 128, 0, "a file")
+    assert order(CALL, Settings(), (row,))[0] == "sdpa"
+    assert sorted(order(CALL, Settings())) == sorted(REGISTRY)

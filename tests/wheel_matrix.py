@@ -36,10 +36,12 @@ SHIM_NEEDS_TORCH = (2, 9)
 # What a Python has: printed as JSON, so that nothing else has to be read from its output.
 FACTS = """
 import json, statistics, subprocess, sys, torch, wan_attn, wan_attn.ops
+from wan_attn.cuda import images
 clock = "import time, torch; t = time.perf_counter(); import wan_attn.ops; print(time.perf_counter() - t)"
 times = [float(subprocess.run([sys.executable, "-c", clock], capture_output=True, text=True).stdout) for _ in range(5)]
 print(json.dumps(dict(
     file=wan_attn.__file__, binding=wan_attn.ops.binding(), reason=wan_attn.ops.binding_reason(),
+    ready={a: images.state("wan_attn_merge", a) for a in (75, 80, 89, 90, 100, 121)},
     torch=torch.__version__, import_ms=1000 * statistics.median(times), cuda=torch.cuda.is_initialized())))
 """  # noqa: E501
 
@@ -95,16 +97,23 @@ def build_wheel(folder: Path, *, isolated: bool) -> Path:
         words.append("--no-build-isolation")
     pip(sys.executable, *words, source, cwd=folder)
     (wheel,) = out.glob("*.whl")
-    names = {Path(name).stem.removeprefix("lib") for name in zipfile.ZipFile(wheel).namelist()}
+    members = [Path(name) for name in zipfile.ZipFile(wheel).namelist()]
+    names = {member.stem.removeprefix("lib") for member in members}
+    cubins = sum(member.suffix == ".cubin" for member in members)
     print(
         f"{'isolated build' if isolated else 'build with the shim'}: {wheel.name},"
-        f" {wheel.stat().st_size / 1024:.0f} KiB, {time.monotonic() - started:.0f} s",
+        f" {wheel.stat().st_size / 1024:.0f} KiB, {cubins} cubins,"
+        f" {time.monotonic() - started:.0f} s",
         flush=True,
     )
     if not re.match(r"wan_attn-[^-]+-py3-none-", wheel.name):
         raise SystemExit("the tag must be py3-none-<platform>")
     if "wan_attn" not in names or ("wan_attn_shim" in names) == isolated:
         raise SystemExit(f"the wheel must have the shim ({not isolated}), and has {sorted(names)}")
+    if isolated and sys.platform != "darwin" and not cubins:
+        raise SystemExit("an isolated build must have ready CUDA kernels, and has none")
+    if Path("wan_attn/cuda/src/cuda/sdpa_rows.def") not in members:
+        raise SystemExit("the wheel must have the text of the CUDA kernels")
     return wheel
 
 
@@ -149,6 +158,11 @@ def test_wheel(wheel: Path, python: Path, folder: Path, tests: Sequence[str]) ->
         problems.append(f"pip has changed torch {before} to {torch_of(python, folder)}")
     if not Path(facts["file"]).is_relative_to(folder):
         problems.append(f"imported {facts['file']}, not the wheel")
+    ready = {arch for arch, state in facts["ready"].items() if state == "shipped"}
+    with zipfile.ZipFile(wheel) as members:
+        has_cubins = any(name.endswith(".cubin") for name in members.namelist())
+    if ready != ({"75", "80", "89", "90", "121"} if has_cubins else set()):
+        problems.append(f"ready CUDA kernels: {facts['ready']}")
     if facts["cuda"]:
         problems.append("importing has started CUDA")
     major, minor = (int(n) for n in facts["torch"].split(".")[:2])

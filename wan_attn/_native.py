@@ -91,6 +91,37 @@ class KernelInfo(ctypes.Structure):
     ]
 
 
+# wan_attn_image_fn: the image is an address, because ctypes would make bytes of a char pointer.
+ImageFn = ctypes.CFUNCTYPE(
+    c_int32,
+    c_char_p,
+    c_int32,
+    ctypes.POINTER(c_void_p),
+    ctypes.POINTER(c_size_t),
+    ctypes.POINTER(c_char),
+    c_size_t,
+)
+
+
+class CudaConfig(ctypes.Structure):
+    """wan_attn_cuda_config."""
+
+    _fields_ = [("struct_size", c_uint32), ("driver", c_char_p), ("find_image", ImageFn)]
+
+
+class CudaDevice(ctypes.Structure):
+    """wan_attn_cuda_device."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("arch", c_int32),
+        ("num_sms", c_int32),
+        ("is_half_rate", c_int32),
+        ("driver_version", c_int32),
+        ("name", c_char * 100),
+    ]
+
+
 _P, _E = ctypes.POINTER(Params), ctypes.POINTER(Error)
 _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "wan_attn_abi_version": (c_int32, []),
@@ -102,6 +133,8 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "wan_attn_why_not": (c_int32, [_P, c_int32, _E]),
     "wan_attn_select": (c_int32, [_P, ctypes.POINTER(c_int32), _E]),
     "wan_attn_workspace_size": (c_int32, [_P, ctypes.POINTER(c_size_t), _E]),
+    "wan_attn_cuda_configure": (c_int32, [ctypes.POINTER(CudaConfig), _E]),
+    "wan_attn_cuda_device_at": (c_int32, [c_int32, ctypes.POINTER(CudaDevice), _E]),
     "wan_attn_forward": (c_int32, [_P, _E]),
 }
 

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 TRUE_WORDS = ("1", "true", "yes", "on")
 FALSE_WORDS = ("0", "false", "no", "off")
@@ -126,6 +128,33 @@ VARIABLES: tuple[Variable, ...] = (
         " all (`torch`).",
     ),
     Variable(
+        "WAN_ATTN_CACHE_DIR",
+        "cache_dir",
+        "path",
+        ("a folder",),
+        "",
+        "Where CUDA kernels are kept that were compiled on this machine; unset: the user's cache"
+        " folder.",
+    ),
+    Variable(
+        "WAN_ATTN_SELF_CHECK",
+        "self_check",
+        "flag",
+        _FLAG,
+        "1",
+        "1 lets each of our CUDA kernels prove itself on the card, once in a process, before its"
+        " first call; a wrong one is left for the next backend.",
+    ),
+    Variable(
+        "WAN_ATTN_LIBCUDA",
+        "libcuda",
+        "path",
+        ("a file",),
+        "",
+        "The NVIDIA driver's library to use instead of the system's; for tests, and for drivers in"
+        " unusual places.",
+    ),
+    Variable(
         "WAN22_DIR",
         "wan22_dir",
         "path",
@@ -150,6 +179,9 @@ class Settings:
     log_level: str = "info"
     cpu_isa: str = "auto"
     binding: str = "auto"
+    cache_dir: str | None = None
+    self_check: bool = True
+    libcuda: str | None = None
     wan22_dir: str | None = None
 
     @classmethod
@@ -239,6 +271,27 @@ def put(name: str, value: str) -> Settings:
     """Set a variable for this process and those it starts, as if the user had; then refresh()."""
     os.environ[name] = value
     return refresh()
+
+
+def cache_folder() -> Path | None:
+    """Where this user's caches belong on this system, ours among them; None: nowhere."""
+    if named := current().cache_dir:
+        return Path(named)
+    try:
+        if sys.platform == "win32":
+            base = os.environ.get("LOCALAPPDATA")
+            return Path(base, "wan_attn", "Cache") if base else None
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "wan_attn"
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "wan_attn"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def cuda_homes() -> list[str]:
+    """CUDA toolkits that the environment names."""
+    return [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
 
 
 def markdown_table() -> str:

@@ -17,6 +17,7 @@ from wan_attn import _native, autograd
 from wan_attn.binding import ctypes_sdpa, load_shim
 from wan_attn.config import current
 from wan_attn.contract import check_call
+from wan_attn.cuda import driver
 from wan_attn.kernels import KernelInfo, build_info, cpu_features, kernels, select, why_not
 
 __all__ = [
@@ -134,6 +135,7 @@ def _register() -> None:
         _binding = "torch"
         _reason = _native.load_error() or "WAN_ATTN_BINDING=torch"
     else:
+        driver.configure(_native.lib())
         why_no_shim = "WAN_ATTN_BINDING=ctypes" if wanted == "ctypes" else load_shim()
         if wanted == "shim" and why_no_shim is not None:
             raise RuntimeError(f"wan_attn: WAN_ATTN_BINDING=shim cannot be had: {why_no_shim}")

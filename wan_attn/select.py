@@ -84,6 +84,11 @@ class Measured:
 
 MEASURED_FASTER: tuple[Measured, ...] = ()
 
+# Cards whose tensor cores reach their full rate by wgmma or tcgen05 alone: PyTorch's cuDNN has such
+# kernels, and what mma.sync can reach is some 62 % on Hopper (Luo et al., arXiv 2402.13499). Until
+# ours are measured there, PyTorch's go first.
+_BEYOND_MMA_SYNC = ((9, 0), (10, 0), (10, 3), (11, 0))
+
 # For fp32 inputs, where the caller did not say: fp16 has three more bits of mantissa than bf16 at
 # the same speed on the consumer cards RTX 30 and 40, and is all that cards before those have; the
 # data-centre cards, and what is newer, get the range of bf16.
@@ -128,8 +133,8 @@ def order(
     """The backends in the order in which they are asked.
 
     auto: FA3 > FA2 > ours > PyTorch > memory-bounded; ours first where measured faster, and off
-        CUDA, where FlashAttention has nothing. A named backend comes first and the ones behind it
-        follow.
+        CUDA, where FlashAttention has nothing; PyTorch before ours on the cards of
+        _BEYOND_MMA_SYNC. A named backend comes first and the ones behind it follow.
     """
     names = tuple(REGISTRY)
     forced = settings.forced_backend
@@ -140,6 +145,9 @@ def order(
         return tuple(name for name in names if name not in FLASH_ATTENTION_BACKENDS)
     if measured_faster(request, table):
         return (native.NAME, *(name for name in names if name != native.NAME))
+    if capability(request.device) in _BEYOND_MMA_SYNC:
+        before = FLASH_ATTENTION_BACKENDS + (torch_sdpa.NAME,)
+        return (*before, *(name for name in names if name not in before))
     return names
 
 

@@ -206,6 +206,7 @@ static int64_t window_bound(int64_t size) {
 
 static void fill(const wan_attn_params *a, wan_attn_problem *p) {
     p->params = a;
+    p->row = NULL; /* dispatch.c's */
     p->device_type = (wan_attn_device)a->q.device_type;
     p->dtype = (wan_attn_dtype)a->v.dtype;
     p->batch = a->q.shape[0];

@@ -11,7 +11,9 @@
 #define DT(dtype) (1u << WAN_ATTN_##dtype)
 #define ON_CPU WAN_ATTN_CPU, 0, 0
 #define ON_CUDA(arch_min, arch_max) WAN_ATTN_CUDA, arch_min, arch_max
+#define ON_CUDA_FROM(arch_min) WAN_ATTN_CUDA, arch_min, WAN_ATTN_NEWEST_ARCH
 #define HEAD_DIM(min, max, multiple) min, max, multiple
+#define ONE_HEAD_DIM(size) size, size, 1
 
 /* Rows of another architecture are in the table, so that it reads the same everywhere, but not in
  * the library: what they need is never detected here, so they always refuse. */
@@ -33,9 +35,11 @@
     const char *wan_attn_##name##_refuse(const wan_attn_problem *);                                \
     size_t wan_attn_##name##_workspace(const wan_attn_problem *);
 #define KERNEL_ELSEWHERE(...)
+#define KERNEL_CUDA(...)
 #include "core/kernels.def"
 #undef KERNEL
 #undef KERNEL_ELSEWHERE
+#undef KERNEL_CUDA
 
 /* Second reading: the table. The detour through KERNEL_EXPAND lets ON_CPU and HEAD_DIM expand into
  * their fields first. */
@@ -60,14 +64,20 @@
                       workspace, description)                                                      \
     {KERNEL_INFO(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, description),    \
      NULL, NULL, NULL},
+/* CUDA rows are data for the code in cuda/host: none has functions of its own. */
+#define KERNEL_ON_CUDA(row, device, amin, amax, dtypes, dmin, dmax, dmul, lossy, description)      \
+    {KERNEL_INFO(row, device, amin, amax, dtypes, dmin, dmax, dmul, 0, lossy, description),        \
+     wan_attn_cuda_refuse, wan_attn_cuda_workspace, wan_attn_cuda_run},
 #define KERNEL_EXPAND(macro, ...) macro(__VA_ARGS__)
 #define KERNEL(...) KERNEL_EXPAND(KERNEL_HERE, __VA_ARGS__)
 #define KERNEL_ELSEWHERE(...) KERNEL_EXPAND(KERNEL_ABSENT, __VA_ARGS__)
+#define KERNEL_CUDA(...) KERNEL_EXPAND(KERNEL_ON_CUDA, __VA_ARGS__)
 static const wan_attn_kernel KERNELS[] = {
 #include "core/kernels.def"
 };
 #undef KERNEL
 #undef KERNEL_ELSEWHERE
+#undef KERNEL_CUDA
 
 enum { KERNEL_COUNT = sizeof(KERNELS) / sizeof(KERNELS[0]) };
 
@@ -98,37 +108,73 @@ static uint32_t allowed_cpu_features(const wan_attn_params *params) {
     return params->cpu_features ? detected & params->cpu_features : detected;
 }
 
-/* Writes why `kernel` cannot take the call into reason and returns 1, or returns 0: it can. */
-static int refused(const wan_attn_kernel *kernel, const wan_attn_problem *p, char *reason,
-                   size_t size) {
-    const wan_attn_kernel_info *info = &kernel->info;
+/* The same for the call's GPU: whether a CUDA row was made for it. */
+static int refused_by_arch(const wan_attn_kernel_info *info, int32_t device_index, char *reason,
+                           size_t size) {
+    int32_t arch = wan_attn_cuda_arch(device_index, reason, size);
+    if (arch >= info->arch_min && arch <= info->arch_max)
+        return 0;
+    if (arch && info->arch_max == WAN_ATTN_NEWEST_ARCH)
+        snprintf(reason, size, "needs compute capability %d.%d or newer, cuda:%d has %d.%d",
+                 info->arch_min / 10, info->arch_min % 10, (int)device_index, arch / 10, arch % 10);
+    else if (arch)
+        snprintf(reason, size, "needs compute capability %d.%d to %d.%d, cuda:%d has %d.%d",
+                 info->arch_min / 10, info->arch_min % 10, info->arch_max / 10, info->arch_max % 10,
+                 (int)device_index, arch / 10, arch % 10);
+    return 1;
+}
+
+/* How near a row came to taking a call. */
+typedef enum nearness { OTHER_DEVICE, OTHER_DTYPE, OTHER_HEAD_DIM, CANNOT, TAKES } nearness;
+
+/* Whether the row is for such calls at all. */
+static nearness refused_by_kind(const wan_attn_kernel_info *info, const wan_attn_problem *p,
+                                char *reason, size_t size) {
     if ((int32_t)p->device_type != info->device_type) {
         snprintf(reason, size, "runs on %s, the call is on %s", device_name(info->device_type),
                  device_name((int32_t)p->device_type));
-        return 1;
+        return OTHER_DEVICE;
     }
     if (!(info->dtypes & 1u << p->dtype)) {
         snprintf(reason, size, "does not take %s", dtype_name(p->dtype));
-        return 1;
+        return OTHER_DTYPE;
     }
-    if (p->head_dim < info->head_dim_min || p->head_dim > info->head_dim_max ||
-        p->head_dim % info->head_dim_multiple) {
+    if (p->head_dim >= info->head_dim_min && p->head_dim <= info->head_dim_max &&
+        p->head_dim % info->head_dim_multiple == 0)
+        return TAKES;
+    if (info->head_dim_min == info->head_dim_max)
+        snprintf(reason, size, "takes head_dim %d, got %lld", (int)info->head_dim_min,
+                 (long long)p->head_dim);
+    else
         snprintf(reason, size, "takes head_dim %d to %d in steps of %d, got %lld",
                  (int)info->head_dim_min, (int)info->head_dim_max, (int)info->head_dim_multiple,
                  (long long)p->head_dim);
-        return 1;
-    }
+    return OTHER_HEAD_DIM;
+}
+
+/* TAKES, or why `kernel` cannot take the call is in reason. */
+static nearness ask(const wan_attn_kernel *kernel, const wan_attn_problem *p, char *reason,
+                    size_t size) {
+    const wan_attn_kernel_info *info = &kernel->info;
+    nearness near = refused_by_kind(info, p, reason, size);
+    if (near != TAKES)
+        return near;
     uint32_t missing = info->cpu_features & ~allowed_cpu_features(p->params);
     if (missing) {
         snprintf(reason, size, "needs %s, which this CPU %s", wan_attn_cpu_feature_name(missing),
                  missing & ~wan_attn_cpu_features() ? "does not have"
                                                     : "has but the caller has masked");
-        return 1;
+        return CANNOT;
     }
-    const char *why = kernel->refuse ? kernel->refuse(p) : NULL;
+    if (info->device_type == WAN_ATTN_CUDA &&
+        refused_by_arch(info, p->params->q.device_index, reason, size))
+        return CANNOT;
+    wan_attn_problem asked = *p;
+    asked.row = info->name;
+    const char *why = kernel->refuse ? kernel->refuse(&asked) : NULL;
     if (why)
         snprintf(reason, size, "%s", why);
-    return why != NULL;
+    return why ? CANNOT : TAKES;
 }
 
 static wan_attn_status forced_row_in_range(int32_t row, wan_attn_error *err) {
@@ -141,13 +187,39 @@ static wan_attn_status forced_row_in_range(int32_t row, wan_attn_error *err) {
 
 static wan_attn_status why_not(const wan_attn_problem *p, int32_t row, wan_attn_error *err) {
     char reason[200];
-    if (refused(&KERNELS[row], p, reason, sizeof(reason)))
+    if (ask(&KERNELS[row], p, reason, sizeof(reason)) != TAKES)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", KERNELS[row].info.name, reason);
     return wan_attn_fail(err, WAN_ATTN_OK, "%s", "");
 }
 
-/* The row to run: the forced one if it can, else the first exact one that can; UNSUPPORTED lists
- * every row's reason. */
+/* Appends to a text that is cut where the space ends. */
+static void append(char *text, size_t size, size_t *used, const char *format, const char *word) {
+    int n = snprintf(text + *used, size - *used, format, word);
+    if (n > 0)
+        *used = *used + (size_t)n < size ? *used + (size_t)n : size - 1;
+}
+
+/* UNSUPPORTED, with the reasons of the rows that came nearest: a user of one card is not told of
+ * the rows for other dtypes. Neighbours with the same reason share it: "a, b: reason; c: other". */
+static wan_attn_status no_row(const wan_attn_problem *p, nearness nearest, wan_attn_error *err) {
+    char reasons[900] = "", reason[200], before[200] = "";
+    size_t used = 0;
+    for (int32_t r = 0; r < KERNEL_COUNT; r++) {
+        if (KERNELS[r].info.is_lossy || ask(&KERNELS[r], p, reason, sizeof(reason)) != nearest)
+            continue;
+        if (strcmp(reason, before) != 0) {
+            append(reasons, sizeof(reasons), &used, used ? ": %s; " : "%s", before);
+            snprintf(before, sizeof(before), "%s", reason);
+            append(reasons, sizeof(reasons), &used, "%s", KERNELS[r].info.name);
+        } else {
+            append(reasons, sizeof(reasons), &used, ", %s", KERNELS[r].info.name);
+        }
+    }
+    append(reasons, sizeof(reasons), &used, ": %s", before);
+    return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "no kernel takes this call: %s", reasons);
+}
+
+/* The row to run: the forced one if it can, else the first exact one that can. */
 static wan_attn_status choose(const wan_attn_problem *p, int32_t *row, wan_attn_error *err) {
     int32_t forced = p->params->kernel;
     wan_attn_status status = forced_row_in_range(forced, err);
@@ -157,27 +229,29 @@ static wan_attn_status choose(const wan_attn_problem *p, int32_t *row, wan_attn_
         *row = forced;
         return why_not(p, forced, err);
     }
-    char reasons[900] = "", reason[200];
-    size_t used = 0;
+    char reason[200];
+    nearness nearest = OTHER_DEVICE;
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
         if (KERNELS[r].info.is_lossy)
             continue;
-        if (!refused(&KERNELS[r], p, reason, sizeof(reason))) {
+        nearness near = ask(&KERNELS[r], p, reason, sizeof(reason));
+        if (near == TAKES) {
             *row = r;
             return WAN_ATTN_OK;
         }
-        int n = snprintf(reasons + used, sizeof(reasons) - used, "%s%s %s", used ? "; " : "",
-                         KERNELS[r].info.name, reason);
-        if (n > 0)
-            used = used + (size_t)n < sizeof(reasons) ? used + (size_t)n : sizeof(reasons) - 1;
+        nearest = near > nearest ? near : nearest;
     }
-    return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "no kernel takes this call: %s", reasons);
+    return no_row(p, nearest, err);
 }
 
 static wan_attn_status checked_choice(const wan_attn_params *params, wan_attn_problem *p,
                                       int32_t *row, wan_attn_error *err) {
     wan_attn_status status = wan_attn_check(params, p, err);
-    return status == WAN_ATTN_OK ? choose(p, row, err) : status;
+    if (status == WAN_ATTN_OK)
+        status = choose(p, row, err);
+    if (status == WAN_ATTN_OK)
+        p->row = KERNELS[*row].info.name;
+    return status;
 }
 
 wan_attn_status wan_attn_why_not(const wan_attn_params *params, int32_t row, wan_attn_error *err) {

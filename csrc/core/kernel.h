@@ -26,9 +26,13 @@ typedef struct wan_attn_lengths {
  * be added to one. */
 #define WAN_ATTN_UNBOUNDED (INT64_MAX / 4)
 
+/* arch_max of rows that newer GPUs can run too. */
+#define WAN_ATTN_NEWEST_ARCH 999
+
 /* A call that has passed wan_attn_check: everything a row may rely on without looking again. */
 typedef struct wan_attn_problem {
     const wan_attn_params *params; /* for stream, workspace and threads only */
+    const char *row;               /* the name of the row that is asked or run */
     wan_attn_device device_type;
     wan_attn_dtype dtype; /* of v; q and k have it too or are f32 */
     int64_t batch, num_heads_q, num_heads_k, seqlen_q, seqlen_k, head_dim;
@@ -55,6 +59,13 @@ typedef struct wan_attn_kernel {
 typedef struct wan_attn_key_range {
     int64_t begin, end;
 } wan_attn_key_range;
+
+/* cuda/host: what all CUDA rows have in common. The arch of the call's device, or 0 and why there
+ * is no such device to ask; then the three functions of each row. */
+int32_t wan_attn_cuda_arch(int32_t device_index, char *reason, size_t size);
+const char *wan_attn_cuda_refuse(const wan_attn_problem *problem);
+size_t wan_attn_cuda_workspace(const wan_attn_problem *problem);
+wan_attn_status wan_attn_cuda_run(const wan_attn_problem *problem, wan_attn_error *err);
 
 /* check.c: params -> problem; INVALID_ARGUMENT with "<argument> must be <rule>, got <value>". */
 wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *problem,

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
- * emulator.c - executes AMX tile instructions on a CPU that has none. Such a CPU raises SIGILL; the
- * handler decodes the instruction, does its work on tiles kept per thread, and steps over it. The
- * machine code under test is what the compiler made for real hardware. Linux on x86-64; a
+ * emulator.c - executes AMX tile instructions on any x86-64. The test puts a trap (ud2) before each
+ * of them, so that the CPU raises SIGILL whether it has AMX or not; the handler decodes the
+ * instruction behind the trap, does its work on tiles kept per thread, and steps over both. The
+ * machine code under test is otherwise what the compiler made for real hardware. Linux; a
  * microsecond for an instruction. Stands in for core/cpuid.c's AMX and cpu/amx_permission.c.
  *
  * From Intel's Software Developer's Manual, volume 2, chapters "VEX encoding" and LDTILECFG to
@@ -38,6 +39,8 @@ typedef struct instruction {
     uint64_t base, stride;
     int length;
 } instruction;
+
+static const uint8_t TRAP[2] = {0x0f, 0x0b}; /* ud2 */
 
 static const int GREGS[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP,
                               REG_RSI, REG_RDI, REG_R8,  REG_R9,  REG_R10, REG_R11,
@@ -166,8 +169,9 @@ static void on_illegal_instruction(int number, siginfo_t *info, void *context) {
     ucontext_t *u = (ucontext_t *)context;
     instruction i = {0};
     (void)info;
-    if (decode((const uint8_t *)u->uc_mcontext.gregs[REG_RIP], u, &i) && execute(&i))
-        u->uc_mcontext.gregs[REG_RIP] += i.length;
+    const uint8_t *at = (const uint8_t *)u->uc_mcontext.gregs[REG_RIP];
+    if (memcmp(at, TRAP, sizeof(TRAP)) == 0 && decode(at + sizeof(TRAP), u, &i) && execute(&i))
+        u->uc_mcontext.gregs[REG_RIP] += (greg_t)sizeof(TRAP) + i.length;
     else
         signal(number, SIG_DFL); /* a real one: it will be raised again */
 }

@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from emu.rows import CSRC, Helper, Tile
+from emu.rows import CSRC, Helper, Tile, emulated_arch
 
 HERE = Path(__file__).resolve().parent
 BUILT = HERE.parents[1] / "build" / "emu"
@@ -53,7 +53,7 @@ def _version() -> str:
     return found.stdout
 
 
-def _made(
+def made(
     stem: str, suffix: str, sources: list[Path], command: list[str], folder: Path = BUILT
 ) -> Path:
     """The output of `command`, made unless it is there from the same sources and command."""
@@ -80,7 +80,7 @@ def _machine() -> tuple[str, ...]:
     objects = []
     for stem in MACHINE:
         command = [compiler() or "", *MACHINE_FLAGS, "-c", str(HERE / f"{stem}.cpp")]
-        objects.append(str(_made(stem, ".o", _sources(CSRC), command)))
+        objects.append(str(made(stem, ".o", _sources(CSRC), command)))
     return tuple(objects)
 
 
@@ -88,7 +88,7 @@ def _machine() -> tuple[str, ...]:
 def library(tile: Tile | Helper, csrc: Path = CSRC, arch: int | None = None) -> ctypes.CDLL:
     """The emulated kernel. `csrc`: other sources than the repository's (planted bugs)."""
     constants = {"SMEM_BYTES": "0", **tile.defines(), "KERNEL_ARGS": tile.args}
-    constants["EMULATED_ARCH"] = str(arch or tile.emulated_arch)
+    constants["EMULATED_ARCH"] = str(arch or emulated_arch(tile))
     defines = [f"-D{name}={value}" for name, value in constants.items()]
     strict = ["-Werror"] if csrc == CSRC else []  # bugs may leave things unused
     command = [
@@ -96,4 +96,4 @@ def library(tile: Tile | Helper, csrc: Path = CSRC, arch: int | None = None) -> 
         *(f"-DKERNEL_BODY={tile.source}", str(HERE / "kernel.cpp"), *_machine()),
     ]
     folder = BUILT if csrc == CSRC else csrc
-    return ctypes.CDLL(str(_made(tile.name, ".so", _sources(csrc), command, folder)))
+    return ctypes.CDLL(str(made(tile.name, ".so", _sources(csrc), command, folder)))

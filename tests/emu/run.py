@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import c_char_p, c_float, c_int, c_longlong, c_uint, c_ulonglong, c_void_p
+from ctypes import c_char_p, c_int, c_longlong, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from emu.args import Args, Lengths, View
 from emu.build import library
 from emu.rows import CSRC, Tile
 
@@ -20,30 +21,6 @@ SMALLEST_SCALE = 1.1754944e-38
 LIMIT_SUM_F16, LIMIT_F16 = 9, 15  # of find_scale
 LOG2_E = 1.4426950408889634
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class View(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("strides", c_longlong * 3)]
-
-
-class Lengths(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("stride", c_longlong), ("is_i64", c_int), ("unused", c_int)]
-
-
-class Args(ctypes.Structure):
-    """wan_attn_cuda_args of csrc/cuda/args.h."""
-
-    _fields_ = [
-        *((name, View) for name in ("q", "k", "v", "out")),
-        *(("lse", c_void_p), ("lse_strides", c_longlong * 3)),
-        *(("seqused_q", Lengths), ("seqused_k", Lengths)),
-        *(("v_scale", c_void_p), ("k_scale", c_void_p)),
-        *(("out_split_stride", c_longlong), ("lse_split_stride", c_longlong)),
-        *((name, c_int) for name in ("num_splits", "split_tiles", "batch", "num_heads_q")),
-        *((name, c_int) for name in ("heads_per_key_head", "seqlen_q", "seqlen_k", "m_blocks")),
-        *((name, c_int) for name in ("window_left", "window_right", "q_is_f32", "out_is_f32")),
-        *(("scale_log2e", c_float), ("q_sign", c_uint)),
-    ]
 
 
 class Tensor_(ctypes.Structure):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wan_attn import proof
 from wan_attn.request import Request
 
 NAME = "sdpa"
@@ -57,6 +58,8 @@ def run(
         out [batch, seqlen_q, num_heads_q, head_dim] in query's dtype, and lse [batch, num_heads_q,
         seqlen_q] float32 or None.
     """
+    if query.is_cuda:
+        _require_proof(query.device, value.dtype, query.shape[3])
     out_dtype = query.dtype
     out, lse = _op()(
         _readable(query, value.dtype),
@@ -71,6 +74,25 @@ def run(
         return_lse=return_lse,
     )
     return out if out.dtype == out_dtype else out.to(out_dtype), lse if return_lse else None
+
+
+def _require_proof(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Raises RuntimeError, so that the next backend takes over, for a kernel that is wrong here."""
+
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        q_lens: Tensor | None,
+        k_lens: Tensor,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _op()(query, key, value, q_lens, k_lens, is_causal=is_causal, return_lse=True)
+        return out, lse
+
+    wrong = proof.verdict(run, device, dtype, head_dim)
+    if wrong is not None:
+        raise RuntimeError(f"wan_attn: the kernel for this call is wrong on {device}: {wrong}")
 
 
 def _op() -> torch._ops.OpOverload:

@@ -66,6 +66,7 @@ def examine(selftest: bool = True, isolated: bool = True) -> dict[str, Any]:
         "import_error": None if wan_attn._import_error is None else str(wan_attn._import_error),
         "backends": [],
         "kernels": [],
+        "cuda_kernels": {},
         "choices": [],
         "selftest": [],
         "selftest_error": None,
@@ -90,6 +91,9 @@ def _examine_package(report: dict[str, Any], guard: Guard, selftest: bool, isola
         report["devices"]["cpu"] = guard.run("CPU", doctor_facts.cpu_facts, {})
         report["versions"].update(guard.run("native library", doctor_facts.native_facts, {}))
         devices = guard.run("devices", _devices, ["cpu"])
+        report["cuda_kernels"] = guard.run(
+            "CUDA kernels", functools.partial(_cuda_kernels, report), {}
+        )
         for what in ("backends", "kernels", "choices"):
             report[what] = guard.run(what, functools.partial(_ask, what, devices), [])
         if selftest:
@@ -167,6 +171,13 @@ def _ask(what: str, devices: list[str]) -> list[dict[str, Any]]:
     if what == "choices":
         return doctor_paths.choices(devices, current())
     return doctor_paths.backends(devices) if what == "backends" else doctor_paths.kernels(devices)
+
+
+def _cuda_kernels(report: dict[str, Any]) -> dict[str, Any]:
+    from wan_attn.cli import doctor_cuda
+
+    capabilities = (gpu["capability"] for gpu in report["devices"]["gpus"])
+    return doctor_cuda.facts(sorted({10 * major + minor for major, minor in capabilities}))
 
 
 def _versions(machine: Machine) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def kernels(devices: list[str]) -> list[dict[str, Any]]:
                 "name": row.name,
                 "description": row.description,
                 "device": device or row.device,
+                "device_is_here": device is not None,
                 "dtypes": [DTYPE_NAMES.get(dtype, str(dtype)) for dtype in row.dtypes],
                 "usable": reason is None,
                 "reason": reason,

@@ -27,6 +27,7 @@ def render(report: Report) -> str:
         _choices,
         _backends,
         _kernels,
+        _cuda_kernels,
         _selftest,
         _known,
         _failed,
@@ -123,7 +124,40 @@ def _kernels(report: Report) -> str:
     if report["backends"] and not report["kernels"]:
         reason = report["versions"].get("binding_reason") or "the table could not be read"
         return f"{heading('kernels of sdpa')}\n{wrap(f'none: {reason}')}"
-    return _usable("kernels of sdpa", "best first", report["kernels"], "description")
+    here = [row for row in report["kernels"] if row["device_is_here"]]
+    text = _usable("kernels of sdpa", "best first", here, "description")
+    absent: dict[str, int] = {}
+    for row in report["kernels"]:
+        if not row["device_is_here"]:
+            absent[row["device"]] = absent.get(row["device"], 0) + 1
+    for device, count in absent.items():
+        text += f"\n{wrap(f'and {count} for {device}: there is no {device} device here')}"
+    return text
+
+
+def _cuda_kernels(report: Report) -> str:
+    cuda = report["cuda_kernels"]
+    if not cuda:
+        return ""
+    ready = " ".join(f"sm_{arch}" for arch in cuda["shipped"])
+    if not ready:
+        ready = "none in this build" + (
+            ": csrc/cuda has changed since, build again" if cuda["stale"] else ""
+        )
+    cache = cuda["cache"] or "none: this user has no home directory"
+    if cuda["cache"]:
+        size = f"{cuda['cached']} kernels, {cuda['cached_bytes'] / 2**20:.1f} MiB"
+        cache += f": {cuda['cache_problem'] or size}"
+    lines = [
+        ("ready-made", ready),
+        ("compiler", "; ".join(cuda["nvrtc"]) or f"none: {cuda['nvrtc_problem']}"),
+        ("cache", cache),
+    ]
+    for gpu, states in cuda["gpus"].items():
+        told = ", ".join(f"{count} {state}" for state, count in states.items())
+        lines.append((gpu, told or "no kernel for a GPU that old"))
+    note = "what is not ready-made is compiled at first use, or by: python -m wan_attn compile"
+    return f"{heading('CUDA kernels', note)}\n{pairs(lines)}"
 
 
 def _usable(title: str, note: str, rows: list[dict[str, Any]], about: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""selftest.py - runs one path over every call of selftest_truth.py and judges what comes back."""
+"""selftest.py - runs one path over every call of _truth.py and judges what comes back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wan_attn.cli.selftest_truth import MASKS, UNIT, Case, Truth, cases, make_inputs, reference
+from wan_attn._truth import MASKS, UNIT, Case, Truth, cases, make_inputs, reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TF32_UNIT = 2.0**-11  # float32 matrix products on a GPU where the user allows TF32

@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_attn import ops
+from wan_attn import _truth, ops
 from wan_attn.backends import REGISTRY
-from wan_attn.cli import selftest_truth
 from wan_attn.cli.selftest import Answer, Path
-from wan_attn.cli.selftest_truth import Case
 from wan_attn.request import Request
 
 
-def request(case: Case, dtype: torch.dtype, device: str, return_lse: bool = False) -> Request:
+def request(
+    case: _truth.Case, dtype: torch.dtype, device: str, return_lse: bool = False
+) -> Request:
     """The case as the selection sees it."""
-    is_causal, window = selftest_truth.MASKS[case.mask]
+    is_causal, window = _truth.MASKS[case.mask]
     return Request(
-        batch=selftest_truth.BATCH,
+        batch=_truth.BATCH,
         seqlen_q=case.seqlen_q,
         seqlen_k=case.seqlen_k,
-        num_heads_q=selftest_truth.HEADS_Q,
-        num_heads_k=selftest_truth.HEADS_K,
+        num_heads_q=_truth.HEADS_Q,
+        num_heads_k=_truth.HEADS_K,
         head_dim=case.head_dim,
         dtype=dtype,
         query_dtype=dtype,
@@ -135,7 +135,7 @@ def _function_path(device: str) -> Path:
         )
         return out, None
 
-    def why_not(case: Case, dtype: torch.dtype) -> str | None:
+    def why_not(case: _truth.Case, dtype: torch.dtype) -> str | None:
         return "computes in half precision" if dtype is torch.float32 else None
 
     return Path("function", "flash_attention", device, why_not, run)

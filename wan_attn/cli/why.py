@@ -227,9 +227,13 @@ def render(answer: dict[str, Any]) -> str:
             k["reason"] or k["description"],
         )
         for k in answer["kernels"]
+        if not (k["reason"] or "").startswith("runs on ")
     ]
     text += f"\n{heading('kernels of sdpa', 'best first')}\n"
-    return text + (table(rows3) if rows3 else wrap(f"none: {answer['no_kernels']}"))
+    if not rows3:
+        return text + wrap(f"none: {answer['no_kernels']}")
+    others = len(answer["kernels"]) - len(rows3)
+    return text + table(rows3) + (f"\n  and {others} for other devices" if others else "")
 
 
 def _choice(answer: dict[str, Any]) -> str:

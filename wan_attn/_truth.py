@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""selftest_truth.py - the self-test's calls and their results in float64; shares no code.
+"""_truth.py - the self-tests' calls and their results in float64; shares no code.
 
 The inputs are multiples of 1/32 in [-2, 2], which float32, float16 and bfloat16 all hold exactly.
 So one float64 result serves the three, and what is measured is the arithmetic of the path alone.

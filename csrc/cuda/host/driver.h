@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * driver.h - the CUDA driver API as far as it is used here, bound when it is first needed: this
+ * library links nothing of CUDA, loads on machines without a driver, and works beside any torch.
+ * Facts about its functions: NVIDIA, "CUDA Driver API" reference. Knows no kernel.
+ */
+#ifndef WAN_ATTN_CUDA_HOST_DRIVER_H
+#define WAN_ATTN_CUDA_HOST_DRIVER_H
+
+#include "core/kernel.h"
+
+/* Windows on x64 has one calling convention, so that CUDAAPI is nothing. */
+typedef int wan_attn_cu_result; /* CUresult; 0 is success */
+typedef int wan_attn_cu_device; /* CUdevice */
+typedef void *wan_attn_cu_context, *wan_attn_cu_module, *wan_attn_cu_function, *wan_attn_cu_stream;
+
+/* Numbers of cuda.h. */
+enum {
+    WAN_ATTN_CU_OUT_OF_MEMORY = 2,
+    WAN_ATTN_CU_INVALID_IMAGE = 200,
+    WAN_ATTN_CU_NO_BINARY_FOR_GPU = 209,
+    WAN_ATTN_CU_UNSUPPORTED_PTX_VERSION = 222,
+    WAN_ATTN_CU_ATTRIBUTE_NUM_SMS = 16,
+    WAN_ATTN_CU_ATTRIBUTE_CAPABILITY_MAJOR = 75,
+    WAN_ATTN_CU_ATTRIBUTE_CAPABILITY_MINOR = 76,
+    WAN_ATTN_CU_ATTRIBUTE_SMEM_OF_BLOCK = 97, /* with the function attribute below */
+    WAN_ATTN_CU_FUNCTION_MAX_DYNAMIC_SMEM = 8,
+    WAN_ATTN_CU_CAPTURE_MODE_RELAXED = 2
+};
+
+/* X(field, exported name, parameters): one line for each function. */
+#define WAN_ATTN_CUDA_DRIVER_FUNCTIONS(X)                                                          \
+    X(init, "cuInit", (unsigned flags))                                                            \
+    X(driver_version, "cuDriverGetVersion", (int *version))                                        \
+    X(device_count, "cuDeviceGetCount", (int *count))                                              \
+    X(device_get, "cuDeviceGet", (wan_attn_cu_device * device, int ordinal))                       \
+    X(device_name, "cuDeviceGetName", (char *name, int size, wan_attn_cu_device device))           \
+    X(device_attribute, "cuDeviceGetAttribute",                                                    \
+      (int *value, int attribute, wan_attn_cu_device device))                                      \
+    X(context_retain, "cuDevicePrimaryCtxRetain",                                                  \
+      (wan_attn_cu_context * context, wan_attn_cu_device device))                                  \
+    X(context_push, "cuCtxPushCurrent_v2", (wan_attn_cu_context context))                          \
+    X(context_pop, "cuCtxPopCurrent_v2", (wan_attn_cu_context * context))                          \
+    X(capture_mode, "cuThreadExchangeStreamCaptureMode", (int *mode))                              \
+    X(module_load, "cuModuleLoadData", (wan_attn_cu_module * module, const void *image))           \
+    X(module_function, "cuModuleGetFunction",                                                      \
+      (wan_attn_cu_function * function, wan_attn_cu_module module, const char *name))              \
+    X(function_set, "cuFuncSetAttribute",                                                          \
+      (wan_attn_cu_function function, int attribute, int value))                                   \
+    X(launch, "cuLaunchKernel",                                                                    \
+      (wan_attn_cu_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z,           \
+       unsigned block_x, unsigned block_y, unsigned block_z, unsigned smem,                        \
+       wan_attn_cu_stream stream, void **params, void **extra))                                    \
+    X(error_name, "cuGetErrorName", (wan_attn_cu_result error, const char **name))                 \
+    X(error_string, "cuGetErrorString", (wan_attn_cu_result error, const char **text))
+
+typedef struct wan_attn_cuda_driver {
+/* NOLINTNEXTLINE(bugprone-macro-parentheses): it declares, there is nothing to bind */
+#define FIELD(field, name, parameters) wan_attn_cu_result(*field) parameters;
+    WAN_ATTN_CUDA_DRIVER_FUNCTIONS(FIELD)
+#undef FIELD
+} wan_attn_cuda_driver;
+
+/* The driver, opened and initialised at the first call; or NULL, and why it cannot be used. */
+const wan_attn_cuda_driver *wan_attn_cuda_open_driver(char *reason, size_t size);
+
+/* DEVICE_ERROR: what was being done, and the driver's own words. */
+wan_attn_status wan_attn_cuda_fail(const wan_attn_cuda_driver *driver, wan_attn_cu_result error,
+                                   const char *doing, const char *what, wan_attn_error *err);
+
+/* The configured source of machine code, or NULL. */
+wan_attn_image_fn wan_attn_cuda_find_image(void);
+
+#endif /* WAN_ATTN_CUDA_HOST_DRIVER_H */

@@ -1,0 +1,297 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * launch.c - runs a call on a GPU: fills the arguments of each pass of its plan and enqueues them
+ * on the caller's stream, in order. Waits for nothing, allocates nothing, reads nothing from the
+ * device; what it passes by value is baked into a captured graph, as are the pointers.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "cuda/host/plan.h"
+
+#define LOG2_E 1.4426950408889634
+
+enum { WARP = 32 };
+
+/* One call on its way. */
+typedef struct call {
+    const wan_attn_problem *p;
+    const wan_attn_cuda_driver *driver;
+    wan_attn_cuda_plan plan;
+    int32_t device_index;
+    wan_attn_error *err;
+} call;
+
+const char *wan_attn_cuda_refuse(const wan_attn_problem *p) {
+    char unused[1];
+    const wan_attn_cuda_device *device =
+        wan_attn_cuda_find_device(p->params->q.device_index, unused, sizeof(unused));
+    wan_attn_cuda_plan plan;
+    wan_attn_cuda_make_plan(p, &plan);
+    if (device && wan_attn_cuda_sums_f16(p->row) && !device->is_half_rate)
+        return "pays only where tensor cores sum f32 at half rate (GeForce RTX 30 to 50)";
+    if (!device || !plan.tile)
+        return "has no tile for this GPU";
+    const int64_t most = WAN_ATTN_CUDA_UNBOUNDED, blocks = INT32_MAX;
+    if (p->seqlen_q >= most || p->seqlen_k >= most)
+        return "takes lengths below 2^29";
+    int64_t heads = p->batch * p->num_heads_q;
+    if (heads > blocks || (int64_t)plan.m_blocks * plan.num_splits > blocks / (heads ? heads : 1) ||
+        p->seqlen_q > blocks / (heads ? heads : 1) || p->seqlen_k > blocks / (heads ? heads : 1))
+        return "takes batch * num_heads_q * seqlen below 2^31";
+    int64_t size = p->q.dtype == WAN_ATTN_F32 ? 16 : 8;
+    if (p->out.data && (((int64_t)(intptr_t)p->out.data | p->out.batch_stride * size / 4 |
+                         p->out.row_stride * size / 4 | p->out.head_stride * size / 4) &
+                        (size - 1)))
+        return "needs out and its strides to be multiples of four elements";
+    return NULL;
+}
+
+size_t wan_attn_cuda_workspace(const wan_attn_problem *p) {
+    wan_attn_cuda_plan plan;
+    wan_attn_cuda_make_plan(p, &plan);
+    return (size_t)plan.workspace_bytes;
+}
+
+static void *at(const call *c, wan_attn_cuda_place place) {
+    return place < 0 ? NULL : (char *)c->p->params->workspace + place;
+}
+
+static wan_attn_status launch(const call *c, const wan_attn_cuda_program *program, int64_t blocks,
+                              void *args) {
+    wan_attn_cu_function function;
+    wan_attn_status status =
+        wan_attn_cuda_function(c->driver, c->device_index, program, &function, c->err);
+    if (status != WAN_ATTN_OK || blocks == 0)
+        return status;
+    void *params[] = {args};
+    wan_attn_cu_result error =
+        c->driver->launch(function, (unsigned)blocks, 1, 1, program->num_threads, 1, 1,
+                          program->smem_bytes, c->p->params->stream, params, NULL);
+    return error == 0
+               ? WAN_ATTN_OK
+               : wan_attn_cuda_fail(c->driver, error, "when launching", program->name, c->err);
+}
+
+/* A helper pass in which each warp does one piece of the work. */
+static wan_attn_status launch_warps(const call *c, wan_attn_cuda_helper helper, int64_t warps,
+                                    void *args) {
+    const wan_attn_cuda_program *program = wan_attn_cuda_helper_program(helper);
+    int64_t per_block = program->num_threads / WARP;
+    return launch(c, program, (warps + per_block - 1) / per_block, args);
+}
+
+static wan_attn_cuda_view view_of(const wan_attn_view *v) {
+    wan_attn_cuda_view view = {v->data, v->batch_stride, v->row_stride, v->head_stride};
+    return view;
+}
+
+static wan_attn_cuda_view dense(void *data, int64_t seqlen, int64_t heads, int64_t head_dim) {
+    wan_attn_cuda_view view = {data, seqlen * heads * head_dim, heads * head_dim, head_dim};
+    return view;
+}
+
+/* The lengths for a kernel: where they are, put into the workspace, or none because they say
+ * nothing. */
+static wan_attn_cuda_lengths lengths_of(const call *c, const wan_attn_lengths *lengths,
+                                        wan_attn_cuda_place place) {
+    wan_attn_cuda_lengths found = {NULL, 0, 0, 0};
+    if (place >= 0) {
+        found.data = at(c, place);
+        found.stride = 1;
+    } else if (lengths->data && lengths->device_type == WAN_ATTN_CUDA) {
+        found.data = lengths->data;
+        found.stride = lengths->stride;
+        found.is_i64 = lengths->dtype == WAN_ATTN_I64;
+    }
+    return found;
+}
+
+static wan_attn_status put_lengths(const call *c, const wan_attn_lengths *lengths, int64_t padded,
+                                   wan_attn_cuda_place place) {
+    wan_attn_status status = WAN_ATTN_OK;
+    for (int64_t first = 0; place >= 0 && first < c->p->batch && status == WAN_ATTN_OK;
+         first += WAN_ATTN_CUDA_MOST_LENGTHS) {
+        wan_attn_cuda_put_lengths_args args;
+        int64_t left = c->p->batch - first;
+        args.to = (int *)at(c, place) + first;
+        args.count = (int)(left < WAN_ATTN_CUDA_MOST_LENGTHS ? left : WAN_ATTN_CUDA_MOST_LENGTHS);
+        for (int n = 0; n < WAN_ATTN_CUDA_MOST_LENGTHS; n++)
+            args.lengths[n] =
+                n < args.count ? (int)wan_attn_length_at(lengths, first + n, padded) : 0;
+        status = launch(c, wan_attn_cuda_helper_program(HELPER_wan_attn_put_lengths), 1, &args);
+    }
+    return status;
+}
+
+/* An operand on its way into the workspace. */
+typedef struct packing {
+    const wan_attn_view *from;
+    int64_t seqlen, heads;
+    wan_attn_cuda_lengths seqused;
+    wan_attn_cuda_place to, largest, scale;
+    int limit; /* 0: not scaled, in the row's dtype; else in f16 */
+} packing;
+
+static wan_attn_status pack(const call *c, const packing *operand) {
+    if (operand->to < 0)
+        return WAN_ATTN_OK;
+    wan_attn_cuda_pack_args args;
+    memset(&args, 0, sizeof(args));
+    args.from = view_of(operand->from);
+    args.to = at(c, operand->to);
+    args.seqused = operand->seqused;
+    args.batch = (int)c->p->batch;
+    args.seqlen = (int)operand->seqlen;
+    args.heads = (int)operand->heads;
+    args.head_dim = (int)c->p->head_dim;
+    args.from_dtype = (int)operand->from->dtype;
+    args.to_bf16 = c->p->dtype == WAN_ATTN_BF16 && !operand->limit;
+    args.largest = at(c, operand->largest);
+    args.scale = at(c, operand->scale);
+    args.num_parts = c->plan.measured_parts;
+    args.limit = operand->limit;
+    int64_t heads = c->p->batch * operand->heads;
+    wan_attn_status status = WAN_ATTN_OK;
+    if (operand->limit)
+        status = launch_warps(c, HELPER_wan_attn_measure, heads * args.num_parts, &args);
+    if (operand->limit && status == WAN_ATTN_OK)
+        status = launch_warps(c, HELPER_wan_attn_find_scale, heads, &args);
+    if (status == WAN_ATTN_OK)
+        status = launch_warps(c, HELPER_wan_attn_convert, heads * operand->seqlen, &args);
+    return status;
+}
+
+static wan_attn_status pack_all(const call *c, wan_attn_cuda_lengths seqused_q,
+                                wan_attn_cuda_lengths seqused_k) {
+    const wan_attn_problem *p = c->p;
+    const wan_attn_cuda_plan *plan = &c->plan;
+    const packing operands[3] = {
+        {&p->q, p->seqlen_q, p->num_heads_q, seqused_q, plan->q, -1, -1, 0},
+        {&p->k, p->seqlen_k, p->num_heads_k, seqused_k, plan->k, plan->k_largest, plan->k_scale,
+         plan->tile->k_limit},
+        {&p->v, p->seqlen_k, p->num_heads_k, seqused_k, plan->v, plan->v_largest, plan->v_scale,
+         plan->tile->v_limit}};
+    wan_attn_status status = WAN_ATTN_OK;
+    for (int n = 0; n < 3 && status == WAN_ATTN_OK; n++)
+        status = pack(c, &operands[n]);
+    return status;
+}
+
+static int bound_of(int64_t window) {
+    return (int)(window < WAN_ATTN_CUDA_UNBOUNDED ? window : WAN_ATTN_CUDA_UNBOUNDED);
+}
+
+static void fill_numbers(const wan_attn_problem *p, wan_attn_cuda_args *args) {
+    args->batch = (int)p->batch;
+    args->num_heads_q = (int)p->num_heads_q;
+    args->heads_per_key_head = (int)(p->num_heads_q / p->num_heads_k);
+    args->seqlen_q = (int)p->seqlen_q;
+    args->seqlen_k = (int)p->seqlen_k;
+    args->window_left = bound_of(p->window_left);
+    args->window_right = bound_of(p->window_right);
+    double scale = fabs(p->softmax_scale) * LOG2_E;
+    args->scale_log2e =
+        scale > WAN_ATTN_CUDA_SMALLEST_SCALE ? (float)scale : WAN_ATTN_CUDA_SMALLEST_SCALE;
+    args->q_sign = p->softmax_scale < 0 ? 0x80008000u : 0;
+}
+
+static void fill_operands(const call *c, wan_attn_cuda_args *args) {
+    const wan_attn_problem *p = c->p;
+    const wan_attn_cuda_plan *plan = &c->plan;
+    args->q = view_of(&p->q);
+    args->k = view_of(&p->k);
+    args->v = view_of(&p->v);
+    args->q_is_f32 = p->q.dtype == WAN_ATTN_F32 && plan->q < 0;
+    if (plan->q >= 0)
+        args->q = dense(at(c, plan->q), p->seqlen_q, p->num_heads_q, p->head_dim);
+    if (plan->k >= 0)
+        args->k = dense(at(c, plan->k), p->seqlen_k, p->num_heads_k, p->head_dim);
+    if (plan->v >= 0)
+        args->v = dense(at(c, plan->v), p->seqlen_k, p->num_heads_k, p->head_dim);
+    args->k_scale = at(c, plan->k_scale);
+    args->v_scale = at(c, plan->v_scale);
+    args->out = view_of(&p->out);
+    args->out_is_f32 = p->q.dtype == WAN_ATTN_F32;
+    args->lse = p->lse;
+    args->lse_batch_stride = p->lse_batch_stride;
+    args->lse_head_stride = p->lse_head_stride;
+    args->lse_row_stride = p->lse_row_stride;
+    if (plan->num_splits == 1)
+        return;
+    args->out = dense(at(c, plan->part_out), p->seqlen_q, p->num_heads_q, p->head_dim);
+    args->out_is_f32 = 1;
+    args->out_split_stride = p->batch * args->out.batch_stride;
+    args->lse = at(c, plan->part_lse);
+    args->lse_row_stride = 1;
+    args->lse_head_stride = p->seqlen_q;
+    args->lse_batch_stride = p->num_heads_q * p->seqlen_q;
+    args->lse_split_stride = p->batch * args->lse_batch_stride;
+}
+
+static wan_attn_status attend(const call *c, wan_attn_cuda_lengths seqused_q,
+                              wan_attn_cuda_lengths seqused_k) {
+    wan_attn_cuda_args args;
+    memset(&args, 0, sizeof(args));
+    fill_numbers(c->p, &args);
+    fill_operands(c, &args);
+    args.seqused_q = seqused_q;
+    args.seqused_k = seqused_k;
+    args.num_splits = c->plan.num_splits;
+    args.split_tiles = c->plan.split_tiles;
+    args.m_blocks = c->plan.m_blocks;
+    int64_t blocks = (int64_t)args.m_blocks * args.num_splits * args.num_heads_q * args.batch;
+    return launch(c, &c->plan.tile->program, blocks, &args);
+}
+
+static wan_attn_status merge(const call *c) {
+    const wan_attn_problem *p = c->p;
+    if (c->plan.num_splits == 1)
+        return WAN_ATTN_OK;
+    wan_attn_cuda_merge_args args;
+    memset(&args, 0, sizeof(args));
+    args.part_out = at(c, c->plan.part_out);
+    args.part_lse = at(c, c->plan.part_lse);
+    args.out = view_of(&p->out);
+    args.lse = p->lse;
+    args.lse_batch_stride = p->lse_batch_stride;
+    args.lse_head_stride = p->lse_head_stride;
+    args.lse_row_stride = p->lse_row_stride;
+    args.batch = (int)p->batch;
+    args.seqlen = (int)p->seqlen_q;
+    args.num_heads = (int)p->num_heads_q;
+    args.head_dim = (int)p->head_dim;
+    args.num_splits = c->plan.num_splits;
+    args.out_dtype = (int)p->out.dtype;
+    return launch_warps(c, HELPER_wan_attn_merge, p->batch * p->seqlen_q * p->num_heads_q, &args);
+}
+
+static wan_attn_status run_passes(const call *c) {
+    const wan_attn_problem *p = c->p;
+    const wan_attn_cuda_plan *plan = &c->plan;
+    wan_attn_status status = put_lengths(c, &p->seqused_q, p->seqlen_q, plan->seqused_q);
+    if (status == WAN_ATTN_OK)
+        status = put_lengths(c, &p->seqused_k, p->seqlen_k, plan->seqused_k);
+    wan_attn_cuda_lengths used_q = lengths_of(c, &p->seqused_q, plan->seqused_q);
+    wan_attn_cuda_lengths used_k = lengths_of(c, &p->seqused_k, plan->seqused_k);
+    if (status == WAN_ATTN_OK)
+        status = pack_all(c, used_q, used_k);
+    if (status == WAN_ATTN_OK)
+        status = attend(c, used_q, used_k);
+    return status == WAN_ATTN_OK ? merge(c) : status;
+}
+
+wan_attn_status wan_attn_cuda_run(const wan_attn_problem *p, wan_attn_error *err) {
+    char reason[200];
+    call c = {
+        p, wan_attn_cuda_open_driver(reason, sizeof(reason)), {0}, p->params->q.device_index, err};
+    if (!c.driver)
+        return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s", reason);
+    wan_attn_cuda_make_plan(p, &c.plan);
+    wan_attn_status status = wan_attn_cuda_enter(c.driver, c.device_index, err);
+    if (status != WAN_ATTN_OK)
+        return status;
+    status = run_passes(&c);
+    wan_attn_cuda_leave(c.driver);
+    return status;
+}

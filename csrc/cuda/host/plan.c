@@ -1,0 +1,102 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * plan.c - what a call needs besides the attention kernel itself. Most calls: nothing.
+ */
+#include "cuda/host/plan.h"
+
+enum {
+    /* A call of few rows leaves most of a GPU idle unless its keys are shared out. Both numbers are
+     * fixed, so that neither batch nor device changes a bit of the result (arXiv 2307.08691 has the
+     * idea; that it must not depend on them: flash-attention issues 1897 and 1922). */
+    SPLIT_MAX_ROWS = 256,
+    SPLIT_KEYS = 4096,
+    ROWS_MEASURED_BY_A_WARP = 512,
+    MAX_PARTS = 64
+};
+
+static int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+/* `bytes` more of the workspace, aligned for every use. */
+static wan_attn_cuda_place reserve(wan_attn_cuda_plan *plan, int64_t bytes) {
+    wan_attn_cuda_place place = plan->workspace_bytes;
+    plan->workspace_bytes += ceil_div(bytes, 256) * 256;
+    return place;
+}
+
+/* Whether all strides and the start are multiples of `bytes`; a dimension that is not walked along
+ * may have any stride. */
+static int is_aligned(const wan_attn_view *v, int64_t batch, int64_t rows, int64_t heads,
+                      int64_t bytes) {
+    int64_t size = v->dtype == WAN_ATTN_F32 ? 4 : 2;
+    int64_t strides = (batch > 1 ? v->batch_stride : 0) | (rows > 1 ? v->row_stride : 0) |
+                      (heads > 1 ? v->head_stride : 0);
+    return ((int64_t)(intptr_t)v->data | strides * size) % bytes == 0;
+}
+
+/* Lengths that a kernel cannot read, and that say something. */
+static int must_be_put(const wan_attn_lengths *lengths, int64_t batch, int64_t padded) {
+    if (!lengths->data || lengths->device_type != WAN_ATTN_CPU)
+        return 0;
+    for (int64_t b = 0; b < batch; b++)
+        if (wan_attn_length_at(lengths, b, padded) != padded)
+            return 1;
+    return 0;
+}
+
+static void plan_scale(const wan_attn_problem *p, wan_attn_cuda_plan *plan,
+                       wan_attn_cuda_place *largest, wan_attn_cuda_place *scale) {
+    int64_t heads = p->batch * p->num_heads_k;
+    *largest = reserve(plan, heads * plan->measured_parts * 4);
+    *scale = reserve(plan, heads * 4);
+}
+
+static void plan_copies(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
+    int64_t q_bytes = p->batch * p->seqlen_q * p->num_heads_q * p->head_dim * 2;
+    int64_t k_bytes = p->batch * p->seqlen_k * p->num_heads_k * p->head_dim * 2;
+    int64_t q_pair = p->q.dtype == WAN_ATTN_F32 ? 8 : 4;
+    int64_t parts = ceil_div(p->seqlen_k, ROWS_MEASURED_BY_A_WARP);
+    plan->measured_parts = (int)(parts < 1 ? 1 : parts < MAX_PARTS ? parts : MAX_PARTS);
+    if (plan->tile->k_limit)
+        plan_scale(p, plan, &plan->k_largest, &plan->k_scale);
+    if (plan->tile->v_limit)
+        plan_scale(p, plan, &plan->v_largest, &plan->v_scale);
+    if (!is_aligned(&p->q, p->batch, p->seqlen_q, p->num_heads_q, q_pair))
+        plan->q = reserve(plan, q_bytes);
+    if (plan->tile->k_limit || p->k.dtype == WAN_ATTN_F32 ||
+        !is_aligned(&p->k, p->batch, p->seqlen_k, p->num_heads_k, 16))
+        plan->k = reserve(plan, k_bytes);
+    if (plan->tile->v_limit || !is_aligned(&p->v, p->batch, p->seqlen_k, p->num_heads_k, 16))
+        plan->v = reserve(plan, k_bytes);
+}
+
+static void plan_split(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
+    int64_t k_tiles = ceil_div(p->seqlen_k, plan->tile->block_n);
+    plan->num_splits = 1;
+    plan->split_tiles = (int)(k_tiles > 1 ? k_tiles : 1);
+    if (p->seqlen_q > SPLIT_MAX_ROWS || p->seqlen_k <= SPLIT_KEYS)
+        return;
+    plan->split_tiles = SPLIT_KEYS / plan->tile->block_n;
+    plan->num_splits = (int)ceil_div(k_tiles, plan->split_tiles);
+    int64_t rows = plan->num_splits * p->batch * p->seqlen_q * p->num_heads_q;
+    plan->part_out = reserve(plan, rows * p->head_dim * 4);
+    plan->part_lse = reserve(plan, rows * 4);
+}
+
+void wan_attn_cuda_make_plan(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
+    const wan_attn_cuda_plan nothing = {0};
+    char unused[1];
+    *plan = nothing;
+    plan->seqused_q = plan->seqused_k = plan->q = plan->k = plan->v = -1;
+    plan->k_largest = plan->k_scale = plan->v_largest = plan->v_scale = -1;
+    plan->part_out = plan->part_lse = -1;
+    int32_t arch = wan_attn_cuda_arch(p->params->q.device_index, unused, sizeof(unused));
+    plan->tile = wan_attn_cuda_tile_of(p->row, arch);
+    if (!plan->tile)
+        return;
+    plan->m_blocks = (int)ceil_div(p->seqlen_q, plan->tile->block_m);
+    if (must_be_put(&p->seqused_q, p->batch, p->seqlen_q))
+        plan->seqused_q = reserve(plan, p->batch * 4);
+    if (must_be_put(&p->seqused_k, p->batch, p->seqlen_k))
+        plan->seqused_k = reserve(plan, p->batch * 4);
+    plan_copies(p, plan);
+    plan_split(p, plan);
+}

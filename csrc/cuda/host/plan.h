@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * plan.h - which passes a call needs on a GPU, and where each has its place in the workspace. Made
+ * anew from the call whenever it is asked: the caller allocates in between.
+ */
+#ifndef WAN_ATTN_CUDA_HOST_PLAN_H
+#define WAN_ATTN_CUDA_HOST_PLAN_H
+
+#include "cuda/args.h"
+#include "cuda/host/programs.h"
+
+/* Bytes from the start of the workspace; -1: not needed. */
+typedef int64_t wan_attn_cuda_place;
+
+typedef struct wan_attn_cuda_plan {
+    const wan_attn_cuda_tile *tile; /* NULL: the row has none for this device */
+    /* Lengths that come from the CPU and are not all the padded one: i32 [batch]. */
+    wan_attn_cuda_place seqused_q, seqused_k;
+    /* Dense 16-bit copies of operands that the kernel cannot read as they are. */
+    wan_attn_cuda_place q, k, v;
+    /* Where the tile has a limit for K or V: the largest of each part of a head, the head's scale.
+     */
+    wan_attn_cuda_place k_largest, k_scale, v_largest, v_scale;
+    int measured_parts;
+    /* Split over keys: parts of the result in f32. One part: none, straight to out and lse. */
+    wan_attn_cuda_place part_out, part_lse;
+    int num_splits, split_tiles;
+    int m_blocks;
+    int64_t workspace_bytes;
+} wan_attn_cuda_plan;
+
+void wan_attn_cuda_make_plan(const wan_attn_problem *problem, wan_attn_cuda_plan *plan);
+
+#endif /* WAN_ATTN_CUDA_HOST_PLAN_H */

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gpu.py - libwan_attn's CUDA path, whole, on the CPU: its own loader and launches talk to the mock
+driver, and each launch runs the very kernel on the emulated GPU.
+
+Tensors live in ordinary memory and are said to be on a CUDA device. Every pass may read the call's
+inputs and what is in the workspace, and may write just what it is for: the emulator reports
+anything else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import shutil
+from collections.abc import Callable
+from ctypes import c_char_p, c_int, c_int32, c_size_t, c_uint, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emu import build
+from emu.args import Args, MergeArgs, PackArgs, PutLengthsArgs
+from emu.rows import Helper, Tile, gpus, helpers, tiles
+from emu.run import Tensor_, launch
+from wan_attn import _native
+from wan_attn.binding import describe
+
+DRIVER = Path(__file__).with_name("driver.c")
+LAUNCH = ctypes.CFUNCTYPE(c_int32, c_char_p, c_void_p, ctypes.POINTER(c_uint), c_void_p)
+STREAM = 0x5EED
+IMAGE = b"\x7fELF, as far as the mock driver looks"
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Card:
+    major: int
+    minor: int
+    name: str
+    sms: int = 80
+
+
+CARDS = {
+    75: Card(7, 5, "NVIDIA GeForce RTX 2080 Ti"),
+    80: Card(8, 0, "NVIDIA A100-SXM4-80GB"),
+    86: Card(8, 6, "NVIDIA RTX A6000"),
+    89: Card(8, 9, "NVIDIA GeForce RTX 4090"),
+    90: Card(9, 0, "NVIDIA H200"),
+    120: Card(12, 0, "NVIDIA GeForce RTX 5090"),
+}
+
+
+def _fresh(library: Path, folder: Path) -> ctypes.CDLL:
+    """The library with state of its own: a loader tells copies apart by their path."""
+    copy = folder / f"{next(_numbers)}-{library.name}"
+    shutil.copy2(library, copy)
+    return ctypes.CDLL(str(copy))
+
+
+def driver_library() -> Path:
+    """The mock driver, compiled."""
+    compiler = build.compiler() or ""
+    command = [compiler, "-x", "c", "-Wall", "-Wextra", "-O1", "-shared", "-fPIC", str(DRIVER)]
+    return build.made("mock-driver", ".so", [DRIVER], command)
+
+
+class Gpu:
+    """A machine with these cards; `lib` is a libwan_attn that has seen no other."""
+
+    def __init__(self, folder: Path, *cards: Card, find_image: Callable[..., int] | None = None):
+        self.driver = _fresh(driver_library(), folder)
+        self.driver.mock_log.restype = c_char_p
+        self.driver.mock_add_device.argtypes = [c_int, c_int, c_int, c_char_p]
+        self.driver.mock_fail.argtypes = [c_char_p, c_int, c_int]
+        self.driver.mock_on_launch.argtypes = [LAUNCH]
+        for card in cards:
+            self.driver.mock_add_device(card.major, card.minor, card.sms, card.name.encode())
+        self.cards = cards
+        self.asked: list[tuple[str, int]] = []
+        self.problem: BaseException | None = None
+        self.call: _Call | None = None
+        self._keep = (LAUNCH(self._launch), _native.ImageFn(find_image or self._find_image))
+        self.driver.mock_on_launch(self._keep[0])
+        self.lib = _fresh(_native.lib_path(), folder)
+        for name, (restype, argtypes) in _native._FUNCTIONS.items():
+            function = getattr(self.lib, name)
+            function.restype, function.argtypes = restype, argtypes
+        self.configure(self.driver._name)
+
+    def configure(self, driver: str) -> str | None:
+        config = _native.CudaConfig(
+            ctypes.sizeof(_native.CudaConfig), driver.encode(), self._keep[1]
+        )
+        error = _native.Error()
+        status = self.lib.wan_attn_cuda_configure(ctypes.byref(config), ctypes.byref(error))
+        return None if status == _native.OK else error.text()
+
+    def fail(self, function: str, error: int, after: int = 0) -> None:
+        """The next call of this function of the driver fails, or a later one."""
+        self.driver.mock_fail(function.encode(), error, after)
+
+    def log(self) -> list[str]:
+        """What the driver was asked for since the last time."""
+        lines = self.driver.mock_log().decode().splitlines()
+        self.driver.mock_clear_log()
+        return lines
+
+    def _find_image(self, kernel, arch, image, size, message, message_size) -> int:  # type: ignore[no-untyped-def]
+        self.asked.append((kernel.decode(), arch))
+        image[0] = ctypes.cast(c_char_p(IMAGE), c_void_p)
+        size[0] = len(IMAGE)
+        return 0
+
+    def _launch(self, name: bytes, args: int, numbers, stream: int | None) -> int:  # type: ignore[no-untyped-def]
+        try:
+            assert self.call is not None and stream == STREAM
+            self.call.run_pass(name.decode(), args, *(numbers[i] for i in range(3)))
+        except BaseException as error:  # noqa: BLE001 - C cannot be passed; raised by sdpa()
+            self.problem = error
+            return 999
+        return 0
+
+    def sdpa(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        q_lens: Tensor | None = None,
+        k_lens: Tensor | None = None,
+        lens_on_device: bool = False,
+        scale: float | None = None,
+        is_causal: bool = False,
+        window: tuple[int, int] = (-1, -1),
+        kernel: int = -1,
+        device: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """wan_attn_forward, as the two bindings call it."""
+        out = torch.full(query.shape, float("nan"), dtype=query.dtype)
+        lse = torch.full((query.shape[0], query.shape[2], query.shape[1]), float("nan"))
+        named = {"q": query, "k": key, "v": value, "out": out, "lse": lse}
+        params = _native.Params(
+            struct_size=ctypes.sizeof(_native.Params),
+            kernel=kernel,
+            softmax_scale=0.0 if scale is None else scale,
+            has_softmax_scale=scale is not None,
+            is_causal=is_causal,
+            window_size_left=window[0],
+            window_size_right=window[1],
+            stream=STREAM,
+            **{name: self._on_device(x, device) for name, x in named.items()},
+        )
+        for name, lens in (("seqused_q", q_lens), ("seqused_k", k_lens)):
+            if lens is not None:
+                on_device = self._on_device(lens, device) if lens_on_device else describe(lens)
+                setattr(params, name, on_device)
+        inputs = {"q": query, "k": key, "v": value}
+        if lens_on_device:
+            inputs |= {n: x for n, x in (("q_lens", q_lens), ("k_lens", k_lens)) if x is not None}
+        return self._forward(params, inputs, {"out": out, "lse": lse}, device)
+
+    def _forward(
+        self,
+        params: _native.Params,
+        inputs: dict[str, Tensor],
+        outputs: dict[str, Tensor],
+        device: int,
+    ) -> tuple[Tensor, Tensor]:
+        size, error = c_size_t(), _native.Error()
+        self._check(self.lib.wan_attn_workspace_size(params, ctypes.byref(size), error), error)
+        workspace = torch.full((size.value + 256,), 0xFF, dtype=torch.uint8)
+        begin = -workspace.data_ptr() % 256
+        workspace = workspace[begin : begin + size.value]
+        params.workspace, params.workspace_size = workspace.data_ptr(), size.value
+        self.call = _Call(self.cards[device], inputs, outputs, workspace)
+        self.problem = None
+        status = self.lib.wan_attn_forward(params, error)
+        if self.problem is not None:
+            raise self.problem
+        self._check(status, error)
+        return outputs["out"], outputs["lse"]
+
+    @staticmethod
+    def _on_device(x: Tensor, device: int) -> _native.Tensor:
+        described = describe(x)
+        described.device_type, described.device_index = _native.CUDA, device
+        return described
+
+    @staticmethod
+    def _check(status: int, error: _native.Error) -> None:
+        if status != _native.OK:
+            raise RuntimeError(f"{status}: {error.text()}")
+
+
+class _Call:
+    """One call's memory, and the passes that ran on it."""
+
+    def __init__(
+        self, card: Card, inputs: dict[str, Tensor], outputs: dict[str, Tensor], workspace: Tensor
+    ) -> None:
+        self.arch = 10 * card.major + card.minor
+        self.inputs, self.outputs, self.workspace = inputs, outputs, workspace
+
+    def run_pass(self, name: str, args_at: int, blocks: int, threads: int, smem: int) -> None:
+        kernel = helpers().get(name) or next(
+            t for t in tiles() if t.row == name and t.gpu_class == gpus()[self.arch]
+        )
+        assert threads == kernel.num_threads
+        assert smem == (kernel.smem_bytes if isinstance(kernel, Tile) else 0)
+        args, written = _decode(kernel, args_at)
+        arch = 75 if self.arch < 80 else 80
+        memory = self._memory(written)
+        conflicts = launch(build.library(kernel, arch=arch), args, blocks, memory)
+        assert conflicts == 0
+
+    def _memory(self, written: tuple[int, int]) -> list[Tensor_]:
+        """What this pass may touch: inputs, outputs, and the workspace but for what it writes."""
+        found = []
+        for tensors, is_output in ((self.inputs, 0), (self.outputs, 1)):
+            for name, x in tensors.items():
+                store = x.untyped_storage()
+                if store.nbytes():
+                    found.append(
+                        Tensor_(name.encode(), store.data_ptr(), store.nbytes(), is_output)
+                    )
+        begin, end = self.workspace.data_ptr(), self.workspace.data_ptr() + len(self.workspace)
+        at, size = written
+        if begin <= at < end:
+            assert at + size <= end, "a pass writes beyond the workspace"
+            found.append(Tensor_(b"written", at, size, 1))
+            parts = [(begin, at), (at + size, end)]
+        else:
+            parts = [(begin, end)]
+        found += [Tensor_(b"workspace", a, b - a, 0) for a, b in parts if b > a]
+        return found
+
+
+def _decode(kernel: Tile | Helper, at: int) -> tuple[ctypes.Structure, tuple[int, int]]:
+    """The arguments of a launch, and (address, bytes) of what it writes into the workspace."""
+    if isinstance(kernel, Tile):
+        args = Args.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(Args)))
+        rows = args.batch * args.num_heads_q * args.seqlen_q
+        size = args.num_splits * rows * kernel.head_dim * (4 if args.out_is_f32 else 2)
+        # The parts' lse lie right behind their out: both are written by the same pass.
+        return args, (args.out.data or 0, -(-size // 256) * 256 + args.num_splits * rows * 4)
+    if kernel.body == "merge":
+        return MergeArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(MergeArgs))), (0, 0)
+    if kernel.body == "put_lengths":
+        put = PutLengthsArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(PutLengthsArgs)))
+        return put, (put.to, 4 * put.count)
+    pack = PackArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(PackArgs)))
+    heads = pack.batch * pack.heads
+    if kernel.pack_step == 1:
+        return pack, (pack.largest, 4 * heads * pack.num_parts)
+    if kernel.pack_step == 2:
+        return pack, (pack.scale, 4 * heads)
+    return pack, (pack.to, 2 * heads * pack.seqlen * pack.head_dim)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""args.py - csrc/cuda/args.h for Python: the parameter of each kind of launch."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int, c_longlong, c_uint, c_void_p
+
+
+class View(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("strides", c_longlong * 3)]
+
+
+class Lengths(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("stride", c_longlong), ("is_i64", c_int), ("unused", c_int)]
+
+
+class Args(ctypes.Structure):
+    """wan_attn_cuda_args of csrc/cuda/args.h."""
+
+    _fields_ = [
+        *((name, View) for name in ("q", "k", "v", "out")),
+        *(("lse", c_void_p), ("lse_strides", c_longlong * 3)),
+        *(("seqused_q", Lengths), ("seqused_k", Lengths)),
+        *(("v_scale", c_void_p), ("k_scale", c_void_p)),
+        *(("out_split_stride", c_longlong), ("lse_split_stride", c_longlong)),
+        *((name, c_int) for name in ("num_splits", "split_tiles", "batch", "num_heads_q")),
+        *((name, c_int) for name in ("heads_per_key_head", "seqlen_q", "seqlen_k", "m_blocks")),
+        *((name, c_int) for name in ("window_left", "window_right", "q_is_f32", "out_is_f32")),
+        *(("scale_log2e", c_float), ("q_sign", c_uint)),
+    ]
+
+
+class PackArgs(ctypes.Structure):
+    _fields_ = [
+        *(("source", View), ("to", c_void_p), ("seqused", Lengths)),
+        *(("largest", c_void_p), ("scale", c_void_p)),
+        *((name, c_int) for name in ("batch", "seqlen", "heads", "head_dim")),
+        *((name, c_int) for name in ("from_dtype", "to_bf16", "num_parts", "limit")),
+    ]
+
+
+class PutLengthsArgs(ctypes.Structure):
+    _fields_ = [("to", c_void_p), ("count", c_int), ("lengths", c_int * 256), ("unused", c_int)]
+
+
+class MergeArgs(ctypes.Structure):
+    _fields_ = [
+        *(("part_out", c_void_p), ("part_lse", c_void_p), ("out", View)),
+        *(("lse", c_void_p), ("lse_strides", c_longlong * 3)),
+        *((name, c_int) for name in ("batch", "seqlen", "num_heads", "head_dim")),
+        *(("num_splits", c_int), ("out_dtype", c_int)),
+    ]

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compile.py - `wan-attn compile`: makes the CUDA kernels of a GPU before they are first needed.
+
+What is made goes into the cache that every later process reads; the GPU need not be in this
+machine, nor any GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from typing import TypeAlias
+
+from wan_attn.cli import _report
+from wan_attn.cli.doctor_facts import cuda_devices
+from wan_attn.cuda import images, rows
+
+NOTHING_TO_DO = 2
+"""Exit code where the arguments name nothing that could be compiled, as argparse's own."""
+
+Line: TypeAlias = tuple[str, str, str, str, str]
+HEAD: Line = ("row", "arch", "seconds", "bytes", "from")
+
+CARDS = (
+    "RTX 20 and T4: 75; A100: 80; RTX 30: 86; RTX 40 and L4: 89; H100 and H200: 90; B200: 100; "
+    "RTX 50: 120"
+)
+
+
+class CannotCompile(Exception):
+    """The arguments name nothing to compile; says why and what to name."""
+
+
+def architecture(text: str) -> int:
+    """86 of 86, 8.6 and sm_86."""
+    match = re.fullmatch(r"(?:sm_)?(\d{2,3})|(\d{1,2})\.(\d)", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"must be a compute capability, as 86, 8.6 or sm_86, got {text!r}"
+        )
+    return int(match[1] or match[2] + match[3])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `compile`."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--arch",
+        nargs="+",
+        type=architecture,
+        metavar="N",
+        help=f"GPUs by compute capability, default: those of this machine ({CARDS})",
+    )
+    which.add_argument("--all", action="store_true", help="every GPU that there are kernels for")
+    parser.add_argument("--row", nargs="+", metavar="NAME", help="only these kernels")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="compile again what is cached; what the package brings ready stays as it is",
+    )
+    parser.add_argument("--list", action="store_true", help="show what there is, compile nothing")
+    parser.epilog = (
+        "Exit code: 0 every kernel is ready; 1 one cannot be compiled or the cache cannot be"
+        " written; 2 nothing to do. WAN_ATTN_CACHE_DIR names another cache."
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print what is ready and what was made; 0, 1 or 2."""
+    try:
+        jobs = chosen(args)
+    except CannotCompile as error:
+        _report.emit(_report.wrap(f"compile: {error}", ""))
+        return NOTHING_TO_DO
+    width = max(len(job.name) for job in jobs)
+    _report.emit(_line(HEAD, width))
+    failures: list[str] = []
+    for line in _states(jobs) if args.list else _compiled(jobs, args.force, failures):
+        _report.emit(_line(line, width))
+    where = images.cache_folder()
+    _report.emit(f"\ncache: {where or 'none, this user has no home directory'}")
+    for failure in dict.fromkeys(failures):
+        _report.emit("\n" + _report.wrap(failure, "", "  "))
+    return int(bool(failures))
+
+
+def chosen(args: argparse.Namespace) -> list[rows.Job]:
+    """What the arguments name: architecture by architecture.
+
+    Raises:
+        CannotCompile: nothing.
+    """
+    archs = sorted(rows.gpus()) if args.all else args.arch or _devices()
+    if not archs and args.list:
+        archs = sorted(rows.gpus())
+    if not archs:
+        raise CannotCompile(
+            f"no CUDA device here ({cuda_devices()[1]}): name the GPUs, as in --arch 86 89, or all"
+            f" with --all. {CARDS}"
+        )
+    jobs: list[rows.Job] = []
+    refusals: list[str] = []
+    for arch in dict.fromkeys(archs):
+        for name in args.row or [None]:
+            try:
+                jobs += rows.jobs_for(arch, None if name is None else [name])
+            except rows.RowError as error:
+                refusals.append(str(error))
+    # A row that some of the GPUs have no tile for is not an error, unless none of them has.
+    named = {job.name for job in jobs}
+    if not jobs or (args.row and set(args.row) - named):
+        raise CannotCompile("; ".join(dict.fromkeys(refusals)))
+    return jobs
+
+
+def _devices() -> list[int]:
+    found, _ = cuda_devices()
+    return sorted({10 * gpu.capability[0] + gpu.capability[1] for gpu in found})
+
+
+def _states(jobs: list[rows.Job]) -> Iterator[Line]:
+    for job in jobs:
+        yield job.name, job.target, "", "", images.state(job.name, job.arch)
+
+
+def _compiled(jobs: list[rows.Job], force: bool, failures: list[str]) -> Iterator[Line]:
+    """One line for each, as soon as it is ready: that is the progress."""
+    for job in jobs:
+        name = job.name
+        try:
+            made = images.images([name], job.arch, force)[name]
+        except images.ImageError as error:
+            failures.append(str(error))
+            yield name, job.target, "", "", "FAILED, see below"
+            continue
+        if made.not_kept:
+            failures.append(f"compiled, but not kept: {made.not_kept}")
+        yield name, job.target, f"{made.seconds:.3f}", str(len(made.data)), made.origin
+
+
+def _line(cells: Line, width: int) -> str:
+    row, arch, seconds, size, origin = cells
+    return f"{row:<{width}}  {arch:<7}{seconds:>8}{size:>8}  {origin}".rstrip()

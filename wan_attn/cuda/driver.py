@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""driver.py - tells libwan_attn where CUDA's driver and our machine code are; asks about devices.
+
+Nothing is opened here: the driver is, at the first question about a CUDA device, and machine code
+is looked for when a kernel is first launched there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_size_t, c_void_p
+from dataclasses import dataclass
+
+from wan_attn import _native
+from wan_attn.config import current
+from wan_attn.cuda import images
+
+# What has been handed to C, for good: C holds the address while it loads, and the second device of
+# a kind asks for the same.
+_images: dict[tuple[str, int], bytes] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One CUDA device as its driver describes it.
+
+    Attributes:
+        arch: compute capability * 10.
+        is_half_rate: its tensor cores sum float32 at half the rate of float16 (GeForce RTX 30 to
+            50); known by name.
+        driver_version: the newest CUDA that the driver supports, (major, minor).
+    """
+
+    index: int
+    name: str
+    arch: int
+    num_sms: int
+    is_half_rate: bool
+    driver_version: tuple[int, int]
+
+
+def _find_image(
+    kernel: bytes,
+    arch: int,
+    image: ctypes._Pointer[c_void_p],
+    size: ctypes._Pointer[c_size_t],
+    message: ctypes._Pointer[ctypes.c_char],
+    message_size: int,
+) -> int:
+    """wan_attn_image_fn. An exception cannot pass through C: whatever it is, it becomes words."""
+    key = (kernel.decode(), arch)
+    try:
+        found = _images[key] = _images.get(key) or images.image(*key)
+    except Exception as error:  # noqa: BLE001 - see above
+        words = str(error) if isinstance(error, images.ImageError) else repr(error)
+        text = words.encode("utf-8", "replace")[: message_size - 1] + b"\0"
+        ctypes.memmove(message, text, len(text))
+        return 1
+    image[0] = ctypes.cast(ctypes.c_char_p(found), c_void_p)
+    size[0] = len(found)
+    return 0
+
+
+# Kept for good: C calls it as long as the library is loaded.
+_FIND_IMAGE = _native.ImageFn(_find_image)
+
+
+def configure(library: ctypes.CDLL) -> None:
+    """Tells libwan_attn its driver (WAN_ATTN_LIBCUDA, or the system's) and where images are found.
+
+    Raises:
+        RuntimeError: too late, it has opened another driver.
+    """
+    path = current().libcuda
+    config = _native.CudaConfig(
+        ctypes.sizeof(_native.CudaConfig), path.encode() if path else None, _FIND_IMAGE
+    )
+    error = _native.Error()
+    if library.wan_attn_cuda_configure(ctypes.byref(config), ctypes.byref(error)) != _native.OK:
+        raise RuntimeError(f"wan_attn: {error.text()}")
+
+
+def device(index: int) -> Device | str:
+    """What cuda:`index` is, or why there is no such device. Opens the driver, makes no context."""
+    library = _native.load()
+    if library is None:
+        return _native.load_error() or "the native library does not load"
+    found, error = _native.CudaDevice(ctypes.sizeof(_native.CudaDevice)), _native.Error()
+    status = library.wan_attn_cuda_device_at(index, ctypes.byref(found), ctypes.byref(error))
+    if status != _native.OK:
+        return error.text()
+    return Device(
+        index=index,
+        name=found.name.decode("utf-8", "replace"),
+        arch=found.arch,
+        num_sms=found.num_sms,
+        is_half_rate=bool(found.is_half_rate),
+        driver_version=(found.driver_version // 1000, found.driver_version % 1000 // 10),
+    )

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""store.py - machine code in a folder: private, written whole or not at all, verified when read.
+
+A file is a cubin with a SHA-256 behind it, of its name and contents; tools that read ELF files do
+not mind. Any number of processes may read and write one folder: there is no lock, because two that
+make the same file make the same contents, and a rename is atomic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+SUFFIX = ".cubin"
+_DIGEST = hashlib.sha256().digest_size
+
+
+class StoreError(OSError):
+    """The folder cannot be used or the file cannot be believed; says why."""
+
+
+def _digest(name: str, data: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + b"\0" + data).digest()
+
+
+def problem(folder: Path) -> str:
+    """Why what lies in `folder` is not to be believed; "" if it may be. Changes nothing."""
+    try:
+        state = folder.lstat()
+    except OSError as error:
+        return str(error)
+    if os.name == "nt":
+        return ""
+    if not stat.S_ISDIR(state.st_mode):
+        return f"{folder} must be a folder, not a link to one"
+    if state.st_uid != os.geteuid():
+        return (
+            f"{folder} belongs to another user (uid {state.st_uid}, this process is {os.geteuid()})"
+        )
+    if state.st_mode & 0o022:
+        return f"{folder} can be written to by other users (chmod 700 mends it)"
+    return ""
+
+
+def make_private(folder: Path) -> None:
+    """Creates `folder` for this user alone.
+
+    Raises:
+        StoreError: it is there, and somebody else may write to it: what lies in it will run.
+        OSError: it cannot be created.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if why := problem(folder):
+        raise StoreError(why)
+
+
+def read(folder: Path, name: str) -> bytes | None:
+    """The cubin of this name; None: not there.
+
+    Raises:
+        StoreError: the file is truncated, changed or of another name.
+        OSError: it cannot be read.
+    """
+    path = folder / f"{name}{SUFFIX}"
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    data, digest = text[:-_DIGEST], text[-_DIGEST:]
+    if not data or digest != _digest(name, data):
+        raise StoreError(f"{path} is damaged (its checksum does not fit)")
+    return data
+
+
+def write(folder: Path, name: str, data: bytes, mode: int = 0o600) -> None:
+    """Puts the cubin there, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written to, or is full.
+    """
+    handle, partial = tempfile.mkstemp(prefix=".", suffix=".new", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data + _digest(name, data))
+        os.chmod(partial, mode)
+        os.replace(partial, folder / f"{name}{SUFFIX}")
+    except BaseException as error:
+        Path(partial).unlink(missing_ok=True)
+        # Windows replaces no file that somebody reads; then it is one that somebody has made.
+        if not (isinstance(error, PermissionError) and read(folder, name) == data):
+            raise
+
+
+def names(folder: Path) -> dict[str, int]:
+    """{name: size in bytes} of all that is there."""
+    if not folder.is_dir():
+        return {}
+    return {file.stem: file.stat().st_size for file in sorted(folder.glob(f"[!.]*{SUFFIX}"))}
+
+
+def remove(folder: Path, name: str) -> None:
+    """Takes it away, if it is there."""
+    (folder / f"{name}{SUFFIX}").unlink(missing_ok=True)
