@@ -28,7 +28,7 @@ from emu import compile as compilers
 from emu import sass
 from emu.rows import Tile, tiles_for
 
-HMMA_FLOP = 2 * 16 * 8 * 16
+HMMA_FLOP = 2 * 16 * 8 * 16  # m16n8k16; Turing's m16n8k8 does half of it
 SHARED_BYTES = 128  # a clock, an SM
 MUFU_LANES, SCHEDULERS = 16, 4
 UNITS = ("tensor", "shared", "exp2", "issue")
@@ -49,6 +49,7 @@ class Gpu:
 
 
 GPUS = (
+    Gpu("RTX 2080 Ti", 75, 68, 1.545, 512, 1024),
     Gpu("A100", 80, 108, 1.41, 2048, 2048),
     Gpu("RTX 3090", 86, 82, 1.695, 512, 1024),
     Gpu("RTX 4090", 89, 128, 2.52, 512, 1024),
@@ -76,18 +77,19 @@ class Estimate:
 def estimate(gpu: Gpu, tile: Tile, cubin: Path) -> Estimate:
     loop = sass.read(cubin).main_loop()
     warps = tile.num_warps
+    hmma_flop = HMMA_FLOP // (2 if sass.count(loop, "HMMA.1688") else 1)
     in_f16 = sass.count(loop, "HMMA.16816.F16")
     in_f32 = sass.count(loop, "HMMA") - in_f16
-    shared = sass.count(loop, "LDSM", "LDS.128", "LDGSTS")  # 512 bytes each
+    shared = sass.count(loop, "LDSM", "LDS.128", "LDGSTS", "STS.128")  # 512 bytes each
     executed = sum(sass.histogram(loop).values())
     clocks = {
-        "tensor": warps * HMMA_FLOP * (in_f16 / gpu.flop_f16_sum + in_f32 / gpu.flop_f32_sum),
+        "tensor": warps * hmma_flop * (in_f16 / gpu.flop_f16_sum + in_f32 / gpu.flop_f32_sum),
         "shared": warps * 512 * shared / SHARED_BYTES,
         "exp2": warps * 32 * sass.count(loop, "MUFU") / MUFU_LANES,
         "issue": warps * executed / SCHEDULERS,
     }
     products = in_f16 + in_f32
-    bound = warps * HMMA_FLOP * products / max(clocks.values()) * gpu.sms * gpu.ghz / 1e3
+    bound = warps * hmma_flop * products / max(clocks.values()) * gpu.sms * gpu.ghz / 1e3
     return Estimate(
         *(gpu.name, tile.row, sass.registers(cubin), tile.smem_bytes, clocks),
         *((executed - products) / products, bound, bound / gpu.peak()),

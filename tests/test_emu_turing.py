@@ -122,3 +122,19 @@ def test_scores_beyond_f32_are_as_visible_as_elsewhere() -> None:
     query, key, value = operands("normal", 128)
     out = run(D128, query * 2.0**100, key * 2.0**100, value).out
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "tile", [*ON_TURING, SLIM["sdpa_sm80_pv16_bf16_d128"]], ids=lambda tile: tile.name
+)
+def test_every_head_of_every_sample_has_its_own_scale(tile: Tile) -> None:
+    """Powers of two that cancel in the scores, and come out again from V: not a bit changes."""
+    query, key, value = (
+        torch.randn(2, n, h, tile.head_dim) for n, h in ((20, 4), (70, 2), (70, 2))
+    )
+    query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    size = torch.exp2(torch.tensor([[-50.0, 3.0], [17.0, 60.0]]))[:, None, :, None].bfloat16()
+    per_query_head = size.repeat_interleave(2, dim=2)
+    plain = run(tile, query, key, value).out
+    scaled = run(tile, query / per_query_head, key * size, value / size).out
+    assert torch.equal(scaled * per_query_head, plain)

@@ -30,7 +30,7 @@
  * Q in shared memory. Shared memory: sdpa_rows.def. No spills: tests/test_cuda_static.py.
  * Limits: head_dim a multiple of 16, up to 256; alignment as in args.h; seqlen below 2^29, offsets
  * are 64 bits wide. A NaN or infinity in V reaches every row of a tile that a mask cuts, also rows
- * that do not see it (0 * NaN), but never from behind the real lengths.
+ * that do not see it (0 * NaN; README.md says why), but never from behind the real lengths.
  * Numerics: scores, weights and sums in f32; P is rounded to the operands' dtype, its row sum is
  * not; exp2.approx.ftz; each tile's weights are summed from zero. With PV_SUM_F16 (rows pv16, for
  * GeForce, where that product then runs twice as fast) P and V are f16 and 32 keys at a time are
