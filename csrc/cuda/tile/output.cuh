@@ -35,6 +35,21 @@ DEVICE void store_row_f32(char *row, const float values[O_TILES][2], bool has_ro
             store_global_f32x2(row + (8 * j + 2 * t) * 4, values[j][0], values[j][1]);
 }
 
+/* lse of one row, and what its sums have to be multiplied with: 0 if the row sees no key (its lse is
+ * -inf), which also tells it apart from all others. All lanes must call. */
+DEVICE float finish_row(const wan_attn_cuda_args &args, const block_place &place, int row,
+                        int used_q, float row_max, float row_sum) {
+    i64 lse_at = place.sample * args.lse_batch_stride + place.head * args.lse_head_stride +
+                 place.split * args.lse_split_stride;
+    float sum = quad_sum(row_sum);
+    bool sees_none = row >= used_q || (row_max == minus_infinity() && sum == 0.0f);
+    if (args.lse && row < args.seqlen_q && thread_index() % 4 == 0)
+        store_global_f32(args.lse + lse_at + row * args.lse_row_stride,
+                         sees_none ? minus_infinity()
+                                   : fused_multiply_add(row_max, 0.69314718f, natural_log(sum)));
+    return sees_none ? 0.0f : reciprocal(sum);
+}
+
 /* Rows `row` and `row + 8` of the head, times scale; those that see no key become 0, with an lse of
  * -inf. */
 DEVICE void store_rows(const wan_attn_cuda_args &args, const block_place &place, int row,
