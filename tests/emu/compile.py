@@ -12,13 +12,16 @@ from functools import cache
 from pathlib import Path
 
 from emu.rows import CSRC, Helper, Tile
+from emu.rows_sm90 import TileSm90
+
+Kernel = Tile | Helper | TileSm90
 
 
 class CompileError(Exception):
     """What the compiler said."""
 
 
-def options(tile: Tile | Helper) -> list[str]:
+def options(tile: Kernel) -> list[str]:
     """What every CUDA compiler has to be told; the loader uses the same."""
     return [f"-I{CSRC}", "-std=c++17", *(f"-D{k}={v}" for k, v in tile.defines().items())]
 
@@ -27,7 +30,7 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-def _nvcc(arch: int, source: Path, output: Path, *more: str) -> None:
+def _nvcc(arch: int | str, source: Path, output: Path, *more: str) -> None:
     command = [nvcc() or "", f"-arch=sm_{arch}", "--Werror=all-warnings", *more, str(source)]
     done = subprocess.run(
         [*command, "-o", str(output)], capture_output=True, text=True, check=False
@@ -36,13 +39,13 @@ def _nvcc(arch: int, source: Path, output: Path, *more: str) -> None:
         raise CompileError(done.stderr)
 
 
-def with_nvcc(tile: Tile | Helper, arch: int, output: Path) -> None:
+def with_nvcc(tile: Kernel, arch: int | str, output: Path) -> None:
     """Compiles to the cubin `output`; warnings and spills are errors."""
     strict = ("-Xptxas", "--warn-on-spills,-Werror")
     _nvcc(arch, CSRC / tile.source, output, "-cubin", *strict, *options(tile), "-x", "cu")
 
 
-def to_ptx(source: Path, arch: int, output: Path) -> None:
+def to_ptx(source: Path, arch: int | str, output: Path) -> None:
     _nvcc(arch, source, output, "-ptx", f"-I{CSRC}", "-std=c++17")
 
 
@@ -70,7 +73,7 @@ def _text(library: ctypes.CDLL, what: str, program: c_void_p) -> bytes:
     return text.raw
 
 
-def with_nvrtc(library: ctypes.CDLL, tile: Tile | Helper, arch: int, output: Path) -> None:
+def with_nvrtc(library: ctypes.CDLL, tile: Kernel, arch: int | str, output: Path) -> None:
     """Compiles to the cubin `output`."""
     program = c_void_p()
     source = (CSRC / tile.source).read_bytes()
