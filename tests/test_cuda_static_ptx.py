@@ -26,8 +26,10 @@ def wrappers() -> set[str]:
     functions = re.findall(r"^(?:template <.*?> )?DEVICE .*?\*?(\w+)\(", text, re.M)
     macros = re.findall(r"^#define (\w+)\(", text, re.M)
     # wgmma.cuh makes its products of macros; wrappers_sm90.cu lists them as it does.
-    products = {f"{form}({n}, {type_}" for form, n, type_ in
-                re.findall(r"^WGMMA_([SR]S)\((\d+), (\w+)", text, re.M)}
+    products = {
+        f"{form}({n}, {type_}"
+        for form, n, type_ in re.findall(r"^WGMMA_([SR]S)\((\d+), (\w+)", text, re.M)
+    }
     of_products = {macro for macro in macros if macro.startswith("WGMMA_")}
     # natural_log is the compiler's own logf, not an instruction.
     return {*functions, *macros, *products} - {"WAN_ATTN_KERNEL", "natural_log"} - of_products

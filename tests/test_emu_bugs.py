@@ -146,8 +146,8 @@ BUGS = (
     Bug(
         "V's scale is forgotten",
         OUTPUT,
-        "reciprocal(sum) * scale",
-        "reciprocal(sum)",
+        "inverse * scale",
+        "inverse",
         "out is wrong",
         "sdpa_sm80_pv16_bf16_d128_slim",
     ),

@@ -104,7 +104,10 @@ def test_offsets_beyond_two_to_the_31(dim: int) -> None:
     memory = cases.reserved(2**32 + 2**16, DTYPES[tile.dtype])
     if memory is None:
         pytest.skip("this system does not lend address space without memory behind it")
-    shape, stride = [2, 3, 2, tile.head_dim], [6 * tile.head_dim, 2 * tile.head_dim, tile.head_dim, 1]
+    shape, stride = (
+        [2, 3, 2, tile.head_dim],
+        [6 * tile.head_dim, 2 * tile.head_dim, tile.head_dim, 1],
+    )
     stride[dim] = 2**31 // (shape[dim] - 1) + tile.head_dim
     views = []
     for number in range(3):

@@ -340,12 +340,16 @@ DEVICE void flip_q(const consumer &c, u32 sign) {
     named_barrier_sync(WARPGROUP + c.number, 128);
 }
 
-/* Tiles that only the other block sees. */
+/* Tiles that only the other block sees. A warp's release is an arrival of one lane: all must have
+ * seen the phase before it, or the next but one could come while a lane still looks for this one.
+ * (Elsewhere products bring the lanes together.) */
 DEVICE void skip_tiles(consumer &c, int count) {
     for (int i = 0; i < count; i++) {
         mbarrier_wait(barrier_at(FULL_K, c.k.stage), c.k.parity);
+        warp_barrier();
         release(barrier_at(EMPTY_K, c.k.stage));
         mbarrier_wait(barrier_at(FULL_V, c.v.stage), c.v.parity);
+        warp_barrier();
         release(barrier_at(EMPTY_V, c.v.stage));
         advance(c.k);
         advance(c.v);
@@ -383,8 +387,7 @@ DEVICE void process_tile(const sm90_args &args, const block_work &work, consumer
     start_qk(c, s);
     mbarrier_wait(barrier_at(FULL_V, c.v.stage), c.v.parity);
     start_pv(c);
-    /* After the last tile nobody waits for the first consumer's turn. */
-    if (!is_masked || n > 0 || c.number < CONSUMERS - 1)
+    if (n > 0 || c.number < CONSUMERS - 1) /* after the last tile nobody waits for the first turn */
         pass_turn(c);
     wgmma_wait<1>();
     hold_tiles(s, S_TILES);
@@ -439,8 +442,9 @@ DEVICE void store_by_tma(const sm90_args &args, const block_place &place, const 
     int row = place.row_begin + row_in_block(c);
     float factor[2];
 #pragma unroll
-    for (int r = 0; r < 2; r++)
-        factor[r] = finish_row(args.call, place, row + 8 * r, used_q, c.row_max[r], c.row_sum[r]);
+    for (int r = 0; r < 2; r++, row += 8)
+        factor[r] = finish_row(args.call, place, row, row < args.call.seqlen_q, used_q,
+                               c.row_max[r], c.row_sum[r]);
 
     /* Lane 8i + x brings row x of matrix i: 0 and 1 are 16 rows of 8 columns, 2 and 3 of the next
      * 8 columns. All warps must have done with Q. */

@@ -17,6 +17,8 @@ struct mbarrier {
     int count = 0, pending = 0;
     long long bytes = 0; // announced and not yet come; negative: come before they were announced
     int completed = 0;   // phases
+    int awaited = 0;     // of these, those that somebody has waited for
+    int last_bulk = 0;   // the last phase that bulk copies were part of
     knowledge gathered, known;
     int made_by = 0; // lane
     tick made_at = 0;
@@ -45,9 +47,9 @@ struct transfer {
 };
 
 std::vector<std::map<u32, mbarrier>> barriers; // per block of the cluster, by address
-std::deque<transfer> loads;  // that have not come
-std::deque<transfer> stores; // that nobody has waited for
-unsigned turn = 0;           // which transfer comes next
+std::deque<transfer> loads;                    // that have not come
+std::deque<transfer> stores;                   // that nobody has waited for
+unsigned turn = 0;                             // which transfer comes next
 
 machine &gpu() { return the_machine(); }
 
@@ -108,7 +110,8 @@ template <typename Visit> void each_piece(const transfer &t, const Visit &visit)
                     bool is_inside = true;
                     char *from = t.map.base;
                     for (int d = 0; d < 4; d++) {
-                        long long x = t.at[static_cast<std::size_t>(d)] + i[static_cast<std::size_t>(d)];
+                        long long x =
+                            t.at[static_cast<std::size_t>(d)] + i[static_cast<std::size_t>(d)];
                         is_inside = is_inside && x >= 0 && x < t.map.size[d];
                         from += x * t.map.stride[d];
                     }
@@ -132,6 +135,7 @@ void land(const transfer &t) {
         memory.end_bulk(to, b.entity, static_cast<tick>(b.completed + 1));
     });
     b.bytes -= bytes_of(t.map);
+    b.last_bulk = b.completed + 1;
     std::string problem = advance(b);
     if (!problem.empty())
         gpu().report("mbarrier at " + hex(t.barrier) + ": " + problem);
@@ -158,8 +162,8 @@ transfer transfer_of(const void *map, u32 shared, const box_at &at, site where) 
         gpu().fail(line_of(where) + "this is no tensor map");
     u32 pattern = t.map.swizzle ? 1024 : 128; // what the kernels' address arithmetic relies on
     if (shared % pattern != 0)
-        gpu().fail(line_of(where) + "shared address " + hex(shared) + " of a box must be a multiple of " +
-                   std::to_string(pattern));
+        gpu().fail(line_of(where) + "shared address " + hex(shared) +
+                   " of a box must be a multiple of " + std::to_string(pattern));
     t.shared = shared;
     t.at = at;
     t.lane = gpu().lane_number();
@@ -199,8 +203,8 @@ std::string bulk_leftovers(int block_rank) {
         if (t.block == block_rank)
             return "a block has ended with a bulk store that may still read its shared memory";
     for (auto &[address, b] : barriers[static_cast<std::size_t>(block_rank)])
-        if (b.bytes != 0)
-            return "a block has ended while mbarrier " + hex(address) + " expects bytes";
+        if (b.bytes != 0 || b.awaited < b.last_bulk)
+            return "a block has ended without a wait for bulk copies counted at " + hex(address);
     return "";
 }
 
@@ -245,6 +249,7 @@ void mbarrier_wait(u32 at, u32 parity, site where) {
     while ((static_cast<u32>(b.completed) & 1) == (parity & 1))
         gpu().sleep(&b, "mbarrier", where);
     gpu().knows().join(b.known);
+    b.awaited = b.completed;
 }
 
 void bulk_load(u32 to, const void *map, u32 barrier, u32 blocks, const box_at &at, site where) {

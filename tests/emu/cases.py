@@ -154,9 +154,7 @@ def merged(parts: Result) -> tuple[Tensor, Tensor]:
     return (weight[..., None] * parts.out.double()).sum(0), total
 
 
-def check(
-    case: Case, tile: Tile, runner: Callable[..., Result] = run, **how: Any
-) -> None:
+def check(case: Case, tile: Tile, runner: Callable[..., Result] = run, **how: Any) -> None:
     """Runs the case and holds it against the oracle; an exception names it."""
     query, key, value = operands(case, tile)
     options = {**case.call(), "schedule": case.schedule, **how}

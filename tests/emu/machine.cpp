@@ -88,11 +88,11 @@ void machine::run_cluster(std::uint32_t shared_bytes) {
     if (failed)
         return;
     for (const lane &l : lanes)
-        if (l.is != state::done) {
-            failed = true;
-            message = "deadlock: " + who_waits() + mbarriers_in_words();
-            return;
-        }
+        if (l.is != state::done)
+            return report("deadlock: " + who_waits() + mbarriers_in_words());
+    for (const barrier &b : barriers)
+        if (b.arrived > 0)
+            report("a block has ended with arrivals at a barrier that nobody waits for");
 }
 
 bool machine::has_left(int rank) const {
@@ -148,18 +148,16 @@ void machine::report(const std::string &text) {
     failed = true;
 }
 
-void machine::release(knowledge &to) {
-    lane &self = lanes[running];
-    to.join(self.knows);
-    self.knows.generic.set(running,
-                           static_cast<tick>(self.knows.generic.at(running) + 1));
+void machine::release(int number, knowledge &to) {
+    knowledge &mine = lanes[number].knows;
+    to.join(mine);
+    mine.generic.set(number, static_cast<tick>(mine.generic.at(number) + 1));
 }
 
 void machine::fence_async_proxy() {
-    lane &self = lanes[running];
-    self.knows.async.join(self.knows.generic);
-    self.knows.generic.set(running,
-                           static_cast<tick>(self.knows.generic.at(running) + 1));
+    knowledge &mine = lanes[running].knows;
+    mine.async.join(mine.generic);
+    mine.generic.set(running, static_cast<tick>(mine.generic.at(running) + 1));
 }
 
 void machine::together(const char *what, site at, void *brought, warp_action action) {

@@ -58,8 +58,9 @@ class machine {
     moment now() const { return {running, thread() / WARP, &lanes[running].knows}; }
     knowledge &knows() { return lanes[running].knows; }
     knowledge &knows(int lane_number) { return lanes[lane_number].knows; }
-    // What the thread knows now becomes what others may know of it.
-    void release(knowledge &to);
+    // What a thread knows now becomes what others may know of it.
+    void release(int lane_number, knowledge &to);
+    void release(knowledge &to) { release(running, to); }
     void fence_async_proxy();
     int entity_of_warp(int warp) const { return static_cast<int>(lanes.size()) + warp; }
     int entity_of_mbarrier(int block_rank, int number) const {

@@ -21,6 +21,7 @@ void bulk_store(const void *map, u32 from, const box_at &at, site where);
 void bulk_store_commit();
 void bulk_store_wait_read();
 
+void warp_barrier(site where);
 void store_matrices(u32 row_address, const u32 x[4], site where);
 void set_registers(int registers, bool takes, site where);
 void warpgroup_fence(site where);
@@ -35,6 +36,7 @@ void check_held(float x, site where);
 DEVICE u32 cluster_rank() { return static_cast<u32>(emu::the_machine().rank()); }
 DEVICE void cluster_arrive() { emu::the_machine().cluster_arrive(); }
 DEVICE void cluster_wait(emu::site at = {}) { emu::the_machine().cluster_wait(at); }
+DEVICE void warp_barrier(emu::site at = {}) { emu::warp_barrier(at); }
 DEVICE void named_barrier_sync(int id, int threads, emu::site at = {}) {
     emu::the_machine().named_barrier(id, threads, true, at);
 }

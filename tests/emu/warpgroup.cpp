@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// warpgroup.cpp - wgmma, setmaxnreg, stmatrix. Each warp of a warpgroup multiplies its own 16 rows,
+// warpgroup.cpp - wgmma, setmaxnreg, stmatrix, bar.warp. Each warp of a warpgroup multiplies its own 16 rows,
 // when it likes between issue and wait; accumulators hold a NaN of their own until then. Layouts of
 // registers and descriptors: PTX manual, "wgmma", checked against CuTe's.
 #include <cstring>
@@ -184,8 +184,8 @@ void finish(product &p, warp_state &w, int warp) {
             gpu().fail(line_of(p.at) + "registers of A have changed while a wgmma reads them");
     chain &c = *chain_of(w, p.d[0]);
     for (std::size_t i = 0; i < p.sum.size(); i++)
-        c.value[i] = static_cast<float>(
-            p.adds ? static_cast<double>(c.value[i]) + p.sum[i] : p.sum[i]);
+        c.value[i] =
+            static_cast<float>(p.adds ? static_cast<double>(c.value[i]) + p.sum[i] : p.sum[i]);
     if (--c.under_way > 0)
         return;
     each_accumulator(p.n, [&](int l, int j, int e, std::size_t place) {
@@ -221,6 +221,17 @@ std::string warpgroup_leftovers(int block_rank) {
         registers += w.registers * WARP;
     }
     return registers <= 65536 ? "" : "warps ask for " + std::to_string(registers) + " registers";
+}
+
+void warp_barrier(site where) {
+    int none = 0;
+    gpu().together("bar.warp", where, &none, [](int warp, const std::array<void *, WARP> &) {
+        knowledge all = gpu().knows(warp * WARP);
+        for (int l = warp * WARP; l < (warp + 1) * WARP; l++)
+            gpu().release(l, all);
+        for (int l = warp * WARP; l < (warp + 1) * WARP; l++)
+            gpu().knows(l).join(all);
+    });
 }
 
 void store_matrices(u32 row_address, const u32 x[4], site where) {
@@ -284,22 +295,24 @@ void warpgroup_commit(site where) {
 }
 
 void warpgroup_wait(int pending, site where) {
-    gpu().together("wgmma.wait", where, &pending, [](int warp, const std::array<void *, WARP> &all) {
-        warp_state &w = warps[static_cast<std::size_t>(warp)];
-        w.needs_fence = true;
-        while (static_cast<int>(w.groups.size()) - 1 > pack_of<int>(all, 0)) {
-            for (product &p : w.groups.front())
-                finish(p, w, warp);
-            w.groups.pop_front();
-        }
-        // Products are numbered as they were issued; those of the groups that are left still read.
-        int left = 0;
-        for (const auto &group : w.groups)
-            left += static_cast<int>(group.size());
-        for (int l = 0; l < WARP; l++)
-            gpu().knows(warp * WARP + l)
-                .generic.set(gpu().entity_of_warp(warp), static_cast<tick>(w.issued - left));
-    });
+    gpu().together(
+        "wgmma.wait", where, &pending, [](int warp, const std::array<void *, WARP> &all) {
+            warp_state &w = warps[static_cast<std::size_t>(warp)];
+            w.needs_fence = true;
+            while (static_cast<int>(w.groups.size()) - 1 > pack_of<int>(all, 0)) {
+                for (product &p : w.groups.front())
+                    finish(p, w, warp);
+                w.groups.pop_front();
+            }
+            // Products are numbered as they were issued; those of the groups that are left still read.
+            int left = 0;
+            for (const auto &group : w.groups)
+                left += static_cast<int>(group.size());
+            for (int l = 0; l < WARP; l++)
+                gpu()
+                    .knows(warp * WARP + l)
+                    .generic.set(gpu().entity_of_warp(warp), static_cast<tick>(w.issued - left));
+        });
 }
 
 void warpgroup_multiply(float (*d)[4], int n, bool is_bf16, const u32 *a, u64 a_matrix,

@@ -12,6 +12,7 @@ WAN_ATTN_CLUSTER_KERNEL(k_cluster_rank, 384, 2, cluster_args, args) { *args.out 
 
 KERNEL(k_cluster_arrive) { cluster_arrive(); }
 KERNEL(k_cluster_wait) { cluster_wait(); }
+KERNEL(k_warp_barrier) { warp_barrier(); }
 KERNEL(k_named_barrier_sync, int id) { named_barrier_sync(id, 256); }
 KERNEL(k_named_barrier_arrive, int id) { named_barrier_arrive(id, 256); }
 KERNEL(k_take_registers) { take_registers<240>(); }

@@ -26,6 +26,9 @@ DEVICE void cluster_arrive() {
 
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
+/* All lanes of the warp; orders their shared memory accesses. */
+DEVICE void warp_barrier() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
+
 /* One of 16 barriers of the block, for `threads` threads: whole warps that wait here or only
  * arrive. Orders their shared memory accesses. 0 is block_barrier's. */
 DEVICE void named_barrier_sync(int id, int threads) {
