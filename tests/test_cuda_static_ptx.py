@@ -2,9 +2,9 @@
 """test_cuda_static_ptx.py - the instructions behind csrc/cuda/ptx, against a reviewed list.
 
 The emulator replaces these wrappers, so it cannot see a typing error in one: a wrong modifier, a
-swapped operand. Here a kernel per wrapper is compiled to PTX and its instructions are compared with
-tests/emu/golden_sm75.ptx, golden_sm80.ptx and, for Hopper's own, golden_sm90a.ptx, which people have
-read beside the PTX manual.
+swapped operand. Here a kernel per wrapper is compiled to PTX and its instructions are compared
+with tests/emu/golden_sm75.ptx, golden_sm80.ptx and, for Hopper's own, golden_sm90a.ptx, which
+people have read beside the PTX manual.
 """
 
 from __future__ import annotations

@@ -20,14 +20,17 @@ from emu.run_sm90 import run_sm90
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
-CHANCES, PARTS = 60, 3  # cases by chance for each tile, in so many tests
+CHANCES, PARTS = 40, 2  # cases by chance for each tile, in so many tests
 each_tile = pytest.mark.parametrize("tile", tiles_sm90(), ids=lambda tile: tile.name)
 # The two dtypes share all of the source but two instructions.
 bf16_tiles = [tile for tile in tiles_sm90() if tile.dtype == "BF16"]
+# Of the instances for head_dim 128 that differ in cluster or stages alone, one.
+different = {(tile.head_dim, tile.block_n): tile for tile in reversed(bf16_tiles)}
+each_geometry = pytest.mark.parametrize("tile", different.values(), ids=lambda tile: tile.name)
 each_shape = pytest.mark.parametrize("tile", bf16_tiles, ids=lambda tile: tile.name)
 
 
-@each_shape
+@each_geometry
 def test_cases_by_hand(tile: TileSm90) -> None:
     for number, case in enumerate(cases_sm90.by_hand(tile)):
         # Which copies land early must not matter: take turns.
@@ -42,9 +45,7 @@ def test_cases_by_chance(tile: TileSm90, part: int) -> None:
 
 
 def test_there_are_enough_cases() -> None:
-    for tile in bf16_tiles:
-        both = sum(t.row.split("_")[3:] == tile.row.split("_")[3:] for t in tiles_sm90())
-        assert both >= 2, f"{tile.row} has no f16 brother"
+    for tile in different.values():
         assert len(list(cases_sm90.by_hand(tile))) + 2 * CHANCES >= 150, tile.name
 
 

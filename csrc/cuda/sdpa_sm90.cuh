@@ -508,8 +508,11 @@ DEVICE void consume(const sm90_args &args, const assignment &a) {
                    c.row_max, c.row_sum);
 }
 
-DEVICE void init_barriers() {
+DEVICE void init_barriers(const sm90_args &args) {
     if (thread_index() == 0) {
+        tma_prefetch_map(&args.q);
+        tma_prefetch_map(&args.k);
+        tma_prefetch_map(&args.v);
         mbarrier_init(barrier_at(FULL_Q, 0), 1);
         for (u32 stage = 0; stage < STAGES; stage++) {
             mbarrier_init(barrier_at(FULL_K, stage), 1);
@@ -532,7 +535,7 @@ DEVICE void meet() {
 }
 
 WAN_ATTN_CLUSTER_KERNEL(KERNEL_NAME, NUM_THREADS, CLUSTER, wan_attn_cuda_sm90_args, args) {
-    init_barriers();
+    init_barriers(args);
     assignment a = find_assignment(args.call);
     meet();
     if (thread_index() < 128) {
@@ -543,7 +546,10 @@ WAN_ATTN_CLUSTER_KERNEL(KERNEL_NAME, NUM_THREADS, CLUSTER, wan_attn_cuda_sm90_ar
         take_registers<REGS_CONSUMER>();
         consume(args, a);
     }
-    /* A block may not leave while another one still writes to its memory, or arrives there. */
-    if (CLUSTER > 1)
+    /* A block may not leave while another one still writes to its memory, or arrives there. Lanes
+     * that had nothing to do wait for the one that had. */
+    if (CLUSTER > 1) {
+        warp_barrier();
         meet();
+    }
 }

@@ -30,19 +30,20 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-def _nvcc(arch: int | str, source: Path, output: Path, *more: str) -> None:
+def _nvcc(arch: int | str, source: Path, output: Path, *more: str) -> str:
     command = [nvcc() or "", f"-arch=sm_{arch}", "--Werror=all-warnings", *more, str(source)]
     done = subprocess.run(
         [*command, "-o", str(output)], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         raise CompileError(done.stderr)
+    return done.stderr
 
 
-def with_nvcc(tile: Kernel, arch: int | str, output: Path) -> None:
-    """Compiles to the cubin `output`; warnings and spills are errors."""
-    strict = ("-Xptxas", "--warn-on-spills,-Werror")
-    _nvcc(arch, CSRC / tile.source, output, "-cubin", *strict, *options(tile), "-x", "cu")
+def with_nvcc(tile: Kernel, arch: int | str, output: Path) -> str:
+    """Compiles to the cubin `output`; warnings and spills are errors. Returns ptxas' remarks."""
+    strict = ("-Xptxas", "-v,--warn-on-spills,-Werror")
+    return _nvcc(arch, CSRC / tile.source, output, "-cubin", *strict, *options(tile), "-x", "cu")
 
 
 def to_ptx(source: Path, arch: int | str, output: Path) -> None:
@@ -73,12 +74,12 @@ def _text(library: ctypes.CDLL, what: str, program: c_void_p) -> bytes:
     return text.raw
 
 
-def with_nvrtc(library: ctypes.CDLL, tile: Kernel, arch: int | str, output: Path) -> None:
-    """Compiles to the cubin `output`."""
+def with_nvrtc(library: ctypes.CDLL, tile: Kernel, arch: int | str, output: Path) -> str:
+    """Compiles to the cubin `output`. Returns ptxas' remarks."""
     program = c_void_p()
     source = (CSRC / tile.source).read_bytes()
     library.nvrtcCreateProgram(byref(program), source, tile.source.encode(), 0, None, None)
-    flags = [f"--gpu-architecture=sm_{arch}", *options(tile)]
+    flags = [f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v", *options(tile)]
     status = library.nvrtcCompileProgram(
         program, len(flags), (c_char_p * len(flags))(*(flag.encode() for flag in flags))
     )
@@ -86,5 +87,6 @@ def with_nvrtc(library: ctypes.CDLL, tile: Kernel, arch: int | str, output: Path
         if status != 0:
             raise CompileError(_text(library, "ProgramLog", program).decode())
         output.write_bytes(_text(library, "CUBIN", program))
+        return _text(library, "ProgramLog", program).decode()
     finally:
         library.nvrtcDestroyProgram(byref(program))

@@ -17,6 +17,7 @@ class TileSm90:
 
     row: str
     use: str
+    from_q: int
     dtype: str
     head_dim: int
     block_n: int
@@ -33,7 +34,7 @@ class TileSm90:
     @property
     def name(self) -> str:
         shape = f"{self.block_m}x{self.block_n}_s{self.stages}_c{self.cluster}"
-        return f"{self.row}_{shape}_{self.use.lower()}"
+        return f"{self.row}_{shape}"
 
     @property
     def block_m(self) -> int:
@@ -67,3 +68,10 @@ class TileSm90:
 @cache
 def tiles_sm90() -> tuple[TileSm90, ...]:
     return _read("TILE_SM90", TileSm90)
+
+
+def tile_for(row: str, *, is_masked: bool, seqlen_q: int) -> TileSm90:
+    """The line of the row that a call gets: the loader's rule."""
+    uses = ("MASKED", "ANY") if is_masked else ("ANY",)
+    fits = (t for t in tiles_sm90() if t.row == row and t.use in uses and seqlen_q >= t.from_q)
+    return next(fits)

@@ -48,6 +48,9 @@ def aligned_args() -> Sm90Args:
     return Sm90Args.from_buffer(memory, -ctypes.addressof(memory) % 64)
 
 
+DEFAULT = Schedule()
+
+
 def takes_tma(x: Tensor) -> bool:
     """What cuTensorMapEncodeTiled asks of base and strides; a stride of 0 is not known to be
     allowed."""
@@ -84,7 +87,7 @@ def run_sm90(
     window: tuple[int, int] = (-1, -1),
     return_lse: bool = True,
     split_tiles: int = 0,
-    schedule: Schedule = Schedule(),
+    schedule: Schedule = DEFAULT,
     csrc: Path = CSRC,
     out: Tensor | None = None,
 ) -> Result:
