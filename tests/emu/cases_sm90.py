@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cases_sm90.py - the calls of cases.py as far as Hopper kernels take them, and some of their own."""
+"""cases_sm90.py - the calls of cases.py as far as Hopper kernels take them, and a few more."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import ctypes
 import math
 from ctypes import c_int, c_longlong, c_ulonglong, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,17 +59,51 @@ def takes_tma(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
 
 
-def encode(kernel: ctypes.CDLL, at: int, x: Tensor, box_rows: int) -> None:
-    """The map of one [batch, seqlen, heads, head_dim] operand: 64 columns of box_rows rows."""
+def map_fields(x: Tensor, box_rows: int) -> tuple[list[int], list[int], list[int]]:
+    """globalDim, globalStrides and boxDim of the map of one [batch, seqlen, heads, head_dim]
+    operand: 64 columns of box_rows rows."""
     batch, seqlen, heads, head_dim = x.shape
     strides = [x.stride(d) * 2 if x.shape[d] > 1 else 16 for d in (1, 2, 0)]
+    return [head_dim, seqlen, heads, batch], strides, [64, box_rows, 1, 1]
+
+
+def call_args(
+    tile: TileSm90,
+    query: Tensor,
+    key: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    *,
+    q_lens: Tensor | None = None,
+    k_lens: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+) -> Args:
+    """wan_attn_cuda_args as args_sm90.h asks for them."""
+    batch, seqlen_q, heads_q, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    left, right = window
+    m_blocks = -(-seqlen_q // tile.block_m)
+    m_blocks += -m_blocks % tile.cluster
+    return Args(
+        *(View(), View(), View(), _view(out)),
+        lse.data_ptr() if lse is not None else None,
+        (c_longlong * 3)(*(lse.stride() if lse is not None else (0, 0, 0))),
+        *(_lengths(q_lens), _lengths(k_lens), None, 0, 0, 1, UNBOUNDED // tile.block_n),
+        *(batch, heads_q, heads_q // key.shape[2], seqlen_q, key.shape[1], m_blocks),
+        *(_bound(left), 0 if is_causal else _bound(right)),
+        *(0, int(out.dtype == torch.float32)),
+        max(abs(scale) * LOG2_E, SMALLEST_SCALE),
+        0x80008000 if scale < 0 else 0,
+    )
+
+
+def encode(kernel: ctypes.CDLL, at: int, x: Tensor, box_rows: int) -> None:
+    size, strides, box = map_fields(x, box_rows)
     broken = kernel.emu_encode_tensor_map(
-        c_void_p(at),
-        c_void_p(x.data_ptr()),
-        (c_longlong * 4)(head_dim, seqlen, heads, batch),
-        (c_longlong * 3)(*strides),
-        (c_int * 4)(64, box_rows, 1, 1),
-        1,
+        *(c_void_p(at), c_void_p(x.data_ptr())),
+        *((c_longlong * 4)(*size), (c_longlong * 3)(*strides), (c_int * 4)(*box), 1),
     )
     if broken:
         raise EmulatorError(f"tensor map breaks rule {broken}: {x.shape} {x.stride()}")
@@ -80,41 +115,22 @@ def run_sm90(
     key: Tensor,
     value: Tensor,
     *,
-    q_lens: Tensor | None = None,
-    k_lens: Tensor | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
     return_lse: bool = True,
     split_tiles: int = 0,
     schedule: Schedule = DEFAULT,
     csrc: Path = CSRC,
     out: Tensor | None = None,
+    **call: Any,
 ) -> Result:
     """The oracle's arguments. out: where to write, filled with NaN; else a tensor like query."""
     assert split_tiles == 0 and all(takes_tma(x) for x in (query, key, value))
     kernel = library(tile, csrc)
-    batch, seqlen_q, heads_q, head_dim = query.shape
-    seqlen_k = key.shape[1]
-    scale = head_dim**-0.5 if scale is None else scale
+    batch, seqlen_q, heads_q, _ = query.shape
     if out is None:
         out = torch.full(query.shape, math.nan, dtype=query.dtype)
     lse = torch.full((batch, heads_q, seqlen_q), math.nan) if return_lse else None
-    left, right = window
-    m_blocks = -(-seqlen_q // tile.block_m)
-    m_blocks += -m_blocks % tile.cluster
     args = aligned_args()
-    args.call = Args(
-        *(View(), View(), View(), _view(out)),
-        lse.data_ptr() if lse is not None else None,
-        (c_longlong * 3)(*(lse.stride() if lse is not None else (0, 0, 0))),
-        *(_lengths(q_lens), _lengths(k_lens), None, 0, 0, 1, UNBOUNDED // tile.block_n),
-        *(batch, heads_q, heads_q // key.shape[2], seqlen_q, seqlen_k, m_blocks),
-        *(_bound(left), 0 if is_causal else _bound(right)),
-        *(0, int(out.dtype == torch.float32)),
-        max(abs(scale) * LOG2_E, SMALLEST_SCALE),
-        0x80008000 if scale < 0 else 0,
-    )
+    args.call = call_args(tile, query, key, out, lse, **call)
     rows = tile.block_n // tile.cluster
     for name, x, box_rows in (("q", query, tile.block_m), ("k", key, rows), ("v", value, rows)):
         encode(kernel, ctypes.addressof(getattr(args, name)), x, box_rows)
@@ -123,8 +139,8 @@ def run_sm90(
         args.stores_by_tma = 1
     memory = [
         *(*_memory("q", query), *_memory("k", key), *_memory("v", value)),
-        *(*_memory("q_lens", q_lens), *_memory("k_lens", k_lens)),
+        *(*_memory("q_lens", call.get("q_lens")), *_memory("k_lens", call.get("k_lens"))),
         *(*_memory("out", out, True), *_memory("lse", lse, True)),
     ]
-    conflicts = launch(kernel, args, m_blocks * heads_q * batch, memory, schedule)
-    return Result(out, lse, conflicts)
+    grid = args.call.m_blocks * heads_q * batch
+    return Result(out, lse, launch(kernel, args, grid, memory, schedule))
