@@ -58,16 +58,17 @@ MAY_INCLUDE: dict[str, list[str]] = {
         *C_LIBRARY,
     ],
     "csrc/cuda/host/*.[ch]": [
-        *("core/kernel.h", "core/lock.h", "cuda/host/*.h", "cuda/args.h", "cuda/sdpa_rows.def"),
+        *("core/kernel.h", "core/lock.h", "cuda/host/*.h", "cuda/args*.h", "cuda/sdpa_rows.def"),
         *C_LIBRARY,
     ],
     # No system header anywhere else in csrc/cuda: nvcc, NVRTC and the emulator take the same text.
     "csrc/cuda/args.h": [],
+    "csrc/cuda/args_sm90.h": ["cuda/args.h"],
     "csrc/cuda/sdpa_rows.def": [],
-    "csrc/cuda/ptx/ptx.cuh": ["cuda/ptx/*.cuh", "emu/*.h"],
+    "csrc/cuda/ptx/ptx*.cuh": ["cuda/ptx/*.cuh", "emu/*.h"],
     "csrc/cuda/ptx/*.cuh": [],
     "csrc/cuda/tile/*.cuh": ["cuda/args.h", "cuda/ptx/ptx.cuh", "cuda/tile/*.cuh"],
-    "csrc/cuda/*.cuh": ["cuda/args.h", "cuda/ptx/ptx.cuh", "cuda/tile/*.cuh"],
+    "csrc/cuda/*.cuh": ["cuda/args*.h", "cuda/ptx/ptx*.cuh", "cuda/tile/*.cuh"],
     "csrc/torch/shim.cpp": [
         *("wan_attn.h", "<torch/csrc/stable/*>", "<torch/headeronly/*>"),
         *CPP_LIBRARY,

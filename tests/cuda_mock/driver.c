@@ -25,13 +25,14 @@ typedef struct device {
 } device;
 
 typedef struct function {
-    char name[64];
+    char name[64], image[64]; /* image: what the test's machine code says after "ELF" */
     int device, max_smem;
 } function;
 
 static device devices[MAX_DEVICES];
 static int device_count;
 static function functions[MAX_FUNCTIONS];
+static char modules[MAX_FUNCTIONS][64];
 static int function_count, module_count;
 static _Thread_local int contexts[MAX_DEPTH], depth; /* device numbers */
 static _Thread_local int capture_mode;               /* 0: global, as every thread begins */
@@ -154,8 +155,12 @@ int cuModuleLoadData(void **module, const char *image) {
         return INVALID_IMAGE;
     say("load on %d, capture mode %d\n", contexts[depth - 1], capture_mode);
     pthread_mutex_lock(&lock);
-    *module = (void *)(uintptr_t)(MODULE_BASE + module_count++);
+    int number = module_count < MAX_FUNCTIONS ? module_count++ : -1;
     pthread_mutex_unlock(&lock);
+    if (number < 0)
+        return NOT_FOUND;
+    snprintf(modules[number], sizeof(modules[number]), "%s", image + 4);
+    *module = (void *)(uintptr_t)(MODULE_BASE + number);
     return 0;
 }
 
@@ -167,6 +172,7 @@ int cuModuleGetFunction(void **made, void *module, const char *name) {
     if ((uintptr_t)module < MODULE_BASE || !f)
         return NOT_FOUND;
     snprintf(f->name, sizeof(f->name), "%s", name);
+    snprintf(f->image, sizeof(f->image), "%s", modules[(uintptr_t)module - MODULE_BASE]);
     f->device = contexts[depth - 1];
     f->max_smem = 48 * 1024;
     *made = f;
@@ -194,7 +200,38 @@ int cuLaunchKernel(void *handle, unsigned grid_x, unsigned grid_y, unsigned grid
     say("launch %s on %d, stream %p, grid %u, block %u, smem %u\n", f->name, f->device, stream,
         grid_x, block_x, smem);
     const unsigned numbers[3] = {grid_x, block_x, smem};
-    return on_launch ? on_launch(f->name, params[0], numbers, stream) : 0;
+    return on_launch ? on_launch(f->image, params[0], numbers, stream) : 0;
+}
+
+/* A map is opaque to all but the hardware; this one is what it was made from. */
+typedef struct tensor_map {
+    uint64_t address, strides[3];
+    uint32_t size[4], box[4];
+    int dtype, swizzle;
+} tensor_map;
+
+int cuTensorMapEncodeTiled(tensor_map *map, int dtype, uint32_t rank, void *address,
+                           const uint64_t *size, const uint64_t *strides, const uint32_t *box,
+                           const uint32_t *element_strides, int interleave, int swizzle,
+                           int l2_promotion, int fill) {
+    FAIL_IF_ASKED("cuTensorMapEncodeTiled");
+    if ((uintptr_t)map % 64 || (uintptr_t)address % 16 || rank != 4 || interleave || fill ||
+        l2_promotion < 0 || l2_promotion > 3)
+        return INVALID_VALUE;
+    map->address = (uintptr_t)address;
+    map->dtype = dtype, map->swizzle = swizzle;
+    for (int n = 0; n < 4; n++) {
+        if (size[n] == 0 || size[n] > UINT32_MAX || !box[n] || box[n] > 256 ||
+            element_strides[n] != 1)
+            return INVALID_VALUE;
+        map->size[n] = (uint32_t)size[n], map->box[n] = box[n];
+    }
+    for (int n = 0; n < 3; n++) {
+        if (strides[n] == 0 || strides[n] % 16 || strides[n] >> 40)
+            return INVALID_VALUE;
+        map->strides[n] = strides[n];
+    }
+    return 0;
 }
 
 int cuGetErrorName(int error, const char **name) {

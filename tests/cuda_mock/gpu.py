@@ -13,7 +13,17 @@ import ctypes
 import itertools
 import shutil
 from collections.abc import Callable
-from ctypes import c_char_p, c_int, c_int32, c_size_t, c_uint, c_void_p
+from ctypes import (
+    c_char_p,
+    c_int,
+    c_int32,
+    c_longlong,
+    c_size_t,
+    c_uint,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +32,16 @@ from torch import Tensor
 
 from emu import build
 from emu.args import Args, MergeArgs, PackArgs, PutLengthsArgs
-from emu.rows import Helper, Tile, gpus, helpers, tiles
+from emu.rows import Helper, Tile, TileSm90, gpus, helpers, tiles, tiles_sm90
 from emu.run import Tensor_, launch
+from emu.run_sm90 import Sm90Args, aligned_args
 from wan_attn import _native
 from wan_attn.binding import describe
 
 DRIVER = Path(__file__).with_name("driver.c")
 LAUNCH = ctypes.CFUNCTYPE(c_int32, c_char_p, c_void_p, ctypes.POINTER(c_uint), c_void_p)
 STREAM = 0x5EED
-IMAGE = b"\x7fELF, as far as the mock driver looks"
+IMAGE = b"\x7fELF"  # as far as the mock driver looks; behind it, whose machine code this is
 _numbers = itertools.count()
 
 
@@ -79,6 +90,7 @@ class Gpu:
             self.driver.mock_add_device(card.major, card.minor, card.sms, card.name.encode())
         self.cards = cards
         self.asked: list[tuple[str, int]] = []
+        self._images: dict[bytes, bytes] = {}
         self.problem: BaseException | None = None
         self.call: _Call | None = None
         self._keep = (LAUNCH(self._launch), _native.ImageFn(find_image or self._find_image))
@@ -109,14 +121,15 @@ class Gpu:
 
     def _find_image(self, kernel, arch, image, size, message, message_size) -> int:  # type: ignore[no-untyped-def]
         self.asked.append((kernel.decode(), arch))
-        image[0] = ctypes.cast(c_char_p(IMAGE), c_void_p)
-        size[0] = len(IMAGE)
+        code = self._images.setdefault(kernel, IMAGE + kernel)
+        image[0] = ctypes.cast(c_char_p(code), c_void_p)
+        size[0] = len(code)
         return 0
 
-    def _launch(self, name: bytes, args: int, numbers, stream: int | None) -> int:  # type: ignore[no-untyped-def]
+    def _launch(self, image: bytes, args: int, numbers, stream: int | None) -> int:  # type: ignore[no-untyped-def]
         try:
             assert self.call is not None and stream == STREAM
-            self.call.run_pass(name.decode(), args, *(numbers[i] for i in range(3)))
+            self.call.run_pass(image.decode(), args, *(numbers[i] for i in range(3)))
         except BaseException as error:  # noqa: BLE001 - C cannot be passed; raised by sdpa()
             self.problem = error
             return 999
@@ -203,17 +216,23 @@ class _Call:
         self.arch = 10 * card.major + card.minor
         self.inputs, self.outputs, self.workspace = inputs, outputs, workspace
 
-    def run_pass(self, name: str, args_at: int, blocks: int, threads: int, smem: int) -> None:
-        kernel = helpers().get(name) or next(
-            t for t in tiles() if t.row == name and t.gpu_class == gpus()[self.arch]
-        )
+    def run_pass(self, image: str, args_at: int, blocks: int, threads: int, smem: int) -> None:
+        kernel = self._kernel(image)
         assert threads == kernel.num_threads
-        assert smem == (kernel.smem_bytes if isinstance(kernel, Tile) else 0)
-        args, written = _decode(kernel, args_at)
-        arch = 75 if self.arch < 80 else 80
-        memory = self._memory(written)
-        conflicts = launch(build.library(kernel, arch=arch), args, blocks, memory)
+        assert smem == (0 if isinstance(kernel, Helper) else kernel.smem_bytes)
+        arch = 90 if isinstance(kernel, TileSm90) else 75 if self.arch < 80 else 80
+        library = build.library(kernel, arch=arch)
+        args, written = _decode(kernel, args_at, library)
+        conflicts = launch(library, args, blocks, self._memory(written))
         assert conflicts == 0
+
+    def _kernel(self, image: str) -> Tile | Helper | TileSm90:
+        """What was launched, by what its machine code was asked for by."""
+        if image in helpers():
+            return helpers()[image]
+        if "_sm90_" in image:
+            return next(t for t in tiles_sm90() if t.key == image)
+        return next(t for t in tiles() if t.row == image and t.gpu_class == gpus()[self.arch])
 
     def _memory(self, written: tuple[int, int]) -> list[Tensor_]:
         """What this pass may touch: inputs, outputs, and the workspace but for what it writes."""
@@ -237,8 +256,41 @@ class _Call:
         return found
 
 
-def _decode(kernel: Tile | Helper, at: int) -> tuple[ctypes.Structure, tuple[int, int]]:
+class _Map(ctypes.Structure):
+    """tensor_map of driver.c."""
+
+    _fields_ = [
+        *(("address", c_uint64), ("strides", c_uint64 * 3)),
+        *(("size", c_uint32 * 4), ("box", c_uint32 * 4)),
+        *(("dtype", c_int), ("swizzle", c_int)),
+    ]
+
+
+def _decode_sm90(kernel: TileSm90, at: int, library: ctypes.CDLL) -> Sm90Args:
+    """The same arguments with maps as the emulated TMA reads them."""
+    args = aligned_args()
+    ctypes.memmove(ctypes.addressof(args), at, ctypes.sizeof(args))
+    for name in ("q", "k", "v", "out"):
+        there = ctypes.addressof(getattr(args, name))
+        made = _Map.from_buffer_copy(ctypes.string_at(there, ctypes.sizeof(_Map)))
+        if made.address == 0:
+            assert name == "out" and not args.stores_by_tma
+            continue
+        assert (made.dtype, made.swizzle) == ({"F16": 6, "BF16": 9}[kernel.dtype], 3)
+        broken = library.emu_encode_tensor_map(
+            *(c_void_p(there), c_void_p(made.address), (c_longlong * 4)(*made.size)),
+            *((c_longlong * 3)(*made.strides), (c_int * 4)(*made.box), 1),
+        )
+        assert broken == 0, f"the map of {name} breaks rule {broken}"
+    return args
+
+
+def _decode(
+    kernel: Tile | Helper | TileSm90, at: int, library: ctypes.CDLL
+) -> tuple[ctypes.Structure, tuple[int, int]]:
     """The arguments of a launch, and (address, bytes) of what it writes into the workspace."""
+    if isinstance(kernel, TileSm90):
+        return _decode_sm90(kernel, at, library), (0, 0)
     if isinstance(kernel, Tile):
         args = Args.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(Args)))
         rows = args.batch * args.num_heads_q * args.seqlen_q

@@ -16,7 +16,7 @@ from emu.rows import CSRC, Helper, Tile, emulated_arch
 
 HERE = Path(__file__).resolve().parent
 BUILT = HERE.parents[1] / "build" / "emu"
-MACHINE = ("fiber", "machine", "memory", "instructions", "sanitizer")
+MACHINE = ("fiber", "machine", "memory", "instructions", "bulk", "warpgroup", "sanitizer")
 
 FLAGS = [
     *("-std=c++17", "-fPIC", "-g0", "-DWAN_ATTN_EMULATE", f"-I{HERE.parent}"),

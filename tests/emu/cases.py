@@ -7,7 +7,7 @@ import math
 import mmap
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -154,18 +154,18 @@ def merged(parts: Result) -> tuple[Tensor, Tensor]:
     return (weight[..., None] * parts.out.double()).sum(0), total
 
 
-def check(case: Case, tile: Tile, **how: Any) -> None:
+def check(case: Case, tile: Tile, runner: Callable[..., Result] = run, **how: Any) -> None:
     """Runs the case and holds it against the oracle; an exception names it."""
     query, key, value = operands(case, tile)
     options = {**case.call(), "schedule": case.schedule, **how}
     options |= {"split_tiles": case.split_tiles, "return_lse": case.return_lse}
     try:
-        result = run(tile, query, key, value, **options)
+        result = runner(tile, query, key, value, **options)
         if case.q_is_f32:
             # The sums are those of the 16-bit call, only rounded less on their way out. With few
             # keys torch's are exact, and would forbid even that P is rounded: judge that call.
             query = query.to(value.dtype)
-            rounded = run(tile, query, key, value, **options)
+            rounded = runner(tile, query, key, value, **options)
             assert torch.equal(result.out.to(rounded.out.dtype), rounded.out)
             result = rounded
         out, lse = result.out, result.lse

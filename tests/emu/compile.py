@@ -8,8 +8,10 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from emu.rows import CSRC, Helper, Job, Tile
+from emu.rows import CSRC, Helper, Job, Tile, TileSm90
 from wan_attn.cuda import nvrtc
+
+Kernel = Tile | Helper | TileSm90
 
 
 class CompileError(Exception):
@@ -20,22 +22,24 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-def _nvcc(source: Path, output: Path, *more: str) -> None:
+def _nvcc(source: Path, output: Path, *more: str) -> str:
     command = [nvcc() or "", f"-I{CSRC}", "--Werror=all-warnings", *more, str(source)]
     done = subprocess.run(
         [*command, "-o", str(output)], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         raise CompileError(done.stderr)
+    return done.stderr
 
 
-def with_nvcc(tile: Tile | Helper, arch: int, output: Path) -> None:
-    """Compiles to the cubin `output`; warnings and spills are errors."""
-    strict = ("-Xptxas", "--warn-on-spills,-Werror")
-    _nvcc(CSRC / tile.source, output, "-cubin", *strict, *Job(tile, arch).options(), "-x", "cu")
+def with_nvcc(tile: Kernel, arch: int, output: Path) -> str:
+    """Compiles to the cubin `output`; warnings and spills are errors. Returns ptxas' remarks."""
+    strict = ("-Xptxas", "-v,--warn-on-spills,-Werror")
+    options = Job(tile, arch).options()
+    return _nvcc(CSRC / tile.source, output, "-cubin", *strict, *options, "-x", "cu")
 
 
-def to_ptx(source: Path, arch: int, output: Path) -> None:
+def to_ptx(source: Path, arch: int | str, output: Path) -> None:
     _nvcc(source, output, "-ptx", f"-arch=sm_{arch}", "-std=c++17")
 
 
@@ -46,10 +50,13 @@ def nvrtcs() -> dict[tuple[int, int], nvrtc.Nvrtc]:
     return {one.version: one for one in reversed(loaded)}
 
 
-def with_nvrtc(compiler: nvrtc.Nvrtc, tile: Tile | Helper, arch: int, output: Path) -> None:
-    """Compiles to the cubin `output`, just as the package does."""
+def with_nvrtc(compiler: nvrtc.Nvrtc, tile: Kernel, arch: int, output: Path) -> str:
+    """Compiles to the cubin `output`, just as the package does. Returns ptxas' remarks."""
     job = Job(tile, arch)
+    options = [*job.options(), "--ptxas-options=-v"]
     try:
-        output.write_bytes(compiler.compile(arch, job.texts(), job.options()))
+        cubin, remarks = compiler.compile_and_tell(arch, job.texts(), options)
     except nvrtc.NvrtcError as error:
         raise CompileError(str(error)) from error
+    output.write_bytes(cubin)
+    return remarks

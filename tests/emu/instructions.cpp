@@ -102,16 +102,16 @@ void load_shared(u32 x[4], u32 at, site where) {
             address[l] = pack_of<u32>(lanes, l);
         count_conflicts(address);
     });
-    demand(gpu.shared.check_address(at), where);
-    demand(gpu.shared.read(at, gpu.now(), false), where);
-    std::memcpy(x, gpu.shared.piece(at), 16);
+    demand(gpu.shared().check_address(at), where);
+    demand(gpu.shared().read(at, gpu.now(), false), where);
+    std::memcpy(x, gpu.shared().piece(at), 16);
 }
 
 void store_shared(u32 at, const u32 x[4], site where) {
     machine &gpu = the_machine();
-    demand(gpu.shared.check_address(at), where);
-    demand(gpu.shared.write(at, gpu.now()), where);
-    std::memcpy(gpu.shared.piece(at), x, 16);
+    demand(gpu.shared().check_address(at), where);
+    demand(gpu.shared().write(at, gpu.now()), where);
+    std::memcpy(gpu.shared().piece(at), x, 16);
 }
 
 namespace {
@@ -124,9 +124,9 @@ struct copy {
 
 void land(copy &c) {
     if (c.is_zero)
-        std::memset(the_machine().shared.piece(c.to), 0, 16);
+        std::memset(the_machine().shared().piece(c.to), 0, 16);
     else
-        std::memcpy(the_machine().shared.piece(c.to), c.from, 16);
+        std::memcpy(the_machine().shared().piece(c.to), c.from, 16);
     c.has_landed = true;
 }
 
@@ -138,10 +138,10 @@ copy_groups &groups_of_this_thread() {
     static int block = -1;
     machine &gpu = the_machine();
     if (block != gpu.block_serial()) {
-        groups.assign(1024, copy_groups(1));
+        groups.assign(2048, copy_groups(1));
         block = gpu.block_serial();
     }
-    return groups[static_cast<std::size_t>(gpu.thread())];
+    return groups[static_cast<std::size_t>(gpu.lane_number())];
 }
 
 } // namespace
@@ -155,11 +155,11 @@ void start_copy(u32 to, const void *from, bool is_zero, site at) {
             address[l] = pack_of<u32>(lanes, l);
         count_conflicts(address);
     });
-    demand(gpu.shared.check_address(to), at);
+    demand(gpu.shared().check_address(to), at);
     if (!is_zero)
         demand(gpu.global.check(from, 16, false), at);
-    demand(gpu.shared.begin_copy(to, gpu.now()), at);
-    std::memset(gpu.shared.piece(to), 0xff, 16); // whoever reads too early gets NaN
+    demand(gpu.shared().begin_copy(to, gpu.now()), at);
+    std::memset(gpu.shared().piece(to), 0xff, 16); // whoever reads too early gets NaN
     copy c = {to, from, is_zero, false};
     landing when = gpu.settings().copies;
     if (when == landing::early || (when == landing::random && gpu.coin()))
@@ -176,7 +176,7 @@ void wait_for_copies(int pending) {
         for (copy &c : groups.front()) {
             if (!c.has_landed)
                 land(c);
-            gpu.shared.end_copy(c.to, gpu.now());
+            gpu.shared().end_copy(c.to, gpu.now());
         }
         groups.pop_front();
     }
@@ -195,9 +195,9 @@ void load_matrices(u32 x[4], u32 row_address, bool is_transposed, site at) {
         for (int l = 0; l < WARP; l++) {
             pack &self = pack_of<pack>(lanes, l);
             address[l] = self.row_address;
-            demand(gpu.shared.check_address(self.row_address), self.at);
-            demand(gpu.shared.read(self.row_address, gpu.now(), true), self.at);
-            std::memcpy(element[l], gpu.shared.piece(self.row_address), 16);
+            demand(gpu.shared().check_address(self.row_address), self.at);
+            demand(gpu.shared().read(self.row_address, gpu.now(), true), self.at);
+            std::memcpy(element[l], gpu.shared().piece(self.row_address), 16);
         }
         count_conflicts(address);
         for (int l = 0; l < WARP; l++) {

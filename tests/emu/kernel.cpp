@@ -5,6 +5,10 @@
 #define STRING(x) STRING_OF(x)
 #include STRING(KERNEL_BODY)
 
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
+
 namespace {
 
 struct tensor {
@@ -35,7 +39,7 @@ int emu_launch(const KERNEL_ARGS *args, int grid, const tensor *tensors, int num
     how.seed = seed;
     how.check_order = check_order != 0;
     std::string problem =
-        gpu.launch(grid, NUM_THREADS, SMEM_BYTES, how, [args] { KERNEL_NAME(*args); });
+        gpu.launch(grid, NUM_THREADS, SMEM_BYTES, how, [args] { KERNEL_NAME(*args); }, CLUSTER);
     std::snprintf(message, static_cast<std::size_t>(message_size), "%s", problem.c_str());
     *bank_conflicts = gpu.bank_conflicts;
     return problem.empty() ? 0 : 1;

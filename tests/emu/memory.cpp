@@ -42,10 +42,11 @@ std::string global_memory::check(const void *address, int bytes, bool is_write) 
     return outside;
 }
 
-void shared_memory::begin_block(std::uint32_t size, bool check) {
+void shared_memory::begin_block(std::uint32_t size, int warp_entity, bool check) {
     bytes.assign(size, static_cast<char>(0xff)); // NaN in every float type
     records.assign(size / PIECE, record{});
     in_flight = 0;
+    first_warp = warp_entity;
     check_order = check;
 }
 
@@ -70,63 +71,92 @@ std::string shared_memory::check_address(std::uint32_t address) const {
     return "";
 }
 
-bool shared_memory::is_ordered(const access &before, const moment &now, bool by_warp) {
-    if (before.epoch < now.epoch)
+bool shared_memory::is_ordered(const access &before, const moment &now, bool by_many,
+                               bool is_async) {
+    if (before.at < 0)
         return true;
-    return before.thread == now.thread && !before.by_many && !by_warp;
+    if (is_async && !before.is_async) // stores of threads need a fence before wgmma or TMA
+        return now.knows->async.at(before.entity) >= before.at;
+    if (before.entity == now.entity && !before.by_many && !by_many)
+        return true;
+    return now.knows->generic.at(before.entity) >= before.at &&
+           (before.entity != now.entity || now.knows->generic.at(now.entity) > before.at);
 }
 
 std::string shared_memory::about(std::uint32_t address, const char *what,
                                  const access &other) const {
     char text[160];
-    std::snprintf(text, sizeof text, "%s shared 0x%x (the other: thread %d)", what, address - BASE,
-                  other.thread);
+    if (other.is_async)
+        std::snprintf(text, sizeof text, "%s shared 0x%x (the other: a bulk copy)", what,
+                      address - BASE);
+    else
+        std::snprintf(text, sizeof text, "%s shared 0x%x (the other: thread %d)", what,
+                      address - BASE, other.entity);
     return text;
 }
 
-std::string shared_memory::read(std::uint32_t address, const moment &now, bool by_warp) {
-    record &r = record_of(address);
-    access &mine = r.last_read[static_cast<std::size_t>(now.thread / 32)];
-    std::string problem;
+std::string shared_memory::check_read(std::uint32_t address, const moment &now, bool by_many,
+                                      bool is_async) {
+    const record &r = record_of(address);
     if (r.is == state::never_written)
-        problem = about(address, "read, but nobody has written,", r.last_write);
-    else if (r.is == state::in_flight)
-        problem = about(address, "read while an asynchronous copy is under way to", r.last_write);
-    else if (!is_ordered(r.last_write, now, by_warp))
-        problem = about(address, "read without synchronisation after a write of", r.last_write);
-    bool other_lane = mine.epoch == now.epoch && mine.thread != now.thread;
-    mine = {now.thread, now.epoch, by_warp || other_lane};
+        return about(address, "read, but nobody has written,", r.last_write);
+    if (r.is == state::in_flight)
+        return about(address, "read while an asynchronous copy is under way to", r.last_write);
+    if (is_ordered(r.last_write, now, by_many, is_async))
+        return "";
+    if (is_async && is_ordered(r.last_write, now, by_many, false))
+        return about(address, "read by wgmma or TMA without fence.proxy.async after a write of",
+                     r.last_write);
+    return about(address, "read without synchronisation after a write of", r.last_write);
+}
+
+std::string shared_memory::read(std::uint32_t address, const moment &now, bool by_warp) {
+    std::string problem = check_read(address, now, by_warp, false);
+    access &mine = record_of(address).last_read[static_cast<std::size_t>(now.warp)];
+    access reading = access_of(now, by_warp);
+    if (mine.at == reading.at && mine.entity != reading.entity)
+        reading.by_many = true;
+    mine = reading;
     return check_order ? problem : "";
 }
 
-std::string shared_memory::check_overwrite(std::uint32_t address, const moment &now) const {
+std::string shared_memory::check_overwrite(std::uint32_t address, const moment &now,
+                                           bool is_async) const {
     const record &r = record_of(address);
     if (!check_order)
         return "";
     if (r.is == state::in_flight)
         return about(address, "written while an asynchronous copy is under way to", r.last_write);
-    if (r.is == state::written && !is_ordered(r.last_write, now, false))
+    if (r.stores > 0)
+        return about(address, "overwritten while a bulk store reads", r.last_write);
+    if (r.is == state::written && !is_ordered(r.last_write, now, false, is_async))
         return about(address, "overwritten without synchronisation:", r.last_write);
     for (const access &read : r.last_read)
-        if (!is_ordered(read, now, false))
+        if (!is_ordered(read, now, false, false))
             return about(address, "overwritten while it may still be read:", read);
+    for (int warp = 0; warp < MAX_WARPS; warp++) {
+        tick number = r.last_product[static_cast<std::size_t>(warp)];
+        if (number > 0 && now.knows->generic.at(first_warp + warp) < number)
+            return about(address, "overwritten while a wgmma may still read", r.last_write) +
+                   ", of warp " + std::to_string(warp);
+    }
     return "";
 }
 
 std::string shared_memory::write(std::uint32_t address, const moment &now) {
-    std::string problem = check_overwrite(address, now);
+    std::string problem = check_overwrite(address, now, false);
     record &r = record_of(address);
     r.is = state::written;
-    r.last_write = {now.thread, now.epoch, false};
+    r.last_write = access_of(now, false);
     return problem;
 }
 
 std::string shared_memory::begin_copy(std::uint32_t address, const moment &now) {
-    std::string problem = check_overwrite(address, now);
+    std::string problem = check_overwrite(address, now, false);
     record &r = record_of(address);
     in_flight += r.is != state::in_flight;
     r.is = state::in_flight;
-    r.last_write = {now.thread, now.epoch, false};
+    r.last_write = access_of(now, false);
     return problem;
 }
 
@@ -134,7 +164,40 @@ void shared_memory::end_copy(std::uint32_t address, const moment &now) {
     record &r = record_of(address);
     in_flight -= r.is == state::in_flight;
     r.is = state::written;
-    r.last_write = {now.thread, now.epoch, false};
+    r.last_write = access_of(now, false);
+}
+
+std::string shared_memory::read_product(std::uint32_t address, const moment &now, tick number) {
+    std::string problem = check_read(address, now, false, true);
+    record_of(address).last_product[static_cast<std::size_t>(now.warp)] = number;
+    return check_order ? problem : "";
+}
+
+std::string shared_memory::begin_bulk(std::uint32_t address, const moment &now) {
+    std::string problem = check_overwrite(address, now, true);
+    record &r = record_of(address);
+    in_flight += r.is != state::in_flight;
+    r.is = state::in_flight;
+    return problem;
+}
+
+void shared_memory::end_bulk(std::uint32_t address, int mbarrier, tick phase) {
+    record &r = record_of(address);
+    in_flight -= r.is == state::in_flight;
+    r.is = state::written;
+    r.last_write = {static_cast<std::int16_t>(mbarrier), phase, false, true};
+}
+
+std::string shared_memory::begin_store(std::uint32_t address, const moment &now) {
+    std::string problem = check_read(address, now, false, true);
+    record_of(address).stores++;
+    return check_order ? problem : "";
+}
+
+void shared_memory::end_store(std::uint32_t address, const moment &now) {
+    record &r = record_of(address);
+    r.stores--;
+    r.last_read[static_cast<std::size_t>(now.warp)] = access_of(now, false);
 }
 
 } // namespace emu

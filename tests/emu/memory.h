@@ -7,13 +7,9 @@
 #include <string>
 #include <vector>
 
-namespace emu {
+#include "clock.h"
 
-// A point in a block's execution: whose, and after how many barriers.
-struct moment {
-    int thread;
-    int epoch;
-};
+namespace emu {
 
 // Tensors of the launch. Every access must lie in one of them; outputs are written once.
 class global_memory {
@@ -35,19 +31,21 @@ class global_memory {
     std::size_t last_hit = 0;
 };
 
-// Shared memory with a shadow that knows for every 16 bytes who wrote and who read them last. The
-// kernels touch shared memory in 16-byte pieces only, so that this is exact.
+// A block's shared memory with a shadow that knows for every 16 bytes who wrote and who read them
+// last. The kernels touch shared memory in 16-byte pieces only, so that this is exact.
 //
-// Two accesses of which one writes must be ordered: same thread, or a barrier between them. (No
-// kernel uses barriers of a warp.) The verdict does not depend on the order in which the emulator
-// happened to run the threads.
+// Two accesses of which one writes must be ordered: same thread, or one knows of the other by way
+// of barriers. The verdict does not depend on the order in which the emulator happened to run the
+// threads.
 class shared_memory {
   public:
     static constexpr std::uint32_t PIECE = 16;
     // Addresses begin here, not at 0, so that a forgotten base is an error.
     static constexpr std::uint32_t BASE = 1024;
+    static constexpr int MAX_WARPS = 16;
 
-    void begin_block(std::uint32_t bytes, bool check_order);
+    // first_warp: the entity of the block's warp 0.
+    void begin_block(std::uint32_t bytes, int first_warp, bool check_order);
     std::string end_block() const;
 
     char *piece(std::uint32_t address) { return &bytes[address - BASE]; }
@@ -57,22 +55,37 @@ class shared_memory {
     std::string write(std::uint32_t address, const moment &now);
     std::string begin_copy(std::uint32_t address, const moment &now);
     void end_copy(std::uint32_t address, const moment &now);
+    // Through the asynchronous proxy: reads of a warp's product number `number`; bulk copies, which
+    // an mbarrier's phase makes known; bulk stores from here, and their end.
+    std::string read_product(std::uint32_t address, const moment &now, tick number);
+    std::string begin_bulk(std::uint32_t address, const moment &now);
+    void end_bulk(std::uint32_t address, int mbarrier, tick phase);
+    std::string begin_store(std::uint32_t address, const moment &now);
+    void end_store(std::uint32_t address, const moment &now);
 
   private:
     enum class state : std::uint8_t { never_written, written, in_flight };
     struct access {
-        int thread = 0;
-        int epoch = -1;       // -1: none
+        std::int16_t entity = 0;
+        tick at = -1;         // -1: none
         bool by_many = false; // lanes of the thread's warp
+        bool is_async = false;
     };
     struct record {
         state is = state::never_written;
+        std::int16_t stores = 0; // bulk stores that are still reading
         access last_write;
-        std::array<access, 8> last_read; // per warp
+        std::array<access, MAX_WARPS> last_read;
+        std::array<tick, MAX_WARPS> last_product{};
     };
 
-    static bool is_ordered(const access &before, const moment &now, bool by_warp);
-    std::string check_overwrite(std::uint32_t address, const moment &now) const;
+    static bool is_ordered(const access &before, const moment &now, bool by_many, bool is_async);
+    static access access_of(const moment &now, bool by_many) {
+        return {static_cast<std::int16_t>(now.entity), now.knows->generic.at(now.entity), by_many,
+                false};
+    }
+    std::string check_read(std::uint32_t address, const moment &now, bool by_many, bool is_async);
+    std::string check_overwrite(std::uint32_t address, const moment &now, bool is_async) const;
     std::string about(std::uint32_t address, const char *what, const access &other) const;
     record &record_of(std::uint32_t address) { return records[(address - BASE) / PIECE]; }
     const record &record_of(std::uint32_t address) const {
@@ -81,7 +94,7 @@ class shared_memory {
 
     std::vector<char> bytes;
     std::vector<record> records;
-    int in_flight = 0;
+    int in_flight = 0, first_warp = 0;
     bool check_order = true;
 };
 

@@ -4,24 +4,39 @@
 from __future__ import annotations
 
 from wan_attn.cuda import sources
-from wan_attn.cuda.rows import Helper, Job, Tile, gpus, half_rate, helpers, tiles, tiles_for
+from wan_attn.cuda.rows import (
+    Helper,
+    Job,
+    Tile,
+    TileSm90,
+    gpus,
+    half_rate,
+    helpers,
+    tiles,
+    tiles_for,
+    tiles_sm90,
+)
 
 __all__ = [
     "CSRC",
     "Helper",
     "Job",
     "Tile",
+    "TileSm90",
     "emulated_arch",
     "gpus",
     "half_rate",
     "helpers",
     "tiles",
     "tiles_for",
+    "tiles_sm90",
 ]
 
 CSRC = sources.root()
 
 
-def emulated_arch(kernel: Tile | Helper) -> int:
-    """Whose instructions the emulator offers; all from sm_80 on are alike to these kernels."""
+def emulated_arch(kernel: Tile | Helper | TileSm90) -> int:
+    """Whose instructions the emulator offers; all from sm_80 on are alike to most kernels."""
+    if isinstance(kernel, TileSm90):
+        return 90
     return 75 if isinstance(kernel, Tile) and kernel.gpu_class == "TURING" else 80

@@ -50,7 +50,7 @@ class Kernel:
     def main_loop(self) -> Loop:
         """The shortest loop with a tensor core product: the clean tiles, without the masked ones
         around them."""
-        return min((loop for loop in self.loops if count(loop, "HMMA")), key=len)
+        return min((loop for loop in self.loops if count(loop, "HMMA", "HGMMA")), key=len)
 
 
 def count(code: tuple[Instruction, ...], *opcodes: str) -> int:

@@ -179,6 +179,12 @@ class Nvrtc:
             UnknownArch: `arch` is newer than this NVRTC, or too old for it.
             NvrtcError: what the compiler said.
         """
+        return self.compile_and_tell(arch, texts, options)[0]
+
+    def compile_and_tell(
+        self, arch: int, texts: Mapping[str, bytes], options: Sequence[str]
+    ) -> tuple[bytes, str]:
+        """The same, and what the compiler remarked."""
         if arch not in self.archs:
             known = f"{self.archs[0]} to {self.archs[-1]}"
             raise UnknownArch(f"{self} does not know sm_{arch} (it knows {known})")
@@ -198,11 +204,14 @@ class Nvrtc:
             status = self._lib.nvrtcCompileProgram(program, len(options), words)
             if status != 0:
                 said = self._lib.nvrtcGetErrorString(status).decode(errors="replace")
-                log = self._get("ProgramLog", program).rstrip(b"\0").decode(errors="replace")
-                raise NvrtcError(f"{self} cannot compile {name}: {said}\n{log.strip()}")
-            return self._get("CUBIN", program)
+                raise NvrtcError(f"{self} cannot compile {name}: {said}\n{self._log(program)}")
+            return self._get("CUBIN", program), self._log(program)
         finally:
             self._lib.nvrtcDestroyProgram(byref(program))
+
+    def _log(self, program: c_void_p) -> str:
+        text = self._get("ProgramLog", program).rstrip(b"\0")
+        return text.decode(errors="replace").strip()
 
     def _get(self, what: str, program: c_void_p) -> bytes:
         size = c_size_t()

@@ -106,6 +106,65 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class TileSm90:
+    """One TILE_SM90 line; the fields are its columns. A row has several, for different calls."""
+
+    row: str
+    use: str
+    from_q: int
+    dtype: str
+    head_dim: int
+    block_n: int
+    consumers: int
+    stages: int
+    cluster: int
+    regs_producer: int
+    regs_consumer: int
+
+    source = "cuda/sdpa_sm90.cuh"
+    args = "wan_attn_cuda_sm90_args"
+    one_arch = ONE_ARCH["sm90"]
+
+    @property
+    def name(self) -> str:
+        shape = f"{self.block_m}x{self.block_n}_s{self.stages}_c{self.cluster}"
+        return f"{self.row}_{shape}"
+
+    @property
+    def key(self) -> str:
+        columns = f"n{self.block_n}_w{self.consumers}_s{self.stages}_c{self.cluster}"
+        return f"{self.row}_{columns}"
+
+    @property
+    def block_m(self) -> int:
+        return 64 * self.consumers
+
+    @property
+    def num_threads(self) -> int:
+        return 128 * (1 + self.consumers)
+
+    @property
+    def smem_bytes(self) -> int:
+        rows = self.block_m + 2 * self.stages * self.block_n
+        return 2 * self.head_dim * rows + 64 * self.stages + 16
+
+    def defines(self) -> dict[str, str]:
+        """The macros that turn the body into this kernel."""
+        return {
+            "KERNEL_NAME": self.row,
+            "IS_BF16": str(int(self.dtype == "BF16")),
+            "HEAD_DIM": str(self.head_dim),
+            "BLOCK_N": str(self.block_n),
+            "CONSUMERS": str(self.consumers),
+            "STAGES": str(self.stages),
+            "CLUSTER": str(self.cluster),
+            "REGS_PRODUCER": str(self.regs_producer),
+            "REGS_CONSUMER": str(self.regs_consumer),
+            "SMEM_BYTES": str(self.smem_bytes),
+        }
+
+
+@dataclass(frozen=True)
 class Helper:
     """One HELPER line: a pass before or after the attention."""
 
@@ -222,6 +281,12 @@ def tiles() -> tuple[Tile, ...]:
 
 
 @cache
+def tiles_sm90() -> tuple[TileSm90, ...]:
+    """In the order in which a call looks for its own."""
+    return _read("TILE_SM90", TileSm90)
+
+
+@cache
 def helpers() -> dict[str, Helper]:
     return {helper.name: helper for helper in _read("HELPER", Helper)}
 
@@ -261,8 +326,9 @@ def tiles_for(arch: int) -> tuple[Tile, ...]:
 
 
 def kernels_for(arch: int) -> tuple[Kernel, ...]:
-    """All that `arch` runs: attention, and the passes before and after."""
-    return (*tiles_for(arch), *helpers().values())
+    """All that `arch` runs: attention, and the passes before and after; no candidates."""
+    sm90 = (t for t in tiles_sm90() if t.one_arch == arch and t.use != "SPARE")
+    return (*sm90, *tiles_for(arch), *helpers().values())
 
 
 def jobs_for(arch: int, names: Iterable[str] | None = None) -> tuple[Job, ...]:
@@ -275,7 +341,7 @@ def jobs_for(arch: int, names: Iterable[str] | None = None) -> tuple[Job, ...]:
     jobs = []
     for name in mine if names is None else names:
         if name not in mine:
-            known = name in {tile.key for tile in tiles()}
+            known = name in {t.key for t in tiles()} | {t.key for t in tiles_sm90()}
             gpu = f"compute capability {_dotted(arch)} (class {class_of(arch)})"
             has = ", ".join(mine)
             raise RowError(

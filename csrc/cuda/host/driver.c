@@ -77,6 +77,8 @@ static int bind(void *library) {
     }
     WAN_ATTN_CUDA_DRIVER_FUNCTIONS(BIND)
 #undef BIND
+    address encode_map = find(library, "cuTensorMapEncodeTiled");
+    memcpy(&driver.encode_map, &encode_map.value, sizeof(encode_map.value));
     return 1;
 }
 

@@ -24,7 +24,11 @@ enum {
     WAN_ATTN_CU_ATTRIBUTE_CAPABILITY_MINOR = 76,
     WAN_ATTN_CU_ATTRIBUTE_SMEM_OF_BLOCK = 97, /* with the function attribute below */
     WAN_ATTN_CU_FUNCTION_MAX_DYNAMIC_SMEM = 8,
-    WAN_ATTN_CU_CAPTURE_MODE_RELAXED = 2
+    WAN_ATTN_CU_CAPTURE_MODE_RELAXED = 2,
+    WAN_ATTN_CU_MAP_F16 = 6, /* CUtensorMapDataType */
+    WAN_ATTN_CU_MAP_BF16 = 9,
+    WAN_ATTN_CU_MAP_SWIZZLE_128B = 3,
+    WAN_ATTN_CU_MAP_L2_256B = 3
 };
 
 /* X(field, exported name, parameters): one line for each function. */
@@ -58,6 +62,11 @@ typedef struct wan_attn_cuda_driver {
 #define FIELD(field, name, parameters) wan_attn_cu_result(*field) parameters;
     WAN_ATTN_CUDA_DRIVER_FUNCTIONS(FIELD)
 #undef FIELD
+    /* cuTensorMapEncodeTiled; NULL: the driver is older than CUDA 12. */
+    wan_attn_cu_result (*encode_map)(void *map, int dtype, uint32_t rank, void *address,
+                                     const uint64_t *size, const uint64_t *strides,
+                                     const uint32_t *box, const uint32_t *element_strides,
+                                     int interleave, int swizzle, int l2_promotion, int fill);
 } wan_attn_cuda_driver;
 
 /* The driver, opened and initialised at the first call; or NULL, and why it cannot be used. */

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "cuda/args_sm90.h"
 #include "cuda/host/plan.h"
 
 #define LOG2_E 1.4426950408889634
@@ -24,6 +25,7 @@ typedef struct call {
 
 const char *wan_attn_cuda_refuse(const wan_attn_problem *p) {
     char unused[1];
+    const wan_attn_cuda_driver *driver = wan_attn_cuda_open_driver(unused, sizeof(unused));
     const wan_attn_cuda_device *device =
         wan_attn_cuda_find_device(p->params->q.device_index, unused, sizeof(unused));
     wan_attn_cuda_plan plan;
@@ -32,6 +34,11 @@ const char *wan_attn_cuda_refuse(const wan_attn_problem *p) {
         return "pays only where tensor cores sum f32 at half rate (GeForce RTX 30 to 50)";
     if (!device || !plan.tile)
         return "has no tile for this GPU";
+    if (plan.tile->cluster && !driver->encode_map)
+        return "needs a driver of CUDA 12 or newer";
+    if (plan.tile->cluster && (p->seqlen_k == 0 || wan_attn_cuda_splits(p)))
+        return "leaves calls without keys, or of few rows and many keys, to rows that share them "
+               "out";
     const int64_t most = WAN_ATTN_CUDA_UNBOUNDED, blocks = INT32_MAX;
     if (p->seqlen_q >= most || p->seqlen_k >= most)
         return "takes lengths below 2^29";
@@ -229,6 +236,54 @@ static void fill_operands(const call *c, wan_attn_cuda_args *args) {
     args->lse_split_stride = p->batch * args->lse_batch_stride;
 }
 
+/* A tensor map of one operand: boxes of 64 columns and box_rows rows (README.md, "To launch a row of
+ * sm_90a"). */
+static wan_attn_cu_result encode(const call *c, wan_attn_cuda_tensor_map *map,
+                                 const wan_attn_cuda_view *v, int64_t seqlen, int64_t heads,
+                                 int box_rows) {
+    const wan_attn_problem *p = c->p;
+    const uint64_t size[4] = {(uint64_t)p->head_dim, (uint64_t)seqlen, (uint64_t)heads,
+                              (uint64_t)p->batch};
+    /* In bytes. A dimension of size 1 is never walked along, but its stride must be a legal one. */
+    const uint64_t strides[3] = {seqlen > 1 ? (uint64_t)v->row_stride * 2 : 16,
+                                 heads > 1 ? (uint64_t)v->head_stride * 2 : 16,
+                                 p->batch > 1 ? (uint64_t)v->batch_stride * 2 : 16};
+    const uint32_t box[4] = {64, (uint32_t)box_rows, 1, 1}, ones[4] = {1, 1, 1, 1};
+    int dtype = p->dtype == WAN_ATTN_F16 ? WAN_ATTN_CU_MAP_F16 : WAN_ATTN_CU_MAP_BF16;
+    return c->driver->encode_map(map, dtype, 4, v->data, size, strides, box, ones, 0,
+                                 WAN_ATTN_CU_MAP_SWIZZLE_128B, WAN_ATTN_CU_MAP_L2_256B, 0);
+}
+
+/* Whether TMA can store out: the row's dtype, and what it asks of base and strides. */
+static int can_store_by_tma(const wan_attn_problem *p) {
+    int64_t strides = (p->batch > 1 ? p->out.batch_stride : 0) |
+                      (p->seqlen_q > 1 ? p->out.row_stride : 0) |
+                      (p->num_heads_q > 1 ? p->out.head_stride : 0);
+    return p->out.dtype == p->dtype && ((int64_t)(intptr_t)p->out.data | strides * 2) % 16 == 0;
+}
+
+static wan_attn_status launch_sm90(const call *c, const wan_attn_cuda_args *args, int64_t blocks) {
+    const wan_attn_problem *p = c->p;
+    const wan_attn_cuda_tile *tile = c->plan.tile;
+    wan_attn_cuda_sm90_args with_maps;
+    memset(&with_maps, 0, sizeof(with_maps));
+    with_maps.call = *args;
+    with_maps.stores_by_tma = can_store_by_tma(p);
+    int box = tile->block_n / tile->cluster;
+    wan_attn_cu_result error =
+        encode(c, &with_maps.q, &args->q, p->seqlen_q, p->num_heads_q, tile->block_m);
+    if (error == 0)
+        error = encode(c, &with_maps.k, &args->k, p->seqlen_k, p->num_heads_k, box);
+    if (error == 0)
+        error = encode(c, &with_maps.v, &args->v, p->seqlen_k, p->num_heads_k, box);
+    if (error == 0 && with_maps.stores_by_tma)
+        error = encode(c, &with_maps.out, &args->out, p->seqlen_q, p->num_heads_q, 64);
+    if (error != 0)
+        return wan_attn_cuda_fail(c->driver, error, "when describing tensors to",
+                                  tile->program.name, c->err);
+    return launch(c, &tile->program, blocks, &with_maps);
+}
+
 static wan_attn_status attend(const call *c, wan_attn_cuda_lengths seqused_q,
                               wan_attn_cuda_lengths seqused_k) {
     wan_attn_cuda_args args;
@@ -241,6 +296,8 @@ static wan_attn_status attend(const call *c, wan_attn_cuda_lengths seqused_q,
     args.split_tiles = c->plan.split_tiles;
     args.m_blocks = c->plan.m_blocks;
     int64_t blocks = (int64_t)args.m_blocks * args.num_splits * args.num_heads_q * args.batch;
+    if (c->plan.tile->cluster)
+        return launch_sm90(c, &args, blocks);
     return launch(c, &c->plan.tile->program, blocks, &args);
 }
 

@@ -49,6 +49,20 @@ static void plan_scale(const wan_attn_problem *p, wan_attn_cuda_plan *plan,
     *scale = reserve(plan, heads * 4);
 }
 
+/* TMA takes no stride of 0, where a dimension is walked along. */
+static int is_spread(const wan_attn_view *v, int64_t batch, int64_t rows, int64_t heads) {
+    return (batch == 1 || v->batch_stride > 0) && (rows == 1 || v->row_stride > 0) &&
+           (heads == 1 || v->head_stride > 0);
+}
+
+/* Whether the kernel must not read this operand where it is. bytes: the alignment it wants. */
+static int must_be_copied(const wan_attn_cuda_tile *tile, const wan_attn_view *v, int64_t batch,
+                          int64_t rows, int64_t heads, int64_t bytes) {
+    if (tile->cluster && (v->dtype == WAN_ATTN_F32 || !is_spread(v, batch, rows, heads)))
+        return 1;
+    return !is_aligned(v, batch, rows, heads, tile->cluster ? 16 : bytes);
+}
+
 static void plan_copies(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
     int64_t q_bytes = p->batch * p->seqlen_q * p->num_heads_q * p->head_dim * 2;
     int64_t k_bytes = p->batch * p->seqlen_k * p->num_heads_k * p->head_dim * 2;
@@ -59,20 +73,27 @@ static void plan_copies(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
         plan_scale(p, plan, &plan->k_largest, &plan->k_scale);
     if (plan->tile->v_limit)
         plan_scale(p, plan, &plan->v_largest, &plan->v_scale);
-    if (!is_aligned(&p->q, p->batch, p->seqlen_q, p->num_heads_q, q_pair))
+    if (must_be_copied(plan->tile, &p->q, p->batch, p->seqlen_q, p->num_heads_q, q_pair))
         plan->q = reserve(plan, q_bytes);
     if (plan->tile->k_limit || p->k.dtype == WAN_ATTN_F32 ||
-        !is_aligned(&p->k, p->batch, p->seqlen_k, p->num_heads_k, 16))
+        must_be_copied(plan->tile, &p->k, p->batch, p->seqlen_k, p->num_heads_k, 16))
         plan->k = reserve(plan, k_bytes);
-    if (plan->tile->v_limit || !is_aligned(&p->v, p->batch, p->seqlen_k, p->num_heads_k, 16))
+    if (plan->tile->v_limit ||
+        must_be_copied(plan->tile, &p->v, p->batch, p->seqlen_k, p->num_heads_k, 16))
         plan->v = reserve(plan, k_bytes);
+}
+
+int wan_attn_cuda_splits(const wan_attn_problem *p) {
+    return p->seqlen_q <= SPLIT_MAX_ROWS && p->seqlen_k > SPLIT_KEYS;
 }
 
 static void plan_split(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
     int64_t k_tiles = ceil_div(p->seqlen_k, plan->tile->block_n);
     plan->num_splits = 1;
     plan->split_tiles = (int)(k_tiles > 1 ? k_tiles : 1);
-    if (p->seqlen_q > SPLIT_MAX_ROWS || p->seqlen_k <= SPLIT_KEYS)
+    if (plan->tile->cluster)
+        plan->split_tiles = WAN_ATTN_CUDA_UNBOUNDED / plan->tile->block_n; /* as args_sm90.h asks */
+    if (plan->tile->cluster || !wan_attn_cuda_splits(p))
         return;
     plan->split_tiles = SPLIT_KEYS / plan->tile->block_n;
     plan->num_splits = (int)ceil_div(k_tiles, plan->split_tiles);
@@ -89,10 +110,13 @@ void wan_attn_cuda_make_plan(const wan_attn_problem *p, wan_attn_cuda_plan *plan
     plan->k_largest = plan->k_scale = plan->v_largest = plan->v_scale = -1;
     plan->part_out = plan->part_lse = -1;
     int32_t arch = wan_attn_cuda_arch(p->params->q.device_index, unused, sizeof(unused));
-    plan->tile = wan_attn_cuda_tile_of(p->row, arch);
+    int is_masked = p->window_left < WAN_ATTN_UNBOUNDED || p->window_right < WAN_ATTN_UNBOUNDED;
+    plan->tile = wan_attn_cuda_tile_of(p->row, arch, is_masked, p->seqlen_q);
     if (!plan->tile)
         return;
     plan->m_blocks = (int)ceil_div(p->seqlen_q, plan->tile->block_m);
+    if (plan->tile->cluster)
+        plan->m_blocks = (int)ceil_div(plan->m_blocks, plan->tile->cluster) * plan->tile->cluster;
     if (must_be_put(&p->seqused_q, p->batch, p->seqlen_q))
         plan->seqused_q = reserve(plan, p->batch * 4);
     if (must_be_put(&p->seqused_k, p->batch, p->seqlen_k))

@@ -28,6 +28,9 @@ typedef struct wan_attn_cuda_plan {
     int64_t workspace_bytes;
 } wan_attn_cuda_plan;
 
+/* Whether a call has so few rows and so many keys that they are shared out, where a row can. */
+int wan_attn_cuda_splits(const wan_attn_problem *problem);
+
 void wan_attn_cuda_make_plan(const wan_attn_problem *problem, wan_attn_cuda_plan *plan);
 
 #endif /* WAN_ATTN_CUDA_HOST_PLAN_H */

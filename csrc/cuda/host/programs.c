@@ -7,7 +7,9 @@
 
 #include "core/lock.h"
 
-enum { CLASS_TURING, CLASS_WIDE, CLASS_SLIM };
+enum { CLASS_TURING, CLASS_WIDE, CLASS_SLIM, CLASS_HOPPER_ALONE };
+enum { HOPPER = 90 };
+enum { USE_ANY, USE_MASKED, USE_SPARE };
 
 static const struct {
     int32_t arch;
@@ -23,22 +25,36 @@ static const struct {
 #define F16_LIMIT(gpu_class, dtype)                                                                \
     (CLASS_##gpu_class == CLASS_TURING && IS_##dtype ? WAN_ATTN_CUDA_LIMIT_F16 : 0)
 
+#define SMEM_SM80(head_dim, block_m, block_n, stages, q_in_regs)                                   \
+    (2 * (head_dim) * ((block_n) * ((stages) + 1) + ((q_in_regs) ? 0 : (block_m))) + 16)
+#define SMEM_SM90(head_dim, block_n, consumers, stages)                                            \
+    (2 * (head_dim) * (64 * (consumers) + 2 * (stages) * (block_n)) + 64 * (stages) + 16)
+
 static const wan_attn_cuda_tile TILES[] = {
-#define TILE(row, gpu_class, body, dtype, head_dim, block_m, block_n, num_warps, stages,           \
-             q_in_regs, min_ctas, pv_sum_f16)                                                      \
-    {{#row, 32 * (num_warps),                                                                      \
-      2 * (head_dim) * ((block_n) * ((stages) + 1) + ((q_in_regs) ? 0 : (block_m))) + 16},         \
-     CLASS_##gpu_class,                                                                            \
-     block_m,                                                                                      \
-     block_n,                                                                                      \
-     pv_sum_f16,                                                                                   \
-     F16_LIMIT(gpu_class, dtype),                                                                  \
-     (pv_sum_f16) ? WAN_ATTN_CUDA_LIMIT_SUM_F16 : F16_LIMIT(gpu_class, dtype)},
+/* Rows of sm_90a first, in the order in which a call looks for its tile. */
+#define TILE_SM90(row, use, from, dtype, head_dim, bn, consumers, stages, blocks, rp, rc)          \
+    {.program = {#row, #row "_n" #bn "_w" #consumers "_s" #stages "_c" #blocks,                    \
+                 128 * (1 + (consumers)), SMEM_SM90(head_dim, bn, consumers, stages)},             \
+     .gpu_class = USE_##use == USE_SPARE ? -1 : CLASS_HOPPER_ALONE,                                \
+     .block_m = 64 * (consumers),                                                                  \
+     .block_n = bn,                                                                                \
+     .cluster = blocks,                                                                            \
+     .is_for_masks = USE_##use == USE_MASKED,                                                      \
+     .from_q = from},
+#include "cuda/sdpa_rows.def"
+#define TILE(row, class, body, dtype, head_dim, bm, bn, num_warps, stages, q_in_regs, ctas, pv16)  \
+    {.program = {#row, #row, 32 * (num_warps), SMEM_SM80(head_dim, bm, bn, stages, q_in_regs)},    \
+     .gpu_class = CLASS_##class,                                                                   \
+     .block_m = bm,                                                                                \
+     .block_n = bn,                                                                                \
+     .pv_sum_f16 = pv16,                                                                           \
+     .k_limit = F16_LIMIT(class, dtype),                                                           \
+     .v_limit = (pv16) ? WAN_ATTN_CUDA_LIMIT_SUM_F16 : F16_LIMIT(class, dtype)},
 #include "cuda/sdpa_rows.def"
 };
 
 static const wan_attn_cuda_program HELPERS[] = {
-#define HELPER(name, body, threads, step) {#name, threads, 0},
+#define HELPER(name, body, threads, step) {#name, #name, threads, 0},
 #include "cuda/sdpa_rows.def"
 };
 
@@ -51,16 +67,28 @@ enum {
 static wan_attn_lock lock = WAN_ATTN_UNLOCKED;
 static wan_attn_cu_function functions[WAN_ATTN_CUDA_MAX_DEVICES][PROGRAM_COUNT];
 
-const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch) {
+/* The class of tiles of sdpa_sm80.cuh. */
+static int class_of(int32_t arch) {
     int newest = -1, gpu_class = -1;
     for (int n = 0; n < GPU_COUNT; n++)
         if (GPUS[n].arch <= arch && GPUS[n].arch > newest) {
             newest = GPUS[n].arch;
             gpu_class = GPUS[n].gpu_class;
         }
-    for (int n = 0; n < TILE_COUNT; n++)
-        if (TILES[n].gpu_class == gpu_class && strcmp(TILES[n].program.name, row) == 0)
-            return &TILES[n];
+    return gpu_class;
+}
+
+const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch, int is_masked,
+                                                int64_t seqlen_q) {
+    int gpu_class = class_of(arch);
+    for (int n = 0; n < TILE_COUNT; n++) {
+        const wan_attn_cuda_tile *tile = &TILES[n];
+        int is_ours =
+            tile->gpu_class == CLASS_HOPPER_ALONE ? arch == HOPPER : tile->gpu_class == gpu_class;
+        if (is_ours && (is_masked || !tile->is_for_masks) && seqlen_q >= tile->from_q &&
+            strcmp(tile->program.name, row) == 0)
+            return tile;
+    }
     return NULL;
 }
 
@@ -144,7 +172,7 @@ wan_attn_status wan_attn_cuda_function(const wan_attn_cuda_driver *d, int32_t de
     /* Without the lock: finding may compile, and may need locks of its caller's. Two threads may
      * both come here; the second to load finds the place taken, and its module goes unused. */
     const void *image;
-    wan_attn_status status = find_image(device_index, program->name, &image, err);
+    wan_attn_status status = find_image(device_index, program->image, &image, err);
     if (status == WAN_ATTN_OK)
         status = load(d, program, image, function, err);
     if (status != WAN_ATTN_OK)

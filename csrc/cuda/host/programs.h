@@ -10,14 +10,17 @@
 
 /* A kernel that can be launched. */
 typedef struct wan_attn_cuda_program {
-    const char *name; /* also the function's name in its machine code */
+    const char *name;  /* of the function in its machine code; a row's own */
+    const char *image; /* what that machine code is asked for by */
     unsigned num_threads, smem_bytes;
 } wan_attn_cuda_program;
 
 typedef struct wan_attn_cuda_tile {
-    wan_attn_cuda_program program; /* named as the row */
+    wan_attn_cuda_program program;
     int gpu_class;
     int block_m, block_n;
+    int cluster; /* 0: a tile of sdpa_sm80.cuh; else of sdpa_sm90.cuh: blocks of a cluster */
+    int is_for_masks, from_q;
     int pv_sum_f16;
     /* K and V have to be f16, scaled by the head so that the largest value is below 2^limit; 0: as
      * they are. */
@@ -32,8 +35,10 @@ typedef enum wan_attn_cuda_helper {
 } wan_attn_cuda_helper;
 
 /* The tile of this row for GPUs of compute capability arch / 10, or NULL: it has none. A GPU newer
- * than the list is taken for the newest one that is older. */
-const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch);
+ * than the list is taken for the newest one that is older. is_masked, seqlen_q: what the call is;
+ * some rows have several tiles. */
+const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch, int is_masked,
+                                                int64_t seqlen_q);
 
 /* Whether the row sums P V in f16, on whatever GPU. */
 int wan_attn_cuda_sums_f16(const char *row);

@@ -35,25 +35,37 @@ DEVICE void store_row_f32(char *row, const float values[O_TILES][2], bool has_ro
             store_global_f32x2(row + (8 * j + 2 * t) * 4, values[j][0], values[j][1]);
 }
 
-/* Rows `row` and `row + 8` of the head, times scale; those that see no key become 0, with an lse of
- * -inf. */
+/* lse of one row, if there is one to write, and what its sums have to be multiplied with: 0, with an
+ * lse of -inf, if it sees no key. All lanes must call. */
+DEVICE float finish_row(const wan_attn_cuda_args &args, const block_place &place, int row,
+                        bool has_row, int used_q, float row_max, float row_sum) {
+    i64 lse_at = place.sample * args.lse_batch_stride + place.head * args.lse_head_stride +
+                 place.split * args.lse_split_stride;
+    float sum = quad_sum(row_sum);
+    bool sees_none = row >= used_q || (row_max == minus_infinity() && sum == 0.0f);
+    if (args.lse && has_row && thread_index() % 4 == 0)
+        store_global_f32(args.lse + lse_at + row * args.lse_row_stride,
+                         sees_none ? minus_infinity()
+                                   : fused_multiply_add(row_max, 0.69314718f, natural_log(sum)));
+    return sees_none ? 0.0f : reciprocal(sum);
+}
+
+/* Rows `row` and `row + 8` of the head, times scale; those that see no key become 0, whatever they
+ * have summed up. */
 DEVICE void store_rows(const wan_attn_cuda_args &args, const block_place &place, int row,
                        int used_q, float scale, const float o[O_TILES][4], const float row_max[2],
                        const float row_sum[2]) {
     i64 at = place.sample * args.out.batch_stride + place.head * args.out.head_stride +
              place.split * args.out_split_stride;
-    i64 lse_at = place.sample * args.lse_batch_stride + place.head * args.lse_head_stride +
-                 place.split * args.lse_split_stride;
 #pragma unroll
     for (int r = 0; r < 2; r++, row += 8) {
-        float sum = quad_sum(row_sum[r]);
         bool has_row = row < args.seqlen_q;
-        bool sees_none = row >= used_q || (row_max[r] == minus_infinity() && sum == 0.0f);
-        float factor = reciprocal(sum), values[O_TILES][2];
+        float inverse = finish_row(args, place, row, has_row, used_q, row_max[r], row_sum[r]);
+        float values[O_TILES][2];
 #pragma unroll
         for (int j = 0; j < O_TILES; j++) {
-            values[j][0] = sees_none ? 0.0f : o[j][2 * r] * factor * scale;
-            values[j][1] = sees_none ? 0.0f : o[j][2 * r + 1] * factor * scale;
+            values[j][0] = inverse == 0.0f ? 0.0f : o[j][2 * r] * inverse * scale;
+            values[j][1] = inverse == 0.0f ? 0.0f : o[j][2 * r + 1] * inverse * scale;
         }
         if (args.out_is_f32)
             store_row_f32((char *)args.out.data + (at + row * args.out.row_stride) * 4, values,
@@ -61,11 +73,6 @@ DEVICE void store_rows(const wan_attn_cuda_args &args, const block_place &place,
         else
             store_row_16bit((char *)args.out.data + (at + row * args.out.row_stride) * 2, values,
                             has_row);
-        if (args.lse && has_row && thread_index() % 4 == 0)
-            store_global_f32(args.lse + lse_at + row * args.lse_row_stride,
-                             sees_none
-                                 ? minus_infinity()
-                                 : fused_multiply_add(row_max[r], 0.69314718f, natural_log(sum)));
     }
 }
 
