@@ -38,6 +38,13 @@ def test_f16_sums_lift_the_bound_on_geforce_by_a_third() -> None:
         assert pv16[gpu].bound_tflops >= 1.3 * plain[gpu].bound_tflops
 
 
+def test_bf16_on_turing_is_as_fast_as_f16() -> None:
+    """Scaling Q and rounding out cost nothing in the main loop."""
+    (bf16,), (f16,) = of("sdpa_sm75_bf16_d128").values(), of("sdpa_sm75_f16_d128").values()
+    assert bf16.bound_tflops == f16.bound_tflops
+    assert bf16.others_per_product == pytest.approx(f16.others_per_product, rel=0.01)
+
+
 def test_the_table_shows_every_row() -> None:
     rows = list(of("sdpa_sm80_bf16_d64").values())
     assert static_model.table(rows).count("sdpa_sm80_bf16_d64") == len(rows)
