@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """bench_cpu.py - the CPU rows against torch's own attention, and against the machine's peak.
 
-    OMP_WAIT_POLICY=passive python benchmarks/bench_cpu.py [--out FOLDER] [--runs 7] [--threads 1 2]
+    OMP_WAIT_POLICY=passive python benchmarks/bench_cpu.py [--out FOLDER] [--name cpu]
+                            [--runs 7] [--threads 1 2]
                             [--rows NAME ...] [--dtypes f32 bf16 f16] [--shapes s1 s2 ...] [--quick]
 
 One run of torch and one of ours follow each other, so that a busy machine disturbs both alike; a
@@ -13,7 +14,9 @@ for publication wants an idle machine: no other process on any core, and --runs 
 Shapes are batch x queries x keys x heads x head_dim. s4 has real lengths of 512 and 77 keys; torch
 gets the same as a boolean mask, which is how a model gives it. FLOP count real keys alone.
 
-Writes cpu.csv and, with matplotlib (pip install wan-attn[bench]), cpu.png into FOLDER.
+At the end torch and we take turns, call by call: what that costs beyond each side's own time.
+
+Writes NAME.csv and, with matplotlib (pip install wan-attn[bench]), NAME.png into FOLDER.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ SHAPES = {  # batch, queries, keys, heads, head_dim, real keys of each sample
 QUICK = {"s1": (1, 1024, 1024, 2, 128, None), "s4": (2, 1024, 512, 2, 128, (512, 77))}
 # Which peak a row is measured against, and the goals for its ratio to torch.
 PEAKS = {
+    "sdpa_amx": "tile_amx_bf16",
     "sdpa_avx512_bf16": "dot_avx512_bf16",
     "sdpa_avx512": "fma_avx512",
     "sdpa_avx2": "fma_avx2",
@@ -139,6 +143,29 @@ def measure(
     return dict(zip(FIELDS, (*start, *(f"{n:.3f}" for n in numbers)), strict=True))
 
 
+def cost_of_turns(rounds: int = 200) -> float:
+    """Wall time of a torch operator and ours in turns, over that of each by itself."""
+    matrix = torch.randn(512, 512)
+    query = torch.randn(1, 256, 4, 64)
+
+    def product() -> object:
+        return matrix @ matrix
+
+    def attention() -> object:
+        return torch.ops.wan_attn.sdpa(query, query, query)
+
+    def wall(*functions: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        for _ in range(rounds):
+            for function in functions:
+                function()
+        return time.perf_counter() - start
+
+    wall(product, attention)
+    ratios = [wall(product, attention) / (wall(product) + wall(attention)) for _ in range(7)]
+    return statistics.median(ratios)
+
+
 def picture(results: list[dict[str, object]], title: str, path: Path) -> None:
     import matplotlib
 
@@ -174,6 +201,7 @@ def picture(results: list[dict[str, object]], title: str, path: Path) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
+    parser.add_argument("--name", default="cpu", help="of the files: this machine, in a word")
     parser.add_argument("--runs", type=int, default=7, help="pairs of runs for each figure")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", nargs="+", help="default: the best of each dtype and sdpa_avx2")
@@ -202,10 +230,13 @@ def main() -> int:
         sys.exit("--runs must be at least 2, or there is no spread")
     shapes = QUICK if options.quick else {name: SHAPES[name] for name in options.shapes}
     peaks = machine_peaks()
-    title = f"{cpu_model()}, torch {torch.__version__}, wan_attn {ops.build_info()}"
+    title = (
+        f"{cpu_model()} ({options.name}), torch {torch.__version__}, wan_attn {ops.build_info()}"
+    )
     print(title)
     print("peak of one core, GFLOP/s:", peaks or "not measured, no C compiler")
-    results = []
+    results: list[dict[str, object]] = []
+    turns = []
     for threads in options.threads:
         torch.set_num_threads(threads)
         for dtype in options.dtypes:
@@ -221,14 +252,16 @@ def main() -> int:
                         ),
                         flush=True,
                     )
+        turns.append(f"{cost_of_turns():.2f} with {threads} threads")
+    print("torch and ours in turns, over each by itself:", ", ".join(turns))
     options.out.mkdir(parents=True, exist_ok=True)
-    with open(options.out / "cpu.csv", "w", newline="", encoding="utf-8") as file:
-        file.write(f"# {title}\n")
+    with open(options.out / f"{options.name}.csv", "w", newline="", encoding="utf-8") as file:
+        file.write(f"# {title}\n# in turns with torch, over each by itself: {', '.join(turns)}\n")
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(results)
     try:
-        picture(results, title, options.out / "cpu.png")
+        picture(results, title, options.out / f"{options.name}.png")
     except ImportError:
         print("no picture: matplotlib is not installed")
     return 0

@@ -8,7 +8,11 @@
 #include <time.h>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #define TARGET(features) __attribute__((target(features), noinline))
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -16,6 +20,7 @@
 #endif
 
 enum { CHAINS = 12, STEPS = 2000000, REPEATS = 41 };
+enum { TILE_CHAINS = 6, TILE_FLOPS = 16 * 16 * 32 * 2, TILE_STEPS = STEPS / 8 };
 
 static double cpu_seconds(void) { return (double)clock() / CLOCKS_PER_SEC; }
 
@@ -61,6 +66,28 @@ TARGET("avx512f,avx512bf16") static void dot_avx512_bf16(void) {
 #undef MULTIPLY_ADD
 #undef FIRST
 }
+/* Six sums and two factors: all eight tiles. What is in them does not matter. */
+TARGET("amx-tile,amx-bf16") static void tile_amx_bf16(void) {
+    uint8_t config[64] = {1};
+    for (int t = 0; t < 8; t++)
+        config[16 + 2 * t] = 64, config[48 + t] = 16;
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+    for (int s = 0; s < TILE_STEPS; s++) {
+        _tile_dpbf16ps(0, 6, 7);
+        _tile_dpbf16ps(1, 6, 7);
+        _tile_dpbf16ps(2, 6, 7);
+        _tile_dpbf16ps(3, 6, 7);
+        _tile_dpbf16ps(4, 6, 7);
+        _tile_dpbf16ps(5, 6, 7);
+    }
+    _tile_release();
+}
+/* The CPU has it, and Linux (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) gives it. */
+static int has_amx_bf16(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) &&
+           syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
 #elif defined(__aarch64__)
 #define REGISTER(x) "w"(x)
 static void fma_neon(void) {
@@ -78,7 +105,7 @@ static int ascending(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-static void report(const char *name, void (*run)(void), int flops_per_step) {
+static void report(const char *name, void (*run)(void), double flops) {
     double took[REPEATS];
     for (int r = 0; r < REPEATS; r++) {
         double start = cpu_seconds();
@@ -86,19 +113,21 @@ static void report(const char *name, void (*run)(void), int flops_per_step) {
         took[r] = cpu_seconds() - start;
     }
     qsort(took, REPEATS, sizeof(took[0]), ascending);
-    printf("%s %.1f\n", name, (double)STEPS * CHAINS * flops_per_step / took[REPEATS / 2] / 1e9);
+    printf("%s %.1f\n", name, flops / took[REPEATS / 2] / 1e9);
 }
 
 int main(void) {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        report("fma_avx2", fma_avx2, 16);
+        report("fma_avx2", fma_avx2, (double)STEPS * CHAINS * 16);
     if (__builtin_cpu_supports("avx512f"))
-        report("fma_avx512", fma_avx512, 32);
+        report("fma_avx512", fma_avx512, (double)STEPS * CHAINS * 32);
     if (__builtin_cpu_supports("avx512bf16"))
-        report("dot_avx512_bf16", dot_avx512_bf16, 64);
+        report("dot_avx512_bf16", dot_avx512_bf16, (double)STEPS * CHAINS * 64);
+    if (has_amx_bf16())
+        report("tile_amx_bf16", tile_amx_bf16, (double)TILE_STEPS * TILE_CHAINS * TILE_FLOPS);
 #elif defined(__aarch64__)
-    report("fma_neon", fma_neon, 8);
+    report("fma_neon", fma_neon, (double)STEPS * CHAINS * 8);
 #endif
     return 0;
 }

@@ -47,6 +47,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
         "core/atomic.h",
         *("<pthread.h>", "<process.h>", "<windows.h>"),
     ],
+    "csrc/cpu/large_pages.c": ["cpu/large_pages.h", "<sys/mman.h>"],
     "csrc/cpu/*.[ch]": [
         *("wan_attn.h", "core/kernel.h", "cpu/*.h", "cpu/*.inc"),
         *("<immintrin.h>", "<arm_neon.h>"),

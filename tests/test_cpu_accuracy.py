@@ -58,3 +58,12 @@ def test_as_exact_as_torch(
     unit = ulp(dtype, float(np.abs(want).max()))
     assert np.abs(ours).max() <= 2.0 * np.abs(torchs).max() + 2.0 * unit
     assert rms(ours) <= 1.1 * rms(torchs)
+
+
+@each_case
+def test_the_largest_scales(row: ops.KernelInfo, dtype: torch.dtype) -> None:
+    """Near the end of float32, where the scale times log2(e) is beyond: the largest score wins."""
+    tensors = calls.operands(seqlen_q=20, seqlen_k=300, head_dim=16, dtype=dtype)
+    out, below = (sdpa(*tensors, row=row, scale=scale)[0] for scale in (3e38, 1e38))
+    assert torch.equal(out, below)
+    assert torch.isfinite(out).all()

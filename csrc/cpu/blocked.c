@@ -4,8 +4,10 @@
  */
 #include "cpu/blocked.h"
 
+#include <float.h>
 #include <math.h>
 
+#include "cpu/large_pages.h"
 #include "cpu/threads.h"
 
 /* Packed K and V of one group. Large enough that a group keeps many cores busy, small enough not to
@@ -44,7 +46,8 @@ static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blockin
     plan.depth = round_up(divide_up(p->head_dim, blocking->unit), blocking->depth_multiple);
     plan.width = round_up(p->head_dim, blocking->width_multiple);
     plan.q_factor = p->softmax_scale < 0.0 ? -1.0f : p->softmax_scale > 0.0 ? 1.0f : 0.0f;
-    plan.log2_scale = (float)(fabs(p->softmax_scale) * 1.4426950408889634);
+    /* Finite, or the largest score, 0 times this, would become NaN. */
+    plan.log2_scale = (float)fmin(fabs(p->softmax_scale) * 1.4426950408889634, FLT_MAX);
 
     plan.k_bytes = blocking->block_n * plan.depth * (int64_t)sizeof(float);
     plan.v_bytes = blocking->block_n / blocking->unit * plan.width * (int64_t)sizeof(float);
@@ -130,8 +133,19 @@ static void compute_tile(int64_t task, int64_t worker, void *ctx) {
     plan->blocking->compute(plan, &tile, has_next ? &next : NULL, scratch);
 }
 
+/* The output and the workspace are often fresh from the system. */
+static void prefer_large_pages(const wan_attn_plan *plan) {
+    const wan_attn_problem *p = plan->p;
+    const wan_attn_view *out = &p->out;
+    int64_t last = (p->batch - 1) * out->batch_stride + (p->seqlen_q - 1) * out->row_stride +
+                   (p->num_heads_q - 1) * out->head_stride + p->head_dim;
+    wan_attn_prefer_large_pages(out->data, last * (out->dtype == WAN_ATTN_F32 ? 4 : 2));
+    wan_attn_prefer_large_pages(p->params->workspace, (int64_t)plan->workspace_bytes);
+}
+
 void wan_attn_blocked_run(const wan_attn_problem *p, const wan_attn_blocking *blocking) {
     wan_attn_plan plan = make_plan(p, blocking);
+    prefer_large_pages(&plan);
     for (; plan.first_pair < plan.pairs; plan.first_pair += plan.pairs_per_group) {
         plan.group_pairs = min_of(plan.pairs_per_group, plan.pairs - plan.first_pair);
         wan_attn_run_tasks(p->params, plan.group_pairs * plan.blocks, pack_block, &plan);

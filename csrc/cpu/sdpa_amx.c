@@ -40,7 +40,7 @@
 #define VECTORS 4
 #define STEP 32
 #define UNIT 2
-#define BLOCK_N 256
+#define BLOCK_N 192
 #define PREFETCHES (BLOCK_N / STEP * 4)
 #define EXP2 exp2_degree5
 
@@ -116,10 +116,44 @@ static void pack_key_tiles(const wan_attn_plan *plan, int64_t b, int64_t head_k,
     pack_v_tiles(plan, b, head_k, to);
 }
 
-/* c[32][to_stride] = sum over tiles of a0, a1 times b; a tile of A follows the other, 16 rows of B
- * follow the others. */
+/* What vectors do while the tile unit multiplies: both wait little for each other, if the code of
+ * both is close together. Only one of the two is given, or none.
+ * O^T += the products of the previous step, or the maxima of the previous scores. */
+typedef struct chores {
+    const float *sum, *alpha; /* [32][32]; [32]                           */
+    float *o;                 /* [32][PANEL], 32 of its columns           */
+    int is_fresh;             /* o is not there yet                       */
+    const float *s;           /* [rows][PANEL]                            */
+    float *top;               /* [PANEL]                                  */
+    int64_t rows;             /* still to be done                         */
+} chores;
+
+static inline void do_chores(chores *c, int64_t most) {
+    int64_t rows = c->rows < most ? c->rows : most;
+    c->rows -= rows;
+    if (c->sum) {
+        VEC alpha0 = LOAD(c->alpha), alpha1 = LOAD(c->alpha + LANES);
+        for (int64_t i = 0; i < rows; i++, c->sum += 32, c->o += PANEL) {
+            VEC sum0 = LOAD(c->sum), sum1 = LOAD(c->sum + LANES);
+            STORE(c->o, c->is_fresh ? sum0 : FMA(LOAD(c->o), alpha0, sum0));
+            STORE(c->o + LANES, c->is_fresh ? sum1 : FMA(LOAD(c->o + LANES), alpha1, sum1));
+        }
+    } else if (c->s) {
+        VEC top[VECTORS];
+        for (int v = 0; v < VECTORS; v++)
+            top[v] = LOAD(c->top + v * LANES);
+        for (int64_t i = 0; i < rows; i++, c->s += PANEL)
+            for (int v = 0; v < VECTORS; v++)
+                top[v] = MAX(LOAD(c->s + v * LANES), top[v]);
+        for (int v = 0; v < VECTORS; v++)
+            STORE(c->top + v * LANES, top[v]);
+    }
+}
+
+/* c[32][c_stride] = sum over tiles of a0, a1 times b; a tile of A follows the other, 16 rows of B
+ * follow the others. Chores: so many rows for each tile. */
 static inline void multiply_tiles(const float *a0, const float *a1, const float *b, int64_t tiles,
-                                  float *c, int64_t c_stride) {
+                                  float *c, int64_t c_stride, chores *work, int64_t rows) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -133,46 +167,59 @@ static inline void multiply_tiles(const float *a0, const float *a1, const float 
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+        do_chores(work, rows);
     }
     _tile_stored(0, c, c_stride * 4);
     _tile_stored(1, c + 16, c_stride * 4);
     _tile_stored(2, c + 16 * c_stride, c_stride * 4);
     _tile_stored(3, c + 16 * c_stride + 16, c_stride * 4);
+    MEMORY_BARRIER();
 }
 
+/* The maxima are brought up to date one step late; the last step's are left to the caller. */
 static int64_t block_scores(const wan_attn_plan *plan, const wan_attn_packed_block *keys,
                             const panel *x, block_range r, float *s, float *top) {
-    (void)top; /* the scores are in tiles, not in registers */
+    const int64_t tiles = plan->depth / TILE_UNITS;
+    const int64_t rows = (STEP + tiles * (PANEL / 32) - 1) / (tiles * (PANEL / 32));
     MEMORY_BARRIER();
     for (int64_t n = r.first; n < r.last; n += STEP) {
         const float *a = keys->k + n * plan->depth;
+        chores maxima = {.top = top};
+        if (n > r.first)
+            maxima.s = s + (n - STEP) * PANEL, maxima.rows = STEP;
         for (int i = 0; i < PREFETCHES / (BLOCK_N / STEP); i++)
             prefetch_row(x->ahead);
         for (int64_t m = 0; m < PANEL; m += 32)
-            multiply_tiles(a, a + TILE_ROWS * plan->depth, x->q_t + m, plan->depth / TILE_UNITS,
-                           s + n * PANEL + m, PANEL);
+            multiply_tiles(a, a + TILE_ROWS * plan->depth, x->q_t + m, tiles, s + n * PANEL + m,
+                           PANEL, &maxima, rows);
     }
-    return r.first;
+    int64_t steps = (r.last - r.first + STEP - 1) / STEP;
+    return r.first + (steps > 1 ? steps - 1 : 0) * STEP;
 }
 
 static void block_values(const wan_attn_plan *plan, const wan_attn_packed_block *keys,
                          const panel *x, block_range r, float *p) {
     const int64_t first = r.first / 32, tiles = (r.last + 31) / 32 - first;
-    float sum[32 * 32];
+    const int64_t rows = (32 + tiles - 1) / tiles;
+    float sums[2][32 * 32];
+    chores last = {0};
+    int turn = 0;
     for (int64_t row = (r.last + 1) / 2; row < (first + tiles) * 16; row++)
         memset(p + row * PANEL, 0,
                PANEL * sizeof(float)); /* weights of the keys that only fill up */
     MEMORY_BARRIER();
-    for (int64_t d = 0; d < plan->width; d += 32)
-        for (int64_t m = 0; m < PANEL; m += 32) {
+    for (int64_t m = 0; m < PANEL; m += 32)
+        for (int64_t d = 0; d < plan->width; d += 32, turn = !turn) {
             const float *a = keys->v + (d / TILE_ROWS * (BLOCK_N / 32) + first) * TILE;
-            multiply_tiles(a, a + BLOCK_N / 32 * TILE, p + first * 16 * PANEL + m, tiles, sum, 32);
-            for (int64_t i = 0; i < 32 * 32; i += LANES) {
-                float *o = x->o_t + (d + i / 32) * PANEL + m + i % 32;
-                VEC alpha = LOAD(x->alpha + m + i % 32), added = LOAD(sum + i);
-                STORE(o, x->is_fresh ? added : FMA(LOAD(o), alpha, added));
-            }
+            multiply_tiles(a, a + BLOCK_N / 32 * TILE, p + first * 16 * PANEL + m, tiles,
+                           sums[turn], 32, &last, rows);
+            last = (chores){.sum = sums[turn],
+                            .alpha = x->alpha + m,
+                            .o = x->o_t + d * PANEL + m,
+                            .is_fresh = x->is_fresh,
+                            .rows = 32};
         }
+    do_chores(&last, last.rows);
 }
 
 static void compute_tile_with_tiles(const wan_attn_plan *plan, const wan_attn_tile *tile,

@@ -98,6 +98,8 @@ static void free_call(wan_attn_params *p) {
 
 static wan_attn_params random_call(void) {
     static const int64_t LENGTHS[] = {1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 100};
+    /* Keys: up to two blocks of any row. */
+    static const int64_t KEYS[] = {1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 100, 300, 600};
     static const int64_t HEAD_DIMS[] = {1, 3, 8, 40, 64, 80, 96, 128, 160, 256};
     static const int64_t WINDOWS[] = {-1, -1, 0, 1, 7, 40, INT64_MAX};
     static const int32_t DTYPES[] = {WAN_ATTN_F32, WAN_ATTN_F16, WAN_ATTN_BF16};
@@ -107,7 +109,7 @@ static wan_attn_params random_call(void) {
     p.kernel = -1;
     int64_t batch = pick(20) ? 1 + pick(3) : 0, heads_k = 1 + pick(3), head_dim = PICK(HEAD_DIMS);
     int64_t q_shape[4] = {batch, pick(20) ? PICK(LENGTHS) : 0, heads_k * (1 + pick(3)), head_dim};
-    int64_t k_shape[4] = {batch, pick(20) ? PICK(LENGTHS) : 0, heads_k, head_dim};
+    int64_t k_shape[4] = {batch, pick(20) ? PICK(KEYS) : 0, heads_k, head_dim};
     int32_t dtype = PICK(DTYPES);
     if (pick(2))
         p.seqused_q = lengths_up_to(batch, q_shape[1]);

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""test_cpu_bugs.py - plants a bug in the CPU rows' source and demands that the C driver finds it.
+
+A test of the tests: each bug is one that somebody could make tomorrow. The driver calls every row
+of a library that is right but for one file.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import c_driver
+from wan_attn import ops
+
+CALLS = "24"
+CSRC = c_driver.ROOT / "csrc"
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("cc") is None
+    or platform.machine() not in ("x86_64", "AMD64")
+    or "avx2" not in ops.cpu_features(),
+    reason="needs an x86-64 with AVX2, and a C compiler",
+)
+
+
+@dataclass(frozen=True)
+class Bug:
+    """Replace `right` by `wrong` in `file`, on which source `unit` depends."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    unit: str = "cpu/sdpa_avx2.c"
+    needs: str = "avx2"
+
+
+TILE, PACK, FMA, BLOCKED, AMX = (
+    f"cpu/{name}"
+    for name in ("sdpa_tile.inc", "sdpa_pack.inc", "sdpa_fma.inc", "blocked.c", "sdpa_amx.c")
+)
+BUGS = (
+    Bug("O is not rescaled", FMA, "FMA(LOAD(to + (r) * PANEL), alpha0, c##r##0)", "c##r##0"),
+    Bug(
+        "row_sum is not rescaled",
+        TILE,
+        "LOAD(x->alpha + v * LANES), sum[v])",
+        "SET1(1.0f), sum[v])",
+    ),
+    Bug(
+        *("the end of the mask is not looked at", TILE),
+        *(" || x->all.end < keys->first_key + r.last", ""),
+    ),
+    Bug("the last visible key is hidden", TILE, "end > 0 ? end <", "end > 0 ? --end <"),
+    Bug("a row that sees nothing has an lse", TILE, "sees[m] ? lse : -INFINITY", "lse"),
+    Bug(
+        "rows behind the output are written",
+        PACK,
+        "from->rows - m, tile->head",
+        "PANEL, tile->head",
+    ),
+    Bug("a row that sees nothing is not zero", PACK, "sees[m + i] ? x[i] : zero_units()", "x[i]"),
+    Bug(
+        "row_max ignores a block's last keys",
+        TILE,
+        "(plan, keys, x, r, s, x->alpha), r.last}",
+        "(plan, keys, x, r, s, x->alpha), 0}",
+    ),
+    Bug("a negative scale", BLOCKED, "? -1.0f", "? 1.0f", BLOCKED),
+    Bug(
+        "blocks that a window cuts are not packed",
+        BLOCKED,
+        "to.first_key + to.count > begin",
+        "to.first_key >= begin",
+        BLOCKED,
+    ),
+    Bug(
+        *("query heads of a group are one", BLOCKED),
+        *(" * heads_per_pair + head % heads_per_pair", " * heads_per_pair", BLOCKED),
+    ),
+    Bug(
+        *("AMX: the last step of O is not added", AMX),
+        *("    do_chores(&last, last.rows);", "", AMX, "amx_bf16"),
+    ),
+    Bug(
+        *("AMX: maxima of all but the last step are lost", AMX),
+        *("(steps > 1 ? steps - 1 : 0) * STEP", "steps * STEP", AMX, "amx_bf16"),
+    ),
+    Bug(
+        "the last task is left out",
+        "cpu/threads.c",
+        "job j = {0, 0, count, fn, ctx}",
+        "job j = {0, 0, count > 1 ? count - 1 : count, fn, ctx}",
+        "cpu/threads.c",
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def right_objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("right")
+    c_driver.compile_objects("cc", folder, CSRC, c_driver.sources(CSRC))
+    return folder
+
+
+def run_driver(folder: Path) -> subprocess.CompletedProcess[str]:
+    program = c_driver.link("cc", folder)
+    return subprocess.run(
+        [program, CALLS], capture_output=True, text=True, errors="replace", check=False, timeout=120
+    )
+
+
+def test_without_a_bug(right_objects: Path) -> None:
+    done = run_driver(right_objects)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_is_found(bug: Bug, right_objects: Path, tmp_path: Path) -> None:
+    if bug.needs not in ops.cpu_features():
+        pytest.skip(f"the bug is in a row that needs {bug.needs}")
+    csrc, objects = tmp_path / "csrc", tmp_path / "objects"
+    shutil.copytree(CSRC, csrc)
+    shutil.copytree(right_objects, objects, ignore=shutil.ignore_patterns("driver"))
+    text = (csrc / bug.file).read_text()
+    assert text.count(bug.right) == 1, f"{bug.file} has changed: plant the bug elsewhere"
+    (csrc / bug.file).write_text(text.replace(bug.right, bug.wrong))
+    c_driver.compile_objects("cc", objects, csrc, [csrc / bug.unit])
+    assert run_driver(objects).returncode != 0, f"{bug.name}: nobody has noticed"
