@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // warpgroup.cpp - wgmma, setmaxnreg, stmatrix, bar.warp. Each warp of a warpgroup multiplies its
-// own 16 rows, when it likes between issue and wait; accumulators hold a NaN of their own until then.
-// Layouts of registers and descriptors: PTX manual, "wgmma".
+// own 16 rows, when it likes between issue and wait; accumulators hold a NaN of their own until
+// then. Layouts of registers and descriptors: PTX manual, "wgmma".
 #include <cstring>
 #include <deque>
 
