@@ -110,15 +110,25 @@ class Device:
             *(c_void_p(stream), parameters, None),
         )
 
-    def run(self, tile: TileSm90, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
-        """One call on torch's current stream; out."""
-        out = torch.full_like(query, math.nan)
-        lse = torch.empty(
-            query.shape[0], query.shape[2], query.shape[1], device=query.device, dtype=torch.float32
-        )
+    def run(
+        self,
+        tile: TileSm90,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        return_lse: bool = True,
+        **call: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One call on torch's current stream, with the oracle's arguments; out and lse, which were
+        NaN before."""
+        out = torch.full_like(query, math.nan, memory_format=torch.contiguous_format)
+        lse = None
+        if return_lse:
+            lse = torch.full((query.shape[0], query.shape[2], query.shape[1]), math.nan)
+            lse = lse.to(query.device)
         args = self.arguments(tile, (query, key, value, out, lse), **call)
         self.launch(tile, args, torch.cuda.current_stream().cuda_stream)
-        return out
+        return out, lse
 
     def seconds(self, tile: TileSm90, call: Any) -> float:
         """Of one run of a benchmarks.tune_sm90.Call; the mean of as many as take some 50 ms."""

@@ -40,6 +40,7 @@ def instructions(ptx: str) -> str:
     carry matters."""
     lines: list[str] = []
     numbers: dict[str, str] = {}
+    products = False
 
     def numbered(found: re.Match[str]) -> str:
         return numbers.setdefault(found[0], f"%{found[1]}{len(numbers)}")
@@ -48,11 +49,12 @@ def instructions(ptx: str) -> str:
         if entry := re.match(r"\.visible \.entry (\w+)\(", line):
             lines.append(f"{entry[1]}:")
             numbers.clear()
+            products = entry[1].startswith(("k_ss_", "k_rs_"))
         elif re.match(r"@|\{ |[a-z][\w.:]*[\s;]", line) and line != "ret;":
             line = re.sub(r"%(r|rd|f|p|rs|fd)\d+", numbered, line)
             line = re.sub(r"\w+_param_(\d)", r"param_\1", line)
-            if re.match(r"(ld|st)\.f32 ", line):
-                continue  # accumulators of wgmma, which bring and take up to 128: in order
+            if products and re.match(r"(ld|st)\.global\.f32 ", line):
+                continue  # accumulators of wgmma, up to 128 in their order
             lines.append("    " + re.sub(r"\s+", " ", line))
     return "\n".join(lines) + "\n"
 

@@ -24,18 +24,21 @@ from emu.run import Schedule
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
-KERNEL = "cuda/sdpa_sm90.cuh"
+KERNEL, RING, WORK = (
+    f"cuda/{name}.cuh" for name in ("sdpa_sm90", "tile/ring", "tile/cluster_work")
+)
 
 
 @dataclass(frozen=True)
 class Bug:
-    """Replace `right` by `wrong` in the kernel; the first failure must contain `finding`."""
+    """Replace `right` by `wrong` in `file`; the first failure must contain `finding`."""
 
     name: str
     right: str
     wrong: str
     finding: str
     row: str = "sdpa_sm90_bf16_d64"
+    file: str = KERNEL
 
 
 BUGS = (
@@ -47,21 +50,21 @@ BUGS = (
     Bug("too many bytes are announced", "mbarrier_arrive_and_expect(full, Q_BYTES);", "mbarrier_arrive_and_expect(full, Q_BYTES + 16);", "deadlock"),
     Bug("Q is not waited for", "mbarrier_wait(barrier_at(FULL_Q, 0), 0);\n", "\n", "line"),
     Bug("K is not waited for", "    mbarrier_wait(barrier_at(FULL_K, c.k.stage), c.k.parity);\n    wait_for_turn(c);", "    wait_for_turn(c);", "line"),
-    Bug("V is not waited for", "    mbarrier_wait(barrier_at(FULL_V, c.v.stage), c.v.parity);\n    start_pv(c);\n    /*", "    start_pv(c);\n    /*", "line"),
-    Bug("parity does not turn", "        r.parity ^= 1;\n", "\n", ""),
+    Bug("V is not waited for", "    mbarrier_wait(barrier_at(FULL_V, c.v.stage), c.v.parity);\n    start_pv(c);\n    if (n > 0", "    start_pv(c);\n    if (n > 0", "line"),
+    Bug("parity does not turn", "        r.parity ^= 1;\n", "\n", "", file=RING),
     Bug("V of the same tile, not of the one before", "        if (i > 0)\n            load_v(args, a, v, row + BLOCK_N);", "        if (i > 0)\n            load_v(args, a, v, row);", "is wrong"),
     Bug("no fence after the barriers' initialisation", "        mbarrier_init_fence();\n", "\n", "not made visible"),
-    Bug("no meeting after the barriers' initialisation", "    assignment a = find_assignment(args.call);\n    meet();", "    assignment a = find_assignment(args.call);", "line"),
+    Bug("no meeting after the barriers' initialisation", "    assignment a = find_assignment(args.call, BLOCK_M, BLOCK_N);\n    meet();", "    assignment a = find_assignment(args.call, BLOCK_M, BLOCK_N);", "line"),
     Bug("one arrival too few expected", "mbarrier_init(barrier_at(EMPTY_V, stage), 4 * CONSUMERS * CLUSTER)", "mbarrier_init(barrier_at(EMPTY_V, stage), 4 * CONSUMERS * CLUSTER - 1)", ""),
     # clusters
     Bug("the other block is not told", "        if (lane < CLUSTER)\n            mbarrier_arrive_at(empty, lane);", "        if (lane == 0)\n            mbarrier_arrive(empty);", "deadlock"),
     Bug("a block leaves before the other one has done", "        warp_barrier();\n        meet();\n    }", "    }", ""),
     Bug("both blocks load the first half", "u32 first = CLUSTER > 1 ? cluster_rank() * LOADED_ROWS : 0;", "u32 first = 0;", ""),
     Bug("only to the own block", "(1u << CLUSTER) - 1", "1u << cluster_rank()", ""),
-    Bug("the surplus block loads nothing", "    a.num_loaded = all.num_tiles;", "    a.num_loaded = a.work.num_tiles;", ""),
+    Bug("the surplus block loads nothing", "    a.num_loaded = all.num_tiles;", "    a.num_loaded = a.work.num_tiles;", "", file=WORK),
     Bug("tiles that only the other block sees are not passed on", "    skip_tiles(c, a.skipped_before);\n", "\n", ""),
     Bug("nor those at the other end", "    skip_tiles(c, a.skipped_after);\n", "\n", ""),
-    Bug("the tile that comes first is its own last one", "a.first_row = end - BLOCK_N;", "a.first_row = a.work.first_key + a.work.num_tiles * BLOCK_N - BLOCK_N;", ""),
+    Bug("the tile that comes first is its own last one", "a.first_row = end - block_n;", "a.first_row = a.work.first_key + (a.work.num_tiles - 1) * block_n;", "", file=WORK),
     # wgmma
     Bug("S is used before it is there", "    wgmma_wait<1>();\n", "\n", "under way"),
     Bug("S is not waited for in the first tile", "    start_qk(c, s);\n    wgmma_wait<0>();\n    hold", "    start_qk(c, s);\n    wgmma_wait<1>();\n    hold", "under way"),
@@ -72,7 +75,7 @@ BUGS = (
     Bug("P is packed while it is read", "    hold_tiles(s, S_TILES);\n    wgmma_wait<0>();", "    pack_weights(c, s);\n    wgmma_wait<0>();", "registers of A"),
     Bug("a K step of 64 bytes", "(u64)(step / 4 * KV_PANEL + step % 4 * 32) >> 4", "(u64)(step / 4 * KV_PANEL + step % 4 * 64) >> 4", ""),
     Bug("a V step of 8 rows", "step * 2048 >> 4", "step * 1024 >> 4", ""),
-    Bug("offsets of a descriptor exchanged", "(u64)(1024 >> 4) << 32 | (u64)(panel_bytes >> 4) << 16", "(u64)(1024 >> 4) << 16 | (u64)(panel_bytes >> 4) << 32", "", "sdpa_sm90_bf16_d128"),
+    Bug("offsets of a descriptor exchanged", "(u64)(1024 >> 4) << 32 | (u64)(panel_bytes >> 4) << 16", "(u64)(1024 >> 4) << 16 | (u64)(panel_bytes >> 4) << 32", "", "sdpa_sm90_bf16_d128", RING),
     Bug("P V's columns in one panel", "matrix_descriptor(shared_base() + V_SMEM, KV_PANEL)", "matrix_descriptor(shared_base() + V_SMEM, 128)", "", "sdpa_sm90_bf16_d128"),
     Bug("S is added to what was there", "k + k_step, step > 0);", "k + k_step, true);", "out "),
     # fences and named barriers
@@ -127,9 +130,9 @@ def suspicious(tile: TileSm90) -> Iterator[Case]:
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
     shutil.copytree(CSRC / "cuda", tmp_path / "cuda")
-    source = (tmp_path / KERNEL).read_text(encoding="utf-8")
-    assert source.count(bug.right) == 1, f"{KERNEL} must contain {bug.right!r} once"
-    (tmp_path / KERNEL).write_text(source.replace(bug.right, bug.wrong), encoding="utf-8")
+    source = (tmp_path / bug.file).read_text(encoding="utf-8")
+    assert source.count(bug.right) == 1, f"{bug.file} must contain {bug.right!r} once"
+    (tmp_path / bug.file).write_text(source.replace(bug.right, bug.wrong), encoding="utf-8")
     tile = tile_of(bug.row)
     for landing in range(3):
         found = ""

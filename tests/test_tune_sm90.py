@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""test_tune_sm90.py - the choice among Hopper instances: with a stand-in for the timer, and a
-driver that only records what it is asked for."""
+"""test_tune_sm90.py - what is there for the first hour on a Hopper card, as far as it runs without
+one: the choice among instances with a stand-in for the timer, launches with a driver that only
+records what it is asked for, the check with the emulator as its GPU."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import hopper_device, tune_sm90
+from benchmarks import hopper_check, hopper_device, tune_sm90
 from benchmarks.tune_sm90 import Call, candidates, choose, tune
 from emu import compile as compilers
+from emu.build import compiler
 from emu.rows_sm90 import TileSm90, tile_for, tiles_sm90
+from emu.run_sm90 import run_sm90
 
 ROW = "sdpa_sm90_bf16_d128"
 LONG = Call(ROW, False, 27280, 27280)
@@ -144,3 +147,40 @@ def test_an_error_of_the_driver_is_named() -> None:
     x = torch.zeros(1, 8, 1, 128).bfloat16()
     with pytest.raises(hopper_device.DriverError, match="cuTensorMapEncodeTiled: unknown .1."):
         device.arguments(tile, (x, x, x, x, None))
+
+
+class Emulated:
+    """The emulator, as hopper_check sees a device; `factor` spoils what it returns."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def run(self, tile: TileSm90, *operands: torch.Tensor, **call: Any) -> Any:
+        result = run_sm90(tile, *operands, **call)
+        return result.out * self.factor, result.lse
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
+def test_the_check_of_the_first_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = tile_for("sdpa_sm90_bf16_d64", is_masked=False, seqlen_q=300)
+    some = [*hopper_check.cases_sm90.by_hand(tile)][::9]
+    monkeypatch.setattr(hopper_check.cases_sm90, "by_hand", lambda tile: some)
+
+    def found(device: Emulated) -> list[str]:
+        return [
+            *hopper_check.failures(tile, hopper_check.Runner(device, "cpu"), chances=2),
+            *hopper_check.long_failures(tile, device, "cpu", shapes=((200, 300),)),
+        ]
+
+    assert found(Emulated()) == []
+    wrong = found(Emulated(1.02))
+    assert len(wrong) >= len(some) and "200x300: error" in wrong[-1]
+
+
+def test_a_view_keeps_its_surroundings_when_it_is_moved() -> None:
+    around = torch.arange(120.0).view(2, 5, 3, 4)
+    view = around[1:, 1:4, :2, 1:]
+    there = hopper_check.moved(view, "cpu")
+    assert there is not None and torch.equal(there, view)
+    assert there.stride() == view.stride() and there.data_ptr() != view.data_ptr()
+    assert there.untyped_storage().nbytes() == around.untyped_storage().nbytes()

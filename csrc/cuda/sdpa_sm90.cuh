@@ -3,9 +3,9 @@
  * bf16 operands, f32 sums.
  *
  * Implements: FlashAttention-3 (Shah et al., arXiv 2407.08608; warp specialisation, ping-pong,
- * overlap within a warpgroup). Differs from it: blocks of a cluster share every tile of K and V also
- * for an odd number of blocks, for lengths per sample and under a mask; rescaling O is skipped when
- * no maximum grew, which is exact; blocks are not persistent.
+ * overlap within a warpgroup). Differs from it: blocks of a cluster share every tile of K and V
+ * also for an odd number of blocks, for lengths per sample and under a mask; rescaling O is skipped
+ * when no maximum grew, which is exact; blocks are not persistent.
  *
  *                    n, from the last tile to the first
  *              +-----------+ BLOCK_N keys
@@ -16,8 +16,8 @@
  *     +------+ +-----------+ +------+
  *     BLOCK_M rows, 64 to each of CONSUMERS warpgroups; a warp has 16
  *
- * Who does what: warpgroup 0 is the producer: one thread brings Q once and K and V by TMA into rings
- * of STAGES tiles. The others multiply. In a cluster each block loads half the rows of every tile,
+ * Who does what: warpgroup 0 is the producer: one thread brings Q once and K and V into rings of
+ * STAGES tiles. The others multiply. In a cluster each block loads half the rows of every tile,
  * to itself and to the other block. A block that has no rows, or sees nothing of a tile, still
  * brings its half and passes the tile on.
  * Pipeline of a consumer, when tile n comes:
@@ -31,9 +31,8 @@
  * Barriers: full_k/v[stage], one arrival and the bytes of a tile; empty_k/v[stage], one arrival of
  * each consumer warp of the cluster (a warp's own wgmma_wait is all it knows of). Named: whose turn
  * it is; the four warps of a warpgroup; all consumers.
- * Budget: sdpa_rows.def. d128: 384 threads, 24 registers for the producer, 240 for consumers: S 88 +
- * P 44 + O 64; Q 32 KiB, K and V 2 * 44 KiB each. No spills, no serialised wgmma:
- * tests/test_cuda_static_sm90.py.
+ * Budget: sdpa_rows.def. d128: 384 threads, 24 registers for the producer, 240 for consumers: S 88
+ * + P 44 + O 64; Q 32 KiB, K and V 2 * 44 KiB each. No spills: tests/test_cuda_static_sm90.py.
  * Limits: args_sm90.h. What a NaN in V reaches: as in sdpa_sm80.cuh; rows of V behind the real
  * length are zeroed in shared memory, because 0 * NaN would be NaN.
  * Numerics: as sdpa_sm80.cuh; O is summed in f32 across all tiles by the tensor cores.
@@ -56,6 +55,8 @@
 #endif
 
 #include "cuda/tile/output.cuh"
+#include "cuda/tile/cluster_work.cuh"
+#include "cuda/tile/ring.cuh"
 
 typedef wan_attn_cuda_sm90_args sm90_args;
 
@@ -91,56 +92,7 @@ static_assert(CLUSTER == 1 || CLUSTER == 2, "a tile is loaded whole or in halves
 static_assert(USED_SMEM == SMEM_BYTES, "sdpa_rows.def must say what is used");
 static_assert(128 * (REGS_PRODUCER + CONSUMERS * REGS_CONSUMER) <= 65536, "registers of an SM");
 
-/* Which stage of a ring comes next, and the parity of its round. */
-typedef struct ring {
-    u32 stage, parity;
-} ring;
-
-DEVICE void advance(ring &r) {
-    r.stage++;
-    if (r.stage == STAGES) {
-        r.stage = 0;
-        r.parity ^= 1;
-    }
-}
-
 DEVICE u32 barrier_at(u32 first, u32 stage) { return shared_base() + first + 16 * stage; }
-
-/* What all threads of a block agree on. */
-typedef struct assignment {
-    block_place place;
-    block_work work;    /* of this block's own rows */
-    int first_row;      /* of the tile that the cluster loads first */
-    int skipped_before; /* tiles that only the other block sees: first loaded, */
-    int skipped_after;  /* last loaded */
-    int num_loaded;
-} assignment;
-
-DEVICE assignment find_assignment(const wan_attn_cuda_args &args) {
-    assignment a;
-    a.place = find_place(args, BLOCK_M);
-    a.work = find_work(args, a.place, BLOCK_M, BLOCK_N);
-    a.work.num_tiles = larger_int(a.work.num_tiles, 0);
-    block_work all = a.work;
-    if (CLUSTER > 1) {
-        block_place both = a.place;
-        both.row_begin = a.place.row_begin / (BLOCK_M * CLUSTER) * (BLOCK_M * CLUSTER);
-        all = find_work(args, both, BLOCK_M * CLUSTER, BLOCK_N);
-        all.num_tiles = larger_int(all.num_tiles, 0);
-    }
-    int end = all.first_key + all.num_tiles * BLOCK_N;
-    a.num_loaded = all.num_tiles;
-    a.first_row = end - BLOCK_N;
-    a.skipped_before = a.num_loaded;
-    a.skipped_after = 0;
-    if (a.work.num_tiles > 0) {
-        a.skipped_before = (end - a.work.first_key) / BLOCK_N - a.work.num_tiles;
-        a.skipped_after = (a.work.first_key - all.first_key) / BLOCK_N;
-    }
-    return a;
-}
-
-/* ---- producer ---- */
 
 /* This block's share of the tile that begins with `row`, to all blocks of the cluster. */
 DEVICE void load_tile(const wan_attn_cuda_tensor_map &map, u32 to, u32 full, int row, int head,
@@ -192,8 +144,6 @@ DEVICE void produce(const sm90_args &args, const assignment &a) {
         load_v(args, a, v, row + BLOCK_N);
 }
 
-/* ---- consumers ---- */
-
 /* What a consumer carries from tile to tile. */
 typedef struct consumer {
     int number; /* 0 .. CONSUMERS - 1 */
@@ -203,12 +153,6 @@ typedef struct consumer {
     u32 p[V_STEPS][4];
     float row_max[2], row_sum[2];
 } consumer;
-
-/* The descriptor of an operand in panels: rows of 128 bytes with SWIZZLE_128B, groups of 8 rows
- * 1024 bytes apart. panel_bytes: from 64 columns to the next, where columns are M or N. */
-DEVICE u64 matrix_descriptor(u32 at, u32 panel_bytes) {
-    return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)(panel_bytes >> 4) << 16 | (at >> 4);
-}
 
 /* This warp has done with a tile: tells the producers of all blocks. */
 DEVICE void release(u32 empty) {
@@ -536,7 +480,7 @@ DEVICE void meet() {
 
 WAN_ATTN_CLUSTER_KERNEL(KERNEL_NAME, NUM_THREADS, CLUSTER, wan_attn_cuda_sm90_args, args) {
     init_barriers(args);
-    assignment a = find_assignment(args.call);
+    assignment a = find_assignment(args.call, BLOCK_M, BLOCK_N);
     meet();
     if (thread_index() < 128) {
         give_registers<REGS_PRODUCER>();

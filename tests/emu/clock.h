@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// clock.h - vector clocks: who knows of whose past. Everything that acts has an entity number of its
-// own: threads, warps (for what wgmma reads), mbarriers (for the bulk copies that they count).
+// clock.h - vector clocks: who knows of whose past. Everything that acts has an entity number of
+// its own: threads, warps (for what wgmma reads), mbarriers (for the bulk copies that they count).
 #pragma once
 
 #include <algorithm>

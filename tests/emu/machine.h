@@ -78,7 +78,7 @@ class machine {
     void wake(const void *reason);
     // Ends the launch with this message. Does not return.
     [[noreturn]] void fail(const std::string &message);
-    // The same for units beside the threads: returns, and the launch ends when the scheduler sees it.
+    // The same for units beside the threads: returns, and the scheduler ends the launch.
     void report(const std::string &message);
     bool coin() { return (random() & 1) != 0; }
 

@@ -46,6 +46,26 @@ Loop = tuple[Instruction, ...]
 class Kernel:
     instructions: tuple[Instruction, ...]
     loops: tuple[Loop, ...]
+    jumps: dict[int, int]  # number of a branch -> number of the instruction it goes to
+
+    def reachable(self, begin: int, *ends: str) -> tuple[Instruction, ...]:
+        """What may be executed from instruction `begin` on, up to one of these opcodes."""
+        seen: set[int] = set()
+        ahead = [begin]
+        while ahead:
+            at = ahead.pop()
+            if at in seen or at >= len(self.instructions):
+                continue
+            instruction = self.instructions[at]
+            if count((instruction,), *ends):
+                ahead += [at + 1] * instruction.text.startswith("@")  # for those that go on
+                continue
+            seen.add(at)
+            if at in self.jumps:
+                ahead.append(self.jumps[at])
+            if at not in self.jumps or instruction.text.startswith("@"):
+                ahead.append(at + 1)
+        return tuple(self.instructions[at] for at in sorted(seen))
 
     def main_loop(self) -> Loop:
         """The shortest loop with a tensor core product: the clean tiles, without the masked ones
@@ -77,12 +97,14 @@ def read(cubin: Path) -> Kernel:
             labels[label[1]] = len(code)
         elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
             code.append(Instruction(found[1]))
-    loops = []
+    loops, jumps = [], {}
     for at, instruction in enumerate(code):
         target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction.text)
+        if target:
+            jumps[at] = labels[target[1]]
         if target and labels.get(target[1], at) < at:  # one that jumps to itself ends a kernel
             loops.append(tuple(code[labels[target[1]] : at + 1]))
-    return Kernel(tuple(code), tuple(loops))
+    return Kernel(tuple(code), tuple(loops), jumps)
 
 
 def registers(cubin: Path) -> int:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// units.h - what works beside the threads on Hopper: bulk copies with their mbarriers (bulk.cpp) and
-// the tensor cores of warpgroups (warpgroup.cpp), as the scheduler sees them.
+// units.h - what works beside the threads on Hopper: bulk copies with their mbarriers (bulk.cpp)
+// and the tensor cores of warpgroups (warpgroup.cpp), as the scheduler sees them.
 #pragma once
 
 #include <string>

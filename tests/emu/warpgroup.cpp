@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// warpgroup.cpp - wgmma, setmaxnreg, stmatrix, bar.warp. Each warp of a warpgroup multiplies its own 16 rows,
-// when it likes between issue and wait; accumulators hold a NaN of their own until then. Layouts of
-// registers and descriptors: PTX manual, "wgmma", checked against CuTe's.
+// warpgroup.cpp - wgmma, setmaxnreg, stmatrix, bar.warp. Each warp of a warpgroup multiplies its
+// own 16 rows, when it likes between issue and wait; accumulators hold a NaN of their own until
+// then. Layouts of registers and descriptors: PTX manual, "wgmma".
 #include <cstring>
 #include <deque>
 
@@ -304,7 +304,7 @@ void warpgroup_wait(int pending, site where) {
                     finish(p, w, warp);
                 w.groups.pop_front();
             }
-            // Products are numbered as they were issued; those of the groups that are left still read.
+            // Products are numbered as they were issued; those of the groups left still read.
             int left = 0;
             for (const auto &group : w.groups)
                 left += static_cast<int>(group.size());

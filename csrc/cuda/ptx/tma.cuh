@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * tma.cuh - bulk copies of boxes of a tensor, by one thread. The map (made by the host, args_sm90.h)
- * says where the tensor is, how large a box, and how it is swizzled; coordinates count elements and
- * come innermost first: column, row, head, sample.
+ * tma.cuh - bulk copies of boxes of a tensor, by one thread. The map (made by the host,
+ * args_sm90.h) says where the tensor is, how large a box, and how it is swizzled; coordinates count
+ * elements and come innermost first: column, row, head, sample.
  *
  * Elements outside of the tensor become 0 when loaded and are not stored, but count as bytes.
  * SWIZZLE_128B: a box row is 128 bytes; of its eight 16-byte chunks, chunk c of row r lies at place

@@ -35,8 +35,8 @@ DEVICE void store_row_f32(char *row, const float values[O_TILES][2], bool has_ro
             store_global_f32x2(row + (8 * j + 2 * t) * 4, values[j][0], values[j][1]);
 }
 
-/* lse of one row, if there is one to write, and what its sums have to be multiplied with: 0, with an
- * lse of -inf, if it sees no key. All lanes must call. */
+/* lse of one row, if there is one to write, and what its sums have to be multiplied with: 0, with
+ * an lse of -inf, if it sees no key. All lanes must call. */
 DEVICE float finish_row(const wan_attn_cuda_args &args, const block_place &place, int row,
                         bool has_row, int used_q, float row_max, float row_sum) {
     i64 lse_at = place.sample * args.lse_batch_stride + place.head * args.lse_head_stride +
