@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "what works on this machine, a self-test, and what to do next",
     ),
     "why": ("wan_attn.cli.why", "what would compute one attention call, and why not the others"),
+    "comfyui": ("wan_attn.cli.comfyui", "put the node into a ComfyUI, or take it out again"),
     "demo": ("wan_attn.cli.demo", "denoise a short video with and without wan_attn and compare"),
 }
 

@@ -126,6 +126,15 @@ VARIABLES: tuple[Variable, ...] = (
         " all (`torch`).",
     ),
     Variable(
+        "WAN_ATTN_COMFYUI",
+        "comfyui",
+        "choice",
+        ("global", "node"),
+        "global",
+        "In ComfyUI: for all models unless a --use-...-attention flag chooses another, or only for"
+        " the models behind the node.",
+    ),
+    Variable(
         "WAN22_DIR",
         "wan22_dir",
         "path",
@@ -150,6 +159,7 @@ class Settings:
     log_level: str = "info"
     cpu_isa: str = "auto"
     binding: str = "auto"
+    comfyui: str = "global"
     wan22_dir: str | None = None
 
     @classmethod
