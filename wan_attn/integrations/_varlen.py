@@ -9,7 +9,8 @@ views  cu_seqlens are known here: each run of sequences with the same lengths is
        of the result are joined, which is one copy of it.
 pad    cu_seqlens live on a device, or something traces: q, k and v are gathered into [batch,
        max_seqlen, ...], computed with real lengths, and gathered back. Nothing is read from the
-       device. It costs batch · max_seqlen / total of the packed memory, and a pass over that.
+       device. It costs batch · max_seqlen / total of the packed memory, and a pass over that. One
+       sequence (Wan2.2's own case) is computed where it lies, and costs nothing.
 =====  ===========================================================================================
 """
 
@@ -166,6 +167,11 @@ def _by_padding(
     if queries.batch == 0 or queries.longest == 0 or total == 0:
         lse = _no_key(queries.tokens, total) if call.return_lse else None
         return torch.zeros_like(queries.tokens), lse
+    if queries.batch == 1:  # begins at 0, by flash-attn's own rule
+        lens = call._replace(q_lens=queries.real_lengths(), k_lens=keys.real_lengths())
+        query, key, value = (x.unsqueeze(0) for x in (queries.tokens, keys.tokens, values))
+        out, lse = route(query, key, value, lens)
+        return out.squeeze(0), None if lse is None else lse.squeeze(0)
     out, lse = route(
         queries.padded(queries.tokens),
         keys.padded(keys.tokens),
