@@ -9,8 +9,9 @@ its tests/test_flash_attn.py is run as it is. Needs einops. In this process alon
 - `flash_attn` is a package of our six functions (its own bert_padding.py, which is plain PyTorch,
   is loaded from the checkout; what needs its CUDA extension is absent),
 - device="cuda" means the CPU, and the card that tests ask about is an A100 with 80 GiB,
-- the forward pass runs under no_grad, so that our kernels compute it: left to itself a call that
-  wants a gradient goes to PyTorch. The backward pass, which these tests also look at, is PyTorch's.
+- calls go through torch.ops.wan_attn.attention, as they do under torch.compile: our kernels compute
+  the forward pass, and wan_attn/autograd.py the backward pass, which these tests look at, too. (A
+  plain call that wants a gradient goes to PyTorch, which would be tested instead.)
 
 What is left out, by parameter: dropout, ALiBi, softcap and paged caches, which wan_attn refuses by
 name; deterministic=True, which changes nothing in a forward pass; sequences of more than 512 tokens
@@ -31,7 +32,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 TESTS = (
@@ -66,50 +66,17 @@ class OnTheCpu(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-class KernelForward(torch.autograd.Function):
-    """Forward without a gradient, by our kernels; backward through the call that has one."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Any, *operands: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.call = call
-        ctx.save_for_backward(*operands)
-        out, lse, _ = call(*(x.detach() for x in operands))
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            out, _, _ = ctx.call(*leaves)
-        return None, *torch.autograd.grad(out, leaves, grad_out)
-
-
-def stand_in(function: Any, operand_count: int) -> Any:
-    """`function` of wan_attn with its forward pass under no_grad."""
-
-    def flash_attn(*args: Any, return_attn_probs: bool = False, **kwargs: Any) -> Any:
-        rest = args[operand_count:]
-
-        def call(*operands: Tensor) -> Any:
-            return function(*operands, *rest, return_attn_probs=True, **kwargs)
-
-        out, lse = KernelForward.apply(call, *args[:operand_count])
-        return (out, lse, None) if return_attn_probs else out
-
-    return flash_attn
-
-
 def install(checkout: Path) -> None:
     """Make `flash_attn` and the card that its tests see; for this process."""
     import wan_attn
+    from wan_attn import _opaque
 
+    _opaque._PLAIN = ()  # type: ignore[assignment]  # no tensor is plain: all go through the op
     package = types.ModuleType("flash_attn")
     package.__path__ = [str(checkout / "flash_attn")]
     for name in wan_attn.__all__:
         if name.startswith("flash_attn_"):
-            count = 1 if "qkv" in name else 2 if "kv" in name else 3
-            setattr(package, name, stand_in(getattr(wan_attn, name), count))
+            setattr(package, name, getattr(wan_attn, name))
     package.flash_attn_with_kvcache = None  # type: ignore[attr-defined]  # imported, never called
     interface = types.ModuleType("flash_attn.flash_attn_interface")
     interface._get_block_size_n = None  # type: ignore[attr-defined]  # likewise

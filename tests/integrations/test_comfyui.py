@@ -127,6 +127,19 @@ class TestLayouts:
         assert close(out, exact(q, k, v)) and host.calls == []
 
 
+@pytest.mark.compile
+def test_compiles_without_a_break() -> None:
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return comfyui.attend(None, q * 2, k, v, HEADS, scale=0.2, transformer_options={})  # type: ignore[arg-type]
+
+    torch._dynamo.reset()
+    q, k, v = merged()
+    with torch.no_grad():
+        compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(q, k, v), plain(q, k, v))
+    torch._dynamo.reset()
+
+
 class TestWhatItLeaves:
     def test_a_mask_goes_to_pytorch_and_the_log_says_why(
         self, host: Any, caplog: pytest.LogCaptureFixture

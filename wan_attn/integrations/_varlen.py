@@ -10,7 +10,8 @@ views  cu_seqlens are known here: each run of sequences with the same lengths is
 pad    cu_seqlens live on a device, or something traces: q, k and v are gathered into [batch,
        max_seqlen, ...], computed with real lengths, and gathered back. Nothing is read from the
        device. It costs batch · max_seqlen / total of the packed memory, and a pass over that. One
-       sequence (Wan2.2's own case) is computed where it lies, and costs nothing.
+       sequence (Wan2.2's own case) is computed where it lies, and costs nothing. Where the call
+       ends in FlashAttention, that packs them again: who has it had better call it directly.
 =====  ===========================================================================================
 """
 
@@ -40,12 +41,14 @@ class Sequences:
     Attributes:
         tokens: [total, heads, head_dim].
         begins: [batch + 1] int32 or int64, on the CPU or on the tokens' device.
+        batch: how many there are; a field, as torch 2.4's tracer cannot branch on a property.
         longest: no sequence is longer.
         lengths: the real lengths, None where nobody may look at them.
     """
 
     tokens: Tensor
     begins: Tensor
+    batch: int
     longest: int
     lengths: list[int] | None
 
@@ -76,11 +79,7 @@ class Sequences:
         lengths = None
         if _may_look_at(cu_seqlens):
             lengths = _lengths(name, limit, cu_seqlens, tokens.shape[0], longest)
-        return cls(tokens, cu_seqlens, longest, lengths)
-
-    @property
-    def batch(self) -> int:
-        return self.begins.shape[0] - 1
+        return cls(tokens, cu_seqlens, cu_seqlens.shape[0] - 1, longest, lengths)
 
     def real_lengths(self) -> Tensor:
         """[batch] int64 where begins are, at most longest."""
