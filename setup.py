@@ -246,7 +246,9 @@ setup(
         "wan_attn.cuda",
         "wan_attn.demo",
         "wan_attn.integrations",
+        "wan_attn.integrations.comfyui_node",
     ],
+    package_data={"wan_attn.integrations.comfyui_node": ["LICENSE.md"]},
     cmdclass={"build": BuildWithNative, "build_native": build_native, "bdist_wheel": PlatformWheel},
     distclass=BinaryDistribution,
 )

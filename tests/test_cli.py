@@ -71,7 +71,7 @@ def test_bad_arguments_end_with_2_and_say_which(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["run", "doctor", "why", "demo"])
+@pytest.mark.parametrize("name", ["run", "doctor", "why", "comfyui", "demo"])
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code([name, "--help"]) == 0
     assert f"usage: wan-attn {name}" in capsys.readouterr().out

@@ -13,8 +13,15 @@ __all__ = [
     "__version__",
     "backends",
     "flash_attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "merge_states",
     "patch",
+    "sageattn",
     "sdpa",
     "unpatch",
     "windows_flash_attention_wrapper",
@@ -39,6 +46,15 @@ try:
     from wan_attn import ops as ops  # registers the op
     from wan_attn.attention import flash_attention, sdpa
     from wan_attn.backends.chunked import windows_flash_attention_wrapper
+    from wan_attn.integrations.flash_attn import (
+        flash_attn_func,
+        flash_attn_kvpacked_func,
+        flash_attn_qkvpacked_func,
+        flash_attn_varlen_func,
+        flash_attn_varlen_kvpacked_func,
+        flash_attn_varlen_qkvpacked_func,
+    )
+    from wan_attn.integrations.sageattention import sageattn
     from wan_attn.integrations.wan22 import patch, unpatch
     from wan_attn.states import merge_states
 

@@ -155,6 +155,15 @@ VARIABLES: tuple[Variable, ...] = (
         " unusual places.",
     ),
     Variable(
+        "WAN_ATTN_COMFYUI",
+        "comfyui",
+        "choice",
+        ("global", "node"),
+        "global",
+        "In ComfyUI: for all models unless a --use-...-attention flag chooses another, or only for"
+        " the models behind the node.",
+    ),
+    Variable(
         "WAN22_DIR",
         "wan22_dir",
         "path",
@@ -182,6 +191,7 @@ class Settings:
     cache_dir: str | None = None
     self_check: bool = True
     libcuda: str | None = None
+    comfyui: str = "global"
     wan22_dir: str | None = None
 
     @classmethod

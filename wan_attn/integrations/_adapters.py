@@ -10,7 +10,7 @@ from typing import Any
 from wan_attn.request import refuse
 
 Attention = Callable[..., Any]
-"""Anything with the signature of Wan2.2's flash_attention."""
+"""Anything with the signature of Wan2.2's flash_attention, or of flash_attn_func."""
 
 
 def make_flash_attention(attention: Attention) -> Attention:
@@ -27,8 +27,17 @@ def make_flash_attention(attention: Attention) -> Attention:
     return flash_attention
 
 
-def make_flash_attn_func(attention: Attention) -> Attention:
-    """A stand-in for ``flash_attn.flash_attn_func`` that calls ``attention``."""
+def make_flash_attn_func(attention: Attention | None) -> Attention:
+    """A new function with flash_attn.flash_attn_func's signature.
+
+    Args:
+        attention: what it calls, with Wan2.2's signature; None: it is wan_attn.flash_attn_func.
+    """
+    # Not at import: a stand-in needs none of what this pulls in.
+    from wan_attn.integrations import flash_attn
+
+    if attention is None:
+        return make_flash_attention(flash_attn.flash_attn_func)
 
     def flash_attn_func(
         q: Any,
@@ -43,14 +52,10 @@ def make_flash_attn_func(attention: Attention) -> Attention:
         deterministic: bool = False,
         return_attn_probs: bool = False,
     ) -> Any:
-        """flash_attn.flash_attn_func through wan_attn; all tensors are BSHD."""
-        for name, value, neutral in (
-            ("softcap", softcap, 0.0),
-            ("alibi_slopes", alibi_slopes, None),
-            ("return_attn_probs", return_attn_probs, False),
-        ):
-            if value is not neutral and value != neutral:
-                refuse(name, str(neutral), value)
+        """flash_attn.flash_attn_func by a function that has no lse; all tensors are BSHD."""
+        flash_attn.check_options(dropout_p, softcap, alibi_slopes, return_attn_probs=False)
+        if return_attn_probs:
+            refuse("return_attn_probs", "False, as Wan2.2's flash_attention has no lse", True)
         return attention(
             q,
             k,

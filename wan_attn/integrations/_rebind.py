@@ -54,6 +54,7 @@ def rebind(
     original: object,
     replacement: object,
     within: ModuleType | None = None,
+    names: Iterable[str] | None = None,
 ) -> tuple[Binding, ...]:
     """Point every module attribute that *is* ``original`` at ``replacement``.
 
@@ -62,12 +63,13 @@ def rebind(
 
     Args:
         within: look into this module only; None: into all that are loaded.
+        names: replace attributes called so only; None: whatever they are called.
     """
     places = _modules() if within is None else [(within.__name__, within)]
     done = []
     for name, module in places:
         for attribute, value in vars(module).copy().items():
-            if value is original:
+            if value is original and (names is None or attribute in names):
                 setattr(module, attribute, replacement)
                 done.append(Binding(name, attribute, describe(original)))
     return tuple(done)

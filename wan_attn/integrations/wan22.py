@@ -53,11 +53,13 @@ class _Session:
     Methods that touch modules expect the caller to hold _LOCK.
     """
 
-    def __init__(self, package: str, attention: Attention, settings: config.Settings) -> None:
+    def __init__(
+        self, package: str, attention: Attention | None, settings: config.Settings
+    ) -> None:
         self.package = package
         self.is_active = True
         self.hook = _rebind.ImportHook(package, self._loaded, FLASH_ATTN_PACKAGES)
-        self._flash_attention = make_flash_attention(attention)
+        self._flash_attention = make_flash_attention(attention or _default_attention())
         self._flash_attn_func = make_flash_attn_func(attention)
         self._settings = settings
         self._originals: list[object] = []
@@ -226,7 +228,8 @@ def patch(*, package: str = "wan", attention: Attention | None = None) -> PatchR
 
     Args:
         package: the name Wan2.2 is importable under; a vendored copy has another one.
-        attention: what to call, with Wan2.2's signature; None: ``wan_attn.flash_attention``.
+        attention: what to call, with Wan2.2's signature; None: ``wan_attn.flash_attention``, and
+            ``wan_attn.flash_attn_func`` where Wan2.2 takes that from flash_attn.
 
     Returns:
         What is patched now, what will be when it is imported, and what was left alone.
@@ -236,11 +239,10 @@ def patch(*, package: str = "wan", attention: Attention | None = None) -> PatchR
     """
     global _session
     settings = config.current()
-    target = _default_attention() if attention is None else attention
     with _LOCK:
         if _session is None:
             log.enable(settings.log_level)
-            _session = _Session(package, target, settings)
+            _session = _Session(package, attention, settings)
             _session.hook.install()
         session = _session
         if session.package != package:

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""comfyui.py - `wan-attn comfyui install|remove PATH`: the node folder into a ComfyUI, and out."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import wan_attn
+
+FOLDER = "ComfyUI-wan-attn"
+"""What the node folder is called under custom_nodes."""
+
+FILES = ("__init__.py", "LICENSE.md")
+_MARK = "wan_attn for ComfyUI"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `wan-attn comfyui`."""
+    parser.add_argument("action", choices=("install", "remove"))
+    parser.add_argument("path", metavar="PATH", type=Path, help="ComfyUI's folder (with main.py)")
+
+
+def source() -> Path:
+    """The folder in this package that is copied."""
+    return Path(wan_attn.__file__).parent / "integrations" / "comfyui_node"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Copy or delete; returns the exit code."""
+    nodes = args.path / "custom_nodes"
+    if not nodes.is_dir():
+        return _refuse(f"PATH must be ComfyUI's folder, with custom_nodes in it, got {args.path}")
+    target = nodes / FOLDER
+    if target.exists() and not _is_ours(target):
+        return _refuse(f"{target} is there and not wan_attn's: left alone")
+    if args.action == "remove":
+        if not target.exists():
+            return _refuse(f"{target} is not there")
+        shutil.rmtree(target)
+        print(f"removed {target}; restart ComfyUI")
+        return 0
+    target.mkdir(exist_ok=True)
+    for name in FILES:
+        shutil.copyfile(source() / name, target / name)
+    print(f'installed {target}; restart ComfyUI: it says "Using wan_attn attention"')
+    print(f"ComfyUI's own Python must have wan_attn; this one, {sys.executable}, has it")
+    return 0
+
+
+def _is_ours(folder: Path) -> bool:
+    init = folder / "__init__.py"
+    return init.is_file() and _MARK in init.read_text(encoding="utf-8", errors="replace")
+
+
+def _refuse(message: str) -> int:
+    print(f"wan-attn comfyui: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""_masked.py - a call with a mask of its own, by PyTorch's SDPA: our kernels know lengths, causal
+and window only, and a mask that was dropped would be a wrong picture that nobody notices."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wan_attn import log
+from wan_attn.request import refuse
+
+REASON = "a mask is given, and wan_attn's kernels know lengths, causal and window only"
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, argument: str
+) -> Tensor:
+    """softmax(scale · query keyᵀ under the mask) value.
+
+    Args:
+        query: [batch, heads_q, seqlen_q, head_dim]; key, value: [batch, heads_k, seqlen_k,
+            head_dim], of query's dtype.
+        mask: broadcastable to [batch, heads_q, seqlen_q, seqlen_k]; bool, True where the key is
+            seen, or floating, added to the scores.
+        argument: what the caller calls the mask.
+
+    Returns:
+        [batch, heads_q, seqlen_q, head_dim] in query's dtype; a row that sees no key is 0.
+
+    Raises:
+        RuntimeError: the mask's dtype or shape does not fit.
+    """
+    if not isinstance(mask, Tensor):
+        refuse(argument, "a torch.Tensor or None", type(mask).__name__)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        refuse(argument, "of dtype bool or floating", mask.dtype)
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    try:
+        fits = torch.broadcast_shapes(mask.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        refuse(argument, f"broadcastable to {list(shape)}", list(mask.shape))
+    if not torch.compiler.is_compiling():
+        log.once(("mask", argument), logging.INFO, f"Using PyTorch SDPA ({argument}: {REASON})")
+    group = query.shape[1] // key.shape[1]
+    if group > 1:  # enable_gqa came with torch 2.5
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    if mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+        sees = mask > -math.inf
+    else:
+        sees = mask
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    # What a softmax over nothing gives depends on torch's version and kernel.
+    return out.masked_fill(~sees.any(-1, keepdim=True), 0)

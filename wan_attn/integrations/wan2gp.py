@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""wan2gp.py - Wan2GP's pay_attention by wan_attn: enable() and disable().
+
+Interface: shared/attention.py of deepbeepmeep/Wan2GP. Its modes are a closed list, so the function
+itself is replaced, wherever it is bound. Importing this file imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from wan_attn import attention
+from wan_attn.integrations import _rebind
+from wan_attn.integrations._rebind import Binding
+
+MODULE, FUNCTION = "shared.attention", "pay_attention"
+
+
+def enable(module: ModuleType | None = None) -> tuple[Binding, ...]:
+    """Replace pay_attention in every module that has it; twice is once.
+
+    Args:
+        module: the one that defines it; None: `shared.attention`, imported now. Modules that are
+            imported later take it from there.
+
+    Returns:
+        The names that were replaced.
+    """
+    module = importlib.import_module(MODULE) if module is None else module
+    original = getattr(module, FUNCTION)
+    if hasattr(original, "wan_attn_replaced"):
+        return ()
+    ours = make_pay_attention(original)
+    ours.wan_attn_replaced = original
+    return _rebind.rebind(original, ours)
+
+
+def disable(module: ModuleType | None = None) -> None:
+    """Put Wan2GP's own function back; without enable(), do nothing."""
+    module = importlib.import_module(MODULE) if module is None else module
+    ours = getattr(module, FUNCTION)
+    if hasattr(ours, "wan_attn_replaced"):
+        _rebind.rebind(ours, ours.wan_attn_replaced)
+
+
+def make_pay_attention(original: Any) -> Any:
+    """pay_attention by wan_attn, which leaves to `original` what it does not do."""
+
+    @functools.wraps(original)
+    def pay_attention(
+        qkv_list: list[Tensor],
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        deterministic: bool = False,
+        version: int | None = None,
+        force_attention: str | None = None,
+        attention_mask: Tensor | None = None,
+        recycle_q: bool = False,
+        q_lens: Tensor | Sequence[int] | None = None,
+        k_lens: Tensor | Sequence[int] | None = None,
+    ) -> Any:
+        """Operands [batch, seqlen, heads, head_dim], which are taken out of the list; k and v may
+        have a batch of 1. A mask, or a mode that the caller forces, is Wan2GP's own business.
+        Rows beyond q_lens are 0. recycle_q allows q's memory for the result, and is not needed."""
+        if attention_mask is not None or force_attention is not None:
+            return original(
+                qkv_list,
+                dropout_p=dropout_p,
+                softmax_scale=softmax_scale,
+                causal=causal,
+                window_size=window_size,
+                deterministic=deterministic,
+                version=version,
+                force_attention=force_attention,
+                attention_mask=attention_mask,
+                recycle_q=recycle_q,
+                q_lens=q_lens,
+                k_lens=k_lens,
+            )
+        q, k, v = qkv_list
+        qkv_list.clear()  # Wan2GP counts on it: nobody else may keep the operands alive
+        if k.shape[0] != q.shape[0]:
+            k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
+        return attention.flash_attention(
+            q,
+            k,
+            v,
+            q_lens,
+            k_lens,
+            dropout_p,
+            softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            deterministic=deterministic,
+            dtype=v.dtype,
+            version=version,
+        )
+
+    return pay_attention
