@@ -45,23 +45,29 @@ class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generi
 _handler = _StderrHandler()
 _handler.setFormatter(logging.Formatter("%(message)s"))
 _level_before: int | None = None
+_owners: set[str] = set()
 
 
-def enable(level: str = "info") -> None:
-    """Make the lines visible on stderr; `level` is a value of WAN_ATTN_LOG. Twice is once."""
+def enable(level: str = "info", owner: str = "patch") -> None:
+    """Make the lines visible on stderr; `level` is a value of WAN_ATTN_LOG. Twice is once.
+
+    `owner` says for whom: the lines stay visible until disable() was called for each one.
+    """
     global _level_before
     with _lock:
+        _owners.add(owner)
         if _handler not in LOGGER.handlers:
             _level_before = LOGGER.level
             LOGGER.addHandler(_handler)
         LOGGER.setLevel(_LEVELS[level])
 
 
-def disable() -> None:
-    """Undo enable()."""
+def disable(owner: str = "patch") -> None:
+    """Undo enable() of this owner."""
     global _level_before
     with _lock:
-        if _handler in LOGGER.handlers:
+        _owners.discard(owner)
+        if not _owners and _handler in LOGGER.handlers:
             LOGGER.removeHandler(_handler)
             LOGGER.setLevel(logging.NOTSET if _level_before is None else _level_before)
             _level_before = None
