@@ -11,6 +11,7 @@ import logging
 import sys
 import threading
 from collections.abc import Hashable
+from dataclasses import replace
 
 import torch
 
@@ -134,8 +135,12 @@ def configuration(
     pairs: int | None,
     level: int = logging.INFO,
 ) -> None:
-    """Log the three lines of describe(), once per configuration."""
-    key = (title, backend, reasons, request)
+    """Log the three lines of describe(), once per configuration.
+
+    A language model that decodes has one key more at every token: those are one configuration.
+    """
+    is_decoding = request.seqlen_q == 1
+    key = (title, backend, reasons, replace(request, seqlen_k=0) if is_decoding else request)
     lines = describe(title, backend, reasons, request, pairs)
     if once(key, level, lines[0]):
         for line in lines[1:]:
