@@ -22,15 +22,18 @@ from wan_attn import attention
 _REMEMBERED = 8  # masks: all layers of a model share one, or a few kinds
 
 
-class _Sample(NamedTuple):
-    """What one sample of a batch computes: rows and keys that attend, and how."""
+class _Run(NamedTuple):
+    """Rows of one sample that follow each other, and the keys that they see, in one rule."""
 
     row: int
     rows: int
     key: int
     keys: int
     is_causal: bool
-    window: int  # keys that a row sees, itself included; -1: no bound
+    left: int  # keys seen to the left of the diagonal; -1: all
+
+
+_NOTHING = _Run(0, 0, 0, 0, False, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float |
             window=part.window,
         )
         assert isinstance(result, Tensor)
-        if result.shape[:2] == (batch, seqlen_q):
+        if len(plan.parts) == 1 and result.shape[:2] == (batch, seqlen_q):
             return result
         if out is None:
             out = query.new_zeros(query.shape)
@@ -96,9 +99,6 @@ def visible_keys(mask: Tensor) -> Tensor | None:
 def make_plan(mask: Tensor, batch: int, seqlen_q: int, seqlen_k: int) -> Plan:
     """What a mask says.
 
-    A row of a causal mask that does not see its own position is padding, and computes nothing; so
-    it is in FlashAttention.
-
     Args:
         mask: [batch or 1, heads or 1, seqlen_q, seqlen_k or more]; bool, True where a row sees the
             key, or a float that is added to the scores.
@@ -116,11 +116,14 @@ def make_plan(mask: Tensor, batch: int, seqlen_q: int, seqlen_k: int) -> Plan:
     rows = _intervals(visible.expand(-1, seqlen_q, -1))
     if rows is None:
         return Plan(reason="its mask has holes")
-    samples = [_read(*(part[b] for part in rows), seqlen_k) for b in range(visible.shape[0])]
-    known = [sample for sample in samples if sample is not None]
+    samples = [_read(*(part[b] for part in rows)) for b in range(visible.shape[0])]
+    known = [runs for runs in samples if runs is not None]
     if len(known) != len(samples):
         return Plan(reason="its mask is neither padding nor causal nor a window")
-    return Plan(_parts(known * batch if len(known) == 1 else known))
+    if len(known) == 1:
+        known *= batch
+    moving, ending = zip(*known, strict=True) if known else ((), ())
+    return Plan((*_parts(moving), *_parts(ending)))
 
 
 def _intervals(visible: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -138,54 +141,62 @@ def _intervals(visible: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     return None if bool(has_gap.any()) else (first, last, count)
 
 
-def _read(first: Tensor, last: Tensor, count: Tensor, seqlen_k: int) -> _Sample | None:
-    """One sample's rows in words; None if there are none for it."""
+def _read(first: Tensor, last: Tensor, count: Tensor) -> tuple[_Run, _Run] | None:
+    """One sample's rows as two runs; None if two do not do.
+
+    In the first run the last key may move by one with each row, as in a causal mask; in the second
+    it has come to the last one that there is: right padding, or the end of a window to both sides.
+    """
     seeing = count.nonzero().flatten()
     if not len(seeing):
-        return _Sample(0, 0, 0, 0, False, -1)
+        return _NOTHING, _NOTHING
     row, end = int(seeing[0]), int(seeing[-1]) + 1
     if end - row != len(seeing):
         return None
-    first, last, count = first[row:end], last[row:end], count[row:end]
-    start = int(first[0])
-    if bool((first == start).all() and (last == last[0]).all()):
-        return _Sample(row, end - row, start, int(count[0]), False, -1)
-    # Causal: the last key moves by one with the row, until the sample's real tokens end.
-    place = torch.arange(row, end)
-    diagonal = place + int((last - place).max())
-    is_real = last == diagonal
-    rows = int(is_real.sum())
-    rest = ~is_real
-    is_padding = (last[rest] == last.max()) & (diagonal[rest] < seqlen_k)
-    if not bool(is_real[:rows].all() and is_padding.all()):
-        return None
-    first, last, count = first[:rows], last[:rows], count[:rows]
-    window = -1 if bool((first == start).all()) else int(count.max())
-    if window > 0 and not bool((first == (last - window + 1).clamp(min=start)).all()):
-        return None
-    return _Sample(row, rows, start, int(last[-1]) + 1 - start, True, window)
+    arrived = row + int((last[row:end] == last[row:end].max()).int().argmax())
+    if arrived == row:
+        run = _run(first, last, row, end)
+        return None if run is None else (run, _NOTHING)
+    moving = _run(first, last, row, arrived + 1)
+    ending = _run(first, last, arrived + 1, end) if arrived + 1 < end else _NOTHING
+    return None if moving is None or ending is None else (moving, ending)
 
 
-def _parts(samples: list[_Sample]) -> tuple[Part, ...]:
+def _run(first: Tensor, last: Tensor, row: int, end: int) -> _Run | None:
+    """Rows `row` to `end` in one rule; None if there is none for them."""
+    first, last = first[row:end], last[row:end]
+    start, stop = int(first[0]), int(last[-1]) + 1
+    # Aligned at the bottom right, as the contract has it.
+    diagonal = torch.arange(stop - (end - row), stop)
+    is_causal = bool((last == diagonal).all())
+    if not is_causal and not bool((last == stop - 1).all()):
+        return None
+    left = -1 if bool((first == start).all()) else stop - 1 - int(first[-1])
+    if left >= 0 and not bool((first == (diagonal - left).clamp(min=start)).all()):
+        return None
+    # One row is causal or not: as not, it is of one kind with more rows that see the same.
+    return _Run(row, end - row, start, stop - start, is_causal and end - row > 1, left)
+
+
+def _parts(runs: tuple[_Run, ...]) -> tuple[Part, ...]:
     """One call for the whole batch where lengths can tell its samples apart; else one for each."""
-    busy = [sample for sample in samples if sample.rows]
-    if not busy:
-        return ()
-    if len({(s.row, s.key, s.is_causal, s.window) for s in busy}) == 1:
-        return (_part(0, samples, busy[0]),)
-    return tuple(_part(b, [sample], sample) for b, sample in enumerate(samples) if sample.rows)
+    kinds = {(run.row, run.key, run.is_causal, run.left) for run in runs}
+    # A sample without rows here must not have zeros written over what it has elsewhere.
+    if len(kinds) == 1 and all(run.rows for run in runs):
+        return (_part(0, runs, runs[0]),)
+    return tuple(_part(b, (run,), run) for b, run in enumerate(runs) if run.rows)
 
 
-def _part(first: int, samples: list[_Sample], one: _Sample) -> Part:
-    rows, keys = max(s.rows for s in samples), max(s.keys for s in samples)
+def _part(first: int, runs: tuple[_Run, ...], one: _Run) -> Part:
+    rows, keys = max(run.rows for run in runs), max(run.keys for run in runs)
     return Part(
-        samples=slice(first, first + len(samples)),
+        samples=slice(first, first + len(runs)),
         rows=slice(one.row, one.row + rows),
         keys=slice(one.key, one.key + keys),
-        q_lens=_lengths([s.rows for s in samples]),
-        k_lens=_lengths([s.keys for s in samples]),
+        q_lens=_lengths([run.rows for run in runs]),
+        k_lens=_lengths([run.keys for run in runs]),
         is_causal=one.is_causal,
-        window=(one.window - 1, 0) if one.window > 0 else (-1, -1),
+        window=(one.left, -1),
     )
 
 

@@ -49,7 +49,7 @@ def attention_forward(
         is_causal: None: what the module says.
 
     Returns:
-        ([batch, seqlen_q, heads, head_dim] contiguous, no weights). Rows of padding are 0.
+        ([batch, seqlen_q, heads, head_dim] contiguous, no weights). Rows that see no key are 0.
     """
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
