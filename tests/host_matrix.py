@@ -62,7 +62,9 @@ def make_environment(folder: Path) -> Path:
     venv = folder / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     python = venv / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    status, site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder)
+    status, site = run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder
+    )
     assert status == 0, site
     # .pth files of a borrowed folder are not read, so what they name is written down here.
     borrowed = [p for p in sys.path if p.endswith("site-packages")]
@@ -89,12 +91,21 @@ def try_row(row: str, folder: Path) -> bool:
         print(f"{row}\n    cannot be installed: {output.strip()[-600:]}", flush=True)
         return False
     names = [re.split(r"[=<>!~]", package)[0] for package in packages]
-    facts = f"import torch, sys; print('torch', torch.__version__, 'Python', sys.version.split()[0]"
+    facts = "import torch, sys; print('torch', torch.__version__, 'Python', sys.version.split()[0]"
     facts += "".join(f", '{name}', __import__('{name}').__version__" for name in names) + ")"
     status, output = run([python, "-W", "ignore", "-c", facts], folder)
     print(f"{row}: {output.strip().splitlines()[-1]}", flush=True)
     tests = [ROOT / "tests" / "integrations" / f"test_{name}.py" for name in names[:1]]
-    words = ["-q", "-rfEs", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
+    words = [
+        "-q",
+        "-rfEs",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        ROOT,
+        "-c",
+        ROOT / "pyproject.toml",
+    ]
     status, output = run([python, "-m", "pytest", *words, *tests], folder)
     print("    " + summary(output), flush=True)
     return status == 0

@@ -142,7 +142,9 @@ def pipeline(dtype: torch.dtype = torch.float32) -> Any:
     return diffusers.WanPipeline(
         tokenizer=None,
         text_encoder=None,
-        vae=diffusers.AutoencoderKLWan(base_dim=8, z_dim=CHANNELS, num_res_blocks=0, dim_mult=[1, 1]),
+        vae=diffusers.AutoencoderKLWan(
+            base_dim=8, z_dim=CHANNELS, num_res_blocks=0, dim_mult=[1, 1]
+        ),
         scheduler=diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),

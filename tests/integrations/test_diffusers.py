@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import subprocess
 import sys
@@ -89,8 +88,9 @@ def test_output_is_that_of_the_stock_processor(
     model, inputs = make(name)
     stock = predict(model, inputs)
     if is_fused:
-        with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
-            model.fuse_qkv_projections()
+        if not hasattr(model, "fuse_qkv_projections"):
+            pytest.skip(f"diffusers {diffusers.__version__} cannot fuse this model's projections")
+        model.fuse_qkv_projections()
     assert wan_diffusers.enable(model) == MODELS[name][2]
     assert_same(predict(model, inputs), stock)
     assert sorted(calls) == sorted(MODELS[name][3])

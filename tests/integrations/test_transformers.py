@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""test_transformers.py - transformers' models compute through wan_attn what they do through sdpa."""
+"""test_transformers.py - transformers computes the same through wan_attn as through its sdpa."""
 
 from __future__ import annotations
 

@@ -79,4 +79,3 @@ def _why_not_flash(part: Any, device: torch.device, dtype: torch.dtype) -> str |
     if not utils.is_flash_attn_2_available():
         return "transformers finds it not available"
     return None
-
