@@ -65,7 +65,7 @@ class _Handle:
         """Let torch's own kernel be the operator's again. Twice is once."""
         library, self._library = self._library, None
         if library is not None:
-            library._destroy()  # type: ignore[no-untyped-call]
+            library._destroy()
 
 
 def _activate() -> _Handle:
