@@ -108,15 +108,14 @@ def test_a_wrong_function_shows() -> None:
 def test_disable_restores_the_very_processors_and_bits() -> None:
     model, inputs = make("image")
     stock = predict(model, inputs)
-    before = dict(model.attn_processors)
+    layers = [layer for block in model.blocks for layer in (block.attn1, block.attn2)]
+    before = [layer.processor for layer in layers]
     wan_diffusers.enable(model)
     assert wan_diffusers.enable(model) == 4, "twice is once"
-    assert not set(map(id, model.attn_processors.values())) & set(map(id, before.values()))
+    assert not {id(layer.processor) for layer in layers} & set(map(id, before))
     wan_diffusers.disable(model)
     assert wan_diffusers.disable(model) == 0
-    after = model.attn_processors
-    assert all(after[name] is processor for name, processor in before.items())
-    assert after.keys() == before.keys()
+    assert all(layer.processor is own for layer, own in zip(layers, before, strict=True))
     assert torch.equal(predict(model, inputs), stock)
 
 
@@ -143,10 +142,10 @@ def test_a_mask_goes_to_the_stock_processor(lines: Any, calls: list[tuple[int, i
     hidden = torch.randn(1, 5, diffusers_models.WIDTH)
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     with torch.no_grad():
-        stock = layer(hidden, None, mask, None)
+        stock = layer(hidden, attention_mask=mask)
         wan_diffusers.enable(model)
-        assert torch.equal(layer(hidden, None, mask, None), stock)
-        layer(hidden, None, mask, None)
+        assert torch.equal(layer(hidden, attention_mask=mask), stock)
+        layer(hidden, attention_mask=mask)
     assert not calls
     assert sum("attention_mask" in line for line in lines()) == 1
 
@@ -276,6 +275,17 @@ def test_two_processes_share_the_tokens(tmp_path: Path) -> None:
         found = dict(line.split() for line in out.splitlines() if "_degree" in line)
         assert found.keys() == {"ring_degree", "ulysses_degree"}
         assert all(float(difference) <= TOLERANCE for difference in found.values()), found
+
+
+def test_unregistering_leaves_nothing_of_ours_active(
+    dispatch: Any, calls: list[tuple[int, int]]
+) -> None:
+    model, _ = make("text")
+    model.set_attention_backend("wan_attn")  # which also makes it diffusers' default
+    wan_diffusers.unregister_backend()
+    other, inputs = make("text")
+    predict(other, inputs)
+    assert not calls
 
 
 def test_a_registry_that_changes_is_left_as_it_was(

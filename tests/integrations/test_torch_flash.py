@@ -77,6 +77,17 @@ def test_torch_itself_stays_what_ours_falls_back_on(impls: Any) -> None:
     assert len(kernels()) == 2
 
 
+@needs_torch
+@needs_cuda_build
+def test_removing_is_not_left_to_the_garbage_collector() -> None:
+    own = kernels()
+    handle = torch_flash._activate()
+    assert kernels() != own
+    for _ in range(2):
+        handle.remove()
+        assert kernels() == own
+
+
 def test_importing_activates_nothing() -> None:
     code = (
         "import torch, wan_attn.integrations.torch_flash;"

@@ -97,13 +97,18 @@ def test_generated_tokens(
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     if cache == "static":
         options["cache_implementation"] = "static"
-    said = []
-    for implementation in ("sdpa", "wan_attn"):
+
+    def say(implementation: str) -> Tensor:
         model = models.make_language_model(name, implementation)
-        said.append(model.generate(ids, attention_mask=mask, **options)[:, models.LENGTH :])
-    assert said[0].shape == (3, NEW_TOKENS)
-    assert torch.equal(said[0], said[1])
-    assert len(said[0].unique()) > 2, "it does say something"
+        out: Tensor = model.generate(ids, attention_mask=mask, **options)
+        return out[:, models.LENGTH :]
+
+    try:
+        theirs = say("sdpa")
+    except RuntimeError as error:
+        pytest.skip(f"transformers {transformers.__version__}: its own sdpa cannot: {error}")
+    assert theirs.shape == (3, NEW_TOKENS) and len(theirs.unique()) > 2
+    assert torch.equal(say("wan_attn"), theirs)
     assert len(calls) >= 2 * NEW_TOKENS and not elsewhere(lines)
 
 
@@ -300,13 +305,17 @@ def test_parts_of_a_model_are_restored_one_by_one(lines: Any) -> None:
         pytest.skip(f"transformers {transformers.__version__}: CLIP has attention classes")
     wan_transformers.disable(model)
     wan_transformers._set(model.vision_model, "eager")
-    before = {n: p.config._attn_implementation for n, p in _transformers_choice.model_parts(model)}
+    before = {
+        n: p.config._attn_implementation for n, p, _ in _transformers_choice.model_parts(model)
+    }
     assert before["vision_model"] == "eager" and before["text_model"] == "sdpa"
     assert set(wan_transformers.enable(model).values()) == {"wan_attn"}
     assert wan_transformers.enable(model).keys() == before.keys(), "twice is once"
     wan_transformers.disable(model)
     wan_transformers.disable(model)
-    after = {n: p.config._attn_implementation for n, p in _transformers_choice.model_parts(model)}
+    after = {
+        n: p.config._attn_implementation for n, p, _ in _transformers_choice.model_parts(model)
+    }
     assert after == before
     said = [line for line in lines() if "vision_model (" in line]
     assert said == [

@@ -83,16 +83,18 @@ class _Processor(ABC):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
+        rotary_emb: Any = None,
+        **others: Any,
     ) -> Any:
+        # diffusers before 0.35 passes what this signature names, and face blocks know no rotation.
+        rotary = () if rotary_emb is None else (rotary_emb,)
         if not self._is_ours(attention_mask):
             context = (encoder_hidden_states, attention_mask)
-            return self.replaced(layer, hidden_states, *context, *args, **kwargs)
-        return self.compute(layer, hidden_states, encoder_hidden_states, *args, **kwargs)
+            return self.replaced(layer, hidden_states, *context, *rotary, **others)
+        return self.compute(layer, hidden_states, encoder_hidden_states, *rotary, **others)
 
     @abstractmethod
-    def compute(self, layer: Any, hidden_states: Tensor, context: Any, *args: Any) -> Tensor:
+    def compute(self, layer: Any, hidden_states: Tensor, context: Any, *rotary: Any) -> Tensor:
         """What the replaced processor computes, with `function` for the attention in it."""
 
 

@@ -258,10 +258,10 @@ def enable(model: torch.nn.Module) -> dict[str, str]:
     """
     register()
     parts = list(model_parts(model))
-    choices = {name: choose(part) for name, part in parts}
+    choices = {name: choose(part, whole) for name, part, whole in parts}
     # All of them before any is set: setting one also sets what is below it.
-    _before.setdefault(model, [(part, part.config._attn_implementation) for _, part in parts])
-    for name, part in parts:
+    _before.setdefault(model, [(part, part.config._attn_implementation) for _, part, _ in parts])
+    for name, part, _ in parts:
         key, reason = choices[name]
         _set(part, key)
         because = f" ({reason})" if reason else ""
@@ -278,7 +278,7 @@ def disable(model: torch.nn.Module) -> None:
 
 def _set(part: Any, key: str) -> None:
     """The public method where there is one: it also sets what is below, so parts come from the
-    outside in. Without it (before 4.54) the layers read the configuration at every call."""
+    outside in. Plain modules, and all before 4.54, read the configuration at every call."""
     if hasattr(part, "set_attn_implementation"):
         part.set_attn_implementation(key)
     else:
