@@ -63,7 +63,7 @@ UNABLE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "softcap": (
         "Gemma2Config",
         "Gemma2ForCausalLM",
-        LANGUAGE | {"head_dim": 8, "attn_logit_softcapping": 2.0, "sliding_window": 4},
+        LANGUAGE | {"head_dim": 8, "attn_logit_softcapping": 2.0},
     ),
     "s_aux": (
         "GptOssConfig",

@@ -152,18 +152,21 @@ _OURS: dict[str, type[_Processor]] = {
 
 
 def _project(layer: Any, hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
-    """query, key, value, [batch, seqlen, heads * head_dim]; `context` is None in self-attention."""
+    """query, key, value, [batch, seqlen, heads * head_dim]; `context` is None in self-attention.
+
+    Fused projections stand beside the three; not every version of diffusers makes them everywhere.
+    """
     is_fused = getattr(layer, "fused_projections", False)
-    if is_fused and context is None:
+    if is_fused and context is None and hasattr(layer, "to_qkv"):
         return tuple(layer.to_qkv(hidden_states).chunk(3, dim=-1))
     source = hidden_states if context is None else context
-    if is_fused:
+    if is_fused and hasattr(layer, "to_kv"):
         return (layer.to_q(hidden_states), *layer.to_kv(source).chunk(2, dim=-1))
     return layer.to_q(hidden_states), layer.to_k(source), layer.to_v(source)
 
 
 def _project_image(layer: Any, image: Tensor) -> tuple[Tensor, Tensor]:
-    if getattr(layer, "fused_projections", False):
+    if getattr(layer, "fused_projections", False) and hasattr(layer, "to_added_kv"):
         key, value = layer.to_added_kv(image).chunk(2, dim=-1)
     else:
         key, value = layer.add_k_proj(image), layer.add_v_proj(image)
