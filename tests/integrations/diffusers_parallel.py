@@ -39,6 +39,8 @@ def main(rank: int, file: str) -> None:
         model.enable_parallelism(config=config)
         shared = predict(model, inputs)
         print(way, float((shared - stock).abs().max() / stock.abs().max()), flush=True)
+        wan_diffusers.disable(model)  # or diffusers' default stays ours, and the next stock with it
+    torch.distributed.barrier()  # who leaves first takes its connections along
     torch.distributed.destroy_process_group()
 
 
