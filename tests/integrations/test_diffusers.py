@@ -33,6 +33,14 @@ def assert_same(out: Tensor, stock: Tensor) -> None:
     assert float((out - stock).abs().max()) <= TOLERANCE * scale
 
 
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """A test that leaves a model enabled leaves no log handler to the next."""
+    yield
+    wan_diffusers._enabled.clear()
+    log.disable("diffusers")
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(seqlen_q, seqlen_k) of every call that goes to wan_attn from here on."""
