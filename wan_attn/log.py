@@ -86,6 +86,15 @@ def once(key: Hashable, level: int, message: str) -> bool:
     return True
 
 
+def traced(level: int, message: str) -> None:
+    """once(), each message once, also where torch.compile traces: it says it while it does."""
+    once(message, level, message)
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the whole compiler.
+traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def forget() -> None:
     """Say everything again; for tests and for a new run in the same process."""
     with _lock:

@@ -177,11 +177,22 @@ def test_half_precision_and_gradients() -> None:
 
 
 @pytest.mark.compile
-def test_compiled_models(calls: list[tuple[int, int]]) -> None:
+def test_compiled_models(lines: Any) -> None:
     torch._dynamo.reset()
     theirs = logits(models.make_language_model("llama", "sdpa"), "left")
     model = models.make_language_model("llama", "wan_attn")
     assert_same(logits(torch.compile(model, backend="eager"), "left"), theirs)
+    (line,) = elsewhere(lines)
+    assert line.endswith("its mask cannot be read while torch.compile traces")
+    # Without a mask it is one graph with our op in it.
+    layer = torch.nn.Module()
+
+    def attend(query: Tensor, key: Tensor) -> Tensor:
+        return wan_transformers.attention_forward(layer, query, key, key, None)[0]
+
+    query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(query, key), attend(query, key))
 
 
 # ---- encoders
@@ -202,6 +213,19 @@ def test_encoders(name: str, calls: list[tuple[int, int]], lines: Any) -> None:
     assert set(chosen.values()) == {"wan_attn"}
     assert_same(ours, theirs)
     assert len(calls) >= 2 and not elsewhere(lines)
+
+
+def test_a_model_that_sees_and_speaks(lines: Any) -> None:
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("this test's configuration is written as transformers 5 has it")
+    model, inputs = models.make_qwen_vl()
+    theirs = models.say(model, inputs)
+    chosen = wan_transformers.enable(model)
+    assert set(chosen.values()) == {"wan_attn"} and {"model.visual"} <= chosen.keys()
+    assert_same(models.say(model, inputs), theirs)
+    assert not elsewhere(lines)
+    wan_transformers.disable(model)
+    assert torch.equal(models.say(model, inputs), theirs)
 
 
 # ---- what wan_attn cannot do

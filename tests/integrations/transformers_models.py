@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -118,3 +119,49 @@ def encode(model: Any, name: str) -> Tensor:
     with torch.no_grad():
         out = model(**inputs)
     return torch.cat([out.last_hidden_state.flatten(), out.pooler_output.flatten()])
+
+
+def make_qwen_vl() -> tuple[Any, dict[str, Tensor]]:
+    """Qwen2.5-VL, which extends Wan's prompts: (model, a sentence with a picture in it)."""
+    image, start, end = 90, 91, 92
+    text = LANGUAGE | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=image,
+        video_token_id=93,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.3 if weight.ndim > 1 else 0.1)
+    ids = torch.randint(3, image, (1, 24))
+    ids[0, 2], ids[0, 3:19], ids[0, 19] = start, image, end
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(64, 3 * 2 * 4 * 4),
+        "image_grid_thw": torch.tensor([[1, 8, 8]]),
+    }
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["mm_token_type_ids"] = (ids == image).long()
+    return model, inputs
+
+
+def say(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(**inputs).logits
+    return out

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from wan_attn import attention, config, log
@@ -92,9 +91,7 @@ def wan_attn_attention(
     reason = _why_not(query, key, value, call)
     if reason is None:
         return _attend(query, key, value, scale, is_causal, return_lse)
-    if not torch.compiler.is_compiling():
-        text = f"diffusers: its backend `native` takes a call: {reason}"
-        log.once(text, logging.WARNING, text)
+    log.traced(logging.WARNING, f"diffusers: its backend `native` takes a call: {reason}")
     return _native(query, key, value, call)
 
 

@@ -72,9 +72,8 @@ class _Processor(ABC):
             reason = "it comes with an attention_mask, which Wan never passes"
         else:
             return True
-        if not torch.compiler.is_compiling():
-            text = f"diffusers: {type(self.replaced).__name__} keeps a call: {reason}"
-            log.once(text, logging.WARNING, text)
+        name = type(self.replaced).__name__
+        log.traced(logging.WARNING, f"diffusers: {name} keeps a call: {reason}")
         return False
 
     def __call__(

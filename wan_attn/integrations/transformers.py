@@ -120,10 +120,9 @@ def _elsewhere(
 ) -> tuple[Tensor, None]:
     """The call by transformers' own sdpa or, where that has no such thing, written out."""
     is_written_out = any(options.get(name) is not None for name in ("softcap", "s_aux"))
-    if not torch.compiler.is_compiling():
-        who = "plain torch operators take" if is_written_out else "its sdpa takes"
-        text = f"transformers: {who} a call of {type(module).__name__}: {reason}"
-        log.once(text, logging.WARNING, text)
+    who = "plain torch operators take" if is_written_out else "its sdpa takes"
+    text = f"transformers: {who} a call of {type(module).__name__}: {reason}"
+    log.traced(logging.WARNING, text)
     if is_written_out:
         bias = options.get("position_bias")
         softcap, sinks = options.get("softcap"), options.get("s_aux")
@@ -187,9 +186,9 @@ def _written_out(
 
 
 def _warn_of_weights(options: dict[str, Any]) -> None:
-    if options.get("output_attentions") and not torch.compiler.is_compiling():
+    if options.get("output_attentions"):
         text = "transformers: output_attentions: wan_attn keeps no weights, as sdpa does not"
-        log.once(text, logging.WARNING, text)
+        log.traced(logging.WARNING, text)
 
 
 def _modeling_utils() -> ModuleType:
