@@ -26,11 +26,12 @@ help:
 	@echo 'make build         the C library and the torch shim, beside wan_attn/'
 	@echo 'make wheel         a wheel for this platform, in dist/'
 	@echo 'make wheel-matrix  one wheel against several torch versions (downloads them: GBs)'
+	@echo 'make host-matrix   the tests with several versions of diffusers and transformers'
 	@echo 'make clean         remove everything that these have made, but for .venv'
 	@echo
 	@echo 'PYTHON=python3.12            another Python                    (now: $(PYTHON))'
 	@echo 'TORCH="torch==2.9.1"         another torch; pip options go too (now: $(TORCH))'
-	@echo 'ARGS="..."                   more arguments for demo, test, bench and wheel-matrix'
+	@echo 'ARGS="..."                   more arguments for demo, test, bench, *-matrix'
 
 demo:
 	@echo '== environment for the demo'
@@ -111,6 +112,10 @@ wheel-matrix: build
 	@echo '== one wheel, several torch versions'
 	@$(python) tests/wheel_matrix.py $(ARGS)
 
+host-matrix: build
+	@echo '== several versions of diffusers and transformers'
+	@$(python) tests/host_matrix.py $(ARGS)
+
 clean:
 	@echo '== clean'
 	@rm -rf build dist demo-out ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -119,4 +124,5 @@ clean:
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 .PHONY: help demo test check check-environment check-format check-lint check-types check-warnings \
-	check-analyzers check-sanitizers check-tables format tables build bench wheel wheel-matrix clean
+	check-analyzers check-sanitizers check-tables format tables build bench wheel wheel-matrix \
+	host-matrix clean

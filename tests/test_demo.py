@@ -20,7 +20,7 @@ import torch
 from wan_attn import attention, config
 from wan_attn.__main__ import main
 from wan_attn.demo import compare, options, pipeline, runs, text, wan22
-from wan_attn.integrations import diffusers_wan
+from wan_attn.integrations import diffusers as wan_diffusers
 
 for package in ("diffusers", "transformers"):
     pytest.importorskip(package, reason="needs the packages of the extra `demo`")
@@ -153,12 +153,12 @@ def test_attention_is_not_trivial_and_frames_are_not_grey(tmp_path: Path) -> Non
         # Of a prompt of 512 tokens most are padding, and all paddings are alike.
         if key.shape[1] == query.shape[1]:
             seen.append((query, key))
-        return diffusers_wan.attend(query, key, value)
+        return wan_diffusers.attend(query, key, value)
 
     stock = runs.stock(subject, asked, "")
-    diffusers_wan.enable(subject.pipe.transformer, look)
+    wan_diffusers.replace_processors(subject.pipe.transformer, look)
     same = runs.stock(subject, asked, "")
-    diffusers_wan.disable(subject.pipe.transformer)
+    wan_diffusers.restore_processors(subject.pipe.transformer)
     assert len(seen) == 4
     for query, key in seen:
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
@@ -168,7 +168,7 @@ def test_attention_is_not_trivial_and_frames_are_not_grey(tmp_path: Path) -> Non
     assert stock.frames.std() > 0.05
     assert np.abs(stock.frames[0] - stock.frames[-1]).mean() > 0.01, "nothing moves"
     # Attention matters to the picture: without it the frames are others by far more than rounding.
-    diffusers_wan.enable(subject.pipe.transformer, lambda q, k, v: torch.zeros_like(q))
+    wan_diffusers.replace_processors(subject.pipe.transformer, lambda q, k, v: torch.zeros_like(q))
     without = runs.stock(subject, asked, "")
     assert np.abs(without.frames - stock.frames).mean() > 0.01
     assert np.abs(same.frames - stock.frames).max() < 1e-3

@@ -11,6 +11,7 @@ import logging
 import sys
 import threading
 from collections.abc import Hashable
+from dataclasses import replace
 
 import torch
 
@@ -45,23 +46,29 @@ class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generi
 _handler = _StderrHandler()
 _handler.setFormatter(logging.Formatter("%(message)s"))
 _level_before: int | None = None
+_owners: set[str] = set()
 
 
-def enable(level: str = "info") -> None:
-    """Make the lines visible on stderr; `level` is a value of WAN_ATTN_LOG. Twice is once."""
+def enable(level: str = "info", owner: str = "patch") -> None:
+    """Make the lines visible on stderr; `level` is a value of WAN_ATTN_LOG. Twice is once.
+
+    `owner` says for whom: the lines stay visible until disable() was called for each one.
+    """
     global _level_before
     with _lock:
+        _owners.add(owner)
         if _handler not in LOGGER.handlers:
             _level_before = LOGGER.level
             LOGGER.addHandler(_handler)
         LOGGER.setLevel(_LEVELS[level])
 
 
-def disable() -> None:
-    """Undo enable()."""
+def disable(owner: str = "patch") -> None:
+    """Undo enable() of this owner."""
     global _level_before
     with _lock:
-        if _handler in LOGGER.handlers:
+        _owners.discard(owner)
+        if not _owners and _handler in LOGGER.handlers:
             LOGGER.removeHandler(_handler)
             LOGGER.setLevel(logging.NOTSET if _level_before is None else _level_before)
             _level_before = None
@@ -77,6 +84,15 @@ def once(key: Hashable, level: int, message: str) -> bool:
             message += " (too many different calls: no more of them will be described)"
     LOGGER.log(level, "%s %s", PREFIX, message)
     return True
+
+
+def traced(level: int, message: str) -> None:
+    """once(), each message once, also where torch.compile traces: it says it while it does."""
+    once(message, level, message)
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the whole compiler.
+traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forget() -> None:
@@ -128,8 +144,12 @@ def configuration(
     pairs: int | None,
     level: int = logging.INFO,
 ) -> None:
-    """Log the three lines of describe(), once per configuration."""
-    key = (title, backend, reasons, request)
+    """Log the three lines of describe(), once per configuration.
+
+    A language model that decodes has one key more at every token: those are one configuration.
+    """
+    is_decoding = request.seqlen_q == 1
+    key = (title, backend, reasons, replace(request, seqlen_k=0) if is_decoding else request)
     lines = describe(title, backend, reasons, request, pairs)
     if once(key, level, lines[0]):
         for line in lines[1:]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from wan_attn import config
-from wan_attn.integrations import diffusers_wan
+from wan_attn.integrations import diffusers as wan_diffusers
 from wan_attn.request import Request
 from wan_attn.select import Choice, compute_dtype, select
 
@@ -60,7 +60,7 @@ class Recorder:
         self.calls[shape] += 1
         if self._largest is None or shape.size >= self._largest[0].size:
             self._largest = shape, (query, key, value)
-        return diffusers_wan.attend(query, key, value)
+        return wan_diffusers.attend(query, key, value)
 
     def _choose(self, query: Tensor, key: Tensor, value: Tensor) -> Choice:
         settings = config.current()
@@ -110,7 +110,7 @@ def probe(recorder: Recorder) -> Probe:
     rows = rows.to(query.device)
     truth = _exact(query[:, rows], key, value)
     errors, seconds = [], []
-    for function in (torch_sdpa, diffusers_wan.attend):
+    for function in (torch_sdpa, wan_diffusers.attend):
         out = function(*call)[:, rows].double().cpu()
         errors.append(float((out - truth).abs().max()))
         seconds.append(_median_seconds(function, call))
@@ -132,7 +132,7 @@ def _exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _median_seconds(
-    function: diffusers_wan.AttentionFunction, call: tuple[Tensor, Tensor, Tensor]
+    function: wan_diffusers.AttentionFunction, call: tuple[Tensor, Tensor, Tensor]
 ) -> float:
     """The caller has called it once already, which warmed it up."""
     times = []

@@ -23,7 +23,7 @@ from wan_attn import log
 from wan_attn.demo.options import Options
 from wan_attn.demo.pipeline import Subject
 from wan_attn.demo.probe import Recorder
-from wan_attn.integrations import diffusers_wan
+from wan_attn.integrations import diffusers as wan_diffusers
 
 SCORES_MAX = 1 << 26  # scores that OtherRounding holds at once: 256 MiB in float32
 
@@ -56,11 +56,11 @@ def through_wan_attn(
     with _logged() as records:
         try:
             for transformer in subject.transformers:
-                layers += diffusers_wan.enable(transformer, recorder)
+                layers += wan_diffusers.replace_processors(transformer, recorder)
             run = _denoise(subject, options, label)
         finally:
             for transformer in subject.transformers:
-                diffusers_wan.disable(transformer)
+                wan_diffusers.restore_processors(transformer)
     return run, layers, records
 
 

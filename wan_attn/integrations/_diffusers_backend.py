@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""_diffusers_backend - the name `wan_attn` among diffusers' attention backends.
+
+diffusers keeps them in an enumeration and a registry that are both closed, so this touches private
+names: it checks what it did, and takes it back if diffusers does not play along. enable() of
+diffusers.py needs none of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any, cast
+
+from torch import Tensor
+
+from wan_attn import attention, config, log
+
+NAME = "wan_attn"
+MEMBER = "WAN_ATTN"
+DISPATCH = "diffusers.models.attention_dispatch"
+
+# What a registry that has changed under us answers with.
+_CHANGED = (AttributeError, TypeError, ValueError, KeyError)
+
+
+def _dispatch() -> ModuleType:
+    return importlib.import_module(DISPATCH)
+
+
+def _why_not(query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) -> str | None:
+    if call["attn_mask"] is not None:
+        return "it has an attn_mask"
+    if call["dropout_p"] > 0:
+        return "it has dropout"
+    if value.shape[-1] != query.shape[-1]:
+        return "its value has another head_dim than its query"
+    if call["is_causal"] and query.shape[1] > key.shape[1]:
+        return "it is causal and has more queries than keys"
+    return None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, is_causal: bool, lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    if is_causal and key.shape[1] > query.shape[1]:
+        # diffusers means torch's causal: aligned top-left, so that no row sees the keys behind.
+        key, value = key[:, : query.shape[1]], value[:, : query.shape[1]]
+    result = attention.sdpa(query, key, value, scale=scale, is_causal=is_causal, return_lse=lse)
+    if not lse:
+        return result
+    out, log_sum_exp = result
+    return out, log_sum_exp.transpose(1, 2).contiguous()  # [batch, seqlen, heads]: what rings merge
+
+
+def wan_attn_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    _parallel_config: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What diffusers calls; its argument names decide what it passes. All tensors are BSHD."""
+    call = {
+        "attn_mask": attn_mask,
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+        "return_lse": return_lse,
+    }
+    if _parallel_config is not None:
+        parallel = _dispatch()._templated_context_parallel_attention(
+            query,
+            key,
+            value,
+            **call,
+            forward_op=_forward_op,
+            backward_op=_backward_op,
+            _parallel_config=_parallel_config,
+        )
+        return cast(Tensor, parallel)
+    reason = _why_not(query, key, value, call)
+    if reason is None:
+        return _attend(query, key, value, scale, is_causal, return_lse)
+    log.traced(logging.WARNING, f"diffusers: its backend `native` takes a call: {reason}")
+    return _native(query, key, value, call)
+
+
+def _native(query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) -> Tensor:
+    dispatch = _dispatch()
+    native = dispatch._AttentionBackendRegistry._backends[dispatch.AttentionBackendName.NATIVE]
+    known = inspect.signature(native).parameters
+    return cast(Tensor, native(query, key, value, **{k: v for k, v in call.items() if k in known}))
+
+
+def _forward_op(
+    ctx: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    _save_ctx: bool = True,
+    _parallel_config: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One part of a context-parallel call: all heads of some keys, or some heads of all keys."""
+    call = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+    reason = _why_not(query, key, value, call)
+    if reason is not None:
+        raise ValueError(f"wan_attn cannot take this call under context parallelism: {reason}")
+    return _attend(query, key, value, scale, is_causal, return_lse)
+
+
+def _backward_op(ctx: Any, grad_out: Tensor, *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("wan_attn is forward only under context parallelism")
+
+
+def _add_member(enumeration: Any) -> Any:
+    """Append MEMBER = NAME to a `class X(str, Enum)`, as its body would have."""
+    member = str.__new__(enumeration, NAME)
+    member._name_, member._value_ = MEMBER, NAME
+    member._sort_order_ = len(enumeration._member_names_)
+    member.__objclass__ = enumeration
+    type.__setattr__(enumeration, MEMBER, member)
+    enumeration._member_names_.append(MEMBER)
+    enumeration._member_map_[MEMBER] = member
+    enumeration._value2member_map_[NAME] = member
+    if hasattr(enumeration, "_hashable_values_"):  # Python 3.12 and newer
+        enumeration._hashable_values_.append(NAME)
+    return member
+
+
+def _remove_member(enumeration: Any) -> None:
+    for values, name in (("_member_names_", MEMBER), ("_hashable_values_", NAME)):
+        if name in getattr(enumeration, values, ()):
+            getattr(enumeration, values).remove(name)
+    enumeration._member_map_.pop(MEMBER, None)
+    enumeration._value2member_map_.pop(NAME, None)
+    if MEMBER in vars(enumeration):
+        type.__delattr__(enumeration, MEMBER)
+
+
+def _add(dispatch: ModuleType) -> None:
+    enumeration, registry = dispatch.AttentionBackendName, dispatch._AttentionBackendRegistry
+    member = _add_member(enumeration)
+    options: dict[str, Any] = {"constraints": [dispatch._check_device, dispatch._check_shape]}
+    if "supports_context_parallel" in inspect.signature(registry.register).parameters:
+        options["supports_context_parallel"] = True
+    registry.register(member, **options)(wan_attn_attention)
+    # The three ways in which diffusers looks a name up.
+    found = (enumeration(NAME), enumeration.__members__[MEMBER], enumeration[MEMBER])
+    if not all(one is member for one in found) or registry._backends[NAME] is not (
+        wan_attn_attention
+    ):
+        raise ValueError("the name was added, and is not found")
+
+
+def _remove(dispatch: ModuleType) -> None:
+    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
+    for table in ("_backends", "_constraints", "_supported_arg_names"):
+        getattr(registry, table, {}).pop(NAME, None)
+    parallel = getattr(registry, "_supports_context_parallel", None)
+    if isinstance(parallel, set):
+        parallel.discard(NAME)
+    elif isinstance(parallel, dict):
+        parallel.pop(NAME, None)
+    _leave_active(dispatch)
+    _remove_member(dispatch.AttentionBackendName)
+
+
+def _leave_active(dispatch: ModuleType) -> None:
+    """If ours is what diffusers falls back on, let it be what the user's environment says."""
+    registry = dispatch._AttentionBackendRegistry
+    if registry._active_backend == NAME:
+        registry._active_backend = dispatch.AttentionBackendName(dispatch.DIFFUSERS_ATTN_BACKEND)
+
+
+def register() -> None:
+    """Let diffusers know the backend `wan_attn`, for all of its models. Twice is once.
+
+    Then `model.set_attention_backend("wan_attn")` and `with attention_backend("wan_attn"):` work,
+    and so does context parallelism with it. The variable DIFFUSERS_ATTN_BACKEND cannot name it:
+    diffusers reads that while it is imported.
+
+    Raises:
+        RuntimeError: this version of diffusers has no such registry, or does not let us in.
+    """
+    try:
+        dispatch = _dispatch()
+    except ImportError as error:
+        raise RuntimeError(f"wan_attn: no backends in this diffusers: {error}") from error
+    if is_registered(dispatch):
+        return
+    try:
+        _add(dispatch)
+    except _CHANGED as error:
+        _remove(dispatch)
+        raise RuntimeError(
+            f"wan_attn: this diffusers takes no further backend ({type(error).__name__}: {error});"
+            " wan_attn.integrations.diffusers.enable(pipe) needs none"
+        ) from error
+    log.enable(config.current().log_level, "diffusers backend")
+    text = "diffusers: the attention backend `wan_attn` is registered"
+    log.once(text, logging.INFO, text)
+
+
+def is_registered(dispatch: ModuleType) -> bool:
+    """Whether this module of diffusers knows the name."""
+    return NAME in dispatch._AttentionBackendRegistry._backends
+
+
+def unregister() -> None:
+    """Take the name away again. Models that were set to it must be given to disable() before."""
+    try:
+        dispatch = _dispatch()
+    except ImportError:
+        return
+    if is_registered(dispatch):
+        _remove(dispatch)
+        log.disable("diffusers backend")
+
+
+def release(processors: Iterable[Any]) -> int:
+    """Take the name out of these processors, and out of diffusers' default; returns how many."""
+    count = 0
+    for processor in processors:
+        if getattr(processor, "_attention_backend", None) == NAME:
+            processor._attention_backend = None
+            count += 1
+    try:
+        dispatch = _dispatch()
+    except ImportError:
+        return count
+    if is_registered(dispatch):
+        _leave_active(dispatch)
+    return count

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""diffusers.py - diffusers' Wan models through wan_attn: enable() and disable().
+
+Uses nothing but diffusers' public processor interface: an attention layer hands itself and its
+inputs to its processor. The other way in, the backend of the name `wan_attn`, is
+_diffusers_backend.py. Importing this file imports neither diffusers nor transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from wan_attn import attention, config, log
+from wan_attn.integrations import _diffusers_backend as _backend
+from wan_attn.request import refuse
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(query, key, value), each [batch, seqlen, heads, head_dim] -> the same shape as query."""
+
+TEXT_TOKENS = 512  # image-to-video: what precedes the last 512 rows of the context is the image
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`wan_attn.sdpa` as Wan uses it: everything attends to everything, and lse is not wanted."""
+    return cast(Tensor, attention.sdpa(query, key, value))
+
+
+class _Processor(ABC):
+    """The processor of one layer; keeps the one it replaced, and hands it what is not ours to do.
+
+    diffusers writes `_attention_backend` and `_parallel_config` into whatever processor has them:
+    both belong to the replaced one, which reads them.
+    """
+
+    def __init__(self, replaced: Any, function: AttentionFunction) -> None:
+        self.replaced = replaced
+        self.function = function
+        self._is_overruled = False
+
+    @property
+    def _attention_backend(self) -> Any:
+        return getattr(self.replaced, "_attention_backend", None)
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        # Set after enable(): the later wish counts. reset_attention_backend() sets None.
+        self.replaced._attention_backend = backend
+        self._is_overruled = backend is not None
+
+    @property
+    def _parallel_config(self) -> Any:
+        return getattr(self.replaced, "_parallel_config", None)
+
+    @_parallel_config.setter
+    def _parallel_config(self, parallel_config: Any) -> None:
+        self.replaced._parallel_config = parallel_config
+
+    def _is_ours(self, attention_mask: Tensor | None) -> bool:
+        """Whether this call is; if not, the log says why, once."""
+        if self._is_overruled:
+            return False  # somebody has named a backend: that is no surprise
+        if self._parallel_config is not None:
+            reason = "context parallelism is on, which set_attention_backend('wan_attn') serves"
+        elif attention_mask is not None:
+            reason = "it comes with an attention_mask, which Wan never passes"
+        else:
+            return True
+        name = type(self.replaced).__name__
+        log.traced(logging.WARNING, f"diffusers: {name} keeps a call: {reason}")
+        return False
+
+    def __call__(
+        self,
+        layer: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+        **others: Any,
+    ) -> Any:
+        # diffusers before 0.35 passes what this signature names, and face blocks know no rotation.
+        rotary = () if rotary_emb is None else (rotary_emb,)
+        if not self._is_ours(attention_mask):
+            context = (encoder_hidden_states, attention_mask)
+            return self.replaced(layer, hidden_states, *context, *rotary, **others)
+        return self.compute(layer, hidden_states, encoder_hidden_states, *rotary, **others)
+
+    @abstractmethod
+    def compute(self, layer: Any, hidden_states: Tensor, context: Any, *rotary: Any) -> Tensor:
+        """What the replaced processor computes, with `function` for the attention in it."""
+
+
+class _WanProcessor(_Processor):
+    """Self-attention, and cross-attention to the text and, where there is one, the image."""
+
+    def compute(
+        self,
+        layer: Any,
+        hidden_states: Tensor,
+        context: Tensor | None,
+        rotary_emb: tuple[Tensor, Tensor] | Tensor | None = None,
+    ) -> Tensor:
+        image = None
+        if layer.add_k_proj is not None and context is not None:
+            image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
+        query, key, value = _project(layer, hidden_states, context)
+        query, key = layer.norm_q(query), layer.norm_k(key)
+        query, key, value = (x.unflatten(2, (layer.heads, -1)) for x in (query, key, value))
+        if rotary_emb is not None:
+            query, key = _rotate(query, rotary_emb), _rotate(key, rotary_emb)
+        out = self.function(query, key, value).flatten(2)
+        if image is not None:
+            key, value = _project_image(layer, image)
+            key, value = (x.unflatten(2, (layer.heads, -1)) for x in (key, value))
+            out = out + self.function(query, key, value).flatten(2)
+        for module in layer.to_out:  # the projection, and dropout
+            out = module(out)
+        return out
+
+
+class _FaceProcessor(_Processor):
+    """Wan-Animate's face blocks: the tokens of a frame attend to that frame's motion tokens."""
+
+    def compute(self, layer: Any, hidden_states: Tensor, context: Tensor) -> Tensor:
+        batch, frames, motion_tokens, _ = context.shape
+        hidden_states = layer.pre_norm_q(hidden_states)
+        motion = layer.pre_norm_kv(context).flatten(1, 2)
+        query, key, value = _project(layer, hidden_states, motion)
+        query, key, value = (x.unflatten(2, (layer.heads, -1)) for x in (query, key, value))
+        query, key = layer.norm_q(query), layer.norm_k(key)
+        query = query.unflatten(1, (frames, -1)).flatten(0, 1)
+        key, value = (x.unflatten(1, (frames, motion_tokens)).flatten(0, 1) for x in (key, value))
+        out = self.function(query, key, value).flatten(2)
+        out = out.unflatten(0, (batch, frames)).flatten(1, 2)
+        return cast(Tensor, layer.to_out(out))
+
+
+_OURS: dict[str, type[_Processor]] = {
+    "WanAttnProcessor": _WanProcessor,
+    "WanAttnProcessor2_0": _WanProcessor,  # its name before diffusers 0.35
+    "WanAnimateFaceBlockAttnProcessor": _FaceProcessor,
+}
+"""diffusers' own processors, by name: its files for Animate have copies of the class."""
+
+
+def _project(layer: Any, hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+    """query, key, value, [batch, seqlen, heads * head_dim]; `context` is None in self-attention.
+
+    Fused projections stand beside the three; not every version of diffusers makes them everywhere.
+    """
+    is_fused = getattr(layer, "fused_projections", False)
+    if is_fused and context is None and hasattr(layer, "to_qkv"):
+        return tuple(layer.to_qkv(hidden_states).chunk(3, dim=-1))
+    source = hidden_states if context is None else context
+    if is_fused and hasattr(layer, "to_kv"):
+        return (layer.to_q(hidden_states), *layer.to_kv(source).chunk(2, dim=-1))
+    return layer.to_q(hidden_states), layer.to_k(source), layer.to_v(source)
+
+
+def _project_image(layer: Any, image: Tensor) -> tuple[Tensor, Tensor]:
+    if getattr(layer, "fused_projections", False) and hasattr(layer, "to_added_kv"):
+        key, value = layer.to_added_kv(image).chunk(2, dim=-1)
+    else:
+        key, value = layer.add_k_proj(image), layer.add_v_proj(image)
+    return layer.norm_added_k(key), value
+
+
+def _rotate(x: Tensor, rotary_emb: tuple[Tensor, Tensor] | Tensor) -> Tensor:
+    """Turn each pair (x[2i], x[2i+1]) by its angle.
+
+    Args:
+        rotary_emb: (cos, sin), float32, [1, seqlen, 1, head_dim] holding each angle twice; before
+            diffusers 0.35 cos + i*sin, complex, [1, 1, seqlen, head_dim / 2].
+    """
+    if isinstance(rotary_emb, Tensor):
+        turn = rotary_emb.transpose(1, 2)
+        cos, sin = turn.real, turn.imag
+    else:
+        cos, sin = (part[..., 0::2] for part in rotary_emb)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def _models(target: Any) -> list[torch.nn.Module]:
+    """The models of a pipeline, or the model itself."""
+    components = getattr(target, "components", None)
+    parts = list(components.values()) if isinstance(components, dict) else [target]
+    return [part for part in parts if isinstance(part, torch.nn.Module)]
+
+
+def _layers(target: Any) -> Iterator[tuple[Any, Any]]:
+    """(attention layer, its processor), each layer once."""
+    for model in _models(target):
+        for layer in model.modules():
+            processor = getattr(layer, "processor", None)
+            if processor is not None and hasattr(layer, "set_processor"):
+                yield layer, processor
+
+
+def replace_processors(target: Any, function: AttentionFunction) -> int:
+    """Let `function` compute the attention of every layer that has diffusers' own processor.
+
+    Returns:
+        How many layers; 0 is no error.
+    """
+    count = 0
+    for layer, processor in list(_layers(target)):
+        stock = processor.replaced if isinstance(processor, _Processor) else processor
+        ours = _OURS.get(type(stock).__name__)
+        if ours is not None and type(stock).__module__.partition(".")[0] == "diffusers":
+            layer.set_processor(ours(stock, function))
+            count += 1
+    return count
+
+
+def restore_processors(target: Any) -> int:
+    """Undo replace_processors(); returns how many layers got their own processor back."""
+    count = 0
+    for layer, processor in list(_layers(target)):
+        if isinstance(processor, _Processor):
+            layer.set_processor(processor.replaced)
+            count += 1
+    return count
+
+
+_enabled: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def enable(model_or_pipe: Any) -> int:
+    """Send the attention of diffusers' Wan models through wan_attn. Twice is once.
+
+    Serves WanTransformer3DModel (text, image and first frame to video), WanVACETransformer3DModel
+    and WanAnimateTransformer3DModel. Layers with somebody else's processor are left alone.
+
+    Args:
+        model_or_pipe: such a model, or a pipeline: then all of its models.
+
+    Returns:
+        The number of attention layers that go through wan_attn.
+
+    Raises:
+        RuntimeError: no layer has a processor of diffusers' Wan models.
+    """
+    count = replace_processors(model_or_pipe, attend)
+    name = type(model_or_pipe).__name__
+    if not count:
+        rule = f"a Wan model or pipeline with diffusers' own processors ({', '.join(_OURS)})"
+        refuse("model_or_pipe", rule, name)
+    _enabled.add(model_or_pipe)
+    log.enable(config.current().log_level, "diffusers")
+    text = f"diffusers: {count} attention layers of {name} go through wan_attn"
+    log.once(text, logging.INFO, text)
+    return count
+
+
+def disable(model_or_pipe: Any) -> int:
+    """Give every layer that enable() took its own processor back.
+
+    Layers that were set to the backend `wan_attn` go back to diffusers' default, too.
+
+    Returns:
+        The number of attention layers that went through wan_attn until now.
+    """
+    count = restore_processors(model_or_pipe)
+    _enabled.discard(model_or_pipe)
+    if not _enabled:
+        log.disable("diffusers")
+    return count + _backend.release(processor for _, processor in _layers(model_or_pipe))
+
+
+register_backend = _backend.register
+unregister_backend = _backend.unregister
