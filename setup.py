@@ -216,6 +216,7 @@ setup(
     packages=[
         "wan_attn",
         "wan_attn.backends",
+        "wan_attn.bench",
         "wan_attn.cli",
         "wan_attn.demo",
         "wan_attn.integrations",

@@ -77,7 +77,7 @@ PYTHON_LAYERS = [
     {"select", "availability"},
     {"attention", "_execute", "_opaque"},
     {"integrations"},
-    {"", "__main__", "cli", "demo"},
+    {"", "__main__", "bench", "cli", "demo"},
 ]
 # Without libwan_attn the op is computed by the torch backend, which is above it.
 UPWARD = {("wan_attn.ops", "wan_attn.backends.torch_sdpa")}

@@ -28,6 +28,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "why": ("wan_attn.cli.why", "what would compute one attention call, and why not the others"),
     "demo": ("wan_attn.cli.demo", "denoise a short video with and without wan_attn and compare"),
+    "bench": (
+        "wan_attn.cli.bench",
+        "measure kernels and denoising steps; tables and pictures to share",
+    ),
 }
 
 

@@ -3,7 +3,7 @@
 
 timing.py   clocks (device events, wall clock), interleaved rounds, measure_step
 facts.py    the machine: names, versions, clocks and throttling, peaks to divide by
-peers.py    everything that can compute one attention call: our rows, torch's kernels, other packages
+peers.py    all that can compute one attention call: our rows, torch's kernels, other packages
 accuracy.py error against float64, and memory beside inputs and output
 kernels.py  `bench kernels`: all of them on named shapes
 model.py    a stack of Wan transformer blocks with random weights, and the attention it can run on

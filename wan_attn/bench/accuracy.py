@@ -67,9 +67,7 @@ def error(result: Tensor, exact: Reference) -> Error:
     size = float(exact.out.square().mean().sqrt())
     if not gap.numel():
         return Error(0.0, 0.0)
-    return Error(
-        float(gap.abs().amax()), float(gap.square().mean().sqrt()) / size if size else 0.0
-    )
+    return Error(float(gap.abs().amax()), float(gap.square().mean().sqrt()) / size if size else 0.0)
 
 
 def extra_bytes(call: Callable[[], Tensor], device: torch.device) -> int | None:
@@ -101,11 +99,9 @@ def _cpu_allocations(call: Callable[[], Tensor]) -> tuple[list[int], Tensor]:
     """Bytes taken (above 0) and given back (below 0), in order."""
     from torch.profiler import ProfilerActivity, profile
 
-    with _no_chatter(), profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    with _no_chatter(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         out = call()
-    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: Any = profiler.profiler.kineto_results.events()
     return [event.nbytes() for event in events if event.name() == "[memory]"], out
 
 

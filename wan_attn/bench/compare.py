@@ -5,10 +5,10 @@ Both files hold, for each row, the time of every round, and beside it the time t
 product took in that same round: the yardstick. A row's figure is the median over its rounds of
 time / yardstick, so that a machine that was slower throughout on the second day is not taken for
 slower code. How far that figure is certain comes from the file itself, twice: from the spread of
-its rounds (robust standard error of a median), and from the spread of its blocks' medians (model and
-inputs made anew); the larger counts. A change is called one if it is larger than SIGMAS times the
-two files' errors taken together, and larger than LEAST. Where even PLANTED could not be told from
-noise, the row says so instead of "same".
+its rounds (robust standard error of a median), and from the spread of its blocks' medians (model
+and inputs made anew); the larger counts. A change is called one if it is larger than SIGMAS times
+the two files' errors taken together, and larger than LEAST. Where even PLANTED could not be told
+from noise, the row says so instead of "same".
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of one row: the change of time over yardstick, how large it must be to count, and the word."""
+    """Of one row: the change of time over yardstick, how large it must be to count, the word."""
 
     change: float
     threshold: float

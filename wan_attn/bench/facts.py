@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""facts.py - what a figure depends on: the machine, its state while measuring, peaks to divide by."""
+"""facts.py - what a figure depends on: the machine, its state meanwhile, peaks to divide by."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from wan_attn.bench.timing import Clock, interleave, percentile
 from wan_attn.cli import _report, doctor_facts
 from wan_attn.version import __version__
 
-# Dense TFLOP/s of bf16 and fp16 products with float32 sums, at the clock of the data sheet. NVIDIA's
-# architecture whitepapers (GA100, GA102, Ada, Blackwell RTX) and the H100 data sheet. The longest
-# name that a device's own name contains counts.
+# Dense TFLOP/s of bf16 and fp16 products with float32 sums, at the data sheet's clock: NVIDIA's
+# architecture papers (GA100, GA102, Ada, Blackwell RTX) and the H100 data sheet. The longest name
+# that a device's own name contains counts.
 DATASHEET_TFLOPS = {
     "A100": 312.0,
     "A10": 125.0,
@@ -107,7 +108,7 @@ class State:
 
 
 def parse_smi(text: str, throttle: str = "") -> State:
-    """The State in one line of `nvidia-smi --format=csv,noheader,nounits`, and the reasons' bits."""
+    """The State in a line of `nvidia-smi --format=csv,noheader,nounits`, and the reasons' bits."""
     values = {}
     for (_, name), word in zip(_SMI_FIELDS, text.strip().split(","), strict=False):
         try:
@@ -179,7 +180,7 @@ def matmul_tflops(
     best = 0.0
     for size in (4096, 8192) if device.type == "cuda" else (1024, 2048):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        found = interleave({"matmul": lambda a=a, b=b: a @ b}, clock, seconds=seconds / 2)
+        found = interleave({"matmul": partial(torch.matmul, a, b)}, clock, seconds=seconds / 2)
         times = found.times.get("matmul", [])
         if times:
             best = max(best, 2 * size**3 / percentile(times, 10) / 1e9)

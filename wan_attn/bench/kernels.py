@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,9 +132,7 @@ def run(options: Options, bar: progress.Progress | None = None) -> Report:
     return report
 
 
-def _notes(
-    options: Options, report: Report, matmul: dict[torch.dtype, float]
-) -> list[str]:
+def _notes(options: Options, report: Report, matmul: dict[torch.dtype, float]) -> list[str]:
     peaks = ", ".join(f"{dtype_name(d)} {v:.3g} TFLOP/s" for d, v in matmul.items())
     notes = [
         f"% matmul is of torch's own matrix product, measured here: {peaks}. x torch is against "
@@ -183,12 +182,9 @@ def _measure_case(
                 reason = reason.removeprefix(f"{peer.name}: ")
                 report.skipped.append((where, peer.name, reason))
         calls: dict[str, Callable[[], Tensor]] = {
-            peer.name: lambda run=peer.run: run(query, key, value)  # type: ignore[misc]
-            for peer in usable
+            peer.name: partial(peer.run, query, key, value) for peer in usable
         }
-        found = interleave(
-            calls, clock, seconds=options.seconds / cases, rounds=options.rounds
-        )
+        found = interleave(calls, clock, seconds=options.seconds / cases, rounds=options.rounds)
         report.skipped += [(where, name, reason) for name, reason in found.skipped.items()]
         baseline = pct(found.times.get(peers.BASELINE, []), 50)
         for peer in usable:

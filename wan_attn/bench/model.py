@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """model.py - a stack of Wan transformer blocks, weights random, and its attention on any route.
 
-Two makers: diffusers' WanTransformer3DModel, and stock Wan2.2's WanModel from a checkout. Both at the
-real dimensions, with as many blocks as asked for: blocks are all alike, so a few of them tell what
-all would take.
+Two makers: diffusers' WanTransformer3DModel, and stock Wan2.2's WanModel from a checkout. Both at
+the real dimensions, with as many blocks as asked for: blocks are all alike, so a few of them tell
+what all would take.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class DiffusersStack:
         return list(self.model.blocks)
 
     def show(self, video: Video, batch: int, fill: tuple[float, ...]) -> None:
-        """Take these inputs from now on; `fill` is for attend's k_lens, diffusers has no lengths."""
+        """Take these inputs from now on; `fill` makes attend's k_lens: diffusers has no lengths."""
         draw = _Draw(self.device, self.dtype)
         tokens = self.arch.call.tokens(video.width, video.height, video.frames)
         time = torch.full((batch,), 500, device=self.device)
@@ -252,7 +252,9 @@ def import_wan22(checkout: Path) -> ModuleType:
     """
     folder = checkout / "wan"
     if not (folder / "modules" / "model.py").is_file():
-        raise ModelError(f"{checkout.name} must be a checkout of Wan2.2, has no wan/modules/model.py")
+        raise ModelError(
+            f"{checkout.name} must be a checkout of Wan2.2, has no wan/modules/model.py"
+        )
     for name, path in ((ALIAS, folder), (f"{ALIAS}.modules", folder / "modules")):
         package = ModuleType(name)
         package.__path__ = [str(path)]

@@ -43,7 +43,7 @@ class Peer:
         is_lossy: it quantises; its error is larger by design.
         run: computes the call.
         why_not: why it cannot take a call; None: it can.
-        is_quiet: measured only where named: a specification, or one row of many.
+        is_quiet: measured only where named: the row for CPUs that have no vector row.
     """
 
     name: str
@@ -83,7 +83,7 @@ def _row(row: ops.KernelInfo) -> Peer:
         why_not,
         is_ours=True,
         is_lossy=row.is_lossy,
-        is_quiet=row.name == "sdpa_ref",
+        is_quiet=row.device == "cpu" and not row.cpu_features and bool(ops.cpu_features()),
     )
 
 
@@ -128,7 +128,9 @@ def _torch_kernel(name: str, kernel: SDPBackend, device: torch.device) -> Peer:
             return _why_not_math(request)
         return None  # what else it refuses it says when it is called
 
-    return Peer(name, f"PyTorch SDPA, {kernel.name.lower().replace('_attention', '')}", run, why_not)
+    return Peer(
+        name, f"PyTorch SDPA, {kernel.name.lower().replace('_attention', '')}", run, why_not
+    )
 
 
 def _why_not_math(request: Request) -> str | None:

@@ -146,7 +146,9 @@ def _roofline(pyplot: Any, report: Report) -> Any:
         axis.set_title(dtype, fontsize=9)
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 0.04))
+    figure.legend(
+        handles, labels, fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 0.04)
+    )
     _caption(figure, report, "Self-attention: TFLOP/s over length (solid: ours)")
     figure.tight_layout(rect=(0, 0.16, 1, 0.98))
     return figure
@@ -222,9 +224,7 @@ def _frames(pyplot: Any, report: Report) -> Any:
     figure, axis = pyplot.subplots(figsize=(5.4, 4))
     kinds = list(dict.fromkeys((r["backend"], r["width"], r["height"]) for r in report.rows))
     for number, (backend, width, height) in enumerate(kinds):
-        rows = [
-            r for r in report.rows if (r["backend"], r["width"], r["height"]) == kinds[number]
-        ]
+        rows = [r for r in report.rows if (r["backend"], r["width"], r["height"]) == kinds[number]]
         axis.errorbar(
             [r["frames"] for r in rows],
             [r["p50_ms"] for r in rows],

@@ -77,7 +77,7 @@ def make(total: int, stream: TextIO | None = None) -> Progress:
     except ImportError:
         pass
     try:
-        modules = [importlib.import_module(f"rich.{name}") for name in ("progress", "console")]
-        return RichBar(*modules, total, stream)
+        bars, consoles = map(importlib.import_module, ("rich.progress", "rich.console"))
+        return RichBar(bars, consoles, total, stream)
     except ImportError:
         return PlainLines(total, stream)

@@ -77,10 +77,10 @@ def as_text(report: Report) -> str:
         heads = [c.heading for c in report.columns]
         widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
         is_number = [bool(c.style) for c in report.columns]
-        for row in [heads, *body]:
+        for cells in [heads, *body]:
             words = [
                 f"{word:>{w}}" if number else f"{word:<{w}}"
-                for word, w, number in zip(row, widths, is_number, strict=True)
+                for word, w, number in zip(cells, widths, is_number, strict=True)
             ]
             lines.append(("  " + "  ".join(words)).rstrip())
     else:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """step.py - `bench step`: one denoising step of a stack of Wan blocks, on every route in turn.
 
-A step is two forwards, with and without the prompt, as Wan2.2 makes them. Its time is measured whole
-and undisturbed; where it went is asked afterwards, in a step of its own with a mark around every
-block and every attention call.
+A step is two forwards, with and without the prompt, as Wan2.2 makes them. Its time is measured
+whole and undisturbed; where it went is asked afterwards, in a step of its own with a mark around
+every block and every attention call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from wan_attn.bench.model import (
     Arch,
     Attend,
     DiffusersStack,
-    ModelError,
     Video,
     Wan22Stack,
     reduced,
@@ -39,7 +38,6 @@ from wan_attn.bench.timing import (
     clock_for,
     describe_failure,
     interleave,
-    is_fatal,
     summary,
 )
 from wan_attn.log import dtype_name
@@ -204,13 +202,13 @@ def notes(options: Options, title: str) -> list[str]:
     if options.is_reduced:
         said.append(
             f"Reduced for a CPU: {arch.call.num_heads} heads instead of "
-            f"{ARCHS[arch.call.name].call.num_heads}, {arch.ffn} in the feed-forward layer; nothing "
-            "is extrapolated from that (--full for the real dimensions)."
+            f"{ARCHS[arch.call.name].call.num_heads}, {arch.ffn} in the feed-forward layer; "
+            "nothing is extrapolated from that (--full for the real dimensions)."
         )
     else:
         said.append(
-            f"`all layers s` and `min/video` are extrapolated, not measured: the blocks' part times "
-            f"{arch.call.layers}/{options.layers}, then {arch.steps} steps."
+            f"`all layers s` and `min/video` are extrapolated, not measured: the blocks' part "
+            f"times {arch.call.layers}/{options.layers}, then {arch.steps} steps."
         )
     if options.fill != (1.0,):
         said.append(f"Real lengths of the samples: {', '.join(f'{x:.0%}' for x in options.fill)}.")
@@ -376,13 +374,17 @@ def split(stack: Stack, route: Route, clock: Clock) -> dict[str, float]:
         calls.append(clock.end(begun))
         return out
 
+    def block_begins(*_: Any) -> None:
+        open_blocks.append(clock.begin())
+
+    def block_ends(*_: Any) -> None:
+        blocks.append(clock.end(open_blocks.pop()))
+
     with ExitStack() as cleanup:
         for block in stack.blocks:
             for handle in (
-                block.register_forward_pre_hook(lambda *_: open_blocks.append(clock.begin())),
-                block.register_forward_hook(
-                    lambda *_: blocks.append(clock.end(open_blocks.pop())) or None
-                ),
+                block.register_forward_pre_hook(block_begins),
+                block.register_forward_hook(block_ends),
             ):
                 cleanup.callback(handle.remove)
         if attend is None:
@@ -398,6 +400,3 @@ def split(stack: Stack, route: Route, clock: Clock) -> dict[str, float]:
         "blocks": sum(map(clock.read, blocks)),
         "attention": sum(map(clock.read, calls)),
     }
-
-
-__all__ = ["ModelError", "Options", "PUBLISHED", "Route", "default_arch", "is_fatal", "run"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""timing.py - how long calls take: two clocks, interleaved rounds, measure_step; knows no attention.
+"""timing.py - how long calls take: two clocks, interleaved rounds; knows no attention.
 
 On a GPU the device's own events are read, once per round: between two events the host only queues
 work, and nothing waits. Before each call a buffer larger than the L2 cache is overwritten, so that
