@@ -126,6 +126,15 @@ VARIABLES: tuple[Variable, ...] = (
         " all (`torch`).",
     ),
     Variable(
+        "WAN_ATTN_PROFILE",
+        "profile",
+        "path",
+        ("a file",),
+        "",
+        "Time every attention call, write the times by call site and layer there as JSON at exit,"
+        " and print a summary.",
+    ),
+    Variable(
         "WAN22_DIR",
         "wan22_dir",
         "path",
@@ -150,6 +159,7 @@ class Settings:
     log_level: str = "info"
     cpu_isa: str = "auto"
     binding: str = "auto"
+    profile: str | None = None
     wan22_dir: str | None = None
 
     @classmethod

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from wan_attn.bench.report import Report
 MISSING = "no picture: matplotlib is not installed (pip install wan-attn[bench])"
 OURS, BASE, THEIRS = "#1f6fb4", "#555555", "#c9b18a"
 COLOURS = ("#1f6fb4", "#d1742f", "#3a8f5c", "#8a5fa8", "#b8a12a", "#777777", "#c0504d", "#4bacc6")
+_BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of a number on a line
 LABELS_MAX = 4  # calls shown in one picture of bars
 
 
@@ -105,19 +107,23 @@ def _bars(axis: Any, names: list[str], values: list[float], colours: list[str]) 
     axis.axvline(1.0, color="black", linewidth=0.8)
     axis.set_xlim(0, max([1.0, *values]) * 1.18)
     for place, value in zip(places, values, strict=True):
-        axis.text(value, place, f" {value:.2f}", va="center", fontsize=8)
+        axis.text(value, place, f" {value:.2f}", va="center", fontsize=8, bbox=_BEHIND)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
 
 def _roofline(pyplot: Any, report: Report) -> Any:
     """TFLOP/s over the number of keys of self-attention, and what the machine can do at most."""
-    rows = [r for r in report.rows if r["seqlen_q"] == r["seqlen_k"] and ":" not in r["shape"]]
-    dtypes = [d for d in dict.fromkeys(r["dtype"] for r in rows)]
+    rows = [r for r in report.rows if r["seqlen_q"] == r["seqlen_k"]]
+    head_dims = [r["shape"].rpartition("x")[2] for r in rows]
+    rows = [r for r, d in zip(rows, head_dims, strict=True) if d == statistics.mode(head_dims)]
+    dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     lengths = {r["seqlen_k"] for r in rows}
     if len(lengths) < 2:
         return None
-    figure, axes = pyplot.subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 4), squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(dtypes), figsize=(max(7.5, 5.2 * len(dtypes)), 4.4), squeeze=False
+    )
     names = list(dict.fromkeys(r["kernel"] for r in rows))
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         for number, name in enumerate(names):
@@ -141,6 +147,7 @@ def _roofline(pyplot: Any, report: Report) -> Any:
         axis.set_xticks(sorted(lengths), [f"{n:,}" for n in sorted(lengths)])
         axis.minorticks_off()
         axis.set_yscale("log")
+        axis.set_ylim(top=axis.get_ylim()[1] * 1.7)  # room for the roof's label
         axis.set_xlabel("queries = keys")
         axis.set_ylabel("TFLOP/s")
         axis.set_title(dtype, fontsize=9)
@@ -162,7 +169,7 @@ def _roof(axis: Any, report: Report, dtype: str) -> None:
             f"matmul, measured: {measured:.3g}",
             (0.02, measured),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
+            xytext=(0, 2),
             textcoords="offset points",
             fontsize=7,
         )
@@ -200,8 +207,8 @@ def _step_bars(pyplot: Any, report: Report) -> Any:
         axis.barh(range(len(rows)), whole, color=THEIRS, height=0.7, label="the rest")
         axis.barh(range(len(rows)), part, color=OURS, height=0.7, label="attention")
         for place, row in enumerate(rows):
-            said = f" {row['p50_ms']:.3g} ms"
-            axis.text(whole[place], place, said, va="center", fontsize=8)
+            said = f" {row['p50_ms']:,.0f} ms"
+            axis.text(whole[place], place, said, va="center", fontsize=8, bbox=_BEHIND)
         axis.set_yticks(range(len(rows)), names)
         axis.invert_yaxis()
         axis.set_xlim(0, max(whole) * 1.35)

@@ -78,11 +78,11 @@ def as_text(report: Report) -> str:
         widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
         is_number = [bool(c.style) for c in report.columns]
         for cells in [heads, *body]:
-            words = [
+            aligned = (
                 f"{word:>{w}}" if number else f"{word:<{w}}"
                 for word, w, number in zip(cells, widths, is_number, strict=True)
-            ]
-            lines.append(("  " + "  ".join(words)).rstrip())
+            )
+            lines.append(("  " + "  ".join(aligned)).rstrip())
     else:
         lines.append("  nothing could be measured")
     if report.skipped:
@@ -101,8 +101,8 @@ def _grouped(skipped: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
         places.setdefault((what, reason), []).append(where)
     everywhere = len(dict.fromkeys(where for where, _, _ in skipped))
     rows = []
-    for (what, reason), where in places.items():
-        at = dict.fromkeys(where)
+    for (what, reason), found in places.items():
+        at = dict.fromkeys(found)
         is_all = len(at) == everywhere or not any(at)
         rows.append((what, reason if is_all else f"{reason} ({', '.join(at)})"))
     return rows
@@ -113,7 +113,7 @@ def as_markdown(report: Report) -> str:
     lines = [f"### {report.title}", ""]
     lines.append("| " + " | ".join(c.heading for c in report.columns) + " |")
     lines.append("|" + "|".join("---:" if c.style else "---" for c in report.columns) + "|")
-    lines += ["| " + " | ".join(_escape(word) for word in row) + " |" for row in _cells(report)]
+    lines += ["| " + " | ".join(map(_escape, row)) + " |" for row in _cells(report)]
     if report.skipped:
         lines += ["", "Not measured:", ""]
         lines += [f"- {_escape(what)}: {_escape(why)}" for what, why in _grouped(report.skipped)]
