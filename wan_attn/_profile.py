@@ -52,6 +52,7 @@ class Mark:
     site: Site
     kind: str
     title: str
+    device: torch.device
     begin: Any
     end: Any
     host: float  # seconds since the recorder began
@@ -78,8 +79,13 @@ class Recorder:
         # By id; weak, because a program may drop a model to make room for another.
         self._names: dict[int, tuple[weakref.ref[Any], str, str]] = {}
         self._models: list[tuple[weakref.ref[Any], str]] = []
-        self._first_event: Any = None
+        self._first: dict[torch.device, Any] = {}  # events of two devices cannot be compared
         self._unread = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Whose times these are."""
+        return next(iter(self._first), torch.device("cpu"))
 
     def start(self, device: torch.device) -> Any:
         """Before a call; None where it cannot be timed: a CUDA graph is being captured."""
@@ -88,10 +94,13 @@ class Recorder:
         if self.api.is_current_stream_capturing():
             self.not_timed += 1
             return None
+        event = self._record(device)
+        self._first.setdefault(device, event)
+        return event
+
+    def _record(self, device: torch.device) -> Any:
         event = self.api.Event(enable_timing=True)
-        event.record()
-        if self._first_event is None:
-            self._first_event = event
+        event.record(self.api.current_stream(device))
         return event
 
     def stop(self, begun: Any, request: Request, choice: Choice) -> None:
@@ -101,8 +110,7 @@ class Recorder:
         end: Any = time.perf_counter()
         host = end - self.began
         if request.device.type == "cuda":
-            end = self.api.Event(enable_timing=True)
-            end.record()
+            end = self._record(request.device)
         site = self._site(sys._getframe(1))
         kind = (
             f"{request.batch}x{request.seqlen_q}"
@@ -111,7 +119,7 @@ class Recorder:
             + f" {str(request.dtype).removeprefix('torch.')}"
         )
         with self._lock:
-            self.marks.append(Mark(site, kind, choice.title, begun, end, host))
+            self.marks.append(Mark(site, kind, choice.title, request.device, begun, end, host))
             if self.rank is None:
                 self.rank = _rank()
             is_time = len(self.marks) % DRAIN_EVERY == 0
@@ -159,18 +167,17 @@ class Recorder:
         """Turn marks into milliseconds: all after `wait`, else those that have passed."""
         with self._lock:
             marks = self.marks[self._unread :]
-        if wait and self._first_event is not None:
-            self.api.synchronize()
+        if wait:
+            for device in self._first:
+                self.api.synchronize(device)
         for mark in marks:
             if isinstance(mark.end, float):
                 mark.begin_ms = (mark.begin - self.began) * 1e3
                 mark.ms = (mark.end - mark.begin) * 1e3
             elif wait or mark.end.query():
-                mark.begin_ms = float(self._first_event.elapsed_time(mark.begin))
+                mark.begin_ms = float(self._first[mark.device].elapsed_time(mark.begin))
                 mark.ms = float(mark.begin.elapsed_time(mark.end))
-                if mark.begin is not self._first_event:
-                    mark.begin = None
-                mark.end = None  # events are few on some systems
+                mark.begin = mark.end = None  # a long run makes many
             else:
                 break
             self._unread += 1

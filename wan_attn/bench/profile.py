@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from wan_attn.bench import facts
 from wan_attn.bench.timing import percentile
 from wan_attn.cli import _report
@@ -38,9 +36,8 @@ def finish(recorder: Recorder, seconds: float) -> None:
         return
     found = analyse(recorder.marks, seconds)
     found["not_timed"] = recorder.not_timed
-    device = torch.device("cuda" if recorder._first_event is not None else "cpu")
     found = {"format": 1, "kind": "profile", "date": recorder.date, **found}
-    found["environment"] = facts.environment(device)
+    found["environment"] = facts.environment(recorder.device)
     path = file_for(Path(recorder.path), recorder.rank, os.getpid() if is_child else None)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
