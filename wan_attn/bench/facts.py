@@ -34,6 +34,9 @@ DATASHEET_TFLOPS = {
     "H200": 989.0,
 }
 
+# Words that make another card of the same name.
+_OTHER_CARDS = {"Laptop", "Mobile", "Ti", "SUPER", "D", "NVL"}
+
 _SMI_FIELDS = (
     ("clocks.sm", "sm_mhz"),
     ("clocks.max.sm", "sm_mhz_max"),
@@ -167,10 +170,12 @@ def datasheet_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def datasheet_by_name(name: str) -> float | None:
-    """The figure for the longest known name that is contained in this one, as a whole word."""
+    """The figure for the longest known name in this one, as whole words; None: another card's."""
     words = f" {name.replace('-', ' ')} "
     known = [n for n in DATASHEET_TFLOPS if f" {n} " in words]
-    return DATASHEET_TFLOPS[max(known, key=len)] if known else None
+    if not known or set(words.split()) & _OTHER_CARDS:
+        return None
+    return DATASHEET_TFLOPS[max(known, key=len)]
 
 
 def matmul_tflops(

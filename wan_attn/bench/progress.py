@@ -61,6 +61,7 @@ class RichBar:
 
     def step(self, text: str) -> None:
         self.bar.update(self.task, description=text[:48], advance=0 if self.is_first else 1)
+        self.bar.refresh()  # a call may keep Python busy until the next thing
         self.is_first = False
 
     def close(self) -> None:
