@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from wan_attn.select import Choice
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_HOME = os.path.expanduser("~").rstrip(os.sep) + os.sep
 DRAIN_EVERY = 512  # calls between two looks at marks that have passed
 
 
@@ -133,7 +134,10 @@ class Recorder:
         if frame is None:
             return Site("?", "", "")
         code = frame.f_code
-        file = "/".join(code.co_filename.replace("\\", "/").split("/")[-3:])
+        file = code.co_filename
+        if file.startswith(_HOME):  # people share these files
+            file = "~" + file[len(_HOME) - 1 :]
+        file = "/".join(file.replace("\\", "/").split("/")[-3:])
         function = getattr(code, "co_qualname", code.co_name)  # Python 3.11 and newer
         line = f"{file}:{frame.f_lineno} {function}"
         module, outer = _modules(frame)

@@ -104,6 +104,7 @@ def run(
     rounds = options.rounds or DEFAULT_ROUNDS
     cases = [(v, d) for d in options.dtypes for v in options.videos]
     bar = bar or progress.make(blocks * len(cases))
+    clock = clock_for(device, flush_bytes=0)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     title = ""
     for block in range(blocks):
@@ -114,7 +115,7 @@ def run(
             title = stack.title
             try:
                 one = replace(options, rounds=rounds)
-                step.measure_case(part, one, stack, video, dtype, clock_for(device), 0)
+                step.measure_case(part, one, stack, video, dtype, clock, 0)
             finally:
                 stack.close()
         for row in part.rows:

@@ -24,6 +24,7 @@ from wan_attn.backends._errors import is_device_error
 
 FLUSH_BYTES_MIN = 256 << 20  # where a device does not tell the size of its L2 cache
 ROUNDS_MIN, ROUNDS_MAX = 5, 200
+ROUNDS_SLOW = 3  # where even ROUNDS_MIN would take three times as long as there is time
 
 
 class StepTiming(NamedTuple):
@@ -115,9 +116,9 @@ class DeviceClock:
         self._buffer.zero_()
 
 
-def clock_for(device: torch.device) -> Clock:
-    """The clock of this device."""
-    return DeviceClock(device) if device.type == "cuda" else WallClock()
+def clock_for(device: torch.device, flush_bytes: int | None = None) -> Clock:
+    """The clock of this device; flush_bytes as DeviceClock has it."""
+    return DeviceClock(device, flush_bytes=flush_bytes) if device.type == "cuda" else WallClock()
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -238,7 +239,7 @@ def interleave(
         calls: by name. One that fails is left out with its reason; one that breaks the device is
             raised.
         warmup: untimed rounds, whose last one tells how many rounds `seconds` are enough for.
-        seconds: about how long all rounds take; never fewer than ROUNDS_MIN.
+        seconds: about how long all rounds take; never fewer than ROUNDS_MIN (or ROUNDS_SLOW).
         rounds: how many, whatever `seconds` says.
         on_round: told (rounds done, rounds in all).
     """
@@ -247,7 +248,10 @@ def interleave(
     one_round = 0.0
     for _ in range(max(1, warmup)):
         one_round = _warm_up(alive, clock, found)
-    total = rounds or max(ROUNDS_MIN, min(ROUNDS_MAX, int(seconds / max(one_round, 1e-6))))
+        if one_round > seconds:  # calls this long need no second one to be warm
+            break
+    least = ROUNDS_MIN if ROUNDS_MIN * one_round < 3 * seconds else ROUNDS_SLOW
+    total = rounds or max(least, min(ROUNDS_MAX, int(seconds / max(one_round, 1e-6))))
     found.times = {name: [] for name in alive}
     with no_collection():
         for number in range(total):
