@@ -55,7 +55,9 @@ def as_markdown(found: dict[str, Any]) -> str:
     name = facts.get("device", "unknown device")
     lines = [f"# gpu_check on {name}", ""]
     if found["dry_run_on_cpu"]:
-        lines += ["**A dry run with CPU kernels: it shows that the checks work, no GPU was used.**"]
+        lines += [
+            "**A dry run with CPU kernels: it shows that the checks work. No GPU was used; its times mean nothing.**"
+        ]
         lines.append("")
     lines.append(
         f"wan_attn {facts.get('wan_attn')}, torch {facts.get('torch')}, driver "
