@@ -56,9 +56,10 @@ def as_markdown(found: dict[str, Any]) -> str:
     lines = [f"# gpu_check on {name}", ""]
     if found["dry_run_on_cpu"]:
         lines += [
-            "**A dry run with CPU kernels: it shows that the checks work. No GPU was used; its times mean nothing.**"
+            "**A dry run with CPU kernels: it shows that the checks work. No GPU was used; its "
+            "times mean nothing.**",
+            "",
         ]
-        lines.append("")
     lines.append(
         f"wan_attn {facts.get('wan_attn')}, torch {facts.get('torch')}, driver "
         f"{facts.get('driver')}, {facts.get('date')}, {found['seconds']:.0f} s"

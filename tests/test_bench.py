@@ -6,6 +6,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 
 from wan_attn import ops
 from wan_attn.__main__ import main
-from wan_attn.bench import accuracy, kernels, peers, plots, progress, report, step, suite
+from wan_attn.bench import accuracy, kernels, model, peers, plots, progress, report, step, suite
 from wan_attn.bench.model import ARCHS, Video, reduced
 from wan_attn.bench.report import Column, Report
 from wan_attn.workloads import WORKLOADS
@@ -219,6 +221,36 @@ def test_a_full_step_is_extrapolated_by_its_blocks(monkeypatch: pytest.MonkeyPat
     assert row["full_step_s"] == pytest.approx((20 + 80 * 15) / 1e3)
     assert row["video_min"] == pytest.approx(row["full_step_s"] * 50 / 60)
     assert row["attention"] == 0.4
+
+
+def test_stock_wan22() -> None:
+    folder = os.environ.get("WAN22_DIR")
+    if not folder:
+        pytest.skip("WAN22_DIR is not set: no checkout of Wan2.2")
+    video = Video(64, 64, 5)
+    options = tiny_step(wan22=Path(folder), batch=2, fill=(1.0, 0.5), videos=(video,))
+    found = step.run(options)
+    assert [row["backend"] for row in found.rows] == ["torch-batched", "torch", "chunked", "sdpa"]
+    assert all(0 < row["attention"] < row["blocks"] < 1 for row in found.rows)
+    assert any("flash_attn" in reason for _, name, reason in found.skipped if name == step.STOCK)
+    stack = step.make_stack(options, torch.float32)
+    stack.show(video, 2, (1.0, 0.5))
+    seen = []
+    stack.use(
+        lambda q, k, v, k_lens: seen.append(k_lens if k_lens is None else k_lens.tolist()) or q
+    )
+    with torch.inference_mode():
+        stack.forward()
+    stack.close()
+    assert seen == [[8, 4], None]
+    assert not [name for name in sys.modules if name.startswith(model.ALIAS)]
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: (p / "wan").mkdir()])
+def test_a_folder_that_is_no_wan22(tmp_path: Path, make: Any) -> None:
+    make(tmp_path)
+    with pytest.raises(model.ModelError, match="must be a checkout of Wan2.2"):
+        step.run(tiny_step(wan22=tmp_path))
 
 
 def test_dimensions_are_those_of_the_models() -> None:
