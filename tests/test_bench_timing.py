@@ -132,6 +132,13 @@ def test_the_flush_writes_more_than_the_cache_holds(cuda: FakeCuda) -> None:
     timing.DeviceClock(torch.device("cpu"), api=cuda, flush_bytes=0).flush()
 
 
+def test_cpu_time_leaves_out_what_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = timing.clock_for(torch.device("cpu"), cpu_time=True)
+    monkeypatch.setattr(timing.time, "process_time", iter([1.0, 1.5]).__next__)
+    mark = clock.end(clock.begin())  # whatever the wall clock says
+    assert clock.read(mark) == pytest.approx(500.0 / torch.get_num_threads())
+
+
 def test_garbage_collection_waits_and_comes_back() -> None:
     seen = []
     timing.interleave({"x": lambda: seen.append(gc.isenabled())}, timing.WallClock(), rounds=2)

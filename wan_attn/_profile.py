@@ -131,8 +131,8 @@ class Recorder:
         """The first frame outside this package, and the names of the modules around it."""
         while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
             frame = frame.f_back
-        if frame is None:
-            return Site("?", "", "")
+        if frame is None or frame.f_code.co_filename.startswith("<frozen"):
+            return Site("wan_attn itself", "", "")  # python -m wan_attn demo
         code = frame.f_code
         file = code.co_filename
         if file.startswith(_HOME):  # people share these files

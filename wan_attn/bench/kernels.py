@@ -14,7 +14,14 @@ from torch import Tensor
 
 from wan_attn.bench import accuracy, facts, peers, progress
 from wan_attn.bench.report import Column, Report
-from wan_attn.bench.timing import Clock, clock_for, describe_failure, interleave, is_fatal
+from wan_attn.bench.timing import (
+    CPU_TIME_NOTE,
+    Clock,
+    clock_for,
+    describe_failure,
+    interleave,
+    is_fatal,
+)
 from wan_attn.bench.timing import percentile as pct
 from wan_attn.log import dtype_name
 from wan_attn.request import Request
@@ -57,6 +64,7 @@ class Options:
     wanted: list[str] | None = None
     seconds: float = 60.0
     rounds: int | None = None
+    cpu_time: bool = False
 
 
 def scaled(call: Workload, flop_max: float = CPU_FLOP_MAX) -> Workload:
@@ -107,7 +115,7 @@ def run(options: Options, bar: progress.Progress | None = None) -> Report:
     report = Report("kernels", f"Attention kernels on {facts.device_name(device)}", COLUMNS)
     report.environment = facts.environment(device)
     before = facts.state(device)
-    clock = clock_for(device)
+    clock = clock_for(device, cpu_time=options.cpu_time)
     cases = [(call, dtype) for call in options.shapes for dtype in options.dtypes]
     bar = bar or progress.make(len(options.dtypes) + len(cases))
     matmul = {}
@@ -146,7 +154,8 @@ def _notes(options: Options, report: Report, matmul: dict[torch.dtype, float]) -
             "Device events; the L2 cache overwritten before each call; all kernels in turn."
         )
     else:
-        notes.append("Wall clock; all kernels in turn; caches as the call before left them.")
+        notes.append("All kernels in turn; caches as the call before left them.")
+        notes.append(CPU_TIME_NOTE if options.cpu_time else "Times are the wall clock's.")
     if any(row["lossy"] for row in report.rows):
         notes.append("* quantises: its error is larger by design. Quantising is in its time.")
     return notes

@@ -34,6 +34,7 @@ from wan_attn.bench.model import (
 )
 from wan_attn.bench.report import Column, Report
 from wan_attn.bench.timing import (
+    CPU_TIME_NOTE,
     Clock,
     clock_for,
     describe_failure,
@@ -128,6 +129,11 @@ class Options:
     rounds: int | None = None
     is_reduced: bool = False
     yardstick: bool = False
+    cpu_time: bool = False
+
+    def clock(self) -> Clock:
+        """Nothing of a step fits a cache, and a buffer to flush one would count in its memory."""
+        return clock_for(self.device, flush_bytes=0, cpu_time=self.cpu_time)
 
 
 def default_arch(name: str, device: torch.device, full: bool) -> tuple[Arch, bool]:
@@ -158,8 +164,7 @@ def run(options: Options, bar: progress.Progress | None = None) -> Report:
         ModelError: there is no model to run. RuntimeError: the device itself failed.
     """
     began = time.perf_counter()
-    # Nothing of a step fits a cache, and a buffer to flush one would count in the peak memory.
-    device, clock = options.device, clock_for(options.device, flush_bytes=0)
+    device, clock = options.device, options.clock()
     report = Report("step", "", COLUMNS, environment=facts.environment(device))
     before = facts.state(device)
     cases = len(options.dtypes) * len(options.videos)
@@ -211,6 +216,8 @@ def notes(options: Options, title: str) -> list[str]:
             f"`all layers s` and `min/video` are extrapolated, not measured: the blocks' part "
             f"times {arch.call.layers}/{options.layers}, then {arch.steps} steps."
         )
+    if options.cpu_time:
+        said.append(CPU_TIME_NOTE)
     if options.fill != (1.0,):
         said.append(f"Real lengths of the samples: {', '.join(f'{x:.0%}' for x in options.fill)}.")
     return said

@@ -17,7 +17,7 @@ import torch
 from wan_attn.bench import facts, progress, step
 from wan_attn.bench.model import CPU_FRAMES, Video
 from wan_attn.bench.report import Column, Report
-from wan_attn.bench.timing import clock_for, summary
+from wan_attn.bench.timing import summary
 
 BLOCKS = 3
 DEFAULT_ROUNDS = 5  # of each block
@@ -104,7 +104,7 @@ def run(
     rounds = options.rounds or DEFAULT_ROUNDS
     cases = [(v, d) for d in options.dtypes for v in options.videos]
     bar = bar or progress.make(blocks * len(cases))
-    clock = clock_for(device, flush_bytes=0)
+    clock = options.clock()
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     title = ""
     for block in range(blocks):

@@ -117,6 +117,7 @@ def _kernels_options(args: argparse.Namespace) -> kernels.Options:
         wanted=bench_options.words([wanted]) if wanted is not None else None,
         seconds=args.seconds,
         rounds=args.rounds,
+        cpu_time=args.cpu_time,
     )
     if options.qk_dtype not in (None, torch.float32) and options.dtypes != (options.qk_dtype,):
         raise BadOption(f"--qk-dtype must be fp32 or that of --dtype, got {qk!r}")
@@ -194,6 +195,7 @@ def _step_options(args: argparse.Namespace) -> step.Options:
         seconds=args.seconds,
         rounds=args.rounds,
         is_reduced=is_reduced,
+        cpu_time=args.cpu_time,
     )
 
 
@@ -266,7 +268,7 @@ def _suite(args: argparse.Namespace) -> int:
             if word not in known:
                 raise BadOption(f"--backends must name some of {', '.join(known)}; got {word!r}")
         options = replace(options, wanted=wanted)
-    options = replace(options, rounds=args.rounds, wan22=_checkout(None))
+    options = replace(options, rounds=args.rounds, wan22=_checkout(None), cpu_time=args.cpu_time)
     args.out = None  # --output is where it goes
     result = suite.run(name, options, args.blocks)
     return _finish(args, result, stem=args.output.with_suffix(""))

@@ -48,6 +48,13 @@ def common(parser: argparse.ArgumentParser, *, is_action: bool) -> None:
         "--threads", type=int, default=default(None), metavar="N", help="of the CPU"
     )
     parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        default=default(False),
+        help="on a CPU that others use: the process's CPU time instead of the wall clock (with "
+        "OMP_WAIT_POLICY=passive)",
+    )
+    parser.add_argument(
         "--full",
         action="store_true",
         default=default(False),
@@ -88,6 +95,8 @@ def device(args: argparse.Namespace) -> torch.device:
     found = torch.device(name)
     if found.type == "cpu":
         return found
+    if args.cpu_time:
+        raise BadOption(f"--cpu-time must come with the CPU, got the device {name!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (found.index or 0) >= count:
         raise BadOption(f"--device must be there, got {name!r} and torch sees {count} CUDA devices")
