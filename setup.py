@@ -242,6 +242,7 @@ setup(
     packages=[
         "wan_attn",
         "wan_attn.backends",
+        "wan_attn.bench",
         "wan_attn.cli",
         "wan_attn.cuda",
         "wan_attn.demo",

@@ -88,12 +88,16 @@ PYTHON_LAYERS = [
     {"ops"},
     {"backends"},
     {"select", "availability"},
-    {"attention", "_execute", "_opaque"},
+    {"attention", "_execute", "_opaque", "_profile"},
     {"integrations"},
-    {"", "__main__", "cli", "demo"},
+    {"", "__main__", "bench", "cli", "demo"},
 ]
 # Without libwan_attn the op is computed by the torch backend, which is above it.
-UPWARD = {("wan_attn.ops", "wan_attn.backends.torch_sdpa")}
+UPWARD = {
+    ("wan_attn.ops", "wan_attn.backends.torch_sdpa"),
+    ("wan_attn._profile", "wan_attn.bench"),  # at exit, for the summary
+    ("wan_attn._profile", "wan_attn.bench.profile"),
+}
 
 # Who may import something that is neither torch's, Python's nor ours when it is imported itself.
 MAY_NEED = {"wan_attn/demo/*.py": {"PIL", "diffusers", "imageio", "numpy", "tqdm"}}

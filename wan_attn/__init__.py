@@ -5,6 +5,7 @@ Importing registers ``torch.ops.wan_attn.sdpa`` and does nothing else: it patche
 CUDA context, reads no file but its own library and opens no connection.
 """
 
+import importlib as _importlib
 import warnings as _warnings
 
 from wan_attn.version import __version__
@@ -62,6 +63,13 @@ try:
     # `wan_attn.backends.x` in import statements, as always; the attribute is the function that
     # users call.
     from wan_attn.availability import backends  # isort: skip
+
+    def __getattr__(name: str) -> object:
+        """`wan_attn.bench.measure_step` after `import wan_attn` alone; not imported before."""
+        if name == "bench":
+            return _importlib.import_module("wan_attn.bench")
+        raise AttributeError(f"module 'wan_attn' has no attribute {name!r}")
+
 except (ImportError, OSError, RuntimeError, ValueError) as _error:
     # No torch, one whose DLLs do not load, a variable that holds something impossible: raised at
     # the first use, not here, because `python -m wan_attn doctor` has to import this file in order

@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compile": ("wan_attn.cli.compile", "compile the CUDA kernels of a GPU before it needs them"),
     "comfyui": ("wan_attn.cli.comfyui", "put the node into a ComfyUI, or take it out again"),
     "demo": ("wan_attn.cli.demo", "denoise a short video with and without wan_attn and compare"),
+    "bench": (
+        "wan_attn.cli.bench",
+        "measure kernels and denoising steps; tables and pictures to share",
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wan_attn import config, log
+from wan_attn import _profile, config, log
 from wan_attn.backends import REGISTRY
 from wan_attn.backends._errors import is_device_error
 from wan_attn.request import Request, host_lengths, refuse, wants_grad
@@ -100,7 +100,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
         plan = _make_plan(query, key, value, call, settings)
         _keep(kind, plan)
     pairs = _check_values(plan.request, call)
+    recorder = None if settings.profile is None else _profile.recorder(settings.profile)
     while True:
+        begun = None if recorder is None else recorder.start(query.device)
         try:
             result = plan.run(
                 query,
@@ -120,6 +122,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
             plan = _next_plan(plan, error, call.version)
             _keep(kind, plan)
         else:
+            if recorder is not None:
+                recorder.stop(begun, plan.request, plan.choice)
             if not plan.is_said:
                 plan.is_said = True
                 _say(plan, call.version, pairs)

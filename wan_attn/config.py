@@ -164,6 +164,15 @@ VARIABLES: tuple[Variable, ...] = (
         " the models behind the node.",
     ),
     Variable(
+        "WAN_ATTN_PROFILE",
+        "profile",
+        "path",
+        ("a file",),
+        "",
+        "Time every attention call, write the times by call site and layer there as JSON at exit,"
+        " and print a summary.",
+    ),
+    Variable(
         "WAN22_DIR",
         "wan22_dir",
         "path",
@@ -192,6 +201,7 @@ class Settings:
     self_check: bool = True
     libcuda: str | None = None
     comfyui: str = "global"
+    profile: str | None = None
     wan22_dir: str | None = None
 
     @classmethod

@@ -24,6 +24,7 @@ from wan_attn import config
 from wan_attn.integrations import wan22
 
 BACKEND_VARIABLE = "USE_ATTENTION_BACKEND"
+PROFILE_VARIABLE = "WAN_ATTN_PROFILE"
 
 CANNOT_START = 2
 """Exit code where there is nothing to run, as Python's own."""
@@ -55,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"sets {BACKEND_VARIABLE} for the script and the processes it starts",
     )
     parser.add_argument(
+        "--profile",
+        metavar="FILE",
+        help=f"sets {PROFILE_VARIABLE}: time every attention call, by call site and layer",
+    )
+    parser.add_argument(
         "-m",
         dest="as_module",
         action="store_true",
@@ -74,6 +80,9 @@ def main(args: argparse.Namespace) -> int:
     try:
         if args.backend:
             config.put(BACKEND_VARIABLE, args.backend)
+        if args.profile:
+            # The script may change its folder; processes that it starts read the variable, too.
+            config.put(PROFILE_VARIABLE, os.path.abspath(args.profile))
         wan22.patch()
     except config.ConfigError as error:
         print(f"wan_attn run: {error}", file=sys.stderr)

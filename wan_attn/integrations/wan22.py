@@ -11,7 +11,7 @@ import sys
 import threading
 from types import ModuleType
 
-from wan_attn import config, log
+from wan_attn import _profile, config, log
 from wan_attn.integrations import _compile, _rebind, _tf32
 from wan_attn.integrations._adapters import Attention, make_flash_attention, make_flash_attn_func
 from wan_attn.integrations._rebind import Binding
@@ -242,6 +242,8 @@ def patch(*, package: str = "wan", attention: Attention | None = None) -> PatchR
     with _LOCK:
         if _session is None:
             log.enable(settings.log_level)
+            if settings.profile is not None:
+                _profile.recorder(settings.profile)  # from here on, not from the first call
             _session = _Session(package, attention, settings)
             _session.hook.install()
         session = _session

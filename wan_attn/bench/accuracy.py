@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""accuracy.py - how far a result is from float64, and how much memory a call takes beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REFERENCE_ROWS = 64  # of every head and sample, spread over the length
+SCORE_BYTES_MAX = 256 << 20  # of one head's float64 scores, held at once
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Rows of the exact result.
+
+    Attributes:
+        rows: their numbers.
+        out: [batch, rows, heads, head_dim] float64.
+    """
+
+    rows: Tensor
+    out: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """Against a Reference: the largest, and the root mean square over that of the result."""
+
+    max: float
+    relative_rms: float
+
+
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, lengths_k: list[int] | None = None
+) -> Reference:
+    """Attention of some rows in float64, one head at a time, on the tensors' device."""
+    batch, seqlen_q, heads, head_dim = query.shape
+    rows = torch.linspace(0, seqlen_q - 1, min(REFERENCE_ROWS, seqlen_q), dtype=torch.float64)
+    rows = rows.round().long().to(query.device)
+    picked = query.index_select(1, rows)
+    out = torch.zeros(picked.shape, dtype=torch.float64, device=query.device)
+    group = heads // key.shape[2]
+    step = max(1, SCORE_BYTES_MAX // (8 * max(1, key.shape[1])))
+    for b in range(batch):
+        keys = key.shape[1] if lengths_k is None else lengths_k[b]
+        if not keys:
+            continue
+        for h in range(heads):
+            k, v = (x[b, :keys, h // group].double() for x in (key, value))
+            for begin in range(0, len(rows), step):
+                part = slice(begin, begin + step)
+                scores = picked[b, part, h].double() @ k.T / head_dim**0.5
+                out[b, part, h] = scores.softmax(dim=1) @ v
+    return Reference(rows, out)
+
+
+def error(result: Tensor, exact: Reference) -> Error:
+    """Of those rows; NaN where the result holds one."""
+    gap = result.index_select(1, exact.rows).double() - exact.out
+    size = float(exact.out.square().mean().sqrt())
+    if not gap.numel():
+        return Error(0.0, 0.0)
+    return Error(float(gap.abs().amax()), float(gap.square().mean().sqrt()) / size if size else 0.0)
+
+
+def extra_bytes(call: Callable[[], Tensor], device: torch.device) -> int | None:
+    """The most memory a call holds beside its inputs and output; None where nobody counts.
+
+    torch's CUDA allocator counts by itself. On the CPU its profiler reports each allocation, and
+    only those made through torch: threads' stacks and other libraries' own memory are not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        out = call()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+        return max(0, peak - out.numel() * out.element_size())
+    try:
+        changes, out = _cpu_allocations(call)
+    except (AttributeError, RuntimeError):  # not in every torch
+        return None
+    held = peak = 0
+    for change in changes:
+        held += change
+        peak = max(peak, held)
+    return max(0, peak - out.numel() * out.element_size())
+
+
+def _cpu_allocations(call: Callable[[], Tensor]) -> tuple[list[int], Tensor]:
+    """Bytes taken (above 0) and given back (below 0), in order."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with _no_chatter(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        out = call()
+    events: Any = profiler.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]"], out
+
+
+@contextlib.contextmanager
+def _no_chatter() -> Iterator[None]:
+    """The profiler's C++ half greets on stderr, past Python."""
+    try:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # no stderr: nothing to hear
+        yield
+        return
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

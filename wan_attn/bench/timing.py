@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""timing.py - how long calls take: clocks, interleaved rounds; knows no attention.
+
+On a GPU the device's own events are read, once per round: between two events the host only queues
+work, and nothing waits. Before each call a buffer larger than the L2 cache is overwritten, so that
+no call finds its operands there; that write also gives the host time to queue the call, so that
+launching it is not measured.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from wan_attn.backends._errors import is_device_error
+
+FLUSH_BYTES_MIN = 256 << 20  # where a device does not tell the size of its L2 cache
+ROUNDS_MIN, ROUNDS_MAX = 5, 200
+ROUNDS_SLOW = 3  # where even ROUNDS_MIN would take three times as long as there is time
+
+
+class StepTiming(NamedTuple):
+    """What people publish of a denoising step; times in milliseconds."""
+
+    avg_ms: float
+    p50_ms: float
+    p90_ms: float
+    iters: int
+
+
+class Clock(Protocol):
+    """Marks the time before and after a call, and reads the marks later."""
+
+    def begin(self) -> Any: ...
+
+    def end(self, begun: Any) -> Any: ...
+
+    def wait(self) -> None:
+        """Until everything between marks has run."""
+
+    def read(self, mark: Any) -> float:
+        """Milliseconds of what end() returned; after wait()."""
+
+    def flush(self) -> None:
+        """Forget what caches hold, where that can be asked for."""
+
+
+class WallClock:
+    """time.perf_counter: for the CPU, where a call has run when it returns."""
+
+    def begin(self) -> float:
+        return time.perf_counter()
+
+    def end(self, begun: float) -> float:
+        return time.perf_counter() - begun
+
+    def wait(self) -> None:
+        """Nothing runs behind our back."""
+
+    def read(self, mark: float) -> float:
+        return mark * 1e3
+
+    def flush(self) -> None:
+        """A CPU's caches are left as they are: a model's calls find theirs like that too."""
+
+
+class CpuTimeClock(WallClock):
+    """The CPU time of this process over its threads: for a machine that others use, too.
+
+    What waits for a core is not counted. A waiting OpenMP thread that spins is: set
+    OMP_WAIT_POLICY=passive before Python starts.
+    """
+
+    def begin(self) -> float:
+        return time.process_time()
+
+    def end(self, begun: float) -> float:
+        return (time.process_time() - begun) / torch.get_num_threads()
+
+
+class DeviceClock:
+    """Events on the current stream of a CUDA device.
+
+    Args:
+        device: the one to time.
+        api: torch.cuda, or a stand-in.
+        flush_bytes: how much to overwrite before a call; None: twice the L2 cache, 0: nothing.
+    """
+
+    def __init__(
+        self, device: torch.device, api: Any = torch.cuda, flush_bytes: int | None = None
+    ) -> None:
+        self.device, self.api = device, api
+        if flush_bytes is None:
+            l2 = getattr(api.get_device_properties(device), "L2_cache_size", 0)
+            flush_bytes = max(FLUSH_BYTES_MIN, 2 * l2)
+        self.flush_bytes = flush_bytes
+        self._buffer: torch.Tensor | None = None
+
+    def begin(self) -> Any:
+        event = self.api.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def end(self, begun: Any) -> tuple[Any, Any]:
+        event = self.api.Event(enable_timing=True)
+        event.record()
+        return begun, event
+
+    def wait(self) -> None:
+        self.api.synchronize(self.device)
+
+    def read(self, mark: tuple[Any, Any]) -> float:
+        begin, end = mark
+        return float(begin.elapsed_time(end))
+
+    def flush(self) -> None:
+        if not self.flush_bytes:
+            return
+        if self._buffer is None:
+            self._buffer = torch.empty(self.flush_bytes, dtype=torch.uint8, device=self.device)
+        self._buffer.zero_()
+
+
+def clock_for(
+    device: torch.device, flush_bytes: int | None = None, cpu_time: bool = False
+) -> Clock:
+    """The clock of this device; flush_bytes as DeviceClock has it, cpu_time for a CPU only."""
+    if device.type == "cuda":
+        return DeviceClock(device, flush_bytes=flush_bytes)
+    return CpuTimeClock() if cpu_time else WallClock()
+
+
+CPU_TIME_NOTE = (
+    "Times are the process's CPU time over its threads, not the wall clock: other programs ran."
+)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """With linear interpolation between neighbours; NaN of nothing."""
+    ordered = sorted(values)
+    if not ordered:
+        return math.nan
+    place = (len(ordered) - 1) * percent / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def summary(milliseconds: Sequence[float]) -> StepTiming:
+    """avg, p50, p90 and how many; NaN of nothing."""
+    average = statistics.fmean(milliseconds) if milliseconds else math.nan
+    return StepTiming(
+        average, percentile(milliseconds, 50), percentile(milliseconds, 90), len(milliseconds)
+    )
+
+
+def measure_step(
+    fn: Callable[[], object],
+    warmup: int = 3,
+    iters: int = 10,
+    *,
+    device: torch.device | str | None = None,
+) -> StepTiming:
+    """Time `fn`, such as one denoising step, as a program runs it: caches are left alone.
+
+    Args:
+        fn: called without arguments; what it returns is dropped.
+        warmup: calls before the first that counts.
+        iters: calls that count.
+        device: whose events to read; None: the current CUDA device if this process has used one,
+            else the wall clock.
+
+    Returns:
+        avg_ms, p50_ms, p90_ms, iters.
+
+    Raises:
+        ValueError: warmup is below 0, or iters below 1.
+    """
+    if warmup < 0:
+        raise ValueError(f"warmup must be at least 0, got {warmup}")
+    if iters < 1:
+        raise ValueError(f"iters must be at least 1, got {iters}")
+    if device is None:
+        used_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        device = torch.device("cuda", torch.cuda.current_device()) if used_cuda else "cpu"
+    clock = clock_for(torch.device(device))
+    for _ in range(warmup):
+        fn()
+    clock.wait()
+    marks = []
+    with no_collection():
+        for _ in range(iters):
+            begun = clock.begin()
+            fn()
+            marks.append(clock.end(begun))
+    clock.wait()
+    return summary([clock.read(mark) for mark in marks])
+
+
+@contextmanager
+def no_collection() -> Any:
+    """Python's garbage collector waits: its pauses are nobody's time."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@dataclass
+class Rounds:
+    """Milliseconds of every call in every round, and why some have none.
+
+    Attributes:
+        times: by name; entry i of each belongs to round i.
+        skipped: by name, the reason.
+    """
+
+    times: dict[str, list[float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def describe_failure(error: BaseException) -> str:
+    """One line of what a call raised."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        return "out of memory"
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+
+
+def is_fatal(error: BaseException) -> bool:
+    """The device itself is in trouble: no later time would mean anything."""
+    return is_device_error(error) and describe_failure(error) != "out of memory"
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    clock: Clock,
+    *,
+    warmup: int = 2,
+    seconds: float = 10.0,
+    rounds: int | None = None,
+    on_round: Callable[[int, int], None] = lambda done, total: None,
+) -> Rounds:
+    """Time all calls in rounds, each call once a round, so that a slow minute is slow for all.
+
+    The order rotates and turns round by round: nobody always runs first, or behind the same one.
+
+    Args:
+        calls: by name. One that fails is left out with its reason; one that breaks the device is
+            raised.
+        warmup: untimed rounds, whose last one tells how many rounds `seconds` are enough for.
+        seconds: about how long all rounds take; never fewer than ROUNDS_MIN (or ROUNDS_SLOW).
+        rounds: how many, whatever `seconds` says.
+        on_round: told (rounds done, rounds in all).
+    """
+    found = Rounds()
+    alive = dict(calls)
+    one_round = 0.0
+    for _ in range(max(1, warmup)):
+        one_round = _warm_up(alive, clock, found)
+        if one_round > seconds:  # calls this long need no second one to be warm
+            break
+    least = ROUNDS_MIN if ROUNDS_MIN * one_round < 3 * seconds else ROUNDS_SLOW
+    total = rounds or max(least, min(ROUNDS_MAX, int(seconds / max(one_round, 1e-6))))
+    found.times = {name: [] for name in alive}
+    with no_collection():
+        for number in range(total):
+            marks: dict[str, Any] = {}
+            for name in _order(list(alive), number):
+                clock.flush()
+                try:
+                    begun = clock.begin()
+                    alive[name]()
+                    marks[name] = clock.end(begun)
+                except Exception as error:
+                    if is_fatal(error):
+                        raise
+                    found.skipped[name] = describe_failure(error)
+            clock.wait()
+            for name in found.skipped:
+                alive.pop(name, None)
+                found.times.pop(name, None)
+            for name in alive:
+                found.times[name].append(clock.read(marks[name]))
+            on_round(number + 1, total)
+    return found
+
+
+def _order(names: list[str], number: int) -> Iterable[str]:
+    place = number % len(names) if names else 0
+    turned = names[place:] + names[:place]
+    return turned if number % 2 == 0 else reversed(turned)
+
+
+def _warm_up(alive: dict[str, Callable[[], object]], clock: Clock, found: Rounds) -> float:
+    """Call each once; how many seconds the round took."""
+    began = time.perf_counter()
+    for name in list(alive):
+        clock.flush()
+        try:
+            alive[name]()
+            clock.wait()
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            found.skipped[name] = describe_failure(error)
+            del alive[name]
+            if torch.cuda.is_available() and torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+    return time.perf_counter() - began

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench_options.py - the options that bench's actions share, and words to values, with the rule in
+the message where a word is none."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SECONDS = 60.0
+
+
+class BadOption(Exception):
+    """An option holds something it must not; the message names it, the rule and what was given."""
+
+
+def common(parser: argparse.ArgumentParser, *, is_action: bool) -> None:
+    """What every measuring action takes; also before the action's name, where defaults are set."""
+
+    def default(value: object) -> object:
+        return argparse.SUPPRESS if is_action else value
+
+    parser.add_argument(
+        "--device",
+        default=default(None),
+        help="cpu, cuda or cuda:N (default: cuda if there is one)",
+    )
+    parser.add_argument(
+        "--dtype", default=default(None), metavar="DTYPES", help="bf16, fp16, fp32, with commas"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=default(SECONDS),
+        help=f"about how long to time calls, in all (default: {SECONDS:g})",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=default(None),
+        metavar="N",
+        help="how often each is timed, whatever --seconds says",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=default(None), metavar="N", help="of the CPU"
+    )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        default=default(False),
+        help="on a CPU that others use: the process's CPU time instead of the wall clock (with "
+        "OMP_WAIT_POLICY=passive)",
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        default=default(False),
+        help="real dimensions on a CPU too, where they are reduced otherwise",
+    )
+    parser.add_argument(
+        "--out", default=default(None), metavar="FOLDER", help="write CSV, JSON, Markdown, pictures"
+    )
+    parser.add_argument(
+        "--picture", choices=("svg", "png"), default=default("svg"), help="default: svg"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        default=default(False),
+        help="print one JSON object instead of text",
+    )
+
+
+def words(texts: list[str]) -> list[str]:
+    """What stands between commas."""
+    return [word.strip() for text in texts for word in text.split(",") if word.strip()]
+
+
+def device(args: argparse.Namespace) -> torch.device:
+    """The one to measure; also checks and applies the other common numbers."""
+    if not args.seconds > 0:
+        raise BadOption(f"--seconds must be above 0, got {args.seconds:g}")
+    if args.rounds is not None and args.rounds < 2:
+        raise BadOption(f"--rounds must be at least 2, or there is no spread, got {args.rounds}")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise BadOption(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise BadOption(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    found = torch.device(name)
+    if found.type == "cpu":
+        return found
+    if args.cpu_time:
+        raise BadOption(f"--cpu-time must come with the CPU, got the device {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (found.index or 0) >= count:
+        raise BadOption(f"--device must be there, got {name!r} and torch sees {count} CUDA devices")
+    found = torch.device("cuda", found.index or 0)
+    torch.cuda.set_device(found)
+    return found
+
+
+def dtype(option: str, word: str) -> torch.dtype:
+    """One of DTYPES."""
+    if word not in DTYPES:
+        raise BadOption(f"{option} must be one of {', '.join(DTYPES)}; got {word!r}")
+    return DTYPES[word]
+
+
+def dtypes(args: argparse.Namespace, default: str) -> tuple[torch.dtype, ...]:
+    """Those of --dtype."""
+    found = tuple(dtype("--dtype", word) for word in words([args.dtype or default]))
+    if not found:
+        raise BadOption(f"--dtype must be one of {', '.join(DTYPES)}; got {args.dtype!r}")
+    return found
+
+
+def integer(option: str, word: str, least: int, most: int | None = None) -> int:
+    """A number within bounds."""
+    rule = f"an integer of at least {least}" + (f" and at most {most}" if most else "")
+    if not (word.isascii() and word.isdigit()):
+        raise BadOption(f"{option} must be {rule}, got {word!r}")
+    number = int(word)
+    if number < least or (most is not None and number > most):
+        raise BadOption(f"{option} must be {rule}, got {number}")
+    return number
+
+
+def integers(option: str, text: str, least: int) -> list[int]:
+    """Some, with commas."""
+    found = [integer(option, word, least) for word in words([text])]
+    if not found:
+        raise BadOption(f"{option} must name at least one number, got {text!r}")
+    return found
+
+
+def size(word: str) -> tuple[int, int]:
+    """WxH, or W*H as Wan2.2 writes it."""
+    match = re.fullmatch(r"(\d+)[x*](\d+)", word, re.ASCII)
+    if match is None:
+        raise BadOption(f"--size must be WxH (896x512), got {word!r}")
+    return int(match[1]), int(match[2])
+
+
+def shares(text: str, batch: int) -> tuple[float, ...]:
+    """One share in (0, 1] for all samples, or one for each."""
+    try:
+        found = tuple(float(word) for word in words([text]))
+    except ValueError:
+        found = ()
+    if len(found) not in (1, batch) or not all(0 < share <= 1 for share in found):
+        raise BadOption(
+            f"--fill must be one number above 0 and at most 1, or one for each of {batch} samples, "
+            f"got {text!r}"
+        )
+    return found
