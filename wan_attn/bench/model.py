@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from wan_attn import config, workloads
-from wan_attn.integrations import diffusers_wan, wan22
+from wan_attn.integrations import diffusers as diffusers_host
+from wan_attn.integrations import wan22
 from wan_attn.select import compute_dtype
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -146,7 +147,7 @@ class DiffusersStack:
 
     def use(self, attend: Attend | None) -> None:
         """Compute attention by this; None: as diffusers does."""
-        diffusers_wan.disable(self.model)
+        diffusers_host.restore_processors(self.model)
         if attend is None:
             return
 
@@ -154,7 +155,7 @@ class DiffusersStack:
             is_self = query.shape[1] == key.shape[1]
             return attend(query, key, value, self.k_lens if is_self else None)
 
-        diffusers_wan.enable(self.model, function)
+        diffusers_host.replace_processors(self.model, function)
 
     def forward(self) -> None:
         self.model(*self.inputs, return_dict=False)
