@@ -341,7 +341,7 @@ def jobs_for(arch: int, names: Iterable[str] | None = None) -> tuple[Job, ...]:
     jobs = []
     for name in mine if names is None else names:
         if name not in mine:
-            known = name in {t.key for t in tiles()} | {t.key for t in tiles_sm90()}
+            known = name in {kernel.key for a in gpus() for kernel in kernels_for(a)}
             gpu = f"compute capability {_dotted(arch)} (class {class_of(arch)})"
             has = ", ".join(mine)
             raise RowError(
