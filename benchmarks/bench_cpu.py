@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# As in cpu.csv's note: a waiting OpenMP thread that spins would burn the CPU time it is judged by.
+# A waiting OpenMP thread that spins would burn the CPU time it is judged by.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch

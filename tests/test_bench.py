@@ -263,12 +263,18 @@ def test_dimensions_are_those_of_the_models() -> None:
 def test_suite_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("diffusers")
     words = ["bench", "suite", *CPU, "--settings", "cpu-small", "--test-frames", "1,5"]
-    words += ["--backends", "torch", "--blocks", "2", "--output"]
+    words += ["--backends", "stock,torch", "--blocks", "2", "--output"]
     file = tmp_path / "a.csv"
     code, out, _ = run([*words, str(file)], capsys)
     assert code == 0 and "448x256x5" in out
     rows = list(csv.DictReader(file.open()))
-    assert [row["frames"] for row in rows] == ["1", "5"]
+    assert [(row["frames"], row["backend"], row["yardstick"]) for row in rows] == [
+        ("1", "stock", "matmul"),
+        ("1", "torch", "stock"),
+        ("5", "stock", "matmul"),
+        ("5", "torch", "stock"),
+    ]
+    assert rows[1]["yardstick_ms"] == rows[0]["samples_ms"], "of the same rounds"
     for row in rows:
         assert row["block_rounds"] == "2 2"
         assert len(row["samples_ms"].split()) == len(row["yardstick_ms"].split()) == 4

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """compare.py - `bench compare`: is the new build slower, faster, or can nobody tell?
 
-Both files hold, for each row, the time of every round, and beside it the time that a fixed matrix
-product took in that same round: the yardstick. A row's figure is the median over its rounds of
-time / yardstick, so that a machine that was slower throughout on the second day is not taken for
-slower code. How far that figure is certain comes from the file itself, twice: from the spread of
-its rounds (robust standard error of a median), and from the spread of its blocks' medians (model
-and inputs made anew); the larger counts. A change is called one if it is larger than SIGMAS times
-the two files' errors taken together, and larger than LEAST. Where even PLANTED could not be told
-from noise, the row says so instead of "same".
+Both files hold, for each row, the time of every round, and beside it what a yardstick took in that
+same round: the step with the model's own attention, or a fixed matrix product. A row's figure is
+the median over its rounds of time / yardstick, so that a machine that was slower throughout on the
+second day is not taken for slower code. How far that figure is certain comes from the file itself,
+twice: from the spread of its rounds (robust standard error of a median), and from the spread of its
+blocks' medians (model and inputs made anew); the larger counts. A change is called one if it is
+larger than SIGMAS times the two files' errors taken together, and larger than LEAST. Where even
+PLANTED could not be told from noise, the row says so instead of "same".
 """
 
 from __future__ import annotations
@@ -158,10 +158,11 @@ def compare(base_path: Path, new_path: Path) -> Report:
     said = ", ".join(f"{number} {word}" for word, number in counts.items() if number)
     report.notes = [
         f"Verdict: {said}.",
-        "`against yardstick` is the change of time over that of a fixed matrix product of the same "
-        f"round; it counts above {LEAST:.0%} and {SIGMAS:g} standard errors, which come from the "
-        "rounds' and blocks' own spread. `cannot tell`: the noise would hide a change of "
-        f"{PLANTED:.0%}; measure again on a quieter machine or with more rounds.",
+        "`against yardstick` is the change of time over that of the model's own step (for that "
+        f"step: of a matrix product) in the same round; it counts above {LEAST:.0%} and "
+        f"{SIGMAS:g} standard errors, which come from the rounds' and blocks' own spread. `cannot "
+        f"tell`: the noise would hide a change of {PLANTED:.0%}; measure again on a quieter "
+        "machine or with more rounds.",
     ]
     return report
 

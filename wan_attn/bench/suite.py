@@ -133,7 +133,7 @@ def run(
     return report
 
 
-KEYS = ("settings", "model", "video", "batch", "layers", "dtype", "backend")
+KEYS = ("settings", "model", "video", "batch", "layers", "dtype", "backend", "yardstick")
 """What makes two rows the same measurement."""
 
 
@@ -157,5 +157,5 @@ def _finished(row: dict[str, Any]) -> dict[str, Any]:
 def _add_speedups(rows: list[dict[str, Any]]) -> None:
     base: dict[tuple[Any, ...], float] = {}
     for row in rows:
-        case = tuple(row[k] for k in KEYS if k != "backend")
+        case = tuple(row[k] for k in KEYS if k not in ("backend", "yardstick"))
         row["speedup"] = base.setdefault(case, row["p50_ms"]) / row["p50_ms"]
