@@ -117,6 +117,9 @@ static int refused_by_arch(const wan_attn_kernel_info *info, int32_t device_inde
     if (arch && info->arch_max == WAN_ATTN_NEWEST_ARCH)
         snprintf(reason, size, "needs compute capability %d.%d or newer, cuda:%d has %d.%d",
                  info->arch_min / 10, info->arch_min % 10, (int)device_index, arch / 10, arch % 10);
+    else if (arch && info->arch_min == info->arch_max)
+        snprintf(reason, size, "needs compute capability %d.%d, cuda:%d has %d.%d",
+                 info->arch_min / 10, info->arch_min % 10, (int)device_index, arch / 10, arch % 10);
     else if (arch)
         snprintf(reason, size, "needs compute capability %d.%d to %d.%d, cuda:%d has %d.%d",
                  info->arch_min / 10, info->arch_min % 10, info->arch_max / 10, info->arch_max % 10,

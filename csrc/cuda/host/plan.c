@@ -22,10 +22,8 @@ static wan_attn_cuda_place reserve(wan_attn_cuda_plan *plan, int64_t bytes) {
     return place;
 }
 
-/* Whether all strides and the start are multiples of `bytes`; a dimension that is not walked along
- * may have any stride. */
-static int is_aligned(const wan_attn_view *v, int64_t batch, int64_t rows, int64_t heads,
-                      int64_t bytes) {
+int wan_attn_cuda_is_aligned(const wan_attn_view *v, int64_t batch, int64_t rows, int64_t heads,
+                             int64_t bytes) {
     int64_t size = v->dtype == WAN_ATTN_F32 ? 4 : 2;
     int64_t strides = (batch > 1 ? v->batch_stride : 0) | (rows > 1 ? v->row_stride : 0) |
                       (heads > 1 ? v->head_stride : 0);
@@ -59,12 +57,13 @@ static void plan_copies(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
         plan_scale(p, plan, &plan->k_largest, &plan->k_scale);
     if (plan->tile->v_limit)
         plan_scale(p, plan, &plan->v_largest, &plan->v_scale);
-    if (!is_aligned(&p->q, p->batch, p->seqlen_q, p->num_heads_q, q_pair))
+    if (!wan_attn_cuda_is_aligned(&p->q, p->batch, p->seqlen_q, p->num_heads_q, q_pair))
         plan->q = reserve(plan, q_bytes);
     if (plan->tile->k_limit || p->k.dtype == WAN_ATTN_F32 ||
-        !is_aligned(&p->k, p->batch, p->seqlen_k, p->num_heads_k, 16))
+        !wan_attn_cuda_is_aligned(&p->k, p->batch, p->seqlen_k, p->num_heads_k, 16))
         plan->k = reserve(plan, k_bytes);
-    if (plan->tile->v_limit || !is_aligned(&p->v, p->batch, p->seqlen_k, p->num_heads_k, 16))
+    if (plan->tile->v_limit ||
+        !wan_attn_cuda_is_aligned(&p->v, p->batch, p->seqlen_k, p->num_heads_k, 16))
         plan->v = reserve(plan, k_bytes);
 }
 

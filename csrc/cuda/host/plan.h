@@ -28,6 +28,11 @@ typedef struct wan_attn_cuda_plan {
     int64_t workspace_bytes;
 } wan_attn_cuda_plan;
 
+/* Whether all strides and the start are multiples of `bytes`; a dimension that is not walked along
+ * may have any stride. */
+int wan_attn_cuda_is_aligned(const wan_attn_view *view, int64_t batch, int64_t rows, int64_t heads,
+                             int64_t bytes);
+
 void wan_attn_cuda_make_plan(const wan_attn_problem *problem, wan_attn_cuda_plan *plan);
 
 #endif /* WAN_ATTN_CUDA_HOST_PLAN_H */
