@@ -209,3 +209,21 @@ def test_sizes_beyond_the_kernels(gpu: Gpu, q_shape: Any, k_shape: Any, reason: 
     row, error = ctypes.c_int32(), _native.Error()
     status = gpu.lib.wan_attn_select(params, ctypes.byref(row), ctypes.byref(error))
     assert status == _native.UNSUPPORTED and reason in error.text()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "reason"),
+    [
+        (F32, 128, "none for cuda takes float32"),
+        (F16, 72, "those for cuda take head_dim 64, 80, 96, 128, 256, got 72"),
+        (BF16, 384, "those for cuda take head_dim 128, 64, 80, 96, 256, got 384"),
+    ],
+)
+def test_calls_of_another_kind_get_one_line(
+    gpu: Gpu,  # noqa: F811
+    dtype: torch.dtype,
+    head_dim: int,
+    reason: str,
+) -> None:
+    with pytest.raises(RuntimeError, match=f"^2: no kernel takes this call: {reason}$"):
+        gpu.sdpa(*normal(head_dim=head_dim, dtype=dtype))
