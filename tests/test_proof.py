@@ -60,6 +60,18 @@ def test_what_is_right_passes(dtype: torch.dtype, head_dim: int) -> None:
     assert proof.wrong(right, CPU, dtype, head_dim) is None
 
 
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+def test_the_programs_defaults_do_not_matter(device: str) -> None:
+    """With cuda as default device the check would fail, and no kernel of ours ever run."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device(device):
+            assert proof.wrong(right, CPU, torch.bfloat16, 64) is None
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("run", (reads_padding, one_element, lse_in_base_2, nothing_written))
 def test_what_is_wrong_is_said(run: proof.Run) -> None:
     found = proof.wrong(run, CPU, torch.bfloat16, 64)

@@ -67,10 +67,14 @@ def cases() -> Iterator[Case]:
 
 def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as float32 on the CPU, the same for the same case, NaN beyond the real lengths."""
-    generator = torch.Generator().manual_seed(case.seqlen_q * 1000 + case.seqlen_k + case.head_dim)
+    # The CPU by name: the program may have another default device.
+    generator = torch.Generator("cpu").manual_seed(
+        case.seqlen_q * 1000 + case.seqlen_k + case.head_dim
+    )
 
     def draw(seqlen: int, heads: int, lens: tuple[int, int] | None) -> Tensor:
-        x = torch.randint(-64, 65, (BATCH, seqlen, heads, case.head_dim), generator=generator)
+        shape = (BATCH, seqlen, heads, case.head_dim)
+        x = torch.randint(-64, 65, shape, generator=generator, device="cpu")
         x = x.to(torch.float32) / 32
         for b, used in enumerate(lens or ()):
             x[b, used:] = math.nan
@@ -105,15 +109,16 @@ class Truth:
 
 def reference(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Truth:
     """Straight from the definition, one head at a time."""
-    out = torch.zeros(q.shape, dtype=torch.float64)
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     spread, peak = torch.zeros_like(out), torch.zeros_like(out[..., :1])
-    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=torch.float64)
+    lse = torch.full_like(out[..., 0].transpose(1, 2), -math.inf)
     is_causal, (left, right) = MASKS[case.mask]
     group = q.shape[2] // k.shape[2]
     for b, used_k in enumerate(case.k_lens):
         used_q = case.q_lens[b] if case.q_lens else case.seqlen_q
         # How far key j lies to the right of row i's diagonal; the last row's is the last key.
-        ahead = torch.arange(used_k)[None, :] - (torch.arange(used_q)[:, None] + used_k - used_q)
+        rows, keys_at = (torch.arange(n, device=q.device) for n in (used_q, used_k))
+        ahead = keys_at[None, :] - (rows[:, None] + used_k - used_q)
         seen = torch.ones_like(ahead, dtype=torch.bool)
         if is_causal:
             seen &= ahead <= 0

@@ -35,8 +35,10 @@ def wrong(run: Run, device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         operands = make_inputs(case)
         truth = reference(case, *operands)
         query, key, value = (x.to(device, dtype) for x in operands)
-        q_lens = None if case.q_lens is None else torch.tensor(case.q_lens)
-        out, lse = run(query, key, value, q_lens, torch.tensor(case.k_lens), MASKS[mask][0])
+        # The CPU by name, here and in _truth.py: the program may have another default device.
+        q_lens = None if case.q_lens is None else torch.tensor(case.q_lens, device="cpu")
+        k_lens = torch.tensor(case.k_lens, device="cpu")
+        out, lse = run(query, key, value, q_lens, k_lens, MASKS[mask][0])
         found = _difference(case, truth, out, lse, UNIT[dtype])
         if found is not None:
             return found

@@ -117,6 +117,9 @@ static int refused_by_arch(const wan_attn_kernel_info *info, int32_t device_inde
     if (arch && info->arch_max == WAN_ATTN_NEWEST_ARCH)
         snprintf(reason, size, "needs compute capability %d.%d or newer, cuda:%d has %d.%d",
                  info->arch_min / 10, info->arch_min % 10, (int)device_index, arch / 10, arch % 10);
+    else if (arch && info->arch_min == info->arch_max)
+        snprintf(reason, size, "needs compute capability %d.%d, cuda:%d has %d.%d",
+                 info->arch_min / 10, info->arch_min % 10, (int)device_index, arch / 10, arch % 10);
     else if (arch)
         snprintf(reason, size, "needs compute capability %d.%d to %d.%d, cuda:%d has %d.%d",
                  info->arch_min / 10, info->arch_min % 10, info->arch_max / 10, info->arch_max % 10,
@@ -199,11 +202,44 @@ static void append(char *text, size_t size, size_t *used, const char *format, co
         *used = *used + (size_t)n < size ? *used + (size_t)n : size - 1;
 }
 
+/* Whether an earlier row, for calls of the same device and dtype, takes this one's head_dim. */
+static int head_dim_was_before(int32_t row, const wan_attn_problem *p) {
+    for (int32_t r = 0; r < row; r++)
+        if (KERNELS[r].info.device_type == (int32_t)p->device_type && !KERNELS[r].info.is_lossy &&
+            KERNELS[r].info.dtypes & 1u << p->dtype &&
+            KERNELS[r].info.head_dim_max == KERNELS[row].info.head_dim_max)
+            return 1;
+    return 0;
+}
+
+/* UNSUPPORTED, where all rows of the device are for calls of another kind. CUDA rows have one dtype
+ * and one head_dim each: a line for every row would be a page. */
+static wan_attn_status no_cuda_row_of_the_kind(const wan_attn_problem *p, nearness nearest,
+                                               wan_attn_error *err) {
+    char sizes[100] = "", size[16], reason[200];
+    size_t used = 0;
+    if (nearest == OTHER_DTYPE)
+        return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
+                             "no kernel takes this call: none for cuda takes %s",
+                             dtype_name(p->dtype));
+    for (int32_t r = 0; r < KERNEL_COUNT; r++)
+        if (!KERNELS[r].info.is_lossy && !head_dim_was_before(r, p) &&
+            ask(&KERNELS[r], p, reason, sizeof(reason)) == nearest) {
+            snprintf(size, sizeof(size), "%d", (int)KERNELS[r].info.head_dim_max);
+            append(sizes, sizeof(sizes), &used, used ? ", %s" : "%s", size);
+        }
+    return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
+                         "no kernel takes this call: those for cuda take head_dim %s, got %lld",
+                         sizes, (long long)p->head_dim);
+}
+
 /* UNSUPPORTED, with the reasons of the rows that came nearest: a user of one card is not told of
  * the rows for other dtypes. Neighbours with the same reason share it: "a, b: reason; c: other". */
 static wan_attn_status no_row(const wan_attn_problem *p, nearness nearest, wan_attn_error *err) {
     char reasons[900] = "", reason[200], before[200] = "";
     size_t used = 0;
+    if (p->device_type == WAN_ATTN_CUDA && (nearest == OTHER_DTYPE || nearest == OTHER_HEAD_DIM))
+        return no_cuda_row_of_the_kind(p, nearest, err);
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
         if (KERNELS[r].info.is_lossy || ask(&KERNELS[r], p, reason, sizeof(reason)) != nearest)
             continue;

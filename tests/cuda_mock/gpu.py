@@ -149,11 +149,18 @@ class Gpu:
         window: tuple[int, int] = (-1, -1),
         kernel: int = -1,
         device: int = 0,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        return_lse: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """wan_attn_forward, as the two bindings call it."""
-        out = torch.full(query.shape, float("nan"), dtype=query.dtype)
-        lse = torch.full((query.shape[0], query.shape[2], query.shape[1]), float("nan"))
-        named = {"q": query, "k": key, "v": value, "out": out, "lse": lse}
+        """wan_attn_forward, as the two bindings call it; `out` and `lse` are dense there."""
+        if out is None:
+            out = torch.full(query.shape, float("nan"), dtype=query.dtype)
+        if lse is None:
+            lse = torch.full((query.shape[0], query.shape[2], query.shape[1]), float("nan"))
+        named = {"q": query, "k": key, "v": value, "out": out}
+        if return_lse:
+            named["lse"] = lse
         params = _native.Params(
             struct_size=ctypes.sizeof(_native.Params),
             kernel=kernel,

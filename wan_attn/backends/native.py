@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from wan_attn import proof
+from wan_attn.cuda import driver
 from wan_attn.request import Request
 
 NAME = "sdpa"
@@ -23,6 +26,8 @@ def why_not(request: Request) -> str | None:
 
     if ops.binding() == "torch":
         return f"no native library: {ops.binding_reason()}"
+    if request.device.type == "cuda" and torch.version.hip is not None:
+        return "this torch is made for AMD GPUs, and our CUDA kernels are not"
     if not any(kernel.device == request.device.type for kernel in ops.kernels()):
         return f"no kernel for {request.device.type} in this build"  # rather than one line per row
     kernel, reasons = ops.select(request)
@@ -61,7 +66,7 @@ def run(
     if query.is_cuda:
         _require_proof(query.device, value.dtype, query.shape[3])
     out_dtype = query.dtype
-    out, lse = _op()(
+    out, lse = _call(
         _readable(query, value.dtype),
         _readable(key, value.dtype),
         _readable(value, value.dtype),
@@ -87,12 +92,21 @@ def _require_proof(device: torch.device, dtype: torch.dtype, head_dim: int) -> N
         k_lens: Tensor,
         is_causal: bool,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _op()(query, key, value, q_lens, k_lens, is_causal=is_causal, return_lse=True)
-        return out, lse
+        return _call(query, key, value, q_lens, k_lens, is_causal=is_causal, return_lse=True)
 
     wrong = proof.verdict(run, device, dtype, head_dim)
     if wrong is not None:
         raise RuntimeError(f"wan_attn: the kernel for this call is wrong on {device}: {wrong}")
+
+
+def _call(*operands: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """The op. Ctrl-C while its kernel was compiled is no failure, and ends the program as usual."""
+    try:
+        out, lse = _op()(*operands, **options)
+    except RuntimeError:
+        driver.raise_interruption()
+        raise
+    return out, lse
 
 
 def _op() -> torch._ops.OpOverload:

@@ -8,6 +8,8 @@ is looked for when a kernel is first launched there.
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 from ctypes import c_size_t, c_void_p
 from dataclasses import dataclass
 
@@ -18,6 +20,9 @@ from wan_attn.cuda import images
 # What has been handed to C, for good: C holds the address while it loads, and the second device of
 # a kind asks for the same.
 _images: dict[tuple[str, int], bytes] = {}
+
+# What ended _find_image in this thread and is no failure of it: Ctrl-C while it compiled.
+_here = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +55,11 @@ def _find_image(
     """wan_attn_image_fn. An exception cannot pass through C: whatever it is, it becomes words."""
     key = (kernel.decode(), arch)
     try:
-        found = _images[key] = _images.get(key) or images.image(*key)
-    except Exception as error:  # noqa: BLE001 - see above
+        # Two threads may come here at once, and both answers must live on: the first stays.
+        found = _images.get(key) or _images.setdefault(key, images.image(*key))
+    except BaseException as error:  # noqa: BLE001 - see above
+        if not isinstance(error, Exception):
+            _here.interruption = error
         words = str(error) if isinstance(error, images.ImageError) else repr(error)
         text = words.encode("utf-8", "replace")[: message_size - 1] + b"\0"
         ctypes.memmove(message, text, len(text))
@@ -59,6 +67,13 @@ def _find_image(
     image[0] = ctypes.cast(ctypes.c_char_p(found), c_void_p)
     size[0] = len(found)
     return 0
+
+
+def raise_interruption() -> None:
+    """Raises what C could not pass on, if the call that just failed was interrupted by it."""
+    interruption = vars(_here).pop("interruption", None)
+    if interruption is not None:
+        raise interruption
 
 
 # Kept for good: C calls it as long as the library is loaded.
@@ -73,7 +88,7 @@ def configure(library: ctypes.CDLL) -> None:
     """
     path = current().libcuda
     config = _native.CudaConfig(
-        ctypes.sizeof(_native.CudaConfig), path.encode() if path else None, _FIND_IMAGE
+        ctypes.sizeof(_native.CudaConfig), os.fsencode(path) if path else None, _FIND_IMAGE
     )
     error = _native.Error()
     if library.wan_attn_cuda_configure(ctypes.byref(config), ctypes.byref(error)) != _native.OK:

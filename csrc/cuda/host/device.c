@@ -79,9 +79,9 @@ const wan_attn_cuda_device *wan_attn_cuda_find_device(int32_t index, char *reaso
         return NULL;
     }
     if (error != 0) {
-        wan_attn_error told;
-        wan_attn_cuda_fail(d, error, "when asked what", "this device is", &told);
-        snprintf(reason, size, "%.150s", told.message);
+        const char *name, *text = wan_attn_cuda_words(d, error, &name);
+        snprintf(reason, size, "the driver does not tell what cuda:%d is: %s (%s)", (int)index,
+                 name, text);
         return NULL;
     }
     return &slots[index].facts; /* never changes again */

@@ -82,8 +82,8 @@ static int bind(void *library) {
     return 1;
 }
 
-static const char *words_for(const wan_attn_cuda_driver *d, wan_attn_cu_result error,
-                             const char **name) {
+const char *wan_attn_cuda_words(const wan_attn_cuda_driver *d, wan_attn_cu_result error,
+                                const char **name) {
     const char *text = NULL;
     *name = NULL;
     if (d->error_name(error, name) != 0 || !*name)
@@ -97,7 +97,7 @@ static int open_and_init(void) {
         return 0;
     wan_attn_cu_result error = driver.init(0);
     if (error != 0) {
-        const char *name, *text = words_for(&driver, error, &name);
+        const char *name, *text = wan_attn_cuda_words(&driver, error, &name);
         snprintf(why_unusable, sizeof(why_unusable), "the driver does not start: %s (%s)", name,
                  text);
     }
@@ -117,7 +117,7 @@ const wan_attn_cuda_driver *wan_attn_cuda_open_driver(char *reason, size_t size)
 
 wan_attn_status wan_attn_cuda_fail(const wan_attn_cuda_driver *d, wan_attn_cu_result error,
                                    const char *doing, const char *what, wan_attn_error *err) {
-    const char *name, *text = words_for(d, error, &name);
+    const char *name, *text = wan_attn_cuda_words(d, error, &name);
     return wan_attn_fail(err, WAN_ATTN_DEVICE_ERROR, "CUDA driver error %s (%s) %s %s", name, text,
                          doing, what);
 }

@@ -15,14 +15,14 @@ typedef void *wan_attn_cu_context, *wan_attn_cu_module, *wan_attn_cu_function, *
 
 /* Numbers of cuda.h. */
 enum {
-    WAN_ATTN_CU_OUT_OF_MEMORY = 2,
+    WAN_ATTN_CU_INVALID_VALUE = 1,
     WAN_ATTN_CU_INVALID_IMAGE = 200,
     WAN_ATTN_CU_NO_BINARY_FOR_GPU = 209,
     WAN_ATTN_CU_UNSUPPORTED_PTX_VERSION = 222,
+    WAN_ATTN_CU_NOT_FOUND = 500,
     WAN_ATTN_CU_ATTRIBUTE_NUM_SMS = 16,
     WAN_ATTN_CU_ATTRIBUTE_CAPABILITY_MAJOR = 75,
     WAN_ATTN_CU_ATTRIBUTE_CAPABILITY_MINOR = 76,
-    WAN_ATTN_CU_ATTRIBUTE_SMEM_OF_BLOCK = 97, /* with the function attribute below */
     WAN_ATTN_CU_FUNCTION_MAX_DYNAMIC_SMEM = 8,
     WAN_ATTN_CU_CAPTURE_MODE_RELAXED = 2,
     WAN_ATTN_CU_MAP_F16 = 6, /* CUtensorMapDataType */
@@ -71,6 +71,10 @@ typedef struct wan_attn_cuda_driver {
 
 /* The driver, opened and initialised at the first call; or NULL, and why it cannot be used. */
 const wan_attn_cuda_driver *wan_attn_cuda_open_driver(char *reason, size_t size);
+
+/* The driver's own words for an error, and its name. */
+const char *wan_attn_cuda_words(const wan_attn_cuda_driver *driver, wan_attn_cu_result error,
+                                const char **name);
 
 /* DEVICE_ERROR: what was being done, and the driver's own words. */
 wan_attn_status wan_attn_cuda_fail(const wan_attn_cuda_driver *driver, wan_attn_cu_result error,

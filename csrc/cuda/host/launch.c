@@ -28,28 +28,31 @@ const char *wan_attn_cuda_refuse(const wan_attn_problem *p) {
     const wan_attn_cuda_driver *driver = wan_attn_cuda_open_driver(unused, sizeof(unused));
     const wan_attn_cuda_device *device =
         wan_attn_cuda_find_device(p->params->q.device_index, unused, sizeof(unused));
-    wan_attn_cuda_plan plan;
-    wan_attn_cuda_make_plan(p, &plan);
     if (device && wan_attn_cuda_sums_f16(p->row) && !device->is_half_rate)
         return "pays only where tensor cores sum f32 at half rate (GeForce RTX 30 to 50)";
-    if (!device || !plan.tile)
+    const wan_attn_cuda_tile *tile = device ? wan_attn_cuda_tile_for(p, device->arch) : NULL;
+    if (!tile)
         return "has no tile for this GPU";
-    if (plan.tile->cluster && !driver->encode_map)
+    if (tile->cluster && !driver->encode_map)
         return "needs a driver of CUDA 12 or newer";
-    if (plan.tile->cluster && (p->seqlen_k == 0 || wan_attn_cuda_splits(p)))
+    if (tile->cluster && (p->seqlen_k == 0 || wan_attn_cuda_splits(p)))
         return "leaves calls without keys, or of few rows and many keys, to rows that share them "
                "out";
+    /* Before there is a plan: it multiplies what is checked here. */
     const int64_t most = WAN_ATTN_CUDA_UNBOUNDED, blocks = INT32_MAX;
     if (p->seqlen_q >= most || p->seqlen_k >= most)
         return "takes lengths below 2^29";
     int64_t heads = p->batch * p->num_heads_q;
-    if (heads > blocks || (int64_t)plan.m_blocks * plan.num_splits > blocks / (heads ? heads : 1) ||
-        p->seqlen_q > blocks / (heads ? heads : 1) || p->seqlen_k > blocks / (heads ? heads : 1))
+    if (heads > blocks || p->seqlen_q > blocks / (heads ? heads : 1) ||
+        p->seqlen_k > blocks / (heads ? heads : 1))
         return "takes batch * num_heads_q * seqlen below 2^31";
-    int64_t size = p->q.dtype == WAN_ATTN_F32 ? 16 : 8;
-    if (p->out.data && (((int64_t)(intptr_t)p->out.data | p->out.batch_stride * size / 4 |
-                         p->out.row_stride * size / 4 | p->out.head_stride * size / 4) &
-                        (size - 1)))
+    wan_attn_cuda_plan plan;
+    wan_attn_cuda_make_plan(p, &plan);
+    if ((int64_t)plan.m_blocks * plan.num_splits > blocks / (heads ? heads : 1))
+        return "takes batch * num_heads_q * seqlen below 2^31";
+    int64_t four = p->q.dtype == WAN_ATTN_F32 ? 16 : 8;
+    if (p->out.data &&
+        !wan_attn_cuda_is_aligned(&p->out, p->batch, p->seqlen_q, p->num_heads_q, four))
         return "needs out and its strides to be multiples of four elements";
     return NULL;
 }

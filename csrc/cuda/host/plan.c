@@ -22,10 +22,8 @@ static wan_attn_cuda_place reserve(wan_attn_cuda_plan *plan, int64_t bytes) {
     return place;
 }
 
-/* Whether all strides and the start are multiples of `bytes`; a dimension that is not walked along
- * may have any stride. */
-static int is_aligned(const wan_attn_view *v, int64_t batch, int64_t rows, int64_t heads,
-                      int64_t bytes) {
+int wan_attn_cuda_is_aligned(const wan_attn_view *v, int64_t batch, int64_t rows, int64_t heads,
+                             int64_t bytes) {
     int64_t size = v->dtype == WAN_ATTN_F32 ? 4 : 2;
     int64_t strides = (batch > 1 ? v->batch_stride : 0) | (rows > 1 ? v->row_stride : 0) |
                       (heads > 1 ? v->head_stride : 0);
@@ -60,7 +58,7 @@ static int must_be_copied(const wan_attn_cuda_tile *tile, const wan_attn_view *v
                           int64_t rows, int64_t heads, int64_t bytes) {
     if (tile->cluster && (v->dtype == WAN_ATTN_F32 || !is_spread(v, batch, rows, heads)))
         return 1;
-    return !is_aligned(v, batch, rows, heads, tile->cluster ? 16 : bytes);
+    return !wan_attn_cuda_is_aligned(v, batch, rows, heads, tile->cluster ? 16 : bytes);
 }
 
 static void plan_copies(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
@@ -102,6 +100,11 @@ static void plan_split(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
     plan->part_lse = reserve(plan, rows * 4);
 }
 
+const wan_attn_cuda_tile *wan_attn_cuda_tile_for(const wan_attn_problem *p, int32_t arch) {
+    int is_masked = p->window_left < WAN_ATTN_UNBOUNDED || p->window_right < WAN_ATTN_UNBOUNDED;
+    return wan_attn_cuda_tile_of(p->row, arch, is_masked, p->seqlen_q);
+}
+
 void wan_attn_cuda_make_plan(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
     const wan_attn_cuda_plan nothing = {0};
     char unused[1];
@@ -110,8 +113,7 @@ void wan_attn_cuda_make_plan(const wan_attn_problem *p, wan_attn_cuda_plan *plan
     plan->k_largest = plan->k_scale = plan->v_largest = plan->v_scale = -1;
     plan->part_out = plan->part_lse = -1;
     int32_t arch = wan_attn_cuda_arch(p->params->q.device_index, unused, sizeof(unused));
-    int is_masked = p->window_left < WAN_ATTN_UNBOUNDED || p->window_right < WAN_ATTN_UNBOUNDED;
-    plan->tile = wan_attn_cuda_tile_of(p->row, arch, is_masked, p->seqlen_q);
+    plan->tile = wan_attn_cuda_tile_for(p, arch);
     if (!plan->tile)
         return;
     plan->m_blocks = (int)ceil_div(p->seqlen_q, plan->tile->block_m);

@@ -31,6 +31,14 @@ typedef struct wan_attn_cuda_plan {
 /* Whether a call has so few rows and so many keys that they are shared out, where a row can. */
 int wan_attn_cuda_splits(const wan_attn_problem *problem);
 
+/* Whether all strides and the start are multiples of `bytes`; a dimension that is not walked along
+ * may have any stride. */
+int wan_attn_cuda_is_aligned(const wan_attn_view *view, int64_t batch, int64_t rows, int64_t heads,
+                             int64_t bytes);
+
+/* The tile of the problem's row for this call on that GPU, or NULL. */
+const wan_attn_cuda_tile *wan_attn_cuda_tile_for(const wan_attn_problem *problem, int32_t arch);
+
 void wan_attn_cuda_make_plan(const wan_attn_problem *problem, wan_attn_cuda_plan *plan);
 
 #endif /* WAN_ATTN_CUDA_HOST_PLAN_H */

@@ -110,21 +110,22 @@ static int place_of(const wan_attn_cuda_program *program) {
     return TILE_COUNT + (int)(program - HELPERS);
 }
 
-/* Whether the device cannot run this image, which says nothing against the device. */
+/* Whether the device cannot run this image, or not with so much shared memory, which says nothing
+ * against the device: something else may run the call. */
 static int is_about_the_image(wan_attn_cu_result error) {
     return error == WAN_ATTN_CU_INVALID_IMAGE || error == WAN_ATTN_CU_NO_BINARY_FOR_GPU ||
-           error == WAN_ATTN_CU_UNSUPPORTED_PTX_VERSION;
+           error == WAN_ATTN_CU_UNSUPPORTED_PTX_VERSION || error == WAN_ATTN_CU_INVALID_VALUE ||
+           error == WAN_ATTN_CU_NOT_FOUND;
 }
 
 static wan_attn_status failed_to_load(const wan_attn_cuda_driver *d, wan_attn_cu_result error,
                                       const char *name, wan_attn_error *err) {
-    wan_attn_error told;
-    wan_attn_status status = wan_attn_cuda_fail(d, error, "when loading", name, &told);
     if (!is_about_the_image(error))
-        return wan_attn_fail(err, status, "%s", told.message);
+        return wan_attn_cuda_fail(d, error, "when loading", name, err);
+    const char *error_name, *text = wan_attn_cuda_words(d, error, &error_name);
     return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
-                         "the machine code of %s is not for this device or driver: %.800s", name,
-                         told.message);
+                         "the machine code of %s is not for this device or driver: %s (%s)", name,
+                         error_name, text);
 }
 
 static wan_attn_status load(const wan_attn_cuda_driver *d, const wan_attn_cuda_program *program,
