@@ -15,7 +15,7 @@ from torch import Tensor
 from cuda_mock.gpu import CARDS, Gpu
 from emu.build import compiler
 from test_cuda_launch import BF16, F16, F32, check, gpu, normal  # noqa: F401 - gpu is a fixture
-from wan_attn import _native
+from wan_attn import _native, proof
 
 pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)"),
@@ -54,8 +54,9 @@ def between(view: Tensor) -> Tensor:
 def test_outputs_may_be_views(arch: int, seqlen_k: int, q_dtype: Any, tmp_path: Path) -> None:
     """And K and V differ in layout and size, so that nothing of one passes for the other's."""
     machine = Gpu(tmp_path, CARDS[arch])
-    query, key, value = normal(9, seqlen_k, 2, 1, 128 if arch == 89 else 64, q_dtype=q_dtype)
-    key, value = key * 16, (value / 64).transpose(1, 2).contiguous().transpose(1, 2)
+    query, key, value = normal(9, seqlen_k, 2, 2, 128 if arch == 89 else 64, q_dtype=q_dtype)
+    heads_first = torch.zeros(2, 2, seqlen_k + 3, value.shape[3], dtype=value.dtype)
+    key, value = key * 16, heads_first[:, :, :seqlen_k].transpose(1, 2).copy_(value / 64)
     out, lse = outputs(query)
     launched = check(machine, query / 16, key, value, out=out, lse=lse, is_causal=True)
     assert (MERGE in launched) == (seqlen_k > 4096)
@@ -109,16 +110,17 @@ def test_lengths_may_be_every_third_number(gpu: Gpu, on_device: bool, dtype: Any
     numbers = torch.full((9,), 1 << 20, dtype=dtype)
     q_lens, k_lens = numbers[1::3], numbers.clone()[2::3]
     q_lens.copy_(torch.tensor([70, 70, 11]))  # the first ones say nothing
-    k_lens.copy_(torch.tensor([133, 90, 0]))
+    k_lens.copy_(torch.tensor([133, 90, 5]))
     call = {"q_lens": q_lens, "k_lens": k_lens, "lens_on_device": on_device}
     check(gpu, *normal(batch=3), is_causal=True, **call)
 
 
 def test_lengths_reach_the_passes_before(tmp_path: Path) -> None:
-    """NaN behind the lengths neither is converted nor counts for a head's scale."""
+    """What lies behind the lengths neither is converted nor counts for a head's scale."""
     query, key, value = normal(20, 70, 2, 2, 64)
     for x in (key, value):
-        x[1, 9:] = float("nan")
+        x[1, 9:40] = float("nan")
+        x[1, 40:] = 1e30
     query[0, 5:] = float("nan")
     machine = Gpu(tmp_path, CARDS[75])
     check(machine, query, key, value, q_lens=torch.tensor([5, 20]), k_lens=torch.tensor([70, 9]))
@@ -161,10 +163,10 @@ def test_scales(gpu: Gpu, scale: float) -> None:  # noqa: F811
     check(gpu, *normal(9), scale=scale, k_lens=lens)
 
 
-@pytest.mark.parametrize("after", range(6))
+@pytest.mark.parametrize("after", range(9))
 def test_a_pass_that_fails_ends_the_call(after: int, tmp_path: Path) -> None:
-    """Put lengths, measure, find scale, convert, attend, merge: no later one is tried."""
-    machine = Gpu(tmp_path, CARDS[89])
+    """Lengths; measure, find scale and convert K, then V; attend, merge: no later one is tried."""
+    machine = Gpu(tmp_path, CARDS[75])
     machine.driver.mock_on_launch(type(machine._keep[0])(0))
     machine.fail("cuLaunchKernel", 700, after)
     with pytest.raises(RuntimeError, match="^3: .*ILLEGAL_ADDRESS.* when launching"):
@@ -227,3 +229,15 @@ def test_calls_of_another_kind_get_one_line(
 ) -> None:
     with pytest.raises(RuntimeError, match=f"^2: no kernel takes this call: {reason}$"):
         gpu.sdpa(*normal(head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("arch", (75, 89))
+def test_right_kernels_pass_their_proof(arch: int, tmp_path: Path) -> None:
+    """The rows whose roundings differ most from those the bound is made of."""
+    machine = Gpu(tmp_path, CARDS[arch])
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *lens: Any) -> tuple[Tensor, Tensor]:
+        q_lens, k_lens, is_causal = lens
+        return machine.sdpa(query, key, value, q_lens=q_lens, k_lens=k_lens, is_causal=is_causal)
+
+    assert proof.wrong(run, torch.device("cpu"), BF16, 128) is None

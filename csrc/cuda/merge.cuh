@@ -25,9 +25,12 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, 1, wan_attn_cuda_merge_args, args) {
     i64 out_at = (((i64)sample * args.seqlen + row) * args.num_heads + head) * args.head_dim;
 
     float largest = minus_infinity, sum = 0.0f;
-    for (int s = 0; s < args.num_splits; s++)
-        largest = larger(largest, load_global_f32(args.part_lse + s * rows + lse_at));
-    bool is_empty = largest == minus_infinity;
+    bool is_empty = true; /* not for a NaN, which larger() leaves out */
+    for (int s = 0; s < args.num_splits; s++) {
+        float lse = load_global_f32(args.part_lse + s * rows + lse_at);
+        is_empty = is_empty && lse == minus_infinity;
+        largest = larger(largest, lse);
+    }
     for (int s = 0; s < args.num_splits && !is_empty; s++)
         sum += weight_of(load_global_f32(args.part_lse + s * rows + lse_at) - largest);
 
