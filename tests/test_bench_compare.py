@@ -145,3 +145,14 @@ def test_files_that_cannot_be_compared(
     spoil(new)
     assert main(["bench", "compare", str(base), str(new)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_suspicious_change_is_not_called_the_same() -> None:
+    """Two standard errors of four: too little to call, too much to call nothing."""
+    rounds = [100.0 * (1 + 0.04 * (n - 7) / 7) for n in range(15)]  # 4 % up and down
+    base = Series(tuple(rounds), (10.0,) * 15, (15,))
+    near = Series(tuple(r * 1.031 for r in rounds), (10.0,) * 15, (15,))
+    needed = compare.judge(base, base).threshold
+    assert 0.04 < needed < 0.062
+    assert compare.judge(base, near).word == UNCLEAR
+    assert compare.judge(base, base).word == SAME

@@ -8,7 +8,8 @@ second day is not taken for slower code. How far that figure is certain comes fr
 twice: from the spread of its rounds (robust standard error of a median), and from the spread of its
 blocks' medians (model and inputs made anew); the larger counts. A change is called one if it is
 larger than SIGMAS times the two files' errors taken together, and larger than LEAST. Where even
-PLANTED could not be told from noise, the row says so instead of "same".
+PLANTED could not be told from noise, or the change is suspicious (above half of what it needs), the
+row says "cannot tell" instead of "same".
 """
 
 from __future__ import annotations
@@ -132,8 +133,10 @@ def judge(base: Series, new: Series) -> Verdict:
     needed = max(math.log1p(LEAST), SIGMAS * error)
     if abs(change) > needed:
         word = SLOWER if change > 0 else FASTER
+    elif needed > math.log1p(PLANTED) or abs(change) > max(math.log1p(LEAST), needed / 2):
+        word = UNCLEAR
     else:
-        word = UNCLEAR if needed > math.log1p(PLANTED) else SAME
+        word = SAME
     return Verdict(math.expm1(change), math.expm1(needed), word)
 
 
