@@ -87,7 +87,8 @@ MEASURED_FASTER: tuple[Measured, ...] = ()
 # Cards whose tensor cores reach their full rate by wgmma or tcgen05 alone: PyTorch's cuDNN has such
 # kernels, and what mma.sync can reach is some 62 % on Hopper (Luo et al., arXiv 2402.13499). Until
 # ours are measured there, PyTorch's go first.
-_BEYOND_MMA_SYNC = ((9, 0), (10, 0), (10, 3), (11, 0))
+# (Thor is 10.1 to CUDA 12 and 11.0 to CUDA 13.)
+_BEYOND_MMA_SYNC = ((9, 0), (10, 0), (10, 1), (10, 3), (11, 0))
 
 # For fp32 inputs, where the caller did not say: fp16 has three more bits of mantissa than bf16 at
 # the same speed on the consumer cards RTX 30 and 40, and is all that cards before those have; the

@@ -11,10 +11,14 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; everything else in 
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from wan_attn import config, ops
+
+NEWEST_ARCH = 999  # WAN_ATTN_NEWEST_ARCH: no upper bound
 
 
 def _dtypes(row: ops.KernelInfo) -> str:
@@ -33,18 +37,35 @@ def _needs(row: ops.KernelInfo) -> str:
     if row.device == "cpu":
         return " ".join(row.cpu_features) or "any CPU"
     low, high = (f"{arch // 10}.{arch % 10}" for arch in (row.arch_min, row.arch_max))
+    if row.arch_max >= NEWEST_ARCH:
+        return f"compute capability {low} and newer"
     return f"compute capability {low}" + (f" to {high}" if high != low else "")
+
+
+def _line(rows: Sequence[ops.KernelInfo]) -> str:
+    """One line for one row, or for rows that differ in head_dim alone."""
+    first = rows[0]
+    lossy = "; lossy, runs only when asked for" if first.is_lossy else ""
+    name, head_dims = first.name, _head_dims(first)
+    if len(rows) > 1:
+        name = f"{name.rpartition('_d')[0]}_d*"
+        head_dims = ", ".join(_head_dims(row) for row in rows)
+    return (
+        f"| `{name}` | {_needs(first)} | {_dtypes(first)} | {head_dims} |"
+        f" {first.description}{lossy} |"
+    )
 
 
 def kernel_table(rows: Sequence[ops.KernelInfo] | None = None) -> str:
     """The kernel table (default: of this build) as Markdown, best row first."""
     lines = ["| Kernel | Needs | dtype | head_dim | What it is |", "|---|---|---|---|---|"]
-    for row in ops.kernels() if rows is None else rows:
-        lossy = "; lossy, runs only when asked for" if row.is_lossy else ""
-        lines.append(
-            f"| `{row.name}` | {_needs(row)} | {_dtypes(row)} | {_head_dims(row)} |"
-            f" {row.description}{lossy} |"
-        )
+    every = ops.kernels() if rows is None else rows
+
+    def family(row: ops.KernelInfo) -> tuple[object, ...]:
+        stem = re.sub(r"_d\d+$", "_d", row.name)
+        return stem, row.description, row.arch_min, row.arch_max, row.is_lossy
+
+    lines += [_line(list(alike)) for _, alike in itertools.groupby(every, family)]
     return "\n".join(lines)
 
 
