@@ -37,17 +37,17 @@ static const wan_attn_cuda_tile TILES[] = {
                  128 * (1 + (consumers)), SMEM_SM90(head_dim, bn, consumers, stages)},             \
      .gpu_class = USE_##use == USE_SPARE ? -1 : CLASS_HOPPER_ALONE,                                \
      .block_m = 64 * (consumers),                                                                  \
-     .block_n = bn,                                                                                \
-     .cluster = blocks,                                                                            \
+     .block_n = (bn),                                                                              \
+     .cluster = (blocks),                                                                          \
      .is_for_masks = USE_##use == USE_MASKED,                                                      \
-     .from_q = from},
+     .from_q = (from)},
 #include "cuda/sdpa_rows.def"
 #define TILE(row, class, body, dtype, head_dim, bm, bn, num_warps, stages, q_in_regs, ctas, pv16)  \
     {.program = {#row, #row, 32 * (num_warps), SMEM_SM80(head_dim, bm, bn, stages, q_in_regs)},    \
      .gpu_class = CLASS_##class,                                                                   \
-     .block_m = bm,                                                                                \
-     .block_n = bn,                                                                                \
-     .pv_sum_f16 = pv16,                                                                           \
+     .block_m = (bm),                                                                              \
+     .block_n = (bn),                                                                              \
+     .pv_sum_f16 = (pv16),                                                                         \
      .k_limit = F16_LIMIT(class, dtype),                                                           \
      .v_limit = (pv16) ? WAN_ATTN_CUDA_LIMIT_SUM_F16 : F16_LIMIT(class, dtype)},
 #include "cuda/sdpa_rows.def"
@@ -172,7 +172,7 @@ wan_attn_status wan_attn_cuda_function(const wan_attn_cuda_driver *d, int32_t de
         return WAN_ATTN_OK;
     /* Without the lock: finding may compile, and may need locks of its caller's. Two threads may
      * both come here; the second to load finds the place taken, and its module goes unused. */
-    const void *image;
+    const void *image = NULL;
     wan_attn_status status = find_image(device_index, program->image, &image, err);
     if (status == WAN_ATTN_OK)
         status = load(d, program, image, function, err);
