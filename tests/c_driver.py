@@ -14,13 +14,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def sources(csrc: Path) -> list[Path]:
-    return [*sorted(csrc.glob("c*/*.c")), ROOT / "tests/c/test_core.c"]
+    return [*sorted(csrc.glob("c*/**/*.c")), ROOT / "tests/c/test_core.c"]
 
 
 def compile_objects(
     compiler: str, folder: Path, csrc: Path, of: Iterable[Path], optimize: str = "-O2"
 ) -> None:
-    """folder/NAME.o of each source; csrc/cuda has no .c files."""
+    """folder/NAME.o of each source."""
     flags = ["-std=c11", "-D_GNU_SOURCE", optimize, "-DWAN_ATTN_BUILD=1", f"-I{csrc}"]
 
     def compile_one(source: Path) -> None:
@@ -34,5 +34,7 @@ def compile_objects(
 def link(compiler: str, folder: Path, *flags: str) -> Path:
     program = folder / "driver"
     objects = sorted(folder.glob("*.o"))
-    subprocess.run([compiler, *objects, *flags, "-lm", "-lpthread", "-o", program], check=True)
+    subprocess.run(
+        [compiler, *objects, *flags, "-lm", "-lpthread", "-ldl", "-o", program], check=True
+    )
     return program

@@ -51,7 +51,7 @@ def trapped(source: Path, folder: Path, flags: list[object]) -> Path:
 
 
 def compile_library(folder: Path) -> Path:
-    sources = [p for p in ROOT.glob("csrc/c*/*.c") if not p.as_posix().endswith(REPLACED)]
+    sources = [p for p in ROOT.glob("csrc/c*/**/*.c") if not p.as_posix().endswith(REPLACED)]
     sources += ROOT.glob("tests/amx_emulator/*.c")
     flags: list[object] = ["-std=c11", "-O1", "-fPIC", "-DWAN_ATTN_BUILD", f"-I{ROOT / 'csrc'}"]
 
@@ -65,7 +65,9 @@ def compile_library(folder: Path) -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     library = folder / "libwan_attn_amx.so"
-    subprocess.run(["cc", "-shared", *objects, "-lm", "-lpthread", "-o", library], check=True)
+    subprocess.run(
+        ["cc", "-shared", *objects, "-lm", "-lpthread", "-ldl", "-o", library], check=True
+    )
     return library
 
 
