@@ -130,38 +130,43 @@ static int refused_by_arch(const wan_attn_kernel_info *info, int32_t device_inde
 /* How near a row came to taking a call. */
 typedef enum nearness { OTHER_DEVICE, OTHER_DTYPE, OTHER_HEAD_DIM, CANNOT, TAKES } nearness;
 
-/* Whether the row is for such calls at all. */
-static nearness refused_by_kind(const wan_attn_kernel_info *info, const wan_attn_problem *p,
-                                char *reason, size_t size) {
-    if ((int32_t)p->device_type != info->device_type) {
+/* Whether the row is for such calls at all. No words yet: most rows are not, in every call. */
+static nearness kind_of(const wan_attn_kernel_info *info, const wan_attn_problem *p) {
+    if ((int32_t)p->device_type != info->device_type)
+        return OTHER_DEVICE;
+    if (!(info->dtypes & 1u << p->dtype))
+        return OTHER_DTYPE;
+    if (p->head_dim < info->head_dim_min || p->head_dim > info->head_dim_max ||
+        p->head_dim % info->head_dim_multiple)
+        return OTHER_HEAD_DIM;
+    return TAKES;
+}
+
+static void tell_kind(nearness near, const wan_attn_kernel_info *info, const wan_attn_problem *p,
+                      char *reason, size_t size) {
+    if (near == OTHER_DEVICE)
         snprintf(reason, size, "runs on %s, the call is on %s", device_name(info->device_type),
                  device_name((int32_t)p->device_type));
-        return OTHER_DEVICE;
-    }
-    if (!(info->dtypes & 1u << p->dtype)) {
+    else if (near == OTHER_DTYPE)
         snprintf(reason, size, "does not take %s", dtype_name(p->dtype));
-        return OTHER_DTYPE;
-    }
-    if (p->head_dim >= info->head_dim_min && p->head_dim <= info->head_dim_max &&
-        p->head_dim % info->head_dim_multiple == 0)
-        return TAKES;
-    if (info->head_dim_min == info->head_dim_max)
+    else if (info->head_dim_min == info->head_dim_max)
         snprintf(reason, size, "takes head_dim %d, got %lld", (int)info->head_dim_min,
                  (long long)p->head_dim);
     else
         snprintf(reason, size, "takes head_dim %d to %d in steps of %d, got %lld",
                  (int)info->head_dim_min, (int)info->head_dim_max, (int)info->head_dim_multiple,
                  (long long)p->head_dim);
-    return OTHER_HEAD_DIM;
 }
 
 /* TAKES, or why `kernel` cannot take the call is in reason. */
 static nearness ask(const wan_attn_kernel *kernel, const wan_attn_problem *p, char *reason,
                     size_t size) {
     const wan_attn_kernel_info *info = &kernel->info;
-    nearness near = refused_by_kind(info, p, reason, size);
-    if (near != TAKES)
+    nearness near = kind_of(info, p);
+    if (near != TAKES) {
+        tell_kind(near, info, p, reason, size);
         return near;
+    }
     uint32_t missing = info->cpu_features & ~allowed_cpu_features(p->params);
     if (missing) {
         snprintf(reason, size, "needs %s, which this CPU %s", wan_attn_cpu_feature_name(missing),
@@ -270,7 +275,9 @@ static wan_attn_status choose(const wan_attn_problem *p, int32_t *row, wan_attn_
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
         if (KERNELS[r].info.is_lossy)
             continue;
-        nearness near = ask(&KERNELS[r], p, reason, sizeof(reason));
+        nearness near = kind_of(&KERNELS[r].info, p);
+        if (near == TAKES)
+            near = ask(&KERNELS[r], p, reason, sizeof(reason));
         if (near == TAKES) {
             *row = r;
             return WAN_ATTN_OK;
