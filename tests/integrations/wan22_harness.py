@@ -26,7 +26,17 @@ from torch.overrides import TorchFunctionMode
 # Wan2.2 imports these at the top of its pipelines but attention needs none of them.
 OPTIONAL = ("cv2", "dashscope", "decord", "librosa", "peft", "torchvision")
 # What it cannot do without: einops and easydict run while the models do, ftfy cleans prompts.
-REQUIRED = ("diffusers", "transformers", "einops", "easydict", "ftfy", "numpy", "PIL", "tqdm")
+REQUIRED = (
+    "diffusers",
+    "transformers",
+    "einops",
+    "easydict",
+    "ftfy",
+    "imageio",
+    "numpy",
+    "PIL",
+    "tqdm",
+)
 # What Wan2.2 takes from libraries that adapt to what is installed, and load lazily.
 LOOKING_AROUND = {
     "transformers": ("AutoTokenizer", "Wav2Vec2ForCTC", "Wav2Vec2Processor"),
