@@ -13,7 +13,6 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,18 +155,13 @@ def test_what_a_shipped_cubin_serves(
     assert machine.asked == (not serves)
 
 
-def test_code_of_one_architecture_serves_that_one_alone(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (job,) = rows.jobs_for(89, [ROW])
-    tile = replace(job.kernel, row="only", body="sm80")
-    monkeypatch.setitem(rows.ONE_ARCH, "sm80", 89)
-    monkeypatch.setattr(rows, "tiles", lambda: (tile,))
-    assert [j.target for j in rows.jobs_for(89, ["only"])] == ["sm_89a"]
-    assert "--gpu-architecture=sm_89a" in rows.jobs_for(89, ["only"])[0].options()
-    assert rows.serving(rows.Job(tile, 89)) == [rows.Job(tile, 89)]
-    with pytest.raises(images.ImageError, match="only has no tile for compute capability 8.6"):
-        machine.get("only", 86)
+def test_code_of_one_architecture_serves_that_one_alone(machine: Machine) -> None:
+    tile = rows.tiles_sm90()[0]
+    (job,) = rows.jobs_for(90, [tile.key])
+    assert job.target == "sm_90a" and "--gpu-architecture=sm_90a" in job.options()
+    assert rows.serving(job) == [job]
+    with pytest.raises(images.ImageError, match="has no tile for compute capability 10.0"):
+        machine.get(tile.key, 100)
 
 
 def test_force_replaces_what_is_cached_and_not_what_is_shipped(machine: Machine) -> None:

@@ -142,8 +142,8 @@ VARIABLES: tuple[Variable, ...] = (
         "flag",
         _FLAG,
         "1",
-        "1 lets each of our CUDA kernels prove itself on the card, once in a process, before its"
-        " first call; a wrong one is left for the next backend.",
+        "1 checks our CUDA kernels on the card, once in a process, before the first call of each"
+        " dtype and head_dim; a wrong one is left for the next backend.",
     ),
     Variable(
         "WAN_ATTN_LIBCUDA",

@@ -83,20 +83,21 @@ def run(
 
 def _require_proof(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Raises RuntimeError, so that the next backend takes over, for a kernel that is wrong here."""
-
-    def run(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        q_lens: Tensor | None,
-        k_lens: Tensor,
-        is_causal: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return _call(query, key, value, q_lens, k_lens, is_causal=is_causal, return_lse=True)
-
-    wrong = proof.verdict(run, device, dtype, head_dim)
+    wrong = proof.verdict(_answer, device, dtype, head_dim)
     if wrong is not None:
         raise RuntimeError(f"wan_attn: the kernel for this call is wrong on {device}: {wrong}")
+
+
+def _answer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_lens: Tensor | None,
+    k_lens: Tensor,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """A call of proof.py."""
+    return _call(query, key, value, q_lens, k_lens, is_causal=is_causal, return_lse=True)
 
 
 def _call(*operands: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,6 @@ from wan_attn.cuda import sources
 
 Made = TypeVar("Made")
 
-# Bodies written in instructions that one architecture has and no other, not even a later one:
-# NVIDIA compiles them for a target of its own, as in sm_90a.
-ONE_ARCH = {"sm90": 90}
-
 # Architectures whose machine code travels in a wheel; what runs elsewhere of it says `serving`.
 SHIPPED = (75, 80, 86, 90, 120)
 
@@ -44,6 +40,8 @@ class Tile:
     min_ctas: int
     pv_sum_f16: int
 
+    one_arch = None
+
     @property
     def name(self) -> str:
         return f"{self.row}_{self.gpu_class.lower()}"
@@ -59,11 +57,6 @@ class Tile:
     @property
     def args(self) -> str:
         return "wan_attn_cuda_args"
-
-    @property
-    def one_arch(self) -> int | None:
-        """The only architecture that has its instructions; None: its own and later ones."""
-        return ONE_ARCH.get(self.body)
 
     @property
     def bf16_as_f16(self) -> bool:
@@ -123,7 +116,8 @@ class TileSm90:
 
     source = "cuda/sdpa_sm90.cuh"
     args = "wan_attn_cuda_sm90_args"
-    one_arch = ONE_ARCH["sm90"]
+    # NVIDIA compiles wgmma for sm_90a alone: no other architecture has it, not even a later one.
+    one_arch = 90
 
     @property
     def name(self) -> str:
@@ -320,9 +314,9 @@ def half_rate() -> tuple[tuple[int, str], ...]:
 
 
 def tiles_for(arch: int) -> tuple[Tile, ...]:
-    """The tiles that `arch` runs: those of its class, less those of another architecture alone."""
+    """The tiles of sdpa_sm80.cuh that `arch` runs: those of its class."""
     gpu_class = class_of(arch)
-    return tuple(t for t in tiles() if t.gpu_class == gpu_class and t.one_arch in (None, arch))
+    return tuple(tile for tile in tiles() if tile.gpu_class == gpu_class)
 
 
 def kernels_for(arch: int) -> tuple[Kernel, ...]:
