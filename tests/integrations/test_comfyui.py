@@ -41,7 +41,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in list(sys.modules):
         if name.partition(".")[0] in ("comfy", "kijai") or name.startswith("custom_nodes/"):
             del sys.modules[name]
-    log.disable()
+    log.disable("comfyui")
     monkeypatch.undo()
     config.refresh()
 

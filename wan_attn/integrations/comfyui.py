@@ -197,7 +197,7 @@ def start(host: Any) -> dict[str, type]:
     all models use, unless ComfyUI was started with a flag that chooses another.
     """
     settings = config.current()
-    log.enable(settings.log_level)
+    log.enable(settings.log_level, "comfyui")
     register(host)
     chosen = [
         "--" + name.replace("_", "-")
