@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -48,6 +49,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(20261121)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_before() -> Iterator[None]:
+    """log.enable() within caplog.at_level() keeps that level as the one to go back to."""
+    logger = logging.getLogger("wan_attn")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture
