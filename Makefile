@@ -78,7 +78,7 @@ check-sanitizers: check-environment
 
 check-tables: check-environment
 	@echo '== tables of README.md'
-	@$(python) -m wan_attn.cli.tables --check README.md
+	@$(python) .ci/readme_tables.py --check README.md
 
 format: check-environment
 	@$(c_files) | xargs $(VENV)/bin/clang-format -i
@@ -86,7 +86,7 @@ format: check-environment
 	@$(VENV)/bin/ruff format --quiet .
 
 tables: check-environment
-	@$(python) -m wan_attn.cli.tables --write README.md
+	@$(python) .ci/readme_tables.py --write README.md
 
 build:
 	@echo '== build'

@@ -40,7 +40,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.nn.functional as F
 
-from wan_attn import ops
+from wan_attn.native import op
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -96,9 +96,7 @@ def seconds(function: Callable[[], object]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def calls(
-    row: ops.KernelInfo, dtype: torch.dtype, shape: tuple
-) -> tuple[Callable, Callable, float]:
+def calls(row: op.KernelInfo, dtype: torch.dtype, shape: tuple) -> tuple[Callable, Callable, float]:
     """(ours, torch's, FLOP) for one shape."""
     batch, seqlen_q, seqlen_k, heads, head_dim, real = shape
     query = torch.randn(batch, seqlen_q, heads, head_dim).to(dtype)
@@ -124,7 +122,7 @@ def middle(values: list[float]) -> tuple[float, float, float]:
 
 
 def measure(
-    row: ops.KernelInfo, dtype: str, name: str, shape: tuple, runs: int, peaks: dict[str, float]
+    row: op.KernelInfo, dtype: str, name: str, shape: tuple, runs: int, peaks: dict[str, float]
 ) -> dict[str, object]:
     ours, torchs, flop = calls(row, DTYPES[dtype], shape)
     ours(), torchs()  # first calls make threads and touch memory
@@ -211,13 +209,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen_rows(wanted: list[str] | None, dtype: torch.dtype) -> list[ops.KernelInfo]:
+def chosen_rows(wanted: list[str] | None, dtype: torch.dtype) -> list[op.KernelInfo]:
     able = [
         row
-        for row in ops.kernels()
+        for row in op.kernels()
         if row.device == "cpu"
         and dtype in row.dtypes
-        and set(row.cpu_features) <= set(ops.cpu_features())
+        and set(row.cpu_features) <= set(op.cpu_features())
     ]
     if wanted:
         return [row for row in able if row.name in wanted]
@@ -230,9 +228,7 @@ def main() -> int:
         sys.exit("--runs must be at least 2, or there is no spread")
     shapes = QUICK if options.quick else {name: SHAPES[name] for name in options.shapes}
     peaks = machine_peaks()
-    title = (
-        f"{cpu_model()} ({options.name}), torch {torch.__version__}, wan_attn {ops.build_info()}"
-    )
+    title = f"{cpu_model()} ({options.name}), torch {torch.__version__}, wan_attn {op.build_info()}"
     print(title)
     print("peak of one core, GFLOP/s:", peaks or "not measured, no C compiler")
     results: list[dict[str, object]] = []

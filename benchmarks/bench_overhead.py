@@ -45,16 +45,16 @@ def kernel_calls() -> tuple[Callable[[], object], Callable[[], object]] | None:
     """(a call that runs the kernel, the same call refused at once), both through ctypes."""
     import torch
 
-    from wan_attn import _native
-    from wan_attn.binding import describe
+    from wan_attn.native import library
+    from wan_attn.native.bindings import describe
 
-    if _native.load() is None:
+    if library.load() is None:
         return None
-    forward, error = _native.lib().wan_attn_forward, _native.Error()
+    forward, error = library.lib().wan_attn_forward, library.Error()
     tensors = [torch.randn(SHAPE) for _ in range(4)]
     q, k, v, out = (describe(t) for t in tensors)
-    params = _native.Params(
-        struct_size=ctypes.sizeof(_native.Params),
+    params = library.Params(
+        struct_size=ctypes.sizeof(library.Params),
         kernel=-1,
         q=q,
         k=k,
@@ -65,12 +65,12 @@ def kernel_calls() -> tuple[Callable[[], object], Callable[[], object]] | None:
         num_threads=1,
     )
     at, size = ctypes.byref(params), ctypes.c_size_t()
-    if _native.lib().wan_attn_workspace_size(at, size, error) != _native.OK:
+    if library.lib().wan_attn_workspace_size(at, size, error) != library.OK:
         raise RuntimeError(error.text())
     workspace = torch.empty(size.value + 64, dtype=torch.uint8)
     params.workspace = -(-workspace.data_ptr() // 64) * 64
     params.workspace_size = size.value
-    if forward(at, error) != _native.OK:
+    if forward(at, error) != library.OK:
         raise RuntimeError(error.text())
     kept = (tensors, params, workspace)  # the closure below owns what `at` points to
     return lambda: kept and forward(at, None), lambda: kept and forward(None, None)
@@ -81,7 +81,7 @@ def measured(binding: str) -> dict[str, Callable[[int], float]]:
     import torch
 
     import wan_attn
-    from wan_attn import ops
+    from wan_attn.native import op as ops
 
     if ops.binding() != binding:
         raise SystemExit(f"binding {binding} is not to be had here: {ops.binding_reason()}")

@@ -63,9 +63,9 @@ def _logger_as_before() -> Iterator[None]:
 @pytest.fixture
 def binding() -> str:
     """The binding that this process uses; test_bindings.py runs the op's tests under the others."""
-    import wan_attn.ops
+    import wan_attn.native.op
 
-    return wan_attn.ops.binding()
+    return wan_attn.native.op.binding()
 
 
 @pytest.fixture

@@ -19,27 +19,27 @@ from pathlib import Path
 import pytest
 
 from source_tree import ROOT
-from wan_attn import _native
+from wan_attn.native import library as native
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
-    "wan_attn_tensor": _native.Tensor,
-    "wan_attn_params": _native.Params,
-    "wan_attn_error": _native.Error,
-    "wan_attn_kernel_info": _native.KernelInfo,
-    "wan_attn_cuda_config": _native.CudaConfig,
-    "wan_attn_cuda_device": _native.CudaDevice,
+    "wan_attn_tensor": native.Tensor,
+    "wan_attn_params": native.Params,
+    "wan_attn_error": native.Error,
+    "wan_attn_kernel_info": native.KernelInfo,
+    "wan_attn_cuda_config": native.CudaConfig,
+    "wan_attn_cuda_device": native.CudaDevice,
 }
 
 # Name in wan_attn.h -> the mirrored number.
 NUMBERS = {
-    "WAN_ATTN_ABI_VERSION": _native.ABI_VERSION,
-    "WAN_ATTN_MAX_NDIM": _native.MAX_NDIM,
-    **{f"WAN_ATTN_{name}": getattr(_native, name) for name in (
+    "WAN_ATTN_ABI_VERSION": native.ABI_VERSION,
+    "WAN_ATTN_MAX_NDIM": native.MAX_NDIM,
+    **{f"WAN_ATTN_{name}": getattr(native, name) for name in (
         "OK", "INVALID_ARGUMENT", "UNSUPPORTED", "DEVICE_ERROR", "INTERNAL",
         "F32", "F16", "BF16", "I32", "I64", "DTYPE_OTHER", "CPU", "CUDA", "DEVICE_OTHER",
     )},
-    **{f"WAN_ATTN_CPU_{name.upper()}": 1 << bit for bit, name in _native.CPU_FEATURES.items()},
-    "WAN_ATTN_CPU_KNOWN": _native.CPU_KNOWN,
+    **{f"WAN_ATTN_CPU_{name.upper()}": 1 << bit for bit, name in native.CPU_FEATURES.items()},
+    "WAN_ATTN_CPU_KNOWN": native.CPU_KNOWN,
 }  # fmt: skip
 
 C_DIALECTS = ["c99", "c11", "c17", "c++17"]
@@ -82,24 +82,24 @@ def needed(library: Path) -> list[str]:
 
 
 def shim() -> Path:
-    if not _native.shim_path().exists():
+    if not native.shim_path().exists():
         pytest.skip("the shim is not built here: no torch >= 2.10 at build time")
-    return _native.shim_path()
+    return native.shim_path()
 
 
 @linux_only
 def test_the_library_exports_its_functions_and_nothing_else() -> None:
-    exported = {name for _, name in symbols(_native.lib_path(), "--defined-only")}
+    exported = {name for _, name in symbols(native.lib_path(), "--defined-only")}
     assert exported == abi()[0]
 
 
 def test_python_declares_every_exported_function() -> None:
-    assert set(_native._FUNCTIONS) == abi()[0]
+    assert set(native._FUNCTIONS) == abi()[0]
 
 
 @linux_only
 def test_the_library_needs_the_c_library_only() -> None:
-    assert [n for n in needed(_native.lib_path()) if not SYSTEM_LIBRARIES.fullmatch(n)] == []
+    assert [n for n in needed(native.lib_path()) if not SYSTEM_LIBRARIES.fullmatch(n)] == []
 
 
 @linux_only
@@ -124,7 +124,7 @@ def test_the_shim_needs_no_cuda_and_no_python() -> None:
 
 
 @linux_only
-@pytest.mark.parametrize("library", [_native.lib_path, shim], ids=["libwan_attn", "shim"])
+@pytest.mark.parametrize("library", [native.lib_path, shim], ids=["libwan_attn", "shim"])
 def test_no_folder_of_the_building_machine_is_linked_in(library) -> None:
     assert "PATH" not in tool("readelf", "-d", library())
 

@@ -15,8 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import readme_tables as tables
 
-import wan_attn.ops
+import wan_attn.native.op
 from source_tree import (
     c_code,
     c_includes,
@@ -27,7 +28,6 @@ from source_tree import (
     read,
     sources,
 )
-from wan_attn.cli import tables
 
 MAX_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 500, 60, 100
 
@@ -78,25 +78,26 @@ MAY_INCLUDE: dict[str, list[str]] = {
 
 # From the bottom up: a module may import its own layer and those below.
 PYTHON_LAYERS = [
-    {"version", "_native", "_truth", "autograd", "contract", "workloads"},
+    {"version", "workloads", "console"},
     {"config"},
     {"request"},
-    {"log", "proof", "states"},
+    {"log", "merge"},
     {"cuda"},
-    {"binding"},
-    {"kernels"},
-    {"ops"},
+    {"native", "selfcheck"},
     {"backends"},
-    {"select", "availability"},
-    {"attention", "_execute", "_opaque", "_profile"},
+    {"selection"},
+    {"attention"},
+    {"signatures"},
     {"integrations"},
+    {"doctor"},
     {"", "__main__", "bench", "cli", "demo"},
 ]
 # Without libwan_attn the op is computed by the torch backend, which is above it.
 UPWARD = {
-    ("wan_attn.ops", "wan_attn.backends.torch_sdpa"),
-    ("wan_attn._profile", "wan_attn.bench"),  # at exit, for the summary
-    ("wan_attn._profile", "wan_attn.bench.profile"),
+    ("wan_attn.native.op", "wan_attn.backends.torch_sdpa"),
+    ("wan_attn.selection.profile", "wan_attn.bench"),  # at exit, for the summary
+    ("wan_attn.selection.profile", "wan_attn.bench.profile"),
+    ("wan_attn.request", "wan_attn.contract"),
 }
 
 # Who may import something that is neither torch's, Python's nor ours when it is imported itself.
@@ -305,7 +306,7 @@ def test_no_paths_of_one_machine() -> None:
 
 
 def test_kernel_names_follow_the_grammar() -> None:
-    rows = wan_attn.ops.kernels()
+    rows = wan_attn.native.op.kernels()
     assert len({row.name for row in rows}) == len(rows)
     for row in rows:
         match = KERNEL_NAME.fullmatch(row.name)
@@ -315,7 +316,7 @@ def test_kernel_names_follow_the_grammar() -> None:
 
 
 def test_a_kernel_is_named_in_its_row_and_its_own_file() -> None:
-    for row in wan_attn.ops.kernels():
+    for row in wan_attn.native.op.kernels():
         name = re.compile(rf"\b(?:wan_attn_)?{row.name}\b")
         named = {f.as_posix() for f in c_sources() if name.search(c_code(f))}
         named |= {f.as_posix() for f in package_sources() if name.search(python_strings(f))}
@@ -325,7 +326,7 @@ def test_a_kernel_is_named_in_its_row_and_its_own_file() -> None:
 
 
 def test_the_tables_of_the_readme_are_current() -> None:
-    if not wan_attn.ops.kernels() or platform.machine().lower() not in ("x86_64", "amd64"):
+    if not wan_attn.native.op.kernels() or platform.machine().lower() not in ("x86_64", "amd64"):
         pytest.skip("README shows the kernels of x86-64, and this build has others")
     text = read(Path("README.md"))
     assert tables.up_to_date(text) == text, "run: make tables"

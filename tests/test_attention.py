@@ -20,9 +20,10 @@ from torch import Tensor
 import standins
 from calls import BF16, F16, F32, operands, poisoned
 from tolerances import assert_close_to_oracle
-from wan_attn import _execute, config
+from wan_attn import config
 from wan_attn.attention import flash_attention, sdpa
 from wan_attn.backends import REGISTRY, native
+from wan_attn.selection import run as execute
 
 SIGNATURE = (
     "q, k, v, q_lens=None, k_lens=None, dropout_p=0.0, softmax_scale=None, q_scale=None,"
@@ -393,14 +394,14 @@ def test_version_3_that_is_not_there_is_said_once(
 
 def test_a_plan_is_made_once_for_a_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
     made = 0
-    real = _execute._make_plan
+    real = execute._make_plan
 
     def spy(*args: Any) -> Any:
         nonlocal made
         made += 1
         return real(*args)
 
-    monkeypatch.setattr(_execute, "_make_plan", spy)
+    monkeypatch.setattr(execute, "_make_plan", spy)
     q, k, v = operands(batch=2, dtype=BF16)
     for lens in ([33, 1], [5, 6], [0, 33]):  # lengths are values, not a kind
         flash_attention(q, k, v, k_lens=torch.tensor(lens))
@@ -414,11 +415,11 @@ def test_a_plan_is_made_once_for_a_kind_of_call(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_plans_do_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_execute, "_PLANS_MAX", 4)
+    monkeypatch.setattr(execute, "_PLANS_MAX", 4)
     for length in range(1, 12):
         q, k, v = operands(seqlen_q=length, dtype=BF16)
         assert_close_to_oracle(flash_attention(q, k, v), q, k, v)
-        assert len(_execute._plans) <= 4
+        assert len(execute._plans) <= 4
 
 
 def test_threads() -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from wan_attn import ops
 from wan_attn.__main__ import main
 from wan_attn.bench import accuracy, kernels, model, peers, plots, progress, report, step, suite
 from wan_attn.bench.model import ARCHS, Video, reduced
 from wan_attn.bench.report import Column, Report
+from wan_attn.native import op
 from wan_attn.workloads import WORKLOADS
 
 CPU = ["--device", "cpu", "--rounds", "2"]
@@ -88,7 +88,7 @@ def test_kernels(capsys: pytest.CaptureFixture[str], tmp_path: Path, native: str
     assert "[1/2] matmul fp32" in err and "[2/2] 1x64x2x64 fp32" in err, "no terminal: plain lines"
     found = json.loads((tmp_path / "kernels.json").read_text())
     rows = {row["kernel"]: row for row in found["rows"]}
-    best = ops.kernels()[0]
+    best = op.kernels()[0]
     assert "torch" in rows and rows["torch"]["speedup"] == 1.0
     assert any(row["ours"] for row in rows.values())
     for name, row in rows.items():
@@ -111,7 +111,7 @@ def test_kernels(capsys: pytest.CaptureFixture[str], tmp_path: Path, native: str
 def test_kernels_as_json_names_only_what_was_asked(
     capsys: pytest.CaptureFixture[str], native: str
 ) -> None:
-    name = next(k.name for k in ops.kernels() if k.name == "sdpa_ref")
+    name = next(k.name for k in op.kernels() if k.name == "sdpa_ref")
     code, out, _ = run([*KERNELS, "--kernels", name, "--json"], capsys)
     assert code == 0
     assert [row["kernel"] for row in json.loads(out)["rows"]] == [name, "torch"]

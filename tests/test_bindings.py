@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """test_bindings.py - every binding is the same op: same tests, same bits.
 
-WAN_ATTN_BINDING is read when wan_attn.ops is imported, so the others run in processes of their own.
+WAN_ATTN_BINDING is read when wan_attn.native.op is imported, so the others run in processes of
+their own.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 
 import calls
 import test_op
-from wan_attn import _native
-from wan_attn.binding import ctypes_sdpa, why_no_shim
+from wan_attn.native import library
+from wan_attn.native.bindings import ctypes_sdpa, why_no_shim
 
 HERE = Path(__file__).parent
 # Kernels are the same code under shim and ctypes; what differs is how a call gets there and back.
@@ -78,4 +79,4 @@ def test_same_message_through_ctypes(native: str) -> None:
 
 def test_the_native_library_is_there() -> None:
     """Where it is not, whole files skip: better one red test that says why."""
-    assert _native.load_error() is None
+    assert library.load_error() is None

@@ -25,7 +25,7 @@ from wan_attn.backends import _torch_kernels, chunked, torch_sdpa
 from wan_attn.backends.chunked import choose_method, windows_flash_attention_wrapper
 from wan_attn.config import Settings
 from wan_attn.request import Request
-from wan_attn.select import select
+from wan_attn.selection.choose import select
 
 CUDA = Request(
     batch=1, seqlen_q=2048, seqlen_k=2048, num_heads_q=4, num_heads_k=4, head_dim=128, dtype=F16,

@@ -10,8 +10,8 @@ import pytest
 from test_cuda_images import MERGE, ROW, WITH_12_8, Machine, full, machine, ship
 from wan_attn.__main__ import main
 from wan_attn.cli import compile as command
-from wan_attn.cli.doctor_facts import Gpu
 from wan_attn.cuda import nvrtc, rows, store
+from wan_attn.doctor.facts import Gpu
 
 __all__ = ["machine"]  # the fixture
 

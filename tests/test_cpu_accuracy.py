@@ -17,7 +17,7 @@ import calls
 import oracle
 from calls import NAMES, sdpa
 from tolerances import ulp
-from wan_attn import ops
+from wan_attn.native import op
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -39,7 +39,7 @@ def rms(x: oracle.Array) -> float:
 @pytest.mark.parametrize("length", LENGTHS)
 @each_case
 def test_as_exact_as_torch(
-    row: ops.KernelInfo, dtype: torch.dtype, length: int, peaky: float
+    row: op.KernelInfo, dtype: torch.dtype, length: int, peaky: float
 ) -> None:
     query, key, value = calls.operands(
         seqlen_q=QUERIES,
@@ -61,7 +61,7 @@ def test_as_exact_as_torch(
 
 
 @each_case
-def test_the_largest_scales(row: ops.KernelInfo, dtype: torch.dtype) -> None:
+def test_the_largest_scales(row: op.KernelInfo, dtype: torch.dtype) -> None:
     """Near the end of float32, where the scale times log2(e) is beyond: the largest score wins."""
     tensors = calls.operands(seqlen_q=20, seqlen_k=300, head_dim=16, dtype=dtype)
     out, below = (sdpa(*tensors, row=row, scale=scale)[0] for scale in (3e38, 1e38))

@@ -23,7 +23,8 @@ import pytest
 import torch
 
 from tolerances import assert_close_to_oracle
-from wan_attn import _native, binding, ops
+from wan_attn.native import bindings, op
+from wan_attn.native import library as native
 
 ROOT = Path(__file__).parent.parent
 REPLACED = ("core/cpuid.c", "cpu/amx_permission.c")
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux"
     or platform.machine() != "x86_64"
     or shutil.which("cc") is None
-    or "avx512_bf16" not in ops.cpu_features(),
+    or "avx512_bf16" not in op.cpu_features(),
     reason="needs Linux on an x86-64 with AVX512-BF16, and a C compiler",
 )
 
@@ -74,7 +75,7 @@ def compile_library(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     lib = ctypes.CDLL(str(compile_library(tmp_path_factory.mktemp("amx"))))
-    for name, (restype, argtypes) in _native._FUNCTIONS.items():
+    for name, (restype, argtypes) in native._FUNCTIONS.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = restype, argtypes
     lib.wan_attn_amx_instructions.restype = ctypes.c_long
@@ -83,12 +84,12 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def amx_row() -> int:
-    names = [info_at(row).name for row in range(_native.lib().wan_attn_kernel_count())]
+    names = [info_at(row).name for row in range(native.lib().wan_attn_kernel_count())]
     return names.index(b"sdpa_amx")
 
 
 def need_amx() -> None:
-    if "amx_bf16" not in ops.cpu_features():
+    if "amx_bf16" not in op.cpu_features():
         pytest.skip("this CPU has no AMX: the row runs under the emulator only")
 
 
@@ -102,16 +103,16 @@ def amx(
         yield amx_row()
         return
     library = request.getfixturevalue("emulator")
-    monkeypatch.setattr(_native, "_open", lambda: (library, None))
+    monkeypatch.setattr(native, "_open", lambda: (library, None))
     torch.set_num_threads(1)  # the emulator counts for each thread
     before = library.wan_attn_amx_instructions()
     yield amx_row()
     assert library.wan_attn_amx_instructions() > before
 
 
-def info_at(row: int) -> _native.KernelInfo:
-    info = _native.KernelInfo(struct_size=ctypes.sizeof(_native.KernelInfo))
-    _native.lib().wan_attn_kernel_at(row, ctypes.byref(info))
+def info_at(row: int) -> native.KernelInfo:
+    info = native.KernelInfo(struct_size=ctypes.sizeof(native.KernelInfo))
+    native.lib().wan_attn_kernel_at(row, ctypes.byref(info))
     return info
 
 
@@ -119,7 +120,7 @@ def check(amx: int, *tensors: torch.Tensor, **call: object) -> torch.Tensor:
     given = dict(call)
     left, right = given.pop("window", (-1, -1))
     k_lens = given.pop("k_lens", None)
-    out, lse = binding.ctypes_sdpa(
+    out, lse = bindings.ctypes_sdpa(
         *tensors,
         k_lens=None if k_lens is None else torch.tensor(k_lens),
         window_left=left,
@@ -187,7 +188,7 @@ def test_the_emulator_computes_what_the_cpu_does(
     need_amx()
     tensors = operands(70, 333, 80, heads=(2, 1))
     on_cpu = check(amx_row(), *tensors, **call)
-    monkeypatch.setattr(_native, "_open", lambda: (emulator, None))
+    monkeypatch.setattr(native, "_open", lambda: (emulator, None))
     assert torch.equal(check(amx_row(), *tensors, **call), on_cpu)
 
 
@@ -200,7 +201,7 @@ def test_permission_is_asked_of_linux(tmp_path: Path) -> None:
     )
     refusal = ctypes.CDLL(str(library)).wan_attn_amx_refusal
     refusal.restype = ctypes.c_char_p
-    if "amx_bf16" in ops.cpu_features():
+    if "amx_bf16" in op.cpu_features():
         assert refusal() is None
     else:
         assert refusal() == b"Linux does not let this process use the AMX tile registers"

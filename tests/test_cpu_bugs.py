@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import c_driver
-from wan_attn import ops
+from wan_attn.native import op
 
 CALLS = "24"
 CSRC = c_driver.ROOT / "csrc"
@@ -24,7 +24,7 @@ CSRC = c_driver.ROOT / "csrc"
 pytestmark = pytest.mark.skipif(
     shutil.which("cc") is None
     or platform.machine() not in ("x86_64", "AMD64")
-    or "avx2" not in ops.cpu_features(),
+    or "avx2" not in op.cpu_features(),
     reason="needs an x86-64 with AVX2, and a C compiler",
 )
 
@@ -123,7 +123,7 @@ def test_without_a_bug(right_objects: Path) -> None:
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_is_found(bug: Bug, right_objects: Path, tmp_path: Path) -> None:
-    if bug.needs not in ops.cpu_features():
+    if bug.needs not in op.cpu_features():
         pytest.skip(f"the bug is in a row that needs {bug.needs}")
     csrc, objects = tmp_path / "csrc", tmp_path / "objects"
     shutil.copytree(CSRC, csrc)

@@ -17,7 +17,7 @@ import torch
 
 import calls
 from calls import BF16, F32, sdpa
-from wan_attn import _native, binding, ops
+from wan_attn.native import bindings, library, op
 
 pytestmark = pytest.mark.usefixtures("native", "threads")
 
@@ -27,13 +27,13 @@ each_row = pytest.mark.parametrize("row", ROWS, ids=calls.row_id)
 SHAPE = {"batch": 2, "seqlen_q": 333, "seqlen_k": 301, "heads_q": 4, "heads_k": 2}
 
 
-def operands(row: ops.KernelInfo) -> tuple[torch.Tensor, ...]:
+def operands(row: op.KernelInfo) -> tuple[torch.Tensor, ...]:
     return calls.operands(**SHAPE, head_dim=40, dtype=row.dtypes[-1])
 
 
 @pytest.mark.parametrize("masks", ({}, {"is_causal": True, "k_lens": [301, 77]}), ids=str)
 @each_row
-def test_thread_counts_give_the_same_bits(row: ops.KernelInfo, masks: dict[str, object]) -> None:
+def test_thread_counts_give_the_same_bits(row: op.KernelInfo, masks: dict[str, object]) -> None:
     tensors = operands(row)
     torch.set_num_threads(1)
     expected = sdpa(*tensors, row=row, return_lse=True, **masks)
@@ -46,18 +46,18 @@ def test_thread_counts_give_the_same_bits(row: ops.KernelInfo, masks: dict[str, 
 
 
 @each_row
-def test_threads_of_its_own(row: ops.KernelInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_its_own(row: op.KernelInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch lends no loop (torch < 2.10, children of fork)."""
     tensors = operands(row)
     expected = sdpa(*tensors, row=row)[0]
-    monkeypatch.setattr(binding, "parallel_for", lambda: None)
+    monkeypatch.setattr(bindings, "parallel_for", lambda: None)
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        assert torch.equal(binding.ctypes_sdpa(*tensors, kernel=row.index)[0], expected)
+        assert torch.equal(bindings.ctypes_sdpa(*tensors, kernel=row.index)[0], expected)
 
 
 @each_row
-def test_called_from_many_python_threads(row: ops.KernelInfo) -> None:
+def test_called_from_many_python_threads(row: op.KernelInfo) -> None:
     """As data loaders and servers do; the caller's loop may be busy with another call."""
     tensors = operands(row)
     expected = sdpa(*tensors, row=row)[0]
@@ -77,7 +77,7 @@ def test_called_from_many_python_threads(row: ops.KernelInfo) -> None:
 
 
 @each_row
-def test_turns_with_torch(row: ops.KernelInfo) -> None:
+def test_turns_with_torch(row: op.KernelInfo) -> None:
     """torch's own operators and ours share threads; neither disturbs the other's results."""
     tensors = operands(row)
     expected, matrix = sdpa(*tensors, row=row)[0], torch.randn(300, 300)
@@ -135,14 +135,14 @@ LEVELS = {
 }
 CHOICE = """
 import sys, torch
-from wan_attn import ops
+from wan_attn.native import op
 from wan_attn.request import Request
 for dtype in (torch.float32, torch.bfloat16):
     q = torch.randn(1, 20, 1, 16).to(dtype)
-    row, _ = ops.select(Request.from_tensors(q, q, q))
+    row, _ = op.select(Request.from_tensors(q, q, q))
     torch.testing.assert_close(
-        torch.ops.wan_attn.sdpa(q, q, q)[0],
-        torch.ops.wan_attn.sdpa(q, q, q, kernel=row.index)[0], rtol=0, atol=0)
+        torch.op.wan_attn.sdpa(q, q, q)[0],
+        torch.op.wan_attn.sdpa(q, q, q, kernel=row.index)[0], rtol=0, atol=0)
     print(row.name)
 """
 
@@ -150,7 +150,7 @@ for dtype in (torch.float32, torch.bfloat16):
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_level_masks_what_is_above_it(level: str) -> None:
     """WAN_ATTN_CPU_ISA: the best row that needs no more than the level has, here and on any CPU."""
-    allowed = LEVELS[level] & set(ops.cpu_features())
+    allowed = LEVELS[level] & set(op.cpu_features())
     environment = {**os.environ, "WAN_ATTN_CPU_ISA": level}
     done = subprocess.run(
         [sys.executable, "-c", CHOICE],
@@ -164,7 +164,7 @@ def test_a_level_masks_what_is_above_it(level: str) -> None:
     expected = [
         next(
             row.name
-            for row in ops.kernels()
+            for row in op.kernels()
             if row.device == "cpu" and dtype in row.dtypes and set(row.cpu_features) <= allowed
         )
         for dtype in (F32, BF16)
@@ -173,10 +173,10 @@ def test_a_level_masks_what_is_above_it(level: str) -> None:
 
 
 @each_row
-def test_every_row_runs_under_a_mask(row: ops.KernelInfo) -> None:
+def test_every_row_runs_under_a_mask(row: op.KernelInfo) -> None:
     """Forcing a row and allowing just what it needs come to the same bits."""
     tensors = calls.operands(dtype=row.dtypes[-1])
-    needs = sum(1 << bit for bit, name in _native.CPU_FEATURES.items() if name in row.cpu_features)
-    names = binding._ISA_FEATURES
+    needs = sum(1 << bit for bit, name in library.CPU_FEATURES.items() if name in row.cpu_features)
+    names = bindings._ISA_FEATURES
     assert row.name == "sdpa_ref" or any(bits & needs == needs for bits in names.values())
     assert torch.isfinite(sdpa(*tensors, row=row)[0]).all()

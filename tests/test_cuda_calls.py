@@ -15,11 +15,12 @@ from torch import Tensor
 from cuda_mock.gpu import CARDS, Gpu
 from emu.build import compiler
 from test_cuda_launch import BF16, F16, F32, check, gpu, normal  # noqa: F401 - gpu is a fixture
-from wan_attn import _native, proof
+from wan_attn.native import library
+from wan_attn.selfcheck import first_call
 
 pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)"),
-    pytest.mark.skipif(_native.load() is None, reason="no native library"),
+    pytest.mark.skipif(library.load() is None, reason="no native library"),
 ]
 
 CONVERT, MERGE = "wan_attn_convert", "wan_attn_merge"
@@ -199,18 +200,18 @@ def test_shared_memory_that_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_sizes_beyond_the_kernels(gpu: Gpu, q_shape: Any, k_shape: Any, reason: str) -> None:  # noqa: F811
-    def absent(shape: tuple[int, ...]) -> _native.Tensor:
-        described = _native.Tensor(dtype=_native.F16, device_type=_native.CUDA, ndim=4)
+    def absent(shape: tuple[int, ...]) -> library.Tensor:
+        described = library.Tensor(dtype=library.F16, device_type=library.CUDA, ndim=4)
         for dim, size in enumerate(shape):
             described.shape[dim], described.stride[dim] = size, int(dim == 3)
         return described
 
-    params = _native.Params(struct_size=ctypes.sizeof(_native.Params), kernel=-1)
+    params = library.Params(struct_size=ctypes.sizeof(library.Params), kernel=-1)
     params.q, params.k, params.v = absent(q_shape), absent(k_shape), absent(k_shape)
     params.window_size_left = params.window_size_right = -1
-    row, error = ctypes.c_int32(), _native.Error()
+    row, error = ctypes.c_int32(), library.Error()
     status = gpu.lib.wan_attn_select(params, ctypes.byref(row), ctypes.byref(error))
-    assert status == _native.UNSUPPORTED and reason in error.text()
+    assert status == library.UNSUPPORTED and reason in error.text()
 
 
 @pytest.mark.parametrize(
@@ -240,4 +241,4 @@ def test_right_kernels_pass_their_proof(arch: int, tmp_path: Path) -> None:
         q_lens, k_lens, is_causal = lens
         return machine.sdpa(query, key, value, q_lens=q_lens, k_lens=k_lens, is_causal=is_causal)
 
-    assert proof.wrong(run, torch.device("cpu"), BF16, 128) is None
+    assert first_call.wrong(run, torch.device("cpu"), BF16, 128) is None

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from wan_attn import _native
 from wan_attn.backends import native
-from wan_attn.cuda import driver, images
+from wan_attn.cuda import images
+from wan_attn.native import cuda_driver, library
 from wan_attn.request import Request
 
 CODE = b"\x7fELF machine code"
@@ -21,9 +21,9 @@ CODE = b"\x7fELF machine code"
 
 @pytest.fixture(autouse=True)
 def _as_new(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(driver, "_images", {})
+    monkeypatch.setattr(cuda_driver, "_images", {})
     yield
-    vars(driver._here).clear()
+    vars(cuda_driver._here).clear()
 
 
 def ask(kernel: str = "sdpa_x", arch: int = 80, room: int = 100) -> tuple[int, int, int, str]:
@@ -31,7 +31,7 @@ def ask(kernel: str = "sdpa_x", arch: int = 80, room: int = 100) -> tuple[int, i
     image, size = ctypes.c_void_p(), ctypes.c_size_t()
     message = ctypes.create_string_buffer(room + 1)
     message.raw = b"?" * (room + 1)
-    status = driver._FIND_IMAGE(kernel.encode(), arch, image, size, message, room)
+    status = cuda_driver._FIND_IMAGE(kernel.encode(), arch, image, size, message, room)
     assert message.raw[room:] == b"?", "it writes beyond the message"
     return status, image.value or 0, size.value, message.value.decode("utf-8", "replace")
 
@@ -66,7 +66,7 @@ def test_threads_that_ask_at_once_get_the_same_image(monkeypatch: pytest.MonkeyP
         thread.start()
     for thread in threads:
         thread.join()
-    kept = ctypes.cast(ctypes.c_char_p(driver._images["sdpa_x", 80]), ctypes.c_void_p).value
+    kept = ctypes.cast(ctypes.c_char_p(cuda_driver._images["sdpa_x", 80]), ctypes.c_void_p).value
     assert [answer[:2] for answer in answers] == [(0, kept)] * 2
 
 
@@ -112,7 +112,7 @@ def test_an_interruption_is_raised_behind_c(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_torch_for_amd_is_not_asked_for_nvidias_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both may be there; HIP's addresses mean nothing to an NVIDIA card."""
     call = Request(1, 8, 8, 1, 1, 64, *[torch.bfloat16] * 3, torch.device("cuda:0"))
-    if _native.load() is None:
+    if library.load() is None:
         pytest.skip("no native library")
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "AMD" in (native.why_not(call) or "")

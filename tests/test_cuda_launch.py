@@ -21,12 +21,12 @@ from torch import Tensor
 from cuda_mock.gpu import CARDS, STREAM, Card, Gpu
 from emu.build import compiler
 from tolerances import assert_close_to_oracle
-from wan_attn import _native, ops
 from wan_attn.backends._errors import is_device_error
+from wan_attn.native import library, op
 
 pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)"),
-    pytest.mark.skipif(_native.load() is None, reason="no native library"),
+    pytest.mark.skipif(library.load() is None, reason="no native library"),
 ]
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -236,7 +236,7 @@ def test_a_kernel_is_loaded_once_and_outside_a_capture(gpu: Gpu) -> None:
 
 
 def test_a_forced_row(gpu: Gpu) -> None:
-    rows = {row.name: row.index for row in ops.kernels()}
+    rows = {row.name: row.index for row in op.kernels()}
     with pytest.raises(RuntimeError, match="half rate"):
         gpu.sdpa(*normal(head_dim=128), kernel=rows["sdpa_sm80_pv16_bf16_d128"])
     with pytest.raises(RuntimeError, match="needs compute capability 7.5, cuda:0 has 8.0"):

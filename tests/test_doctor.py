@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from wan_attn import _truth as truth
-from wan_attn import config, ops
+from wan_attn import config
 from wan_attn.__main__ import main
 from wan_attn.backends import REGISTRY
-from wan_attn.cli import doctor, doctor_facts, doctor_known, selftest, selftest_paths, selftest_run
+from wan_attn.cli import doctor
+from wan_attn.doctor import facts, known, selftest, selftest_paths, selftest_run
+from wan_attn.native import op
+from wan_attn.selfcheck import reference as truth
 
 KEYS = {
     "schema": int,
@@ -79,9 +81,9 @@ def test_a_sound_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found) == set(KEYS)
     assert found["failed_checks"] == []
     assert found["versions"]["torch"] == torch.__version__
-    assert found["versions"]["binding"] == ops.binding()
+    assert found["versions"]["binding"] == op.binding()
     assert [b["name"] for b in found["backends"] if b["device"] == "cpu"] == list(REGISTRY)
-    assert [k["name"] for k in found["kernels"]] == [k.name for k in ops.kernels()]
+    assert [k["name"] for k in found["kernels"]] == [k.name for k in op.kernels()]
     assert all(row["usable"] == (row["reason"] is None) for row in found["backends"])
     assert {s["name"] for s in found["settings"]} == {v.name for v in config.VARIABLES}
     tested = {(r["kind"], r["name"]) for r in found["selftest"] if r["calls"]}
@@ -105,7 +107,7 @@ def test_a_wrong_kernel_makes_the_exit_code_1_and_is_named(
 
     real = selftest_run.paths
     monkeypatch.setattr(selftest_run, "paths", planted)
-    rows = [k.name for k in ops.kernels() if k.device == "cpu"]
+    rows = [k.name for k in op.kernels() if k.device == "cpu"]
     code, found = report(capsys)
     assert code == 1 and found["exit_code"] == 1
     assert rows[-1] in found["verdict"]
@@ -131,8 +133,8 @@ def test_the_text_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 def test_gpus_and_their_driver_are_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    card = doctor_facts.Gpu(1, "NVIDIA GeForce RTX 3090", (8, 6), 23.7)
-    machine = doctor_facts.Machine(
+    card = facts.Gpu(1, "NVIDIA GeForce RTX 3090", (8, 6), 23.7)
+    machine = facts.Machine(
         torch="2.9.1+cu128",
         torch_cuda="12.8",
         torch_archs=["sm_80", "sm_86"],
@@ -140,7 +142,7 @@ def test_gpus_and_their_driver_are_shown(
         gpus=[card],
         driver="580.65",
     )
-    monkeypatch.setattr(doctor_facts, "machine", lambda guard: machine)
+    monkeypatch.setattr(facts, "machine", lambda guard: machine)
     assert main(["doctor", "--in-process"]) == 0
     text = capsys.readouterr().out
     assert "cuda:1  NVIDIA GeForce RTX 3090, compute capability 8.6, 23.7 GiB" in text
@@ -193,16 +195,16 @@ def test_variables_in_effect_are_shown(
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (doctor_facts, "nvidia_driver"),
-        (doctor_facts, "packages"),
-        (doctor_facts, "cuda_devices"),
-        (doctor_facts, "cpu_facts"),
-        (doctor_facts, "native_facts"),
-        (doctor_facts, "broken_packages"),
-        (doctor_known, "findings"),
+        (facts, "nvidia_driver"),
+        (facts, "packages"),
+        (facts, "cuda_devices"),
+        (facts, "cpu_facts"),
+        (facts, "native_facts"),
+        (facts, "broken_packages"),
+        (known, "findings"),
         (selftest_paths, "devices"),
         (selftest_run, "run_here"),
-        (ops, "why_not"),
+        (op, "why_not"),
     ],
 )
 @pytest.mark.usefixtures("one_case")
@@ -213,7 +215,7 @@ def test_a_broken_check_is_reported_and_the_rest_goes_on(
         raise OSError("the check itself is broken")
 
     monkeypatch.setattr(module, name, broken)
-    if name == "why_not" and ops.binding() == "torch":
+    if name == "why_not" and op.binding() == "torch":
         pytest.skip("no kernel row is asked (WAN_ATTN_BINDING=torch)")
     _, found = report(capsys)
     assert "OSError: the check itself is broken" in str(found["failed_checks"] + found["selftest"])

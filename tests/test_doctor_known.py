@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from wan_attn import config
-from wan_attn.cli import _report, doctor_facts, doctor_known
-from wan_attn.cli.doctor_facts import Gpu, Machine
+from wan_attn import config, console
+from wan_attn.doctor import facts, known
+from wan_attn.doctor.facts import Gpu, Machine
 
 # --- known problems ---------------------------------------------------------------------------
 
@@ -34,12 +34,12 @@ SOUND = Machine(
 
 
 def test_a_sound_machine_has_no_known_problem() -> None:
-    assert doctor_known.findings(SOUND) == []
-    assert doctor_known.findings(Machine(torch="2.4.0")) == []
-    assert doctor_known.findings(replace(SOUND, torch="2.9.1+cu128", cudnn=91500)) == []
-    assert doctor_known.findings(replace(SOUND, torch="2.8.0+cu128", cudnn=91002)) == []
+    assert known.findings(SOUND) == []
+    assert known.findings(Machine(torch="2.4.0")) == []
+    assert known.findings(replace(SOUND, torch="2.9.1+cu128", cudnn=91500)) == []
+    assert known.findings(replace(SOUND, torch="2.8.0+cu128", cudnn=91002)) == []
     newer_sage = {"sageattention": "2.2.0+cu130torch2.9.0andhigher.post4"}
-    assert doctor_known.findings(replace(SOUND, packages=newer_sage)) == []
+    assert known.findings(replace(SOUND, packages=newer_sage)) == []
 
 
 def _with(**packages: str) -> dict[str, str]:
@@ -92,7 +92,7 @@ def _with(**packages: str) -> dict[str, str]:
     ],
 )
 def test_each_known_problem_is_recognised(machine: Machine, name: str, words: str) -> None:
-    found = {f.name: f for f in doctor_known.findings(machine)}
+    found = {f.name: f for f in known.findings(machine)}
     assert name in found, found
     assert words in found[name].text
     assert found[name].fix and found[name].source
@@ -102,7 +102,7 @@ def test_each_known_problem_is_recognised(machine: Machine, name: str, words: st
 def test_every_rule_is_tested() -> None:
     marks = test_each_known_problem_is_recognised.pytestmark  # type: ignore[attr-defined]
     tested = {row[1] for row in marks[0].args[1]}
-    assert tested == {rule.name for rule in doctor_known.RULES}
+    assert tested == {rule.name for rule in known.RULES}
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ def test_which_cards_a_torch_has_code_for(
     archs: list[str], capability: tuple[int, int], runs: bool
 ) -> None:
     machine = replace(SOUND, torch_archs=archs, gpus=[replace(RTX_4090, capability=capability)])
-    assert ("no-code-for-gpu" not in {f.name for f in doctor_known.findings(machine)}) == runs
+    assert ("no-code-for-gpu" not in {f.name for f in known.findings(machine)}) == runs
 
 
 # --- advice, redaction, versions --------------------------------------------------------------
 
 
 def advice(machine: Machine, **changes: Any) -> str:
-    from wan_attn.cli import doctor_next
+    from wan_attn.doctor import advice as doctor_next
 
     told = {
         "settings_error": None,
@@ -153,7 +153,7 @@ def test_the_recipe_that_leaves_flash_attn_out() -> None:
 def test_the_recipe_leaves_everything_else_in(tmp_path: Path) -> None:
     if sys.platform == "win32":
         pytest.skip("the shell recipe")
-    from wan_attn.cli.doctor_next import RECIPE
+    from wan_attn.doctor.advice import RECIPE
 
     lines = ["torch>=2.4.0", "flash_attn", "numpy>=1.23.5,<2"]  # no newline at the end, as upstream
     (tmp_path / "requirements.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -196,26 +196,26 @@ def test_a_wrong_path_is_worked_around() -> None:
     ],
 )
 def test_home_paths_are_hidden(text: str, shown: str) -> None:
-    assert _report.redact(text, home="/srv/data/me") == shown
-    assert _report.redact({"a": [text, (text, 1)], text: None}, home="/srv/data/me") == {
+    assert console.redact(text, home="/srv/data/me") == shown
+    assert console.redact({"a": [text, (text, 1)], text: None}, home="/srv/data/me") == {
         "a": [shown, [shown, 1]],
         shown: None,
     }
 
 
 def test_a_home_that_names_nobody_is_left_alone() -> None:
-    assert _report.redact("/usr/lib", home="/") == "/usr/lib"
+    assert console.redact("/usr/lib", home="/") == "/usr/lib"
 
 
 def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
-    _report.emit("caf\u00e9 \u4e2d")
+    console.emit("caf\u00e9 \u4e2d")
     assert shown.getvalue().split() == [rb"caf\xe9", rb"\u4e2d"]
 
 
 def test_a_reader_may_stop_reading() -> None:
-    code = "from wan_attn.cli._report import emit; emit('line\\n' * 100_000)"
+    code = "from wan_attn.console import emit; emit('line\\n' * 100_000)"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -231,11 +231,11 @@ def test_a_reader_may_stop_reading() -> None:
     [("2.9.1+cu128", (2, 9, 1)), ("2.11.0a0+git", (2, 11, 0)), ("1.26", (1, 26)), ("dev", ())],
 )
 def test_versions_are_read(text: str, numbers: tuple[int, ...]) -> None:
-    assert doctor_known.version(text) == numbers
+    assert known.version(text) == numbers
 
 
 def test_cudnn_numbers_are_written_out() -> None:
-    assert [doctor_known.cudnn_name(n) for n in (91002, 91500, 8907)] == [
+    assert [known.cudnn_name(n) for n in (91002, 91500, 8907)] == [
         "9.10.2",
         "9.15.0",
         "8.9.7",
@@ -259,7 +259,7 @@ def test_a_broken_flash_attn_is_shown(
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in [n for n in sys.modules if n.split(".")[0] == "flash_attn"]:
         monkeypatch.delitem(sys.modules, name)
-    broken = doctor_facts.broken_packages()
+    broken = facts.broken_packages()
     assert "flash_attn is installed but broken" in broken["flash_attn"]
-    (found,) = doctor_known.findings(replace(SOUND, broken=broken))
+    (found,) = known.findings(replace(SOUND, broken=broken))
     assert found.name == "broken-package" and "installed but broken" in found.text

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from calls import BF16, F16, F32, operands
 from tolerances import assert_close_to_oracle
-from wan_attn import _native, ops
-from wan_attn.binding import describe
+from wan_attn.native import library, op
+from wan_attn.native.bindings import describe
 
 OP = torch.ops.wan_attn.sdpa
 
@@ -280,7 +280,7 @@ def test_a_legal_call_that_no_kernel_takes(native: str) -> None:
     with pytest.raises(RuntimeError, match="^wan_attn: no kernel takes this call: ") as caught:
         OP(*operands(head_dim=257))
     said = str(caught.value)
-    for row in ops.kernels():
+    for row in op.kernels():
         is_near = row.device == "cpu" and torch.float32 in row.dtypes and not row.is_lossy
         assert (f"{row.name}:" in said or f"{row.name}," in said) == is_near, row.name
     assert "head_dim 1 to 256" in said and "got 257" in said
@@ -328,9 +328,9 @@ def test_fake_tensors_are_refused_like_real_ones(name: str) -> None:
 # The C ABI itself: what no binding does, but another caller might.
 
 
-def params_for(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> _native.Params:
-    return _native.Params(
-        struct_size=ctypes.sizeof(_native.Params),
+def params_for(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> library.Params:
+    return library.Params(
+        struct_size=ctypes.sizeof(library.Params),
         kernel=-1,
         q=describe(query),
         k=describe(key),
@@ -342,12 +342,12 @@ def params_for(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> _nativ
 
 
 @pytest.fixture
-def c_call(native: str) -> tuple[_native.Params, list[Tensor]]:
+def c_call(native: str) -> tuple[library.Params, list[Tensor]]:
     """Parameters of a good call, and the tensors they point to, out last."""
     query, key, value = operands()
     tensors = [query, key, value, torch.full_like(query, math.nan)]
     params, size = params_for(*tensors), ctypes.c_size_t()
-    assert _native.lib().wan_attn_workspace_size(params, size, None) == _native.OK
+    assert library.lib().wan_attn_workspace_size(params, size, None) == library.OK
     workspace = torch.empty(size.value + 64, dtype=torch.uint8)
     params.workspace = -(-workspace.data_ptr() // 64) * 64
     params.workspace_size = size.value
@@ -355,62 +355,62 @@ def c_call(native: str) -> tuple[_native.Params, list[Tensor]]:
     return params, tensors
 
 
-def test_c_abi_good_call(c_call: tuple[_native.Params, list[Tensor]]) -> None:
+def test_c_abi_good_call(c_call: tuple[library.Params, list[Tensor]]) -> None:
     params, (query, key, value, out) = c_call
-    error = _native.Error()
-    assert _native.lib().wan_attn_forward(params, error) == _native.OK
+    error = library.Error()
+    assert library.lib().wan_attn_forward(params, error) == library.OK
     assert_close_to_oracle(out, query, key, value)
 
 
-@pytest.mark.parametrize("size", (0, 4, 8, ctypes.sizeof(_native.Params) - 8, 2**32 - 1))
-def test_c_abi_struct_size(c_call: tuple[_native.Params, list[Tensor]], size: int) -> None:
+@pytest.mark.parametrize("size", (0, 4, 8, ctypes.sizeof(library.Params) - 8, 2**32 - 1))
+def test_c_abi_struct_size(c_call: tuple[library.Params, list[Tensor]], size: int) -> None:
     params, tensors = c_call
     params.struct_size = size
-    error = _native.Error()
-    assert _native.lib().wan_attn_forward(params, error) == _native.INVALID_ARGUMENT
+    error = library.Error()
+    assert library.lib().wan_attn_forward(params, error) == library.INVALID_ARGUMENT
     assert "struct_size" in error.text() and str(size) in error.text()
-    assert error.status == _native.INVALID_ARGUMENT
+    assert error.status == library.INVALID_ARGUMENT
     assert tensors[-1].isnan().all(), "out was touched"
 
 
 @pytest.mark.parametrize("function", ("forward", "select", "workspace_size", "why_not"))
-def test_c_abi_null_pointers(c_call: tuple[_native.Params, list[Tensor]], function: str) -> None:
+def test_c_abi_null_pointers(c_call: tuple[library.Params, list[Tensor]], function: str) -> None:
     params, _ = c_call
-    lib, error = _native.lib(), _native.Error()
+    lib, error = library.lib(), library.Error()
     run = getattr(lib, f"wan_attn_{function}")
     row, size = ctypes.c_int32(), ctypes.c_size_t()
     last = lib.wan_attn_kernel_count() - 1  # the reference, which takes everything
     between = {"select": [row], "workspace_size": [size], "why_not": [last], "forward": []}[
         function
     ]
-    assert run(None, *between, error) == _native.INVALID_ARGUMENT
+    assert run(None, *between, error) == library.INVALID_ARGUMENT
     assert "params must be a pointer, got NULL" in error.text()
-    assert run(None, *between, None) == _native.INVALID_ARGUMENT, "without an error struct"
-    assert run(params, *between, None) == _native.OK
+    assert run(None, *between, None) == library.INVALID_ARGUMENT, "without an error struct"
+    assert run(params, *between, None) == library.OK
     if function in ("select", "workspace_size"):
-        assert run(params, None, error) == _native.INVALID_ARGUMENT
+        assert run(params, None, error) == library.INVALID_ARGUMENT
         assert "must be a pointer, got NULL" in error.text()
 
 
-def test_c_abi_workspace_too_small(c_call: tuple[_native.Params, list[Tensor]]) -> None:
+def test_c_abi_workspace_too_small(c_call: tuple[library.Params, list[Tensor]]) -> None:
     """Rows that need a workspace say how much; one byte less is refused, by each of them."""
     params, tensors = c_call
-    lib, error, size = _native.lib(), _native.Error(), ctypes.c_size_t()
+    lib, error, size = library.lib(), library.Error(), ctypes.c_size_t()
     for row in range(lib.wan_attn_kernel_count()):
         params.kernel = row
-        if lib.wan_attn_workspace_size(params, size, error) != _native.OK:
+        if lib.wan_attn_workspace_size(params, size, error) != library.OK:
             continue  # this machine cannot run the row
         memory = ctypes.create_string_buffer(size.value + 64)
         params.workspace = -(-ctypes.addressof(memory) // 64) * 64
         params.workspace_size = size.value
         if size.value:
             params.workspace_size = size.value - 1
-            assert lib.wan_attn_forward(params, error) == _native.INVALID_ARGUMENT
+            assert lib.wan_attn_forward(params, error) == library.INVALID_ARGUMENT
             assert f"workspace must be at least {size.value} bytes" in error.text()
             params.workspace, params.workspace_size = None, size.value
-            assert lib.wan_attn_forward(params, error) == _native.INVALID_ARGUMENT
+            assert lib.wan_attn_forward(params, error) == library.INVALID_ARGUMENT
             params.workspace = -(-ctypes.addressof(memory) // 64) * 64
-        assert lib.wan_attn_forward(params, error) == _native.OK, error.text()
+        assert lib.wan_attn_forward(params, error) == library.OK, error.text()
         assert_close_to_oracle(tensors[3], *tensors[:3])
 
 
@@ -427,7 +427,7 @@ def test_c_abi_workspace_too_small(c_call: tuple[_native.Params, list[Tensor]]) 
     ],
 )
 def test_c_abi_malformed_tensors(
-    c_call: tuple[_native.Params, list[Tensor]],
+    c_call: tuple[library.Params, list[Tensor]],
     field: str,
     change: Callable[[Tensor], Tensor],
     message: str,
@@ -435,56 +435,56 @@ def test_c_abi_malformed_tensors(
     params, tensors = c_call
     wrong = change(tensors[-1])
     setattr(params, field, describe(wrong))
-    error = _native.Error()
-    assert _native.lib().wan_attn_forward(params, error) == _native.INVALID_ARGUMENT
+    error = library.Error()
+    assert library.lib().wan_attn_forward(params, error) == library.INVALID_ARGUMENT
     assert re.search(message, error.text()), error.text()
     assert tensors[-1].isnan().all(), "out was touched"
 
 
-def test_c_abi_missing_pointers(c_call: tuple[_native.Params, list[Tensor]]) -> None:
+def test_c_abi_missing_pointers(c_call: tuple[library.Params, list[Tensor]]) -> None:
     """Operands without data: fine for questions, refused by forward, and so is a missing out."""
     params, tensors = c_call
-    lib, error, size = _native.lib(), _native.Error(), ctypes.c_size_t()
+    lib, error, size = library.lib(), library.Error(), ctypes.c_size_t()
     for field in ("q", "k", "v", "out"):
         kept = getattr(params, field).data
         getattr(params, field).data = None
-        assert lib.wan_attn_workspace_size(params, size, error) == _native.OK
-        assert lib.wan_attn_forward(params, error) == _native.INVALID_ARGUMENT, field
+        assert lib.wan_attn_workspace_size(params, size, error) == library.OK
+        assert lib.wan_attn_forward(params, error) == library.INVALID_ARGUMENT, field
         name = {"q": "query", "k": "key", "v": "value", "out": "out"}[field]
         assert name in error.text() and "NULL" in error.text()
         getattr(params, field).data = kept
-    params.out = _native.Tensor()
-    assert lib.wan_attn_forward(params, error) == _native.INVALID_ARGUMENT
+    params.out = library.Tensor()
+    assert lib.wan_attn_forward(params, error) == library.INVALID_ARGUMENT
     assert "out" in error.text()
 
 
-def test_c_abi_strided_out_and_lse(c_call: tuple[_native.Params, list[Tensor]]) -> None:
+def test_c_abi_strided_out_and_lse(c_call: tuple[library.Params, list[Tensor]]) -> None:
     """Any strides, as for inputs; nothing beside the views is written."""
     params, (query, key, value, _) = c_call
     out_memory, lse_memory = torch.full((3, 40, 5, 70), 7.0), torch.full((40, 4, 3), 7.0)
     out, lse = out_memory[1:2, 2:36:2, 1:3, 3:67], lse_memory[3:37:2, 1:3, 1:2].permute(2, 1, 0)
     params.out, params.lse = describe(out), describe(lse)
-    assert _native.lib().wan_attn_forward(params, None) == _native.OK
+    assert library.lib().wan_attn_forward(params, None) == library.OK
     assert_close_to_oracle(out, query, key, value, lse=lse)
     out.fill_(7.0)
     lse.fill_(7.0)
     assert (out_memory == 7.0).all() and (lse_memory == 7.0).all()
 
 
-def test_messages_fit_their_buffer(c_call: tuple[_native.Params, list[Tensor]]) -> None:
+def test_messages_fit_their_buffer(c_call: tuple[library.Params, list[Tensor]]) -> None:
     params, _ = c_call
     for tensor in (params.q, params.k, params.v):
         tensor.ndim = 2**31 - 1
-        for dim in range(_native.MAX_NDIM):
+        for dim in range(library.MAX_NDIM):
             tensor.shape[dim] = -(2**63)
-    error = _native.Error()
+    error = library.Error()
     error.message = b"x" * 1020
-    assert _native.lib().wan_attn_forward(params, error) == _native.INVALID_ARGUMENT
+    assert library.lib().wan_attn_forward(params, error) == library.INVALID_ARGUMENT
     assert 0 < len(error.text()) < 300 and "query" in error.text()
 
 
 def test_status_names(native: str) -> None:
-    names = [_native.lib().wan_attn_status_name(n).decode() for n in (-1, 0, 1, 2, 3, 4, 5)]
+    names = [library.lib().wan_attn_status_name(n).decode() for n in (-1, 0, 1, 2, 3, 4, 5)]
     assert names == [
         "UNKNOWN",
         "OK",
@@ -494,7 +494,7 @@ def test_status_names(native: str) -> None:
         "INTERNAL",
         "UNKNOWN",
     ]
-    info = _native.KernelInfo(struct_size=ctypes.sizeof(_native.KernelInfo))
-    for row in (-1, len(ops.kernels()), 2**31 - 1):
-        assert _native.lib().wan_attn_kernel_at(row, info) == _native.INVALID_ARGUMENT
-    assert _native.lib().wan_attn_kernel_at(0, None) == _native.INVALID_ARGUMENT
+    info = library.KernelInfo(struct_size=ctypes.sizeof(library.KernelInfo))
+    for row in (-1, len(op.kernels()), 2**31 - 1):
+        assert library.lib().wan_attn_kernel_at(row, info) == library.INVALID_ARGUMENT
+    assert library.lib().wan_attn_kernel_at(0, None) == library.INVALID_ARGUMENT

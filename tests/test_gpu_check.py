@@ -17,8 +17,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu_check, gpu_items, gpu_report, gpu_run, gpu_speed, gpu_worker
-from wan_attn import ops
+from benchmarks import gpu_check
+from benchmarks.gpu_check import items as gpu_items
+from benchmarks.gpu_check import report, run, speed
+from benchmarks.gpu_check import worker as gpu_worker
+from wan_attn.native import op
 
 ROOT = Path(__file__).resolve().parents[1]
 DRY = gpu_items.Bench(torch.device("cpu"), is_dry=True)
@@ -49,7 +52,7 @@ def worker(tmp_path: Path, code: str, limit: float = 2.0) -> list[str]:
 
 def test_a_crash_and_a_hang_cost_their_own_item_only(tmp_path: Path) -> None:
     changes: list[int] = []
-    results = gpu_run.orchestrate(
+    results = run.orchestrate(
         worker(tmp_path, WORKER), 60, lambda found: changes.append(len(found.ended))
     )
     problems = {n: end["problem"] for n, end in results.ended.items()}
@@ -63,22 +66,22 @@ def test_a_crash_and_a_hang_cost_their_own_item_only(tmp_path: Path) -> None:
 
 def test_time_that_runs_out_is_no_failure(tmp_path: Path) -> None:
     code = WORKER.replace("if n == 1:", "if n == 1: say(out_of_time=n); sys.exit()\n    if n == 9:")
-    results = gpu_run.orchestrate(worker(tmp_path, code), 60)
+    results = run.orchestrate(worker(tmp_path, code), 60)
     assert list(results.ended) == [0] and results.trouble == ""
     assert gpu_check.verdict(results) == gpu_check.PASSED
-    states = [item["state"] for item in gpu_report.as_dict(results, False)["items"]]
+    states = [item["state"] for item in report.as_dict(results, False)["items"]]
     assert states == ["passed"] + ["not run"] * 4
 
 
 def test_a_worker_that_cannot_start_is_trouble(tmp_path: Path) -> None:
-    results = gpu_run.orchestrate(worker(tmp_path, "raise SystemExit('no torch here')"), 60)
+    results = run.orchestrate(worker(tmp_path, "raise SystemExit('no torch here')"), 60)
     assert "no torch here" in results.trouble
     assert gpu_check.verdict(results) == gpu_check.FAILED
 
 
 def test_a_build_without_kernels_for_the_card_has_its_own_code(tmp_path: Path) -> None:
     code = 'import json; print(json.dumps({"plan": [], "rows": [], "environment": {}}))'
-    results = gpu_run.orchestrate(worker(tmp_path, code), 60)
+    results = run.orchestrate(worker(tmp_path, code), 60)
     assert gpu_check.verdict(results) == gpu_check.NO_ROWS
 
 
@@ -188,13 +191,13 @@ def test_the_plan_has_every_step_for_every_row(native: str) -> None:
     items = gpu_worker.plan(DRY)
     steps = {item.step for item in items}
     assert steps | {"sanitizer"} == set(gpu_check.STEPS) == set(gpu_worker.STEPS)
-    for row in (r for r in ops.kernels() if r.device == "cpu" and r in DRY.rows()):
+    for row in (r for r in op.kernels() if r.device == "cpu" and r in DRY.rows()):
         mine = {item.step for item in items if item.row == row.name}
         assert mine == steps - {"speed", "matmul"}
     card = gpu_worker.plan(gpu_items.Bench(torch.device("cuda"), is_dry=False))
     speeds = [item.argument for item in card if item.step == "speed"]
     assert speeds == list(gpu_worker.WAN_SHAPES)
-    assert [i.argument for i in card if i.step == "sanitizer"] == list(gpu_speed.SANITIZER_TOOLS)
+    assert [i.argument for i in card if i.step == "sanitizer"] == list(speed.SANITIZER_TOOLS)
 
 
 def test_a_row_that_quantises_may_be_wrong_but_not_by_much(broken: Any) -> None:

@@ -23,7 +23,7 @@ import pytest
 import wan_attn
 
 ROOT = Path(wan_attn.__file__).parents[1]
-MODULES = ("wan_attn", "wan_attn.ops", "wan_attn.attention", "wan_attn.integrations.wan22")
+MODULES = ("wan_attn", "wan_attn.native.op", "wan_attn.attention", "wan_attn.integrations.wan22")
 
 
 SERVER = """
@@ -227,7 +227,7 @@ def copy(tmp_path: Path) -> Path:
 TRY = """
     import json, torch
     import wan_attn
-    from wan_attn import _native, ops
+    from wan_attn.native import library, op
     q, k, v = (torch.randn(2, n, 2, 16) for n in (5, 9, 9))
     want = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v))
@@ -243,18 +243,18 @@ TRY = """
         ),
         torch.ops.wan_attn.sdpa(q, k, v, return_lse=True)[1].isfinite().all().item(),
     ]
-    print(json.dumps([ops.binding(), ops.binding_reason(), _native.load_error(), right,
+    print(json.dumps([op.binding(), op.binding_reason(), library.load_error(), right,
                       len(ops.kernels())]))
 """
 
 
 def libraries(folder: Path) -> tuple[Path, Path]:
     """(libwan_attn, the shim) of the package in this folder."""
-    from wan_attn import _native
+    from wan_attn.native import library as native
 
     return (
-        folder / "wan_attn" / _native.lib_path().name,
-        folder / "wan_attn" / _native.shim_path().name,
+        folder / "wan_attn" / native.lib_path().name,
+        folder / "wan_attn" / native.shim_path().name,
     )
 
 
@@ -292,7 +292,7 @@ def test_without_the_native_library(run: Fresh, copy: Path, damage: str) -> None
 def test_with_a_library_of_another_version(run: Fresh, copy: Path) -> None:
     library, _ = libraries(copy)
     refuse_to_run_without_a_native_library(library)
-    native = copy / "wan_attn" / "_native.py"
+    native = copy / "wan_attn" / "native" / "library.py"
     source = native.read_text(encoding="utf-8")
     assert "ABI_VERSION = 1\n" in source
     native.write_text(source.replace("ABI_VERSION = 1\n", "ABI_VERSION = 99\n"), encoding="utf-8")
@@ -326,7 +326,7 @@ def test_an_unknown_binding_is_an_error_that_lists_the_known(run: Fresh) -> None
         """
         import json
         try:
-            import wan_attn.ops
+            import wan_attn.native.op
         except ValueError as error:
             print(json.dumps(str(error)))
         """,

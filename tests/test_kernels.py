@@ -16,7 +16,7 @@ import calls
 import oracle
 from calls import BF16, DTYPES, F16, F32, MIXED, NAMES, check, operands, poisoned, sdpa
 from tolerances import assert_close_to_oracle
-from wan_attn import ops
+from wan_attn.native import op
 
 ROWS = calls.rows()
 # Tiles are powers of two up to 256: one, both sides of each, and an odd number between.
@@ -25,18 +25,18 @@ LENGTHS = (1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 101, 127, 128, 129, 255,
 pytestmark = pytest.mark.parametrize("row", ROWS, ids=calls.row_id)
 
 
-def row_dtypes(row: ops.KernelInfo | None) -> list[torch.dtype]:
+def row_dtypes(row: op.KernelInfo | None) -> list[torch.dtype]:
     return [dtype for dtype in DTYPES if dtype in calls.dtypes_for(row)]
 
 
-def some(row: ops.KernelInfo | None, **shape: object) -> tuple[torch.Tensor, ...]:
+def some(row: op.KernelInfo | None, **shape: object) -> tuple[torch.Tensor, ...]:
     """Operands that this row takes."""
     wanted = shape.pop("head_dim", 64)
     dtype = shape.pop("dtype", row_dtypes(row)[0])
     return operands(head_dim=calls.head_dim_for(row, wanted), dtype=dtype, **shape)
 
 
-def test_the_row_takes_what_its_table_entry_says(row: ops.KernelInfo | None, native: str) -> None:
+def test_the_row_takes_what_its_table_entry_says(row: op.KernelInfo | None, native: str) -> None:
     assert row.dtypes and 1 <= row.head_dim_min <= row.head_dim_max
     for dtype in row.dtypes:
         for head_dim in (row.head_dim_min, row.head_dim_max):
@@ -44,7 +44,7 @@ def test_the_row_takes_what_its_table_entry_says(row: ops.KernelInfo | None, nat
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_lengths(row: ops.KernelInfo | None, length: int) -> None:
+def test_lengths(row: op.KernelInfo | None, length: int) -> None:
     other = LENGTHS[(LENGTHS.index(length) * 5 + 7) % len(LENGTHS)]
     for dtype in row_dtypes(row):
         for seqlen_q, seqlen_k in ((length, length), (length, other)):
@@ -52,16 +52,14 @@ def test_lengths(row: ops.KernelInfo | None, length: int) -> None:
 
 
 @pytest.mark.parametrize("length", (1, 16, 33, 64, 65, 129))
-def test_causal_lengths(row: ops.KernelInfo | None, length: int) -> None:
+def test_causal_lengths(row: op.KernelInfo | None, length: int) -> None:
     """Where the diagonal crosses a tile is where causal goes wrong."""
     for seqlen_q, seqlen_k in ((length, length), (length, 64), (64, length), (length, length + 1)):
         check(row, *some(row, heads_q=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k), is_causal=True)
 
 
 @pytest.mark.parametrize(("batch", "seqlen_q", "seqlen_k"), [(0, 3, 3), (2, 0, 5), (2, 5, 0)])
-def test_nothing_to_do(
-    row: ops.KernelInfo | None, batch: int, seqlen_q: int, seqlen_k: int
-) -> None:
+def test_nothing_to_do(row: op.KernelInfo | None, batch: int, seqlen_q: int, seqlen_k: int) -> None:
     for dtype in row_dtypes(row):
         call = some(row, dtype=dtype, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
         out, lse = check(row, *call)
@@ -71,7 +69,7 @@ def test_nothing_to_do(
 
 @pytest.mark.parametrize("head_dim", (1, 2, 3, 8, 17, 40, 64, 80, 96, 100, 128, 160, 255, 256))
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-def test_head_dims(row: ops.KernelInfo | None, head_dim: int, dtype: torch.dtype) -> None:
+def test_head_dims(row: op.KernelInfo | None, head_dim: int, dtype: torch.dtype) -> None:
     call = operands(head_dim=head_dim, dtype=dtype, seqlen_q=19, seqlen_k=35)
     if row and (dtype not in row.dtypes or calls.head_dim_for(row, head_dim) != head_dim):
         with pytest.raises(RuntimeError, match=f"wan_attn: {row.name}: (takes head_dim|does not)"):
@@ -81,14 +79,14 @@ def test_head_dims(row: ops.KernelInfo | None, head_dim: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize(("heads_q", "heads_k"), [(1, 1), (3, 3), (4, 2), (6, 2), (6, 1), (8, 4)])
-def test_grouped_heads(row: ops.KernelInfo | None, heads_q: int, heads_k: int) -> None:
+def test_grouped_heads(row: op.KernelInfo | None, heads_q: int, heads_k: int) -> None:
     for dtype in row_dtypes(row):
         check(row, *some(row, batch=2, heads_q=heads_q, heads_k=heads_k, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtypes", MIXED, ids=lambda d: "-".join(NAMES[t] for t in d))
 def test_float32_query_and_key_with_half_value(
-    row: ops.KernelInfo | None, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    row: op.KernelInfo | None, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
 ) -> None:
     if dtypes[2] not in calls.dtypes_for(row):
         pytest.skip(f"{row.name} does not take {NAMES[dtypes[2]]}")
@@ -97,7 +95,7 @@ def test_float32_query_and_key_with_half_value(
 
 
 @pytest.mark.parametrize("layout", calls.LAYOUTS, ids=lambda f: f.__name__)
-def test_strided_views(row: ops.KernelInfo | None, layout: object) -> None:
+def test_strided_views(row: op.KernelInfo | None, layout: object) -> None:
     for dtype in row_dtypes(row):
         call = some(row, batch=2, heads_q=4, heads_k=2, dtype=dtype)
         views = [layout(x) for x in call]
@@ -108,7 +106,7 @@ def test_strided_views(row: ops.KernelInfo | None, layout: object) -> None:
         assert out.is_contiguous()
 
 
-def test_fused_qkv_views(row: ops.KernelInfo | None) -> None:
+def test_fused_qkv_views(row: op.KernelInfo | None) -> None:
     for dtype in row_dtypes(row):
         head_dim = calls.head_dim_for(row, 64)
         qkv = torch.randn(2, 37, 3, 3, head_dim).to(dtype)
@@ -117,7 +115,7 @@ def test_fused_qkv_views(row: ops.KernelInfo | None) -> None:
         check(row, *heads_last.chunk(3, dim=-1))
 
 
-def test_expanded_operands(row: ops.KernelInfo | None) -> None:
+def test_expanded_operands(row: op.KernelInfo | None) -> None:
     """Stride 0: one query for every sample (Wan2.2's CLIP pooling), one key head seen as many."""
     query, key, value = some(row, batch=3, seqlen_q=1, heads_q=2)
     check(row, query[:1].expand(3, -1, -1, -1), key, value)
@@ -125,7 +123,7 @@ def test_expanded_operands(row: ops.KernelInfo | None) -> None:
     check(row, query, key[:, :1].expand(-1, 20, -1, -1), value[:, :20])
 
 
-def test_batch_slices_and_odd_addresses(row: ops.KernelInfo | None) -> None:
+def test_batch_slices_and_odd_addresses(row: op.KernelInfo | None) -> None:
     """Views that begin where no vector load is aligned."""
     for dtype in row_dtypes(row):
         head_dim = calls.head_dim_for(row, 64)
@@ -138,7 +136,7 @@ def test_batch_slices_and_odd_addresses(row: ops.KernelInfo | None) -> None:
 
 
 @pytest.mark.parametrize("poison", (math.nan, math.inf, -math.inf))
-def test_padding_is_never_used(row: ops.KernelInfo | None, poison: float) -> None:
+def test_padding_is_never_used(row: op.KernelInfo | None, poison: float) -> None:
     q_lens, k_lens = [17, 9, 0, 3], [40, 13, 7, 0]
     for dtype in row_dtypes(row):
         for mask in ({}, {"is_causal": True}, {"window": (5, 3)}):
@@ -155,7 +153,7 @@ def test_padding_is_never_used(row: ops.KernelInfo | None, poison: float) -> Non
             assert not out[1, 9:].any() and torch.isneginf(lse[1, :, 9:]).all()
 
 
-def test_padding_of_whole_tiles(row: ops.KernelInfo | None) -> None:
+def test_padding_of_whole_tiles(row: op.KernelInfo | None) -> None:
     """Lengths far below the padded ones: whole tiles must be left out, not only tails."""
     q_lens, k_lens = [1, 130, 64], [1, 65, 300]
     query, key, value = some(row, batch=3, seqlen_q=200, seqlen_k=300, heads_q=1)
@@ -164,7 +162,7 @@ def test_padding_of_whole_tiles(row: ops.KernelInfo | None) -> None:
     check(row, *dirty, q_lens=q_lens, k_lens=k_lens, is_causal=True)
 
 
-def test_keys_outside_the_mask_are_never_used(row: ops.KernelInfo | None, native: str) -> None:
+def test_keys_outside_the_mask_are_never_used(row: op.KernelInfo | None, native: str) -> None:
     """NaN in a key that only some rows see reaches those rows and no other.
 
     More than the contract asks, and than torch can do, for which a masked NaN is 0 * NaN.
@@ -181,7 +179,7 @@ def test_keys_outside_the_mask_are_never_used(row: ops.KernelInfo | None, native
                 assert not out[:, :, :2].isnan().any()
 
 
-def test_real_nan_stays_visible(row: ops.KernelInfo | None) -> None:
+def test_real_nan_stays_visible(row: op.KernelInfo | None) -> None:
     for dtype in row_dtypes(row):
         for which in range(3):
             call = some(row, seqlen_q=20, seqlen_k=70, dtype=dtype)
@@ -196,7 +194,7 @@ def test_real_nan_stays_visible(row: ops.KernelInfo | None) -> None:
 
 
 @pytest.mark.parametrize("bits", (0x7FC00001, 0x7FC0017F, 0x7FC001FF))
-def test_any_nan_stays_visible(row: ops.KernelInfo | None, bits: int) -> None:
+def test_any_nan_stays_visible(row: op.KernelInfo | None, bits: int) -> None:
     """A float32 NaN has 2^22 spellings; arithmetic on its bits must not make a number of one."""
     for which in range(3):
         call = some(row, seqlen_q=20, seqlen_k=70, dtype=row_dtypes(row)[0])
@@ -219,7 +217,7 @@ WINDOWS = ((-1, -1), (0, 0), (3, 0), (0, 3), (6, 2), (-1, 4), (4, -1), (33, 17),
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
 def test_masks_with_ragged_lengths(
-    row: ops.KernelInfo | None, window: tuple[int, int], is_causal: bool
+    row: op.KernelInfo | None, window: tuple[int, int], is_causal: bool
 ) -> None:
     for number, lens in enumerate(RAGGED):
         dtype = row_dtypes(row)[number % len(row_dtypes(row))]
@@ -228,12 +226,12 @@ def test_masks_with_ragged_lengths(
 
 
 @pytest.mark.parametrize("window", ((0, 0), (64, 0), (20, 70), (100, -1)), ids=str)
-def test_windows_over_many_tiles(row: ops.KernelInfo | None, window: tuple[int, int]) -> None:
+def test_windows_over_many_tiles(row: op.KernelInfo | None, window: tuple[int, int]) -> None:
     check(row, *some(row, seqlen_q=200, seqlen_k=260, heads_q=1), window=window)
     check(row, *some(row, seqlen_q=260, seqlen_k=200, heads_q=1), window=window)
 
 
-def test_rows_without_a_key(row: ops.KernelInfo | None) -> None:
+def test_rows_without_a_key(row: op.KernelInfo | None) -> None:
     """More queries than keys under a causal mask: the first rows see nothing."""
     for dtype in row_dtypes(row):
         call = some(row, seqlen_q=50, seqlen_k=20, dtype=dtype)
@@ -244,7 +242,7 @@ def test_rows_without_a_key(row: ops.KernelInfo | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64), ids=str)
-def test_length_tensors(row: ops.KernelInfo | None, dtype: torch.dtype) -> None:
+def test_length_tensors(row: op.KernelInfo | None, dtype: torch.dtype) -> None:
     """Both integer types, any stride, views and empty ones; they are read, not written."""
     query, key, value = some(row, batch=2)
     want, _ = check(row, query, key, value, q_lens=[5, 17], k_lens=[33, 20])
@@ -261,13 +259,13 @@ def test_length_tensors(row: ops.KernelInfo | None, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("scale", (-0.3, 0.0, 1e-3, 0.125, 1.0, 40.0))
-def test_scales(row: ops.KernelInfo | None, scale: float) -> None:
+def test_scales(row: op.KernelInfo | None, scale: float) -> None:
     for dtype in row_dtypes(row):
         check(row, *some(row, seqlen_k=70, dtype=dtype), scale=scale)
         check(row, *some(row, dtype=dtype), scale=scale, is_causal=True, k_lens=[20])
 
 
-def test_scale_defaults_to_one_over_the_root_of_head_dim(row: ops.KernelInfo | None) -> None:
+def test_scale_defaults_to_one_over_the_root_of_head_dim(row: op.KernelInfo | None) -> None:
     query, key, value = some(row, head_dim=80)
     by_default, _ = sdpa(query, key, value, row=row)
     explicit, _ = sdpa(query, key, value, row=row, scale=query.shape[3] ** -0.5)
@@ -275,7 +273,7 @@ def test_scale_defaults_to_one_over_the_root_of_head_dim(row: ops.KernelInfo | N
 
 
 @pytest.mark.parametrize("peaky", (4.0, 30.0, 300.0))
-def test_peaky_scores(row: ops.KernelInfo | None, peaky: float) -> None:
+def test_peaky_scores(row: op.KernelInfo | None, peaky: float) -> None:
     """One key takes all the weight, and the running maximum jumps from tile to tile."""
     for dtype in row_dtypes(row):
         check(row, *some(row, seqlen_q=40, seqlen_k=150, dtype=dtype, peaky=peaky))
@@ -285,14 +283,14 @@ def test_peaky_scores(row: ops.KernelInfo | None, peaky: float) -> None:
     check(row, query.abs(), (key.abs() * rising.flip(1)).to(key.dtype), value)
 
 
-def test_one_key_gives_exactly_its_value(row: ops.KernelInfo | None) -> None:
+def test_one_key_gives_exactly_its_value(row: op.KernelInfo | None) -> None:
     for dtype in row_dtypes(row):
         query, key, value = some(row, seqlen_k=1, dtype=dtype, peaky=20.0)
         out, _ = sdpa(query, key, value, row=row)
         assert torch.equal(out, value.expand_as(out))
 
 
-def test_large_common_offset(row: ops.KernelInfo | None) -> None:
+def test_large_common_offset(row: op.KernelInfo | None) -> None:
     """Scores around 500: exp without the maximum taken off would overflow; lse must carry it."""
     head_dim = calls.head_dim_for(row, 64)
     for dtype in row_dtypes(row):
@@ -304,7 +302,7 @@ def test_large_common_offset(row: ops.KernelInfo | None) -> None:
         check(row, query, key, value)
 
 
-def test_lse_costs_no_bit_of_out(row: ops.KernelInfo | None) -> None:
+def test_lse_costs_no_bit_of_out(row: op.KernelInfo | None) -> None:
     call = some(row, seqlen_q=40, seqlen_k=70, heads_q=4, heads_k=2)
     with_lse, lse = sdpa(*call, row=row, return_lse=True)
     without, empty = sdpa(*call, row=row)
@@ -313,7 +311,7 @@ def test_lse_costs_no_bit_of_out(row: ops.KernelInfo | None) -> None:
     assert empty.shape == (0, 4, 40) and empty.dtype == F32
 
 
-def test_every_element_of_out_is_written(row: ops.KernelInfo | None) -> None:
+def test_every_element_of_out_is_written(row: op.KernelInfo | None) -> None:
     """The allocator hands back memory full of NaN; rows without a key must still be zeros."""
     for dtype in row_dtypes(row):
         call = some(row, batch=2, seqlen_q=64, seqlen_k=16, heads_q=1, dtype=dtype)
@@ -324,7 +322,7 @@ def test_every_element_of_out_is_written(row: ops.KernelInfo | None) -> None:
             assert not out.isnan().any() and not out[0, 3:].any() and not out[1].any()
 
 
-def test_two_runs_give_the_same_bits(row: ops.KernelInfo | None) -> None:
+def test_two_runs_give_the_same_bits(row: op.KernelInfo | None) -> None:
     for dtype in row_dtypes(row):
         call = some(row, batch=2, seqlen_q=130, seqlen_k=150, dtype=dtype)
         first = sdpa(*call, row=row, k_lens=[150, 77], return_lse=True)
@@ -334,7 +332,7 @@ def test_two_runs_give_the_same_bits(row: ops.KernelInfo | None) -> None:
 
 
 def test_any_number_of_threads_gives_the_same_bits(
-    row: ops.KernelInfo | None, native: str, threads: None
+    row: op.KernelInfo | None, native: str, threads: None
 ) -> None:
     call = some(row, batch=2, seqlen_q=70, seqlen_k=90, heads_q=4, heads_k=2)
     torch.set_num_threads(1)
@@ -345,7 +343,7 @@ def test_any_number_of_threads_gives_the_same_bits(
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)), number
 
 
-def test_a_sample_does_not_depend_on_its_batch(row: ops.KernelInfo | None, native: str) -> None:
+def test_a_sample_does_not_depend_on_its_batch(row: op.KernelInfo | None, native: str) -> None:
     query, key, value = some(row, batch=3, seqlen_q=40, seqlen_k=70, heads_q=4)
     out, lse = sdpa(query, key, value, row=row, k_lens=[70, 9, 33], return_lse=True)
     for b, length in enumerate((70, 9, 33)):
@@ -361,7 +359,7 @@ def test_a_sample_does_not_depend_on_its_batch(row: ops.KernelInfo | None, nativ
 
 
 @pytest.mark.parametrize("dim", (0, 1, 2), ids=("batch", "row", "head"))
-def test_offsets_beyond_two_to_the_31(row: ops.KernelInfo | None, dim: int) -> None:
+def test_offsets_beyond_two_to_the_31(row: op.KernelInfo | None, dim: int) -> None:
     """Each operand's last element lies over 2^31 elements from its first.
 
     The memory is reserved, not used. Views begin 2^31 elements into it, so that an offset that has
@@ -385,7 +383,7 @@ def test_offsets_beyond_two_to_the_31(row: ops.KernelInfo | None, dim: int) -> N
     check(row, *views)
 
 
-def test_sizes_whose_products_overflow(row: ops.KernelInfo | None, native: str) -> None:
+def test_sizes_whose_products_overflow(row: op.KernelInfo | None, native: str) -> None:
     """An expanded tensor may have any size; its workspace once came out small and was overrun."""
     one = torch.zeros(1, 1, 1, 1, dtype=row_dtypes(row)[0])
     for seqlen_k in (512298381738950656, 2**48 + 1, 2**63 - 1):
@@ -396,7 +394,7 @@ def test_sizes_whose_products_overflow(row: ops.KernelInfo | None, native: str) 
         sdpa(one.expand(1, 2**40, 2**9, 1), one, one, row=row)
 
 
-def test_rows_of_long_sequences(row: ops.KernelInfo | None) -> None:
+def test_rows_of_long_sequences(row: op.KernelInfo | None) -> None:
     """Many tiles of keys: errors must not grow with the number of blocks."""
     for dtype in row_dtypes(row):
         query, key, value = some(row, seqlen_q=5, seqlen_k=4099, heads_q=1, dtype=dtype)
@@ -404,7 +402,7 @@ def test_rows_of_long_sequences(row: ops.KernelInfo | None) -> None:
         check(row, query, key, value + 1)  # a mean of 1: rounding of the sum shows
 
 
-def test_the_best_row_is_chosen_unless_one_is_forced(row: ops.KernelInfo | None) -> None:
+def test_the_best_row_is_chosen_unless_one_is_forced(row: op.KernelInfo | None) -> None:
     call = some(row)
     by_default, _ = sdpa(*call)
     assert_close_to_oracle(by_default, *call)
@@ -413,7 +411,7 @@ def test_the_best_row_is_chosen_unless_one_is_forced(row: ops.KernelInfo | None)
         assert torch.equal(by_default, forced)
 
 
-def test_bf16_is_not_computed_with_bf16_sums(row: ops.KernelInfo | None) -> None:
+def test_bf16_is_not_computed_with_bf16_sums(row: op.KernelInfo | None) -> None:
     """512 keys of weight 1/512 each: a sum kept in half precision stops growing long before."""
     for dtype in (F16, BF16):
         if dtype in calls.dtypes_for(row):

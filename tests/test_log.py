@@ -20,7 +20,7 @@ from wan_attn.attention import flash_attention, sdpa
 from wan_attn.backends import native
 from wan_attn.config import Settings
 from wan_attn.request import Request
-from wan_attn.select import select
+from wan_attn.selection.choose import select
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import calls
 from calls import BF16, F16, F32, operands
 from tolerances import assert_close_to_oracle
-from wan_attn import ops
+from wan_attn.native import op
 from wan_attn.request import Request
 
 OP = torch.ops.wan_attn.sdpa
@@ -52,14 +52,14 @@ NAMES = tuple(samples())
 def test_schema() -> None:
     assert str(OP.default._schema) == SCHEMA
     assert OP.overloads() == ["default"]
-    assert ops.SCHEMA in SCHEMA
+    assert op.SCHEMA in SCHEMA
 
 
 def test_binding(binding: str) -> None:
     """Says which one this is, and why not a better one."""
     assert binding in ("shim", "ctypes", "torch")
-    assert bool(ops.binding_reason()) == (binding != "shim")
-    assert bool(ops.kernels()) or binding == "torch"
+    assert bool(op.binding_reason()) == (binding != "shim")
+    assert bool(op.kernels()) or binding == "torch"
 
 
 # What autograd registers does not depend on the kind of call: three of them will do with gradients.
@@ -196,28 +196,28 @@ def test_export_with_dynamic_lengths() -> None:
 def test_select_and_why_not_agree_with_the_op(native: str) -> None:
     query, key, value = operands()
     request = Request.from_tensors(query, key, value)
-    row, why = ops.select(request)
+    row, why = op.select(request)
     assert row is not None and why == ""
-    assert ops.why_not(request, row.index) is None
+    assert op.why_not(request, row.index) is None
     forced, _ = OP(query, key, value, kernel=row.index)
     assert torch.equal(forced, OP(query, key, value)[0])
     too_wide = Request.from_tensors(*operands(head_dim=257))
-    nothing, why = ops.select(too_wide)
+    nothing, why = op.select(too_wide)
     assert nothing is None
-    for row in ops.kernels():
+    for row in op.kernels():
         is_near = row.device == "cpu" and query.dtype in row.dtypes
         assert row.is_lossy or not is_near or row.name in why
-        reason = ops.why_not(too_wide, row.index)
+        reason = op.why_not(too_wide, row.index)
         assert reason is not None and row.name in reason
 
 
 def test_kernel_table(native: str) -> None:
     """Names are unique and in the grammar; the last row takes everything."""
-    names = [row.name for row in ops.kernels()]
+    names = [row.name for row in op.kernels()]
     assert len(set(names)) == len(names)
-    assert [row.index for row in ops.kernels()] == list(range(len(names)))
-    for row in ops.kernels():
+    assert [row.index for row in op.kernels()] == list(range(len(names)))
+    for row in op.kernels():
         assert row.name.startswith("sdpa_") and row.description and row.device in ("cpu", "cuda")
         assert (row.arch_min, row.arch_max) == (0, 0) or row.device == "cuda"
-    assert ops.kernels()[-1].name == "sdpa_ref", "the last resort takes every legal CPU call"
-    assert ops.build_info()
+    assert op.kernels()[-1].name == "sdpa_ref", "the last resort takes every legal CPU call"
+    assert op.build_info()

@@ -17,11 +17,12 @@ import torch
 
 import wan_attn
 from test_bench_timing import FakeCuda
-from wan_attn import _profile, config
-from wan_attn._profile import Mark, Recorder, Site
-from wan_attn.bench import profile
+from wan_attn import config
+from wan_attn.bench import profile as bench_profile
 from wan_attn.request import Request
-from wan_attn.select import Choice
+from wan_attn.selection import profile
+from wan_attn.selection.choose import Choice
+from wan_attn.selection.profile import Mark, Recorder, Site
 
 CPU = torch.device("cpu")
 
@@ -45,11 +46,11 @@ class Model(torch.nn.Module):
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Recorder]:
     """Profiling is on; nothing is left to happen at exit."""
-    monkeypatch.setattr(_profile.atexit, "register", lambda function: None)
-    monkeypatch.setattr(_profile, "_recorder", None)
+    monkeypatch.setattr(profile.atexit, "register", lambda function: None)
+    monkeypatch.setattr(profile, "_recorder", None)
     monkeypatch.setenv("WAN_ATTN_PROFILE", str(tmp_path / "profile.json"))
     config.refresh()
-    yield _profile.recorder(str(tmp_path / "profile.json"))
+    yield profile.recorder(str(tmp_path / "profile.json"))
     monkeypatch.undo()
     config.refresh()
 
@@ -104,7 +105,7 @@ def test_off_means_that_nothing_is_recorded() -> None:
     assert config.current().profile is None
     x = torch.randn(1, 8, 2, 16)
     wan_attn.sdpa(x, x, x)
-    assert _profile._recorder is None
+    assert profile._recorder is None
 
 
 def on_gpu() -> tuple[Request, Choice]:
@@ -128,7 +129,7 @@ class Capturing(FakeCuda):
 def test_events_are_read_without_waiting_and_the_rest_at_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_profile, "DRAIN_EVERY", 2)
+    monkeypatch.setattr(profile, "DRAIN_EVERY", 2)
     cuda = Capturing()
     recorder = Recorder("unused", api=cuda)
     request, choice = on_gpu()
@@ -153,7 +154,7 @@ def test_captured_calls_are_counted_and_not_timed(capsys: pytest.CaptureFixture[
     request, choice = on_gpu()
     recorder.stop(recorder.start(request.device), request, choice)
     assert recorder.marks == [] and recorder.not_timed == 1 and cuda.log == []
-    profile.finish(recorder, 1.0)
+    bench_profile.finish(recorder, 1.0)
     assert "(1 were captured in one)" in capsys.readouterr().err
 
 
@@ -170,7 +171,7 @@ def marks(times: list[list[float]], gap: float = 1.0) -> list[Mark]:
 
 def test_the_share_of_attention_and_its_spikes() -> None:
     times = [[10.0, 10.0], [10.0, 40.0], [10.0, 10.0], [10.0, 10.0]]
-    found = profile.analyse(marks(times), seconds=0.2)
+    found = bench_profile.analyse(marks(times), seconds=0.2)
     assert found["attention_share"] == pytest.approx(110 / 117)
     assert found["where"]["between_calls_ms"] == pytest.approx(7.0)
     (spike,) = found["spikes"]
@@ -183,7 +184,7 @@ def test_the_share_of_attention_and_its_spikes() -> None:
     forwards = found["forwards"]["Model"]
     assert forwards["count"] == 4 and forwards["p50_ms"] == 22
     assert forwards["spikes"] == [{"forward": 2, "ms": 52.0}]
-    text = profile.as_text(found)
+    text = bench_profile.as_text(found)
     assert "40.0 instead of 10.0 ms (blocks.1)" in text and "slow ones: 2 (52 ms)" in text
 
 
@@ -197,7 +198,7 @@ def test_the_share_of_attention_and_its_spikes() -> None:
     ],
 )
 def test_every_process_has_its_own_file(rank: Any, pid: Any, name: str, tmp_path: Path) -> None:
-    assert profile.file_for(tmp_path / "p.json", rank, pid) == tmp_path / name
+    assert bench_profile.file_for(tmp_path / "p.json", rank, pid) == tmp_path / name
 
 
 def test_a_file_that_cannot_be_written_does_not_fail_the_run(
@@ -206,7 +207,7 @@ def test_a_file_that_cannot_be_written_does_not_fail_the_run(
     (tmp_path / "file").write_text("")
     recorder = Recorder(str(tmp_path / "file" / "p.json"))
     recorder.marks = marks([[1.0]])
-    profile.finish(recorder, 1.0)
+    bench_profile.finish(recorder, 1.0)
     assert "not written" in capsys.readouterr().err
 
 

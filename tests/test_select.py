@@ -15,13 +15,7 @@ from calls import BF16, F16, F32
 from wan_attn.backends import REGISTRY, _torch_kernels, chunked, native
 from wan_attn.config import Settings
 from wan_attn.request import Request
-from wan_attn.select import (
-    Measured,
-    compute_dtype,
-    measured_faster,
-    order,
-    select,
-)
+from wan_attn.selection.choose import Measured, compute_dtype, measured_faster, order, select
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")

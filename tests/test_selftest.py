@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from oracle import attention as oracle
-from wan_attn import _truth as truth
 from wan_attn.backends import REGISTRY
-from wan_attn.cli import selftest, selftest_run
+from wan_attn.doctor import selftest, selftest_run
+from wan_attn.selfcheck import reference as truth
 
 
 @pytest.fixture(scope="module")

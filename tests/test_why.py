@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from wan_attn import config, ops
+from wan_attn import config
 from wan_attn.__main__ import main
 from wan_attn.backends import REGISTRY
 from wan_attn.cli import why
+from wan_attn.native import op
 from wan_attn.request import Request
-from wan_attn.select import order, select
+from wan_attn.selection.choose import order, select
 
 CALL = ["why", "--shape", "1x27280x24x128", "--device", "cpu"]
 
@@ -98,12 +99,12 @@ def test_everything_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert told[choice.backend] is None
     assert [row["chosen"] for row in found["backends"]].count(True) == 1
     rows = {row["name"]: row["reason"] for row in found["kernels"]}
-    assert list(rows) == [kernel.name for kernel in ops.kernels()]
-    if ops.binding() == "torch":
+    assert list(rows) == [kernel.name for kernel in op.kernels()]
+    if op.binding() == "torch":
         assert all(str(reason).startswith("the native library is not") for reason in rows.values())
         return
-    for kernel in ops.kernels():
-        told = ops.why_not(request(), kernel.index)
+    for kernel in op.kernels():
+        told = op.why_not(request(), kernel.index)
         assert rows[kernel.name] == (
             None if told is None else told.removeprefix(f"{kernel.name}: ")
         )
@@ -124,9 +125,9 @@ def test_the_text_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(line) <= 100 for line in text.splitlines())
     assert text.isascii()
     assert "choice" in text and "causal, k_lens, window 3,4" in text
-    for name in [*REGISTRY, *(k.name for k in ops.kernels() if k.device == "cpu")]:
+    for name in [*REGISTRY, *(k.name for k in op.kernels() if k.device == "cpu")]:
         assert name in text
-    others = sum(k.device != "cpu" for k in ops.kernels())
+    others = sum(k.device != "cpu" for k in op.kernels())
     assert not others or f"and {others} for other devices" in text
 
 

@@ -35,12 +35,12 @@ SHIM_NEEDS_TORCH = (2, 9)
 
 # What a Python has: printed as JSON, so that nothing else has to be read from its output.
 FACTS = """
-import json, statistics, subprocess, sys, torch, wan_attn, wan_attn.ops
+import json, statistics, subprocess, sys, torch, wan_attn, wan_attn.native.op
 from wan_attn.cuda import images
-clock = "import time, torch; t = time.perf_counter(); import wan_attn.ops; print(time.perf_counter() - t)"
+clock = "import time, torch; t = time.perf_counter(); import wan_attn.native.op; print(time.perf_counter() - t)"
 times = [float(subprocess.run([sys.executable, "-c", clock], capture_output=True, text=True).stdout) for _ in range(5)]
 print(json.dumps(dict(
-    file=wan_attn.__file__, binding=wan_attn.ops.binding(), reason=wan_attn.ops.binding_reason(),
+    file=wan_attn.__file__, binding=wan_attn.native.op.binding(), reason=wan_attn.native.op.binding_reason(),
     ready={a: images.state("wan_attn_merge", a) for a in (75, 80, 89, 90, 100, 121)},
     torch=torch.__version__, import_ms=1000 * statistics.median(times), cuda=torch.cuda.is_initialized())))
 """  # noqa: E501

@@ -44,10 +44,12 @@ def _need_torch() -> None:
 _import_error: Exception | None = None
 try:
     _need_torch()
-    from wan_attn import ops as ops  # registers the op
     from wan_attn.attention import flash_attention, sdpa
     from wan_attn.backends.chunked import windows_flash_attention_wrapper
-    from wan_attn.integrations.flash_attn import (
+    from wan_attn.integrations.wan22 import patch, unpatch
+    from wan_attn.merge import merge_states
+    from wan_attn.native import op as op  # registers torch.ops.wan_attn.sdpa
+    from wan_attn.signatures.flash_attn import (
         flash_attn_func,
         flash_attn_kvpacked_func,
         flash_attn_qkvpacked_func,
@@ -55,14 +57,12 @@ try:
         flash_attn_varlen_kvpacked_func,
         flash_attn_varlen_qkvpacked_func,
     )
-    from wan_attn.integrations.sageattention import sageattn
-    from wan_attn.integrations.wan22 import patch, unpatch
-    from wan_attn.states import merge_states
+    from wan_attn.signatures.sageattention import sageattn
 
     # Last, because it hides the package of the same name: that one is reached as
     # `wan_attn.backends.x` in import statements, as always; the attribute is the function that
     # users call.
-    from wan_attn.availability import backends  # isort: skip
+    from wan_attn.selection.available import backends  # isort: skip
 
     def __getattr__(name: str) -> object:
         """`wan_attn.bench.measure_step` after `import wan_attn` alone; not imported before."""

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wan_attn._execute import Call
-from wan_attn._opaque import route
 from wan_attn.request import refuse
+from wan_attn.selection.run import Call
+from wan_attn.selection.traced import route
 
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _VERSIONS = (None, 2, 3)

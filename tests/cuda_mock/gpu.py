@@ -35,8 +35,8 @@ from emu.args import Args, MergeArgs, PackArgs, PutLengthsArgs
 from emu.rows import Helper, Tile, TileSm90, gpus, helpers, tiles, tiles_sm90
 from emu.run import Tensor_, launch
 from emu.run_sm90 import Sm90Args, aligned_args
-from wan_attn import _native
-from wan_attn.binding import describe
+from wan_attn.native import library as native
+from wan_attn.native.bindings import describe
 
 DRIVER = Path(__file__).with_name("driver.c")
 LAUNCH = ctypes.CFUNCTYPE(c_int32, c_char_p, c_void_p, ctypes.POINTER(c_uint), c_void_p)
@@ -93,21 +93,19 @@ class Gpu:
         self._images: dict[bytes, bytes] = {}
         self.problem: BaseException | None = None
         self.call: _Call | None = None
-        self._keep = (LAUNCH(self._launch), _native.ImageFn(find_image or self._find_image))
+        self._keep = (LAUNCH(self._launch), native.ImageFn(find_image or self._find_image))
         self.driver.mock_on_launch(self._keep[0])
-        self.lib = _fresh(_native.lib_path(), folder)
-        for name, (restype, argtypes) in _native._FUNCTIONS.items():
+        self.lib = _fresh(native.lib_path(), folder)
+        for name, (restype, argtypes) in native._FUNCTIONS.items():
             function = getattr(self.lib, name)
             function.restype, function.argtypes = restype, argtypes
         self.configure(self.driver._name)
 
     def configure(self, driver: str) -> str | None:
-        config = _native.CudaConfig(
-            ctypes.sizeof(_native.CudaConfig), driver.encode(), self._keep[1]
-        )
-        error = _native.Error()
+        config = native.CudaConfig(ctypes.sizeof(native.CudaConfig), driver.encode(), self._keep[1])
+        error = native.Error()
         status = self.lib.wan_attn_cuda_configure(ctypes.byref(config), ctypes.byref(error))
-        return None if status == _native.OK else error.text()
+        return None if status == native.OK else error.text()
 
     def fail(self, function: str, error: int, after: int = 0) -> None:
         """The next call of this function of the driver fails, or a later one."""
@@ -161,8 +159,8 @@ class Gpu:
         named = {"q": query, "k": key, "v": value, "out": out}
         if return_lse:
             named["lse"] = lse
-        params = _native.Params(
-            struct_size=ctypes.sizeof(_native.Params),
+        params = native.Params(
+            struct_size=ctypes.sizeof(native.Params),
             kernel=kernel,
             softmax_scale=0.0 if scale is None else scale,
             has_softmax_scale=scale is not None,
@@ -183,12 +181,12 @@ class Gpu:
 
     def _forward(
         self,
-        params: _native.Params,
+        params: native.Params,
         inputs: dict[str, Tensor],
         outputs: dict[str, Tensor],
         device: int,
     ) -> tuple[Tensor, Tensor]:
-        size, error = c_size_t(), _native.Error()
+        size, error = c_size_t(), native.Error()
         self._check(self.lib.wan_attn_workspace_size(params, ctypes.byref(size), error), error)
         workspace = torch.full((size.value + 256,), 0xFF, dtype=torch.uint8)
         begin = -workspace.data_ptr() % 256
@@ -203,14 +201,14 @@ class Gpu:
         return outputs["out"], outputs["lse"]
 
     @staticmethod
-    def _on_device(x: Tensor, device: int) -> _native.Tensor:
+    def _on_device(x: Tensor, device: int) -> native.Tensor:
         described = describe(x)
-        described.device_type, described.device_index = _native.CUDA, device
+        described.device_type, described.device_index = native.CUDA, device
         return described
 
     @staticmethod
-    def _check(status: int, error: _native.Error) -> None:
-        if status != _native.OK:
+    def _check(status: int, error: native.Error) -> None:
+        if status != native.OK:
             raise RuntimeError(f"{status}: {error.text()}")
 
 

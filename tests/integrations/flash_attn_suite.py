@@ -69,9 +69,9 @@ class OnTheCpu(TorchFunctionMode):
 def install(checkout: Path) -> None:
     """Make `flash_attn` and the card that its tests see; for this process."""
     import wan_attn
-    from wan_attn import _opaque
+    from wan_attn.selection import traced
 
-    _opaque._PLAIN = ()  # type: ignore[assignment]  # no tensor is plain: all go through the op
+    traced._PLAIN = ()  # type: ignore[assignment]  # no tensor is plain: all go through the op
     package = types.ModuleType("flash_attn")
     package.__path__ = [str(checkout / "flash_attn")]
     for name in wan_attn.__all__:

@@ -14,7 +14,7 @@ from torch import Tensor
 import wan_attn
 from calls import BF16, DTYPES, F16, F32, MIXED, NAMES, operands
 from tolerances import assert_close_to_oracle
-from wan_attn.integrations import _varlen
+from wan_attn.signatures import _varlen
 
 # Recorded from flash_attn/flash_attn_interface.py of Dao-AILab/flash-attention at 0251105.
 OPTIONS = (

@@ -16,7 +16,8 @@ import stub_wan
 import torch
 
 from wan_attn import config
-from wan_attn.integrations import _compile, wan22
+from wan_attn.integrations import wan22
+from wan_attn.integrations.wan22 import compile
 
 ON = "[Attention] torch.compile enabled for optimization"
 OFF = "[Attention] torch.compile switched off for"
@@ -111,7 +112,7 @@ def test_shapes_inside_lists_count(wan_compile: Any, caplog: pytest.LogCaptureFi
     wan_compile.setattr(torch, "compile", lambda f: f)
     patch()
     block = block_class()()
-    for n in range(1, 2 + _compile.SHAPE_LIMIT):
+    for n in range(1, 2 + compile.SHAPE_LIMIT):
         block(torch.ones(1), e=[torch.ones(n), 0])
     assert OFF in caplog.text
 

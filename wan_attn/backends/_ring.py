@@ -23,8 +23,8 @@ from torch import Tensor
 
 from wan_attn.backends._common import in_graph
 from wan_attn.backends._masks import DeviceMask, HostMask
+from wan_attn.merge import merge_states
 from wan_attn.request import host_lengths, refuse
-from wan_attn.states import merge_states
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_attn import proof
-from wan_attn.cuda import driver
+from wan_attn.native import cuda_driver
 from wan_attn.request import Request
+from wan_attn.selfcheck import first_call
 
 NAME = "sdpa"
 TITLE = "wan_attn SDPA"
@@ -22,23 +22,23 @@ def why_not(request: Request) -> str | None:
         return "forward only, and a gradient is wanted"
     if request.dropout_p > 0:
         return "has no dropout"
-    from wan_attn import ops  # registers the op; not before it is asked for
+    from wan_attn.native import op  # registers the op; not before it is asked for
 
-    if ops.binding() == "torch":
-        return f"no native library: {ops.binding_reason()}"
+    if op.binding() == "torch":
+        return f"no native library: {op.binding_reason()}"
     if request.device.type == "cuda" and torch.version.hip is not None:
         return "this torch is made for AMD GPUs, and our CUDA kernels are not"
-    if not any(kernel.device == request.device.type for kernel in ops.kernels()):
+    if not any(kernel.device == request.device.type for kernel in op.kernels()):
         return f"no kernel for {request.device.type} in this build"  # rather than one line per row
-    kernel, reasons = ops.select(request)
+    kernel, reasons = op.select(request)
     return None if kernel is not None else reasons
 
 
 def kernel_name(request: Request) -> str | None:
     """The row of the kernel table that takes this call."""
-    from wan_attn import ops
+    from wan_attn.native import op
 
-    kernel, _ = ops.select(request)
+    kernel, _ = op.select(request)
     return None if kernel is None else kernel.name
 
 
@@ -83,7 +83,7 @@ def run(
 
 def _require_proof(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Raises RuntimeError, so that the next backend takes over, for a kernel that is wrong here."""
-    wrong = proof.verdict(_answer, device, dtype, head_dim)
+    wrong = first_call.verdict(_answer, device, dtype, head_dim)
     if wrong is not None:
         raise RuntimeError(f"wan_attn: the kernel for this call is wrong on {device}: {wrong}")
 
@@ -96,7 +96,7 @@ def _answer(
     k_lens: Tensor,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """A call of proof.py."""
+    """A call of selfcheck/first_call.py."""
     return _call(query, key, value, q_lens, k_lens, is_causal=is_causal, return_lse=True)
 
 
@@ -105,7 +105,7 @@ def _call(*operands: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     try:
         out, lse = _op()(*operands, **options)
     except RuntimeError:
-        driver.raise_interruption()
+        cuda_driver.raise_interruption()
         raise
     return out, lse
 
@@ -114,7 +114,7 @@ def _op() -> torch._ops.OpOverload:
     """The op, looked up past the packet that would resolve the overload at each call."""
     global _overload
     if _overload is None:
-        from wan_attn import ops  # noqa: F401 - registers it
+        from wan_attn.native import op  # noqa: F401 - registers it
 
         _overload = torch.ops.wan_attn.sdpa.default
     return _overload

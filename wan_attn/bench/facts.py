@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from wan_attn import config, ops
+from wan_attn import config, console
 from wan_attn.bench.timing import Clock, interleave, percentile
-from wan_attn.cli import _report, doctor_facts
+from wan_attn.doctor import facts as doctor_facts
+from wan_attn.native import op
 from wan_attn.version import __version__
 
 # Dense TFLOP/s of bf16 and fp16 products with float32 sums, at the data sheet's clock: NVIDIA's
@@ -63,8 +64,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "wan_attn": __version__,
-        "build": ops.build_info(),
-        "binding": ops.binding(),
+        "build": op.build_info(),
+        "binding": op.binding(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
@@ -73,7 +74,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": doctor_facts.cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "cpu_features": list(ops.cpu_features()),
+        "cpu_features": list(op.cpu_features()),
         "device": device_name(device),
         "driver": driver or None,
         "packages": doctor_facts.packages(),
@@ -88,7 +89,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "l2_mib": round(getattr(properties, "L2_cache_size", 0) / 2**20, 1),
         }
-    return dict(_report.redact(facts))
+    return dict(console.redact(facts))
 
 
 def _is_path(field: str) -> bool:

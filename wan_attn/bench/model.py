@@ -23,7 +23,7 @@ from torch import Tensor
 from wan_attn import config, workloads
 from wan_attn.integrations import diffusers as diffusers_host
 from wan_attn.integrations import wan22
-from wan_attn.select import compute_dtype
+from wan_attn.selection.choose import compute_dtype
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """(query, key, value, k_lens), [batch, seqlen, heads, head_dim] -> the same shape as query."""

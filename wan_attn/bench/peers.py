@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wan_attn import ops
 from wan_attn.backends import REGISTRY
 from wan_attn.backends.chunked import NAME as CHUNKED
+from wan_attn.native import op
 from wan_attn.request import Request
 
 BASELINE = "torch"
@@ -57,7 +57,7 @@ class Peer:
 
 def all_peers(device: torch.device) -> list[Peer]:
     """Ours first; the rest in the order in which tables show them."""
-    rows = [row for row in ops.kernels() if row.device == device.type]
+    rows = [row for row in op.kernels() if row.device == device.type]
     peers = [_row(row) for row in rows]
     peers.append(Peer(BASELINE, "PyTorch SDPA, its own choice", _torch, _takes_everything))
     peers += [_torch_kernel(name, kernel, device) for name, kernel in _TORCH_KERNELS]
@@ -67,14 +67,14 @@ def all_peers(device: torch.device) -> list[Peer]:
     return peers
 
 
-def _row(row: ops.KernelInfo) -> Peer:
+def _row(row: op.KernelInfo) -> Peer:
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key = (x if x.dtype == torch.float32 else x.to(value.dtype) for x in (query, key))
         out: Tensor = torch.ops.wan_attn.sdpa(query, key, value, kernel=row.index)[0]
         return out
 
     def why_not(request: Request) -> str | None:
-        return ops.why_not(request, row.index)
+        return op.why_not(request, row.index)
 
     return Peer(
         row.name,
@@ -83,7 +83,7 @@ def _row(row: ops.KernelInfo) -> Peer:
         why_not,
         is_ours=True,
         is_lossy=row.is_lossy,
-        is_quiet=row.device == "cpu" and not row.cpu_features and bool(ops.cpu_features()),
+        is_quiet=row.device == "cpu" and not row.cpu_features and bool(op.cpu_features()),
     )
 
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wan_attn import console
 from wan_attn.bench import facts
 from wan_attn.bench.timing import percentile
-from wan_attn.cli import _report
 
 if TYPE_CHECKING:
-    from wan_attn._profile import Mark, Recorder
+    from wan_attn.selection.profile import Mark, Recorder
 
 SPIKE = 1.5  # times the median of its kind
 SPIKE_MS = 0.5  # and at least this much above it: a tiny call doubles for no reason
@@ -171,7 +171,7 @@ def as_text(found: dict[str, Any]) -> str:
         ("between the calls", f"{where['between_calls_ms'] / 1e3:.2f} s"),
         ("after the last call", f"{where['after_last_call_ms'] / 1e3:.2f} s"),
     ]
-    lines = [_report.heading("Where the time went (wan_attn profile)"), _report.pairs(rows)]
+    lines = [console.heading("Where the time went (wan_attn profile)"), console.pairs(rows)]
     table = [
         (
             f"{s['share']:.0%}",
@@ -184,8 +184,8 @@ def as_text(found: dict[str, Any]) -> str:
         for s in sorted(found["sites"], key=lambda s: -s["total_ms"])[:SHOWN]
     ]
     lines += [
-        _report.heading("Call sites"),
-        _report.table(table, ("share", "calls", "p50 ms", "p90 ms", "max ms", "call")),
+        console.heading("Call sites"),
+        console.table(table, ("share", "calls", "p50 ms", "p90 ms", "max ms", "call")),
     ]
     layers = [layer for layer in found["layers"] if layer["layer"]]
     if len(layers) > 1:
@@ -195,7 +195,7 @@ def as_text(found: dict[str, Any]) -> str:
             f"{len(layers)} layers, from {fast['p50_ms']:.2f} ms ({fast['layer']}) to "
             f"{slow['p50_ms']:.2f} ms ({slow['layer']})"
         )
-        lines += [_report.heading("Layers"), _report.wrap(said)]
+        lines += [console.heading("Layers"), console.wrap(said)]
     for model, forward in found["forwards"].items():
         said = (
             f"{model}: {forward['count']} forwards, {forward['p50_ms']:.1f} ms each (p90 "
@@ -204,14 +204,14 @@ def as_text(found: dict[str, Any]) -> str:
         if forward["spikes"]:
             numbers = [f"{s['forward']} ({s['ms']:.0f} ms)" for s in forward["spikes"][:SHOWN]]
             said += f"; slow ones: {', '.join(numbers)}"
-        lines.append(_report.wrap(said))
+        lines.append(console.wrap(said))
     spikes = found["spikes"]
     if spikes:
         worst = ", ".join(
             f"{s['ms']:.1f} instead of {s['usual_ms']:.1f} ms ({s['layer'] or s['line']})"
             for s in spikes[:3]
         )
-        lines.append(_report.wrap(f"{len(spikes)} calls were spikes; the worst: {worst}"))
+        lines.append(console.wrap(f"{len(spikes)} calls were spikes; the worst: {worst}"))
     if found.get("not_timed"):
-        lines.append(_report.wrap(f"{found['not_timed']} calls were in a CUDA graph, not timed"))
-    return str(_report.redact("\n".join(lines)))
+        lines.append(console.wrap(f"{found['not_timed']} calls were in a CUDA graph, not timed"))
+    return str(console.redact("\n".join(lines)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wan_attn.cli import _report
+from wan_attn import console
 
 FORMAT = 1  # of the JSON and CSV files; compare.py asks for it
 MISSING = "-"
@@ -71,7 +71,7 @@ def _cells(report: Report) -> list[list[str]]:
 
 def as_text(report: Report) -> str:
     """For a terminal."""
-    lines = [_report.heading(report.title)]
+    lines = [console.heading(report.title)]
     body = _cells(report)
     if body:
         heads = [c.heading for c in report.columns]
@@ -86,11 +86,11 @@ def as_text(report: Report) -> str:
     else:
         lines.append("  nothing could be measured")
     if report.skipped:
-        lines.append(_report.heading("Not measured"))
-        lines.append(_report.table(_grouped(report.skipped)))
+        lines.append(console.heading("Not measured"))
+        lines.append(console.table(_grouped(report.skipped)))
     if report.notes:
         lines.append("")
-        lines += [_report.wrap(text, "  - ", "    ") for text in report.notes]
+        lines += [console.wrap(text, "  - ", "    ") for text in report.notes]
     return "\n".join(lines)
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from wan_attn import config
+from wan_attn import config, console
 from wan_attn.bench import compare, kernels, peers, plots, progress, report, step, suite
 from wan_attn.bench.model import ARCHS, CPU_FRAMES, Arch, ModelError, Video
-from wan_attn.cli import _report, bench_options
+from wan_attn.cli import bench_options
 from wan_attn.cli.bench_options import BadOption
 from wan_attn.workloads import WORKLOADS, parse_shape
 
@@ -324,10 +324,10 @@ def _finish(args: argparse.Namespace, result: report.Report, stem: Path | None =
 def _show(args: argparse.Namespace, results: list[report.Report]) -> None:
     if args.json:
         found = [report.as_dict(result) for result in results]
-        _report.emit(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+        console.emit(json.dumps(found[0] if len(found) == 1 else found, indent=1))
         return
     for result in results:
-        _report.emit(report.as_text(result))
+        console.emit(report.as_text(result))
 
 
 def _save(args: argparse.Namespace, result: report.Report, stem: Path) -> None:

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from wan_attn.cli import _report
-from wan_attn.cli.doctor_facts import cuda_devices
+from wan_attn import console
 from wan_attn.cuda import images, rows
+from wan_attn.doctor.facts import cuda_devices
 
 NOTHING_TO_DO = 2
 """Exit code where the arguments name nothing that could be compiled, as argparse's own."""
@@ -71,17 +71,17 @@ def main(args: argparse.Namespace) -> int:
     try:
         jobs = chosen(args)
     except CannotCompile as error:
-        _report.emit(_report.wrap(f"compile: {error}", ""))
+        console.emit(console.wrap(f"compile: {error}", ""))
         return NOTHING_TO_DO
     width = max(len(job.name) for job in jobs)
-    _report.emit(_line(HEAD, width))
+    console.emit(_line(HEAD, width))
     failures: list[str] = []
     for line in _states(jobs) if args.list else _compiled(jobs, args.force, failures):
-        _report.emit(_line(line, width))
+        console.emit(_line(line, width))
     where = images.cache_folder()
-    _report.emit(f"\ncache: {where or 'none, this user has no home directory'}")
+    console.emit(f"\ncache: {where or 'none, this user has no home directory'}")
     for failure in dict.fromkeys(failures):
-        _report.emit("\n" + _report.wrap(failure, "", "  "))
+        console.emit("\n" + console.wrap(failure, "", "  "))
     return int(bool(failures))
 
 

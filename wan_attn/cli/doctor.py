@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import wan_attn
-from wan_attn.cli import _report, doctor_facts, doctor_known, doctor_next, doctor_text
-from wan_attn.cli.doctor_facts import Guard, Machine
+from wan_attn import console
+from wan_attn.doctor import advice, facts, known
+from wan_attn.doctor import report as doctor_text
+from wan_attn.doctor.facts import Guard, Machine
 from wan_attn.version import __version__
 
 SCHEMA = 1  # of --json; fields are only ever added
@@ -40,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the report; 0 or 1."""
-    report = _report.redact(examine(selftest=not args.no_selftest, isolated=not args.in_process))
-    _report.emit(json.dumps(report, indent=2) if args.json else doctor_text.render(report))
+    report = console.redact(examine(selftest=not args.no_selftest, isolated=not args.in_process))
+    console.emit(json.dumps(report, indent=2) if args.json else doctor_text.render(report))
     exit_code: int = report["exit_code"]
     return exit_code
 
@@ -50,7 +52,7 @@ def examine(selftest: bool = True, isolated: bool = True) -> dict[str, Any]:
     """The whole report as plain values."""
     start = time.perf_counter()
     guard = Guard()
-    machine = doctor_facts.machine(guard)
+    machine = facts.machine(guard)
     settings_error, variables = guard.run("settings", _settings, (None, []))
     report: dict[str, Any] = {
         "schema": SCHEMA,
@@ -74,11 +76,11 @@ def examine(selftest: bool = True, isolated: bool = True) -> dict[str, Any]:
     }
     if report["import_error"] is None and settings_error is None:
         _examine_package(report, guard, selftest, isolated)
-        machine.broken = guard.run("FlashAttention", doctor_facts.broken_packages, {})
-    findings = guard.run("known problems", lambda: doctor_known.findings(machine), [])
+        machine.broken = guard.run("FlashAttention", facts.broken_packages, {})
+    findings = guard.run("known problems", lambda: known.findings(machine), [])
     report["known"] = [dataclasses.asdict(finding) for finding in findings]
     report["verdict"], report["exit_code"] = verdict(report)
-    report["next"] = guard.run("advice", lambda: doctor_next.advice(report, machine), [])
+    report["next"] = guard.run("advice", lambda: advice.advice(report, machine), [])
     report["seconds"] = round(time.perf_counter() - start, 1)
     return report
 
@@ -88,8 +90,8 @@ def _examine_package(report: dict[str, Any], guard: Guard, selftest: bool, isola
     with ThreadPoolExecutor(1) as pool:
         # The self-test's process has to import torch first; meanwhile this one asks the rest.
         tests = pool.submit(_selftest, True) if selftest and isolated else None
-        report["devices"]["cpu"] = guard.run("CPU", doctor_facts.cpu_facts, {})
-        report["versions"].update(guard.run("native library", doctor_facts.native_facts, {}))
+        report["devices"]["cpu"] = guard.run("CPU", facts.cpu_facts, {})
+        report["versions"].update(guard.run("native library", facts.native_facts, {}))
         devices = guard.run("devices", _devices, ["cpu"])
         report["cuda_kernels"] = guard.run(
             "CUDA kernels", functools.partial(_cuda_kernels, report), {}
@@ -159,25 +161,25 @@ def _word(value: object) -> str:
 
 
 def _devices() -> list[str]:
-    from wan_attn.cli import selftest_paths
+    from wan_attn.doctor import selftest_paths
 
     return selftest_paths.devices()
 
 
 def _ask(what: str, devices: list[str]) -> list[dict[str, Any]]:
-    from wan_attn.cli import doctor_paths
     from wan_attn.config import current
+    from wan_attn.doctor import paths
 
     if what == "choices":
-        return doctor_paths.choices(devices, current())
-    return doctor_paths.backends(devices) if what == "backends" else doctor_paths.kernels(devices)
+        return paths.choices(devices, current())
+    return paths.backends(devices) if what == "backends" else paths.kernels(devices)
 
 
 def _cuda_kernels(report: dict[str, Any]) -> dict[str, Any]:
-    from wan_attn.cli import doctor_cuda
+    from wan_attn.doctor import cuda
 
     capabilities = (gpu["capability"] for gpu in report["devices"]["gpus"])
-    return doctor_cuda.facts(sorted({10 * major + minor for major, minor in capabilities}))
+    return cuda.facts(sorted({10 * major + minor for major, minor in capabilities}))
 
 
 def _versions(machine: Machine) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def _versions(machine: Machine) -> dict[str, Any]:
 
 
 def _selftest(isolated: bool) -> tuple[list[dict[str, Any]], str | None]:
-    from wan_attn.cli import selftest_run
+    from wan_attn.doctor import selftest_run
 
     if isolated:
         outcome = selftest_run.run_isolated()

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from wan_attn import ops
+from wan_attn import console
 from wan_attn.backends import REGISTRY
-from wan_attn.cli import _report
-from wan_attn.cli._report import heading, pairs, table, wrap
 from wan_attn.config import ConfigError, Settings, refresh
+from wan_attn.console import heading, pairs, table, wrap
+from wan_attn.native import op
 from wan_attn.request import Request
-from wan_attn.select import compute_dtype, order, select, why_not
+from wan_attn.selection.choose import compute_dtype, order, select, why_not
 from wan_attn.workloads import WORKLOADS, Workload, parse_shape
 
 DTYPES = {
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:
         return _refuse(f"--{error}" if str(error).startswith("shape ") else str(error))
     answer = explain(make_request(args, call, settings), call, settings)
-    _report.emit(json.dumps(answer, indent=2) if args.json else render(answer))
+    console.emit(json.dumps(answer, indent=2) if args.json else render(answer))
     return 0 if answer["backend"] else 1
 
 
@@ -148,16 +148,16 @@ def explain(request: Request, call: Workload, settings: Settings) -> dict[str, A
         for name in [*asked, *(name for name in REGISTRY if name not in asked)]
     ]
     unused = ""
-    if ops.binding() == "torch":
-        unused = f"the native library is not used: {ops.binding_reason()}"
+    if op.binding() == "torch":
+        unused = f"the native library is not used: {op.binding_reason()}"
     kernels = [
         {
             "index": k.index,
             "name": k.name,
             "description": k.description,
-            "reason": unused or _report.without_name(ops.why_not(request, k.index), k.name),
+            "reason": unused or console.without_name(op.why_not(request, k.index), k.name),
         }
-        for k in ops.kernels()
+        for k in op.kernels()
     ]
     return {
         "schema": 1,
@@ -169,7 +169,7 @@ def explain(request: Request, call: Workload, settings: Settings) -> dict[str, A
         "error": error,
         "backends": backends,
         "kernels": kernels,
-        "no_kernels": "" if kernels else ops.binding_reason(),
+        "no_kernels": "" if kernels else op.binding_reason(),
     }
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from wan_attn import config
 from wan_attn.integrations import diffusers as wan_diffusers
 from wan_attn.request import Request
-from wan_attn.select import Choice, compute_dtype, select
+from wan_attn.selection.choose import Choice, compute_dtype, select
 
 ROWS = 128  # rows that are computed again in float64
 REPEATS = 5

@@ -14,7 +14,7 @@ import torch
 from wan_attn import config
 from wan_attn.backends import fa2
 from wan_attn.request import Request
-from wan_attn.select import DISABLED
+from wan_attn.selection.choose import DISABLED
 
 FLASH, OURS, SDPA, EAGER = "flash_attention_2", "wan_attn", "sdpa", "eager"
 

@@ -13,8 +13,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from wan_attn import attention
-from wan_attn.integrations import _masked, flash_attn
 from wan_attn.request import refuse
+from wan_attn.signatures import _masked, flash_attn
 
 NAME = "wan_attn"
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""test_first_call.py - a kernel that is wrong on a card is found out at its first call, and left."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import wan_attn
+from wan_attn import config, log
+from wan_attn.backends import native
+from wan_attn.selfcheck import first_call
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _as_new() -> Iterator[None]:
+    first_call.forget()
+    log.forget()
+    yield
+    first_call.forget()
+
+
+def right(query: Tensor, key: Tensor, value: Tensor, *lens: Any) -> tuple[Tensor, Tensor]:
+    q_lens, k_lens, is_causal = lens
+    return torch.ops.wan_attn.sdpa(
+        query, key, value, q_lens, k_lens, is_causal=is_causal, return_lse=True
+    )
+
+
+def reads_padding(query: Tensor, key: Tensor, value: Tensor, *lens: Any) -> tuple[Tensor, Tensor]:
+    out, lse = right(query, key, value, lens[0], None, lens[2])
+    return out, lse
+
+
+def one_element(query: Tensor, key: Tensor, value: Tensor, *lens: Any) -> tuple[Tensor, Tensor]:
+    out, lse = right(query, key, value, *lens)
+    out[1, 17, 1, 5] *= 1.25
+    return out, lse
+
+
+def lse_in_base_2(query: Tensor, key: Tensor, value: Tensor, *lens: Any) -> tuple[Tensor, Tensor]:
+    out, lse = right(query, key, value, *lens)
+    return out, lse * 1.4427
+
+
+def nothing_written(query: Tensor, key: Tensor, value: Tensor, *lens: Any) -> tuple[Tensor, Tensor]:
+    out, lse = right(query, key, value, *lens)
+    return torch.full_like(out, float("nan")), lse
+
+
+@pytest.mark.parametrize("head_dim", (64, 80, 128, 256))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_what_is_right_passes(dtype: torch.dtype, head_dim: int) -> None:
+    assert first_call.wrong(right, CPU, dtype, head_dim) is None
+
+
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+def test_the_programs_defaults_do_not_matter(device: str) -> None:
+    """With cuda as default device the check would fail, and no kernel of ours ever run."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device(device):
+            assert first_call.wrong(right, CPU, torch.bfloat16, 64) is None
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("run", (reads_padding, one_element, lse_in_base_2, nothing_written))
+def test_what_is_wrong_is_said(run: first_call.Run) -> None:
+    found = first_call.wrong(run, CPU, torch.bfloat16, 64)
+    assert found is not None and "instead of" in found and "Lq=149 Lk=331 D=64" in found
+
+
+def test_each_kind_of_call_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def count(*call: Any) -> tuple[Tensor, Tensor]:
+        asked.append(call)
+        return right(*call)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(3):
+        for head_dim in (64, 128):
+            assert first_call.verdict(count, CPU, torch.bfloat16, head_dim) is None
+    assert len(asked) == 2 * len(first_call.MASKED)
+
+
+def test_a_capture_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert first_call.verdict(nothing_written, CPU, torch.bfloat16, 64) is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert first_call.verdict(nothing_written, CPU, torch.bfloat16, 64) is not None
+
+
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAN_ATTN_SELF_CHECK", "0")
+    config.refresh()
+    try:
+        assert first_call.verdict(nothing_written, CPU, torch.bfloat16, 64) is None
+    finally:
+        monkeypatch.undo()
+        config.refresh()
+
+
+def test_the_next_backend_takes_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU: the check is made before the kernel's first call, and says what was wrong."""
+    plain = native.run
+
+    def checked(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Any:
+        native._require_proof(query.device, value.dtype, query.shape[3])
+        return plain(query, key, value, **call)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(native, "run", checked)
+    monkeypatch.setattr(native, "_overload", lambda *x, **y: nothing_written(*x, y["is_causal"]))
+    from wan_attn.selection import run as execute
+
+    execute._plans.clear()
+    query, key, value = torch.randn(3, 1, 40, 2, 64).to(torch.bfloat16)
+    with caplog.at_level(logging.INFO, logger="wan_attn"):
+        out = wan_attn.sdpa(query, key, value)
+    execute._plans.clear()
+    assert out.isfinite().all()
+    said = caplog.text
+    assert "the kernel for this call is wrong on cpu: out" in said and "is nan instead" in said
+    assert "Using PyTorch SDPA" in said

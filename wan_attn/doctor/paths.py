@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""paths.py - backends and kernel rows, usable here or why not; what Wan2.2 would run on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from wan_attn.backends import REGISTRY
+from wan_attn.config import Settings
+from wan_attn.console import without_name
+from wan_attn.native import op
+from wan_attn.request import Request
+from wan_attn.selection.choose import compute_dtype, select
+from wan_attn.workloads import WORKLOADS, Workload
+
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# The calls that decide how long a video takes, and the one with another head_dim.
+SHOWN = ("ti2v-5b-720p", "ti2v-5b-720p-cross", "a14b-480p", "a14b-720p", "clip-vit-h")
+
+
+def request(
+    call: Workload,
+    dtype: torch.dtype,
+    device: str,
+    qk_dtype: torch.dtype | None = None,
+    **flags: Any,
+) -> Request:
+    """A workload as the selection sees it."""
+    return Request(
+        batch=call.batch,
+        seqlen_q=call.seqlen_q,
+        seqlen_k=call.seqlen_k,
+        num_heads_q=call.num_heads_q,
+        num_heads_k=call.num_heads_k,
+        head_dim=call.head_dim,
+        dtype=dtype,
+        query_dtype=qk_dtype or dtype,
+        key_dtype=qk_dtype or dtype,
+        device=torch.device(device),
+        **flags,
+    )
+
+
+def backends(devices: list[str]) -> list[dict[str, Any]]:
+    """Each backend on each device: usable if it takes a plain Wan call; else why not in bf16."""
+    rows = []
+    for device in devices:
+        for name, backend in REGISTRY.items():
+            reasons = {
+                dtype: backend.why_not(request(WORKLOADS["ti2v-5b-720p"], dtype, device))
+                for dtype in DTYPE_NAMES
+            }
+            taken = [DTYPE_NAMES[dtype] for dtype, reason in reasons.items() if reason is None]
+            rows.append(
+                {
+                    "device": device,
+                    "name": name,
+                    "title": backend.TITLE,
+                    "usable": bool(taken),
+                    "dtypes": taken,
+                    "reason": None if taken else reasons[torch.bfloat16],
+                }
+            )
+    return rows
+
+
+def kernels(devices: list[str]) -> list[dict[str, Any]]:
+    """Each row of the kernel table, on the first device of its kind."""
+    rows = []
+    for row in op.kernels():
+        device = next((d for d in devices if torch.device(d).type == row.device), None)
+        reason: str | None = f"there is no {row.device} device here"
+        if op.binding() == "torch":
+            reason = f"the native library is not used: {op.binding_reason()}"
+        elif device is not None:
+            head_dim = min(max(128, row.head_dim_min), row.head_dim_max)
+            head_dim -= head_dim % max(1, row.head_dim_multiple)
+            probe = Workload("probe", "", 1, 257, 257, 2, 2, head_dim)
+            told = op.why_not(request(probe, row.dtypes[0], device), row.index)
+            reason = without_name(told, row.name)
+        rows.append(
+            {
+                "index": row.index,
+                "name": row.name,
+                "description": row.description,
+                "device": device or row.device,
+                "device_is_here": device is not None,
+                "dtypes": [DTYPE_NAMES.get(dtype, str(dtype)) for dtype in row.dtypes],
+                "usable": reason is None,
+                "reason": reason,
+            }
+        )
+    return rows
+
+
+def choices(devices: list[str], settings: Settings) -> list[dict[str, Any]]:
+    """What stock Wan2.2's calls would run on: query and key in float32, value in bf16, lengths."""
+    return [_choice(device, WORKLOADS[name], settings) for device in devices for name in SHOWN]
+
+
+def _choice(device: str, call: Workload, settings: Settings) -> dict[str, Any]:
+    bf16 = torch.bfloat16
+    dtype = compute_dtype(bf16, bf16, torch.device(device), settings.force_fp16)
+    is_self = call.seqlen_q == call.seqlen_k  # cross-attention comes without lengths
+    told: dict[str, Any] = {
+        "device": device,
+        "workload": call.name,
+        "title": call.title,
+        "shape": call.shape,
+        "dtype": DTYPE_NAMES[dtype],
+        "backend": None,
+        "kernel": None,
+        "refusals": [],
+        "error": None,
+    }
+    try:
+        choice = select(request(call, dtype, device, torch.float32, has_k_lens=is_self), settings)
+    except (
+        RuntimeError
+    ) as error:  # nothing takes it, or WAN_ATTN_STRICT=1 and the named one does not
+        return {**told, "error": str(error)}
+    refusals = [list(pair) for pair in choice.refusals]
+    return {**told, "backend": choice.backend, "kernel": choice.kernel_name, "refusals": refusals}

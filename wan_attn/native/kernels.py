@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kernels.py - libwan_attn's kernel table as Python values: which row takes a call, and why not."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_int32
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from wan_attn.native import library
+from wan_attn.native.bindings import DEVICES, DTYPES, allowed_cpu_features
+
+if TYPE_CHECKING:
+    from wan_attn.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class KernelInfo:
+    """One row of csrc/core/kernels.def. `dtypes` are value's; query and key may be float32 too."""
+
+    index: int
+    name: str
+    description: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    head_dim_min: int
+    head_dim_max: int
+    head_dim_multiple: int
+    arch_min: int
+    arch_max: int
+    cpu_features: tuple[str, ...]
+    is_lossy: bool
+
+
+@functools.cache
+def kernels() -> tuple[KernelInfo, ...]:
+    """Every row, best first; empty where the native library does not load (see binding_reason)."""
+    lib = library.load()
+    if lib is None:
+        return ()
+    device_names = {number: name for name, number in DEVICES.items()}
+    rows = []
+    for index in range(lib.wan_attn_kernel_count()):
+        info = library.KernelInfo(struct_size=ctypes.sizeof(library.KernelInfo))
+        lib.wan_attn_kernel_at(index, ctypes.byref(info))
+        rows.append(
+            KernelInfo(
+                index=index,
+                name=info.name.decode(),
+                description=info.description.decode(),
+                device=device_names[info.device_type],
+                dtypes=tuple(dtype for dtype, bit in DTYPES.items() if info.dtypes >> bit & 1),
+                head_dim_min=info.head_dim_min,
+                head_dim_max=info.head_dim_max,
+                head_dim_multiple=info.head_dim_multiple,
+                arch_min=info.arch_min,
+                arch_max=info.arch_max,
+                cpu_features=library.feature_names(info.cpu_features),
+                is_lossy=bool(info.is_lossy),
+            )
+        )
+    return tuple(rows)
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Vector extensions that this CPU has, the operating system saves, and some row could use."""
+    lib = library.load()
+    return () if lib is None else library.feature_names(lib.wan_attn_cpu_features())
+
+
+def build_info() -> str:
+    """Target and compiler of the native library."""
+    lib = library.load()
+    return "" if lib is None else lib.wan_attn_build_info().decode()
+
+
+def _describe(request: Request, dtype: torch.dtype, shape: tuple[int, ...]) -> library.Tensor:
+    """A contiguous tensor that does not exist: the questions below never read data."""
+    described = library.Tensor(
+        dtype=DTYPES.get(dtype, library.DTYPE_OTHER),
+        device_type=DEVICES.get(request.device.type, library.DEVICE_OTHER),
+        device_index=request.device.index or 0,
+        ndim=len(shape),
+    )
+    stride = 1
+    for dim in reversed(range(len(shape))):
+        described.shape[dim], described.stride[dim] = shape[dim], stride
+        stride *= shape[dim]
+    return described
+
+
+def _params(request: Request, kernel: int = -1) -> library.Params:
+    r = request
+    q_shape = (r.batch, r.seqlen_q, r.num_heads_q, r.head_dim)
+    k_shape = (r.batch, r.seqlen_k, r.num_heads_k, r.head_dim)
+    return library.Params(
+        struct_size=ctypes.sizeof(library.Params),
+        kernel=kernel,
+        q=_describe(r, r.query_dtype, q_shape),
+        k=_describe(r, r.key_dtype, k_shape),
+        v=_describe(r, r.dtype, k_shape),
+        is_causal=r.is_causal,
+        window_size_left=r.window[0],
+        window_size_right=r.window[1],
+        cpu_features=allowed_cpu_features(),
+    )
+
+
+def why_not(request: Request, row: int) -> str | None:
+    """Why this row of the table cannot take the call; None: it can."""
+    error = library.Error()
+    status = library.lib().wan_attn_why_not(_params(request), row, ctypes.byref(error))
+    return None if status == library.OK else error.text()
+
+
+def select(request: Request) -> tuple[KernelInfo | None, str]:
+    """The row that would run and "", or None and every row's reason (or a broken contract)."""
+    if library.load() is None:
+        return None, library.load_error() or ""
+    error, row = library.Error(), c_int32(-1)
+    status = library.lib().wan_attn_select(_params(request), ctypes.byref(row), ctypes.byref(error))
+    if status == library.OK:
+        return kernels()[row.value], ""
+    return None, error.text()

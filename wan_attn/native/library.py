@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""library.py - opens libwan_attn, and mirrors csrc/wan_attn.h in ctypes; knows no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from ctypes import c_char, c_char_p, c_double, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from pathlib import Path
+
+ABI_VERSION = 1
+
+OK, INVALID_ARGUMENT, UNSUPPORTED, DEVICE_ERROR, INTERNAL = range(5)
+F32, F16, BF16, I32, I64, DTYPE_OTHER = range(6)
+CPU, CUDA, DEVICE_OTHER = range(3)
+
+# Bit of cpu_features -> the name used by WAN_ATTN_CPU_ISA, doctor and kernels().
+CPU_FEATURES = {0: "avx2", 1: "avx512", 2: "avx512_bf16", 3: "amx_bf16", 4: "neon"}
+CPU_KNOWN = 1 << 31
+
+MAX_NDIM = 4
+
+
+class Tensor(ctypes.Structure):
+    """wan_attn_tensor."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("dtype", c_int32),
+        ("device_type", c_int32),
+        ("device_index", c_int32),
+        ("ndim", c_int32),
+        ("shape", c_int64 * MAX_NDIM),
+        ("stride", c_int64 * MAX_NDIM),
+    ]
+
+
+class Params(ctypes.Structure):
+    """wan_attn_params."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("kernel", c_int32),
+        ("q", Tensor),
+        ("k", Tensor),
+        ("v", Tensor),
+        ("out", Tensor),
+        ("lse", Tensor),
+        ("seqused_q", Tensor),
+        ("seqused_k", Tensor),
+        ("softmax_scale", c_double),
+        ("has_softmax_scale", c_int32),
+        ("is_causal", c_int32),
+        ("window_size_left", c_int64),
+        ("window_size_right", c_int64),
+        ("workspace", c_void_p),
+        ("workspace_size", c_size_t),
+        ("stream", c_void_p),
+        ("parallel", c_void_p),
+        ("num_threads", c_int32),
+        ("cpu_features", c_uint32),
+    ]
+
+
+class Error(ctypes.Structure):
+    """wan_attn_error."""
+
+    _fields_ = [("status", c_int32), ("message", c_char * 1020)]
+
+    def text(self) -> str:
+        return str(self.message, "utf-8", "replace")
+
+
+class KernelInfo(ctypes.Structure):
+    """wan_attn_kernel_info."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("device_type", c_int32),
+        ("name", c_char_p),
+        ("description", c_char_p),
+        ("dtypes", c_uint32),
+        ("head_dim_min", c_int32),
+        ("head_dim_max", c_int32),
+        ("head_dim_multiple", c_int32),
+        ("arch_min", c_int32),
+        ("arch_max", c_int32),
+        ("cpu_features", c_uint32),
+        ("is_lossy", c_int32),
+    ]
+
+
+# wan_attn_image_fn: the image is an address, because ctypes would make bytes of a char pointer.
+ImageFn = ctypes.CFUNCTYPE(
+    c_int32,
+    c_char_p,
+    c_int32,
+    ctypes.POINTER(c_void_p),
+    ctypes.POINTER(c_size_t),
+    ctypes.POINTER(c_char),
+    c_size_t,
+)
+
+
+class CudaConfig(ctypes.Structure):
+    """wan_attn_cuda_config."""
+
+    _fields_ = [("struct_size", c_uint32), ("driver", c_char_p), ("find_image", ImageFn)]
+
+
+class CudaDevice(ctypes.Structure):
+    """wan_attn_cuda_device."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("arch", c_int32),
+        ("num_sms", c_int32),
+        ("is_half_rate", c_int32),
+        ("driver_version", c_int32),
+        ("name", c_char * 100),
+    ]
+
+
+_P, _E = ctypes.POINTER(Params), ctypes.POINTER(Error)
+_FUNCTIONS: dict[str, tuple[object, list[object]]] = {
+    "wan_attn_abi_version": (c_int32, []),
+    "wan_attn_build_info": (c_char_p, []),
+    "wan_attn_status_name": (c_char_p, [c_int32]),
+    "wan_attn_cpu_features": (c_uint32, []),
+    "wan_attn_kernel_count": (c_int32, []),
+    "wan_attn_kernel_at": (c_int32, [c_int32, ctypes.POINTER(KernelInfo)]),
+    "wan_attn_why_not": (c_int32, [_P, c_int32, _E]),
+    "wan_attn_select": (c_int32, [_P, ctypes.POINTER(c_int32), _E]),
+    "wan_attn_workspace_size": (c_int32, [_P, ctypes.POINTER(c_size_t), _E]),
+    "wan_attn_cuda_configure": (c_int32, [ctypes.POINTER(CudaConfig), _E]),
+    "wan_attn_cuda_device_at": (c_int32, [c_int32, ctypes.POINTER(CudaDevice), _E]),
+    "wan_attn_forward": (c_int32, [_P, _E]),
+}
+
+
+def _shared_library(stem: str) -> Path:
+    prefix, suffix = {
+        "win32": ("", ".dll"),
+        "darwin": ("lib", ".dylib"),
+    }.get(sys.platform, ("lib", ".so"))
+    return Path(__file__).parents[1] / f"{prefix}{stem}{suffix}"
+
+
+def lib_path() -> Path:
+    """Where libwan_attn is expected: in the package's folder."""
+    return _shared_library("wan_attn")
+
+
+def shim_path() -> Path:
+    """Where the torch shim is expected; it is there only if torch was importable at build time."""
+    return _shared_library("wan_attn_shim")
+
+
+@functools.cache
+def _open() -> tuple[ctypes.CDLL | None, str | None]:
+    path = lib_path()
+    again = "reinstall with: pip install --force-reinstall --no-deps wan-attn"
+    if not path.exists():
+        return (
+            None,
+            f"{path.name} is not in the package (it was built without a C compiler); {again}",
+        )
+    try:
+        lib = ctypes.CDLL(str(path))
+        for name, (restype, argtypes) in _FUNCTIONS.items():
+            function = getattr(lib, name)
+            function.restype, function.argtypes = restype, argtypes
+    except (OSError, AttributeError) as error:
+        return None, f"{path.name} does not load: {error}; {again}"
+    version = lib.wan_attn_abi_version()
+    if version != ABI_VERSION:
+        return None, f"{path.name} has ABI {version}, this package needs {ABI_VERSION}; {again}"
+    return lib, None
+
+
+def load() -> ctypes.CDLL | None:
+    """libwan_attn with its functions' types set, or None: see load_error()."""
+    return _open()[0]
+
+
+def load_error() -> str | None:
+    """Why libwan_attn cannot be used here: what, why, what to do. None if it can."""
+    return _open()[1]
+
+
+def lib() -> ctypes.CDLL:
+    """libwan_attn, for callers that have seen load() succeed."""
+    library = load()
+    if library is None:
+        raise RuntimeError(f"wan_attn: {load_error()}")
+    return library
+
+
+def feature_names(bits: int) -> tuple[str, ...]:
+    """Names of the set bits of a cpu_features word."""
+    return tuple(name for bit, name in CPU_FEATURES.items() if bits >> bit & 1)

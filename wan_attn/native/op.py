@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""op.py - registers torch.ops.wan_attn.sdpa on the best binding that works here.
+
+======  =========================================================================================
+shim    csrc/torch/shim.cpp through torch's stable ABI; torch >= 2.9
+ctypes  the same C functions called from Python; any torch >= 2.4, some 10 us more a call
+torch   no native library: computed by torch's operators, so the op exists wherever torch does
+======  =========================================================================================
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wan_attn.config import current
+from wan_attn.contract import check_call
+from wan_attn.native import autograd, cuda_driver, library
+from wan_attn.native.bindings import ctypes_sdpa, load_shim
+from wan_attn.native.kernels import KernelInfo, build_info, cpu_features, kernels, select, why_not
+
+__all__ = [
+    "SCHEMA",
+    "KernelInfo",
+    "binding",
+    "binding_reason",
+    "build_info",
+    "cpu_features",
+    "kernels",
+    "select",
+    "why_not",
+]
+
+SCHEMA = (
+    "sdpa(Tensor query, Tensor key, Tensor value, Tensor? q_lens=None, Tensor? k_lens=None, *,"
+    " float? scale=None, bool is_causal=False, int window_left=-1, int window_right=-1,"
+    " bool return_lse=False, int kernel=-1) -> (Tensor out, Tensor lse)"
+)
+
+# Torch frees an operator with the last reference to its Library: keep it as long as the module.
+_LIBRARY = torch.library.Library("wan_attn", "FRAGMENT")
+_binding: str = "torch"
+_reason: str = ""
+
+
+def binding() -> str:
+    """How torch.ops.wan_attn.sdpa reaches its kernels here: "shim", "ctypes" or "torch"."""
+    return _binding
+
+
+def binding_reason() -> str:
+    """Why not a better binding; "" if it is the best one."""
+    return _reason
+
+
+def _sdpa_by_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_lens: Tensor | None = None,
+    k_lens: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    return_lse: bool = False,
+    kernel: int = -1,
+) -> tuple[Tensor, Tensor]:
+    from wan_attn.backends import torch_sdpa
+
+    if kernel != -1:
+        raise RuntimeError(
+            f"wan_attn: kernel must be -1, as there is no kernel table here ({_reason}),"
+            f" got {kernel}"
+        )
+    check_call(query, key, value, q_lens, k_lens, scale, window_left, window_right)
+    out, lse = torch_sdpa.run(
+        query,
+        key,
+        value,
+        q_lens=q_lens,
+        k_lens=k_lens,
+        scale=scale,
+        is_causal=is_causal,
+        window=(window_left, window_right),
+        return_lse=return_lse,
+    )
+    if lse is None:
+        lse = query.new_empty((0, query.shape[2], query.shape[1]), dtype=torch.float32)
+    return out.contiguous(), lse
+
+
+def _sdpa_elsewhere(
+    query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
+) -> tuple[Tensor, Tensor]:
+    """Devices and layouts that no binding registers a kernel for; one odd operand is enough."""
+    operands = {"query": query, "key": key, "value": value}
+    name = next((n for n, x in operands.items() if x.layout != torch.strided), "query")
+    raise RuntimeError(
+        f"wan_attn: {name} must be a dense tensor on cpu or cuda, got {operands[name].layout}"
+        f" on {operands[name].device}"
+    )
+
+
+def _sdpa_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_lens: Tensor | None = None,
+    k_lens: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    return_lse: bool = False,
+    kernel: int = -1,
+) -> tuple[Tensor, Tensor]:
+    check_call(query, key, value, q_lens, k_lens, scale, window_left, window_right)
+    batch, seqlen_q, heads, _ = query.shape
+    lse = query.new_empty((batch if return_lse else 0, heads, seqlen_q), dtype=torch.float32)
+    return query.new_empty(query.shape), lse
+
+
+def _register() -> None:
+    global _binding, _reason
+    wanted = current().binding  # before anything is registered: this may raise, and be tried again
+    # Else inductor may hand over other strides than eager does; the contract wants a last one of 1.
+    _LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    torch.library.register_fake("wan_attn::sdpa", _sdpa_fake, lib=_LIBRARY)
+    _LIBRARY.impl("sdpa", _sdpa_elsewhere, "CompositeExplicitAutograd")
+    if wanted == "torch" or library.load() is None:
+        _binding = "torch"
+        _reason = library.load_error() or "WAN_ATTN_BINDING=torch"
+    else:
+        cuda_driver.configure(library.lib())
+        why_no_shim = "WAN_ATTN_BINDING=ctypes" if wanted == "ctypes" else load_shim()
+        if wanted == "shim" and why_no_shim is not None:
+            raise RuntimeError(f"wan_attn: WAN_ATTN_BINDING=shim cannot be had: {why_no_shim}")
+        _binding, _reason = ("ctypes", why_no_shim) if why_no_shim is not None else ("shim", "")
+    if _binding != "shim":
+        function = ctypes_sdpa if _binding == "ctypes" else _sdpa_by_torch
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl("sdpa", function, key)
+    torch.library.register_autograd(
+        "wan_attn::sdpa", autograd.backward, setup_context=autograd.setup_context, lib=_LIBRARY
+    )
+
+
+_register()

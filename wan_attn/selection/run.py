@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""run.py - runs a call on the backend that choose.py names, or on the next if that fails."""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wan_attn import config, log
+from wan_attn.backends import REGISTRY
+from wan_attn.backends._errors import is_device_error
+from wan_attn.request import Request, host_lengths, refuse, wants_grad
+from wan_attn.selection import profile
+from wan_attn.selection.choose import Choice, compute_dtype, select
+
+# What a backend may raise for reasons of its own: a missing symbol, a changed signature, a shape it
+# did not expect.
+_BACKEND_FAILURES = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    ImportError,
+    OSError,
+)
+
+
+class Call(NamedTuple):
+    """One call's arguments beside its operands; see attention.py for what they mean.
+
+    The first three are values that change from call to call; all others decide what is run, and
+    _kind() takes them by position.
+
+    Attributes:
+        dropout_p: already 0 where grad is disabled.
+        dtype: what to compute in where value is not half; None: in value's, whatever it is.
+        version: of FlashAttention.
+    """
+
+    q_lens: Tensor | None
+    k_lens: Tensor | None
+    scale: float | None
+    is_causal: bool
+    window: tuple[int, int]
+    dropout_p: float
+    return_lse: bool
+    dtype: torch.dtype | None
+    version: int | None
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What was found out about a kind of call, so that the next one of that kind costs a look-up.
+
+    Attributes:
+        settings: those it was made under; refresh() makes others, and plans are made anew.
+        dtypes: what query, key and value are converted to.
+        failed: (backend, reason) for those that failed at run time.
+        is_said: the log has described it.
+    """
+
+    settings: config.Settings
+    request: Request
+    choice: Choice
+    run: Callable[..., tuple[Tensor, Tensor | None]]
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    failed: tuple[tuple[str, str], ...] = ()
+    is_said: bool = False
+
+
+_plans: dict[tuple[Any, ...], _Plan] = {}
+_PLANS_MAX = 4096  # kinds of calls; shapes that never repeat must not grow this for ever
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """Run the call on the chosen backend; on the next ones where that fails.
+
+    Raises:
+        RuntimeError: a bad argument; no backend takes the call; or the device is in trouble.
+    """
+    query, key, value = readable(query), readable(key), readable(value)
+    settings = config.current()
+    kind = _kind(query, key, value, call)
+    plan = _plans.get(kind)
+    if plan is not None and plan.settings is not settings:
+        plan = None
+    dtypes = _dtypes(query, key, value, call, settings) if plan is None else plan.dtypes
+    query = query if query.dtype == dtypes[0] else query.to(dtypes[0])
+    key = key if key.dtype == dtypes[1] else key.to(dtypes[1])
+    value = value if value.dtype == dtypes[2] else value.to(dtypes[2])
+    if plan is None:
+        plan = _make_plan(query, key, value, call, settings)
+        _keep(kind, plan)
+    pairs = _check_values(plan.request, call)
+    recorder = None if settings.profile is None else profile.recorder(settings.profile)
+    while True:
+        begun = None if recorder is None else recorder.start(query.device)
+        try:
+            result = plan.run(
+                query,
+                key,
+                value,
+                q_lens=call.q_lens,
+                k_lens=call.k_lens,
+                scale=call.scale,
+                is_causal=call.is_causal,
+                window=call.window,
+                dropout_p=call.dropout_p,
+                return_lse=call.return_lse,
+            )
+        except _BACKEND_FAILURES as error:
+            if is_device_error(error):
+                raise
+            plan = _next_plan(plan, error, call.version)
+            _keep(kind, plan)
+        else:
+            if recorder is not None:
+                recorder.stop(begun, plan.request, plan.choice)
+            if not plan.is_said:
+                plan.is_said = True
+                _say(plan, call.version, pairs)
+            return result
+
+
+def readable(x: Tensor) -> Tensor:
+    """The contract wants head_dim to have stride 1; callers of Wan2.2's function need not know."""
+    return x if x.dim() != 4 or x.stride(3) == 1 else x.contiguous()
+
+
+def _kind(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Any, ...]:
+    """Everything about a call that a plan depends on; must cost next to nothing."""
+    q_lens, k_lens = call.q_lens, call.k_lens
+    return (
+        query.shape,
+        key.shape,
+        value.shape,
+        query.dtype,
+        key.dtype,
+        value.dtype,
+        query.device,
+        key.device,
+        value.device,
+        None if q_lens is None else (q_lens.shape, q_lens.dtype, q_lens.device),
+        None if k_lens is None else (k_lens.shape, k_lens.dtype, k_lens.device),
+        wants_grad(query, key, value),
+        call[3:],  # is_causal and what follows it
+    )
+
+
+def _keep(kind: tuple[Any, ...], plan: _Plan) -> None:
+    if len(_plans) >= _PLANS_MAX:
+        _plans.clear()
+    _plans[kind] = plan
+
+
+def _dtypes(
+    query: Tensor, key: Tensor, value: Tensor, call: Call, settings: config.Settings
+) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """What query, key and value are converted to before any backend sees them.
+
+    float32 beside a half value stays: some backends read it as it is, and the others convert it.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not tensor.is_floating_point():
+            refuse(name, "of a floating-point dtype", tensor.dtype)
+    dtype = compute_dtype(value.dtype, call.dtype, query.device, settings.force_fp16)
+    if call.dtype is None and not settings.force_fp16:
+        return query.dtype, key.dtype, dtype
+    query_dtype, key_dtype = (t.dtype if t.dtype == torch.float32 else dtype for t in (query, key))
+    return query_dtype, key_dtype, dtype
+
+
+def _make_plan(
+    query: Tensor, key: Tensor, value: Tensor, call: Call, settings: config.Settings
+) -> _Plan:
+    request = Request.from_tensors(
+        query,
+        key,
+        value,
+        q_lens=call.q_lens,
+        k_lens=call.k_lens,
+        is_causal=call.is_causal,
+        window=call.window,
+        dropout_p=call.dropout_p,
+        return_lse=call.return_lse,
+    )
+    choice = select(request, settings, version=call.version)
+    dtypes = (query.dtype, key.dtype, value.dtype)
+    return _Plan(settings, request, choice, REGISTRY[choice.backend].run, dtypes)
+
+
+def _check_values(request: Request, call: Call) -> int | None:
+    """Check what a plan cannot: values. Returns query-key pairs, None for lengths on a device."""
+    if call.scale is not None and not math.isfinite(call.scale):
+        refuse("scale", "finite", call.scale)
+    if call.q_lens is None and call.k_lens is None:
+        return request.batch * request.seqlen_q * request.seqlen_k
+    q_host = host_lengths("q_lens", call.q_lens, request.batch, request.seqlen_q)
+    k_host = host_lengths("k_lens", call.k_lens, request.batch, request.seqlen_k)
+    if q_host is None or k_host is None:
+        return None
+    pairs: int = sum(map(operator.mul, q_host, k_host))
+    return pairs
+
+
+def _next_plan(plan: _Plan, error: Exception, version: int | None) -> _Plan:
+    """The plan without the backend that failed just now.
+
+    Raises:
+        RuntimeError: WAN_ATTN_STRICT=1. Exception: `error` itself, if no other backend is left.
+    """
+    backend, title = plan.choice.backend, plan.choice.title
+    said = " ".join(str(error).split())[:300] or "no message"
+    reason = f"failed at run time ({type(error).__name__}: {said})"
+    if plan.settings.strict:
+        raise RuntimeError(
+            f"wan_attn: {title} {reason} (WAN_ATTN_STRICT=1: nothing else is tried)"
+        ) from error
+    failed = (*plan.failed, (backend, reason))
+    try:
+        choice = select(plan.request, plan.settings, version=version, failed=failed)
+    except RuntimeError as nothing_left:
+        raise error from nothing_left
+    log.once((backend, reason), logging.WARNING, f"{title} {reason}; the next one takes over")
+    run = REGISTRY[choice.backend].run
+    return _Plan(plan.settings, plan.request, choice, run, plan.dtypes, failed)
+
+
+def _say(plan: _Plan, version: int | None, pairs: int | None) -> None:
+    """Log what just ran, once per configuration; louder where it is not what was asked for."""
+    choice, request = plan.choice, plan.request
+    level = logging.WARNING if choice.is_fallback else logging.INFO
+    log.configuration(choice.title, choice.backend, choice.reasons(), request, pairs, level)
+    why_not_fa3 = dict(choice.refusals).get("fa3")
+    if version == 3 and why_not_fa3 is not None:
+        log.once(
+            ("version=3", why_not_fa3),
+            logging.WARNING,
+            f"version=3 was asked for, but Flash Attention 3: {why_not_fa3}",
+        )

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""first_call.py - a CUDA kernel shows on this very card that it is right, before it makes a video.
+
+At the first call of its kind in a process a kernel answers two small calls with known results.
+One that is wrong (a card or driver nobody has tried, broken memory, a miscompiled cubin) is refused
+with what it got wrong, and the next backend takes over: no black frames after an hour's work.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from wan_attn.config import current
+from wan_attn.selfcheck.reference import MASKS, UNIT, Case, Truth, make_inputs, reference
+
+MASKED = ("full", "causal")
+# Both ends ragged, several tiles of every kernel, lengths that are no multiple of anything.
+SEQLEN_Q, SEQLEN_K = 149, 331
+
+# run(query, key, value, q_lens, k_lens, is_causal) -> out, lse
+Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]]
+
+_verdicts: dict[tuple[torch.device, torch.dtype, int], str | None] = {}
+_lock = threading.Lock()
+
+
+def wrong(run: Run, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What `run` gets wrong on this device, in words; None: nothing."""
+    for mask in MASKED:
+        case = Case(SEQLEN_Q, SEQLEN_K, head_dim, mask)
+        operands = make_inputs(case)
+        truth = reference(case, *operands)
+        query, key, value = (x.to(device, dtype) for x in operands)
+        # The CPU by name, here and in reference.py: the program may have another default device.
+        q_lens = None if case.q_lens is None else torch.tensor(case.q_lens, device="cpu")
+        k_lens = torch.tensor(case.k_lens, device="cpu")
+        out, lse = run(query, key, value, q_lens, k_lens, MASKS[mask][0])
+        found = _difference(case, truth, out, lse, UNIT[dtype])
+        if found is not None:
+            return found
+    return None
+
+
+def _difference(case: Case, truth: Truth, out: Tensor, lse: Tensor, unit: float) -> str | None:
+    for name, got, expected, bound in (
+        ("out", out, truth.out, truth.out_bound(unit, is_ours=True)),
+        ("lse", lse, truth.lse, truth.lse_bound(unit, is_ours=True)),
+    ):
+        got = got.to("cpu", torch.float64)
+        off = (got - expected).abs()
+        is_wrong = ~((off <= bound) | (got == expected))  # NaN is wrong; -inf and -inf are equal
+        if bool(is_wrong.any()):
+            at = tuple(int(n) for n in is_wrong.nonzero()[0])
+            return (
+                f"{name}{list(at)} is {float(got[at]):g} instead of {float(expected[at]):g} in a"
+                f" call of [{case}], {int(is_wrong.sum())} of {is_wrong.numel()} elements are wrong"
+            )
+    return None
+
+
+def verdict(run: Run, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """wrong(), asked once for each kind of call; None also while a CUDA graph is being captured,
+    when the device may not be waited for, and under WAN_ATTN_SELF_CHECK=0."""
+    key = (device, dtype, head_dim)
+    if key in _verdicts:
+        return _verdicts[key]
+    if not current().self_check or torch.cuda.is_current_stream_capturing():
+        return None
+    with _lock:
+        if key not in _verdicts:
+            _verdicts[key] = wrong(run, device, dtype, head_dim)
+    return _verdicts[key]
+
+
+def forget() -> None:
+    """Check again, as a new process would."""
+    with _lock:
+        _verdicts.clear()

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""reference.py - the self-tests' calls and their results in float64; shares no code.
+
+The inputs are multiples of 1/32 in [-2, 2], which float32, float16 and bfloat16 all hold exactly.
+So one float64 result serves the three, and what is measured is the arithmetic of the path alone.
+Everything beyond a sample's real lengths is NaN: a path that reads it, even to multiply it by
+zero, shows NaN.
+
+The bound for one element is 2 u (sum p|v| + |out|): rounding each softmax weight p and the result
+once costs at most u (sum p|v| + |out|), and a factor of two is left for the order of the sums.
+u is half a unit in the last place: 2^-9 for bfloat16, 2^-12 for float16. Paths in float32 round
+thousands of times instead of twice: u = 2^-20. Libraries that are not ours may also round the
+scores (torch 2.4 does, in float16 on the CPU), which moves a weight by u |score|: for them
+sum p|v| counts (1 + largest score of the row) times.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HEAD_DIMS = (64, 80, 128)
+LENGTHS = ((1, 1), (1, 513), (257, 257), (257, 513), (513, 257), (513, 1), (513, 513))
+MASKS = {"full": (False, (-1, -1)), "causal": (True, (-1, -1)), "window": (False, (100, 40))}
+UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-20}
+BATCH, HEADS_Q, HEADS_K = 2, 2, 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. Sample 0 has its full lengths, sample 1 fewer rows and half the keys."""
+
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    mask: str
+
+    @property
+    def k_lens(self) -> tuple[int, int]:
+        return self.seqlen_k, self.seqlen_k // 2
+
+    @property
+    def q_lens(self) -> tuple[int, int] | None:
+        """Given in half of the cases, as callers do."""
+        return (self.seqlen_q, self.seqlen_q * 2 // 3) if self.head_dim != 80 else None
+
+    @property
+    def is_longest(self) -> bool:
+        """The one call of a kind that is worth several threads."""
+        return (self.seqlen_q, self.seqlen_k, self.head_dim) == (*max(LENGTHS), max(HEAD_DIMS))
+
+    def __str__(self) -> str:
+        return f"Lq={self.seqlen_q} Lk={self.seqlen_k} D={self.head_dim} {self.mask}"
+
+
+def cases() -> Iterator[Case]:
+    """Every pair of lengths with every head_dim; the kinds of mask take turns."""
+    masks = itertools.cycle(MASKS)
+    for head_dim, (seqlen_q, seqlen_k) in itertools.product(HEAD_DIMS, LENGTHS):
+        yield Case(seqlen_q, seqlen_k, head_dim, next(masks))
+
+
+def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as float32 on the CPU, the same for the same case, NaN beyond the real lengths."""
+    # The CPU by name: the program may have another default device.
+    generator = torch.Generator("cpu").manual_seed(
+        case.seqlen_q * 1000 + case.seqlen_k + case.head_dim
+    )
+
+    def draw(seqlen: int, heads: int, lens: tuple[int, int] | None) -> Tensor:
+        shape = (BATCH, seqlen, heads, case.head_dim)
+        x = torch.randint(-64, 65, shape, generator=generator, device="cpu")
+        x = x.to(torch.float32) / 32
+        for b, used in enumerate(lens or ()):
+            x[b, used:] = math.nan
+        return x
+
+    return (
+        draw(case.seqlen_q, HEADS_Q, case.q_lens),
+        draw(case.seqlen_k, HEADS_K, case.k_lens),
+        draw(case.seqlen_k, HEADS_K, case.k_lens),
+    )
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A case in float64."""
+
+    out: Tensor  # [B, Lq, H, D]
+    lse: Tensor  # [B, H, Lq]
+    spread: Tensor  # Σ p|v|, as out
+    peak: Tensor  # largest |score| of each row, [B, Lq, H, 1]
+
+    def out_bound(self, unit: float, is_ours: bool) -> Tensor:
+        weights = self.spread if is_ours else self.spread * (1 + self.peak)
+        return 2 * unit * (weights + self.out.abs())
+
+    def lse_bound(self, unit: float, is_ours: bool) -> Tensor:
+        """lse is float32 whatever the inputs are; only a rounded score moves it further."""
+        size = 1 + self.lse.nan_to_num(0.0, 0.0, 0.0).abs()
+        rounded = 0.0 if is_ours else unit
+        return 2 * (UNIT[torch.float32] * size + rounded * self.peak[..., 0].transpose(1, 2))
+
+
+def reference(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Truth:
+    """Straight from the definition, one head at a time."""
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    spread, peak = torch.zeros_like(out), torch.zeros_like(out[..., :1])
+    lse = torch.full_like(out[..., 0].transpose(1, 2), -math.inf)
+    is_causal, (left, right) = MASKS[case.mask]
+    group = q.shape[2] // k.shape[2]
+    for b, used_k in enumerate(case.k_lens):
+        used_q = case.q_lens[b] if case.q_lens else case.seqlen_q
+        # How far key j lies to the right of row i's diagonal; the last row's is the last key.
+        rows, keys_at = (torch.arange(n, device=q.device) for n in (used_q, used_k))
+        ahead = keys_at[None, :] - (rows[:, None] + used_k - used_q)
+        seen = torch.ones_like(ahead, dtype=torch.bool)
+        if is_causal:
+            seen &= ahead <= 0
+        if left >= 0:
+            seen &= ahead >= -left
+        if right >= 0:
+            seen &= ahead <= right
+        for h in range(q.shape[2] if used_k else 0):
+            keys, values = k[b, :used_k, h // group].double(), v[b, :used_k, h // group].double()
+            scores = q[b, :used_q, h].double() @ keys.T / math.sqrt(case.head_dim)
+            peak[b, :used_q, h, 0] = scores.abs().amax(dim=1)
+            scores = scores.masked_fill(~seen, -math.inf)
+            row = torch.logsumexp(scores, dim=1)
+            weights = torch.exp(scores - row[:, None]).nan_to_num(
+                0.0
+            )  # -inf - -inf: a row without keys
+            out[b, :used_q, h] = weights @ values
+            spread[b, :used_q, h] = weights @ values.abs()
+            lse[b, h, :used_q] = row
+    return Truth(out, lse, spread, peak)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sageattention.py - a function with SageAttention's signature, which computes exactly.
+
+Signature: sageattention/core.py of thu-ml/SageAttention 2.2. The original drops every keyword it
+does not know, attn_mask among them; here an unknown one is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from wan_attn.request import refuse
+from wan_attn.selection.run import Call
+from wan_attn.selection.traced import route
+from wan_attn.signatures import _masked
+
+_LAYOUTS = ("HND", "NHD")
+
+# How the original rounds: an exact kernel is within whatever they ask for.
+_ROUNDING = ("smooth_k", "smooth_v", "pv_accum_dtype", "qk_quant_gran")
+_KEYWORDS = (*_ROUNDING, "attn_mask", "dropout_p")
+
+
+def sageattn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    sm_scale: float | None = None,
+    return_lse: bool = False,
+    **kwargs: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """sageattention.sageattn through the selection, on any device: exact, not 8-bit.
+
+    Args:
+        q: [batch, heads_q, seqlen_q, head_dim] for "HND", [batch, seqlen_q, heads_q, head_dim] for
+            "NHD"; float16, bfloat16 or (unlike the original) float32; any strides.
+        k, v: likewise with heads_k, which divides heads_q, and seqlen_k.
+        tensor_layout: "HND" or "NHD".
+        is_causal: row i sees the keys up to i, counted from the first, as the original's kernels
+            have it. (wan_attn.sdpa counts from the last; the two agree where seqlen_q == seqlen_k,
+            the only case that the original documents.)
+        sm_scale: multiplies the scores; None: 1/sqrt(head_dim).
+        return_lse: also return the natural log of Σ exp(scale · score).
+        attn_mask: broadcastable to [batch, heads_q, seqlen_q, seqlen_k], bool (True: seen) or
+            floating (added): PyTorch computes such a call, which the log says once. Not together
+            with is_causal or return_lse.
+        smooth_k, smooth_v, pv_accum_dtype, qk_quant_gran: accepted: they say how to round to 8
+            bits, and nothing here is.
+        dropout_p: 0, which some callers pass.
+
+    Returns:
+        out in q's layout and dtype; with return_lse also lse [batch, heads_q, seqlen_q] float32. A
+        row that sees no key is 0 with -inf.
+
+    Raises:
+        RuntimeError: "wan_attn: <argument> must be <rule>, got <value>". TypeError: a keyword that
+            neither the original nor its callers have.
+    """
+    for name in kwargs:
+        if name not in _KEYWORDS:
+            raise TypeError(
+                f"wan_attn: sageattn got an unexpected keyword argument {name!r};"
+                f" it knows {', '.join(_KEYWORDS)}"
+            )
+    if tensor_layout not in _LAYOUTS:
+        refuse("tensor_layout", '"HND" or "NHD"', repr(tensor_layout))
+    if kwargs.get("dropout_p", 0.0):
+        refuse("dropout_p", "0, as SageAttention has no dropout", kwargs["dropout_p"])
+    for name, operand in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(operand, Tensor) or operand.dim() != 4:
+            axes = "heads, seqlen" if tensor_layout == "HND" else "seqlen, heads"
+            got = list(operand.shape) if isinstance(operand, Tensor) else type(operand).__name__
+            refuse(name, f"[batch, {axes}, head_dim]", got)
+    is_heads_first = tensor_layout == "HND"
+    mask = kwargs.get("attn_mask")
+    if mask is not None:
+        if is_causal or return_lse:
+            rule = f"None with {'is_causal' if is_causal else 'return_lse'}"
+            refuse("attn_mask", rule, "a tensor")
+        if not is_heads_first:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = _masked.attend(q, k, v, mask, sm_scale, "attn_mask")
+        return out if is_heads_first else out.transpose(1, 2)
+    if is_heads_first:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out, lse = _attend(q, k, v, is_causal, sm_scale, return_lse)
+    out = out if out.dtype == q.dtype else out.to(q.dtype)
+    out = out.transpose(1, 2) if is_heads_first else out
+    return out if lse is None else (out, lse)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Operands [batch, seqlen, heads, head_dim]; the causal diagonal begins top-left."""
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    right = -1
+    if is_causal and seqlen_k > seqlen_q:  # keys that no row sees
+        k, v = k[:, :seqlen_q], v[:, :seqlen_q]
+    elif is_causal and seqlen_k < seqlen_q:  # the diagonal of sdpa is so much further left
+        is_causal, right = False, seqlen_q - seqlen_k
+    call = Call(None, None, scale, is_causal, (-1, right), 0.0, return_lse, None, None)
+    return route(q, k, v, call)
