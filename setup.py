@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """setup.py - compiles libwan_attn, its torch shim (both C11) and the CUDA kernels.
 
-Needs a C compiler; asks nothing of torch, a GPU, a driver or a CUDA toolkit. What a build leaves out
-it says, and writes into wan_attn/build_record.json, which `wan-attn doctor` reads. Runs with
-setuptools 61 and newer, and with or without the package `wheel`. The environment can say:
+Needs a C compiler; asks nothing of torch, a GPU, a driver or a CUDA toolkit. A build says what it
+leaves out, and writes it into wan_attn/build_record.json, which `wan-attn doctor` reads. Runs with
+setuptools 61 and newer, with or without the package `wheel`. The environment can say:
 
 WAN_ATTN_NATIVE=1|0      the C library and the shim (default), or PyTorch's attention alone
 WAN_ATTN_CUDA=auto|0|1   ready CUDA kernels: if NVRTC 12 is here (default), never, or always

@@ -32,7 +32,6 @@ from source_tree import (
 MAX_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 500, 60, 100
 
 C_LIBRARY = [f"<{h}.h>" for h in "float limits math stdarg stddef stdint stdio string".split()]
-CPP_LIBRARY = [f"<{h}>" for h in "array cstdint optional stdexcept string tuple vector".split()]
 
 # Which file may include what. The first pattern that fits decides; a file that fits none is an
 # error, so that a new folder cannot come without its rule.
@@ -70,10 +69,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/cuda/ptx/*.cuh": [],
     "csrc/cuda/tile/*.cuh": ["cuda/args.h", "cuda/ptx/ptx*.cuh", "cuda/tile/*.cuh"],
     "csrc/cuda/*.cuh": ["cuda/args*.h", "cuda/ptx/ptx*.cuh", "cuda/tile/*.cuh"],
-    "csrc/torch/shim.cpp": [
-        *("wan_attn.h", "<torch/csrc/stable/*>", "<torch/headeronly/*>"),
-        *CPP_LIBRARY,
-    ],
+    "csrc/torch/*": ["wan_attn.h", "torch/torch_abi.h", *C_LIBRARY],
 }
 
 # From the bottom up: a module may import its own layer and those below.

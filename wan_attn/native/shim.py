@@ -25,6 +25,8 @@ NEEDS_TORCH = (2, 9)
 # call, and so does the ctypes binding; set_cpu_features() writes it.
 CPU_FEATURES = c_uint32(0)
 
+EXPORTED = ("wan_attn_shim_wants", "wan_attn_shim_configure", "wan_attn_shim_register")
+
 _shim: ctypes.CDLL | None = None
 _is_forked = False
 _here = threading.local()
@@ -137,7 +139,7 @@ def torch_function(name: str) -> int | None:
 
 
 def _operator_delete() -> int | None:
-    """C++'s delete of torch's own runtime, for a torch (before 2.13) that exports nothing better."""
+    """C++'s delete in torch's runtime, for a torch (before 2.13) that exports nothing better."""
     if sys.platform == "win32":
         return ctypes.cast(ctypes.CDLL("ucrtbase").free, address).value
     return torch_function("_ZdlPv")
