@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_void_p
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import test_op
 import wan_attn
 from wan_attn import config
 from wan_attn.backends import native as backend
-from wan_attn.native import library, op, shim
+from wan_attn.native import bindings, library, op, shim
 from wan_attn.native.bindings import ctypes_sdpa
 from wan_attn.request import Request
 
@@ -111,6 +112,24 @@ def test_a_change_of_the_allowed_cpu_features_holds_from_the_next_call_on(
     finally:
         monkeypatch.undo()
         config.refresh()
+
+
+@pytest.mark.parametrize("name", test_op.NAMES)
+def test_the_row_that_ran_is_known(name: str, native: str) -> None:
+    """Whichever was forced; and a call that failed, or another thread's, changes nothing."""
+    args, kwargs = test_op.samples()[name]
+    for row in (row for row in op.kernels() if calls.can_run(row)):
+        if op.why_not(Request.from_tensors(*args[:3]), row.index) is None:
+            test_op.OP(*args, **kwargs | {"kernel": row.index})
+            assert bindings.last_kernel() == row.index
+    test_op.OP(*args, **kwargs)
+    best = bindings.last_kernel()
+    with pytest.raises(RuntimeError):
+        test_op.OP(*args, **kwargs | {"kernel": 1000})
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(bindings.last_kernel).result() == -1
+        other.submit(test_op.OP, *args, **kwargs | {"kernel": op.kernels()[-1].index}).exception()
+    assert bindings.last_kernel() == best
 
 
 def impossible() -> tuple[torch.Tensor, ...]:

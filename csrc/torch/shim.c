@@ -22,7 +22,16 @@
 #define SHIM_API __attribute__((visibility("default")))
 #endif
 
+#if defined(_MSC_VER)
+#define PER_THREAD __declspec(thread)
+#else
+#define PER_THREAD _Thread_local
+#endif
+
 static wan_attn_shim_functions torch;
+
+/* The row of this thread's last call: an op cannot return it beside its tensors. */
+static PER_THREAD int32_t last_kernel = -1;
 
 /* Python's variable: the features that the user allows (WAN_ATTN_CPU_ISA). Read at every call, so
  * that a change holds from the next call on. */
@@ -201,15 +210,17 @@ static bool allocate_all(call *c, size_t workspace_size) {
 
 static bool compute(call *c) {
     wan_attn_error error;
-    size_t workspace_size = 0;
+    wan_attn_call prepared;
+    prepared.struct_size = sizeof(prepared);
     if (!describe_call(c))
         return false;
-    if (torch.wan_attn_workspace_size(&c->params, &workspace_size, &error) != WAN_ATTN_OK)
+    if (torch.wan_attn_prepare(&c->params, &prepared, &error) != WAN_ATTN_OK)
         return fail(c, error.message, ""); /* the whole contract is checked here */
-    if (!allocate_all(c, workspace_size))
+    if (!allocate_all(c, prepared.workspace_size))
         return false;
-    if (torch.wan_attn_forward(&c->params, &error) != WAN_ATTN_OK)
+    if (torch.wan_attn_run(&c->params, &prepared, &error) != WAN_ATTN_OK)
         return fail(c, error.message, "");
+    last_kernel = prepared.kernel;
     return true;
 }
 
@@ -258,6 +269,9 @@ SHIM_API void wan_attn_shim_configure(const wan_attn_shim_functions *functions,
     code_of[WAN_ATTN_I32] = torch.aoti_torch_dtype_int32();
     code_of[WAN_ATTN_I64] = torch.aoti_torch_dtype_int64();
 }
+
+/* The row that the last call of this thread ran; -1: there was none. */
+SHIM_API int32_t wan_attn_shim_last_kernel(void) { return last_kernel; }
 
 /* Registers the op for CPU and CUDA as long as the process lives. 0, or torch has refused. */
 SHIM_API int32_t wan_attn_shim_register(void) {

@@ -26,9 +26,10 @@ typedef void (*torch_kernel)(torch_value *stack, uint64_t num_inputs, uint64_t n
 /* Every function that the shim calls: F(result, name, parameters). Python asks for the names and
  * fills the table in their order, so this list is the only one. Those of OPTIONAL may be NULL. */
 #define WAN_ATTN_SHIM_REQUIRED(F)                                                                  \
-    F(wan_attn_status, wan_attn_workspace_size,                                                    \
-      (const wan_attn_params *, size_t *, wan_attn_error *))                                       \
-    F(wan_attn_status, wan_attn_forward, (const wan_attn_params *, wan_attn_error *))              \
+    F(wan_attn_status, wan_attn_prepare,                                                           \
+      (const wan_attn_params *, wan_attn_call *, wan_attn_error *))                                \
+    F(wan_attn_status, wan_attn_run,                                                               \
+      (const wan_attn_params *, const wan_attn_call *, wan_attn_error *))                          \
     F(torch_status, aoti_torch_library_init_impl,                                                  \
       (const char *space, const char *key, const char *file, uint32_t line, torch_library *))      \
     F(torch_status, aoti_torch_library_impl, (torch_library, const char *op, torch_kernel))        \

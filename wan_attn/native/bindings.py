@@ -8,7 +8,7 @@ the shim costs less per call (benchmarks/bench_overhead.py) but needs a newer to
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_size_t
+import threading
 
 import torch
 from torch import Tensor
@@ -38,6 +38,15 @@ _ISA_FEATURES = {
     "amx": _AVX2 | _AVX512 | _AVX512_BF16 | _AMX,
     "neon": _NEON,
 }
+
+
+_here = threading.local()
+
+
+def last_kernel() -> int:
+    """The row of the kernel table that ran in this thread's last call of the op; -1: none yet."""
+    ran = shim.last_kernel()
+    return int(vars(_here).get("kernel", -1)) if ran is None else ran
 
 
 def allowed_cpu_features() -> int:
@@ -118,8 +127,8 @@ def ctypes_sdpa(
         params.parallel = shim.parallel_for()
     else:
         params.stream = torch.cuda.current_stream(query.device).cuda_stream
-    size = c_size_t()
-    _check(lib.wan_attn_workspace_size(params, ctypes.byref(size), error), error)
+    call = native.Call(struct_size=ctypes.sizeof(native.Call))
+    _check(lib.wan_attn_prepare(params, call, error), error)
 
     batch, seqlen_q, heads, _ = query.shape
     out = query.new_empty(query.shape)
@@ -127,8 +136,9 @@ def ctypes_sdpa(
     params.out = describe(out)
     if return_lse:
         params.lse = describe(lse)
-    if size.value:
-        workspace = query.new_empty(size.value, dtype=torch.uint8)
-        params.workspace, params.workspace_size = workspace.data_ptr(), size.value
-    _check(lib.wan_attn_forward(params, error), error)
+    if call.workspace_size:
+        workspace = query.new_empty(call.workspace_size, dtype=torch.uint8)
+        params.workspace, params.workspace_size = workspace.data_ptr(), call.workspace_size
+    _check(lib.wan_attn_run(params, call, error), error)
+    _here.kernel = call.kernel
     return out, lse

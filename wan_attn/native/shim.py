@@ -25,7 +25,9 @@ NEEDS_TORCH = (2, 9)
 # call, and so does the ctypes binding; set_cpu_features() writes it.
 CPU_FEATURES = c_uint32(0)
 
-EXPORTED = ("wan_attn_shim_wants", "wan_attn_shim_configure", "wan_attn_shim_register")
+EXPORTED = tuple(
+    f"wan_attn_shim_{name}" for name in ("wants", "configure", "register", "last_kernel")
+)
 
 _shim: ctypes.CDLL | None = None
 _is_forked = False
@@ -70,6 +72,11 @@ def load() -> str | None:
         return f"torch {torch.__version__} does not register the shim's op"
     _shim = shim
     return None
+
+
+def last_kernel() -> int | None:
+    """The row that the op ran last in this thread, -1 if none; None: the shim is not in use."""
+    return None if _shim is None else int(_shim.wan_attn_shim_last_kernel())
 
 
 class _Missing(LookupError):
