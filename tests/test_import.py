@@ -244,7 +244,7 @@ TRY = """
         torch.ops.wan_attn.sdpa(q, k, v, return_lse=True)[1].isfinite().all().item(),
     ]
     print(json.dumps([op.binding(), op.binding_reason(), library.load_error(), right,
-                      len(ops.kernels())]))
+                      len(op.kernels())]))
 """
 
 
