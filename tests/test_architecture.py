@@ -32,7 +32,6 @@ from source_tree import (
 MAX_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 500, 60, 100
 
 C_LIBRARY = [f"<{h}.h>" for h in "float limits math stdarg stddef stdint stdio string".split()]
-CPP_LIBRARY = [f"<{h}>" for h in "array cstdint optional stdexcept string tuple vector".split()]
 
 # Which file may include what. The first pattern that fits decides; a file that fits none is an
 # error, so that a new folder cannot come without its rule.
@@ -70,10 +69,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/cuda/ptx/*.cuh": [],
     "csrc/cuda/tile/*.cuh": ["cuda/args.h", "cuda/ptx/ptx*.cuh", "cuda/tile/*.cuh"],
     "csrc/cuda/*.cuh": ["cuda/args*.h", "cuda/ptx/ptx*.cuh", "cuda/tile/*.cuh"],
-    "csrc/torch/shim.cpp": [
-        *("wan_attn.h", "<torch/csrc/stable/*>", "<torch/headeronly/*>"),
-        *CPP_LIBRARY,
-    ],
+    "csrc/torch/*": ["wan_attn.h", "torch/torch_abi.h", "<stdbool.h>", *C_LIBRARY],
 }
 
 # From the bottom up: a module may import its own layer and those below. "" is the package itself.
@@ -269,8 +265,12 @@ def test_functions_are_short() -> None:
 
 
 def test_c_prints_allocates_and_ends_nothing() -> None:
-    found = ((file, BANNED_IN_C.search(c_code(file))) for file in c_sources())
-    expect_none(f"{file}: {match[0]}" for file, match in found if match)
+    # An op returns tensors only: the shim keeps the row that a thread ran for that thread.
+    allowed = {("shim.c", "_Thread_local")}
+    found = (
+        (file, match[0]) for file in c_sources() for match in BANNED_IN_C.finditer(c_code(file))
+    )
+    expect_none(f"{file}: {word}" for file, word in found if (file.name, word) not in allowed)
 
 
 def cuda_driver_functions() -> dict[str, tuple[str, list[str]]]:
