@@ -19,9 +19,9 @@ c_files = find csrc tests benchmarks -name '*.[ch]' -o -name '*.cpp' -o -name '*
 help:
 	@echo 'make demo          denoise a short video with and without wan_attn; results in demo-out/'
 	@echo 'make test          the tests'
-	@echo 'make check         formatters, linters, types, warnings as errors, sanitizers, README tables'
+	@echo 'make check         formatters, linters, types, warnings as errors, sanitizers, tables of the docs'
 	@echo 'make format        put C and Python sources into their format'
-	@echo 'make tables        write the generated tables of README.md'
+	@echo 'make tables        write the generated tables of the documentation'
 	@echo 'make bench         the benchmarks that need no GPU (an idle machine tells more)'
 	@echo 'make build         the C library and the torch shim, beside wan_attn/'
 	@echo 'make wheel         a wheel for this platform, in dist/'
@@ -77,8 +77,8 @@ check-sanitizers: check-environment
 	@PYTHON=$(python) sh .ci/check-c sanitizers
 
 check-tables: check-environment
-	@echo '== tables of README.md'
-	@$(python) .ci/readme_tables.py --check README.md
+	@echo '== tables of the documentation'
+	@$(python) .ci/readme_tables.py --check
 
 format: check-environment
 	@$(c_files) | xargs $(VENV)/bin/clang-format -i
@@ -86,7 +86,7 @@ format: check-environment
 	@$(VENV)/bin/ruff format --quiet .
 
 tables: check-environment
-	@$(python) .ci/readme_tables.py --write README.md
+	@$(python) .ci/readme_tables.py --write
 
 build:
 	@echo '== build'
