@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""readme_tables.py - tables of the documentation, made from kernels.def and config.VARIABLES.
+"""readme_tables.py - generated tables of the documentation: kernels and environment variables.
 
     python .ci/readme_tables.py            prints them
     python .ci/readme_tables.py --check    exit code 1 if a table in a file is not current
@@ -14,6 +14,7 @@ import argparse
 import functools
 import itertools
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from wan_attn import config
 from wan_attn.native import op
 
 ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = 130  # of a page
 NEWEST_ARCH = 999  # WAN_ATTN_NEWEST_ARCH: no upper bound
 
 
@@ -72,26 +74,29 @@ def kernel_table(rows: Sequence[op.KernelInfo] | None = None) -> str:
     return "\n".join(lines)
 
 
-def variable_table(is_for_development: bool) -> str:
+def variable_list(is_for_development: bool) -> str:
     """config.VARIABLES as Markdown: those for users, or those for development and tests."""
-    lines = ["| Variable | Values | Default | Meaning |", "|---|---|---|---|"]
+    lines = []
     for variable in config.VARIABLES:
         if variable.is_for_development != is_for_development:
             continue
         has_words = variable.kind in ("choice", "flag")
         values = " ".join(f"`{value}`" if has_words else value for value in variable.values)
-        default = f"`{variable.default}`" if variable.default else "unset"
-        lines.append(f"| `{variable.name}` | {values} | {default} | {variable.meaning} |")
+        default = f"default `{variable.default}`" if variable.default else "unset by default"
+        text = f"- `{variable.name}` ({values}; {default}): {variable.meaning}"
+        lines += textwrap.wrap(
+            text, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 
 # The file, the name of its table, and what makes the table.
 TABLES: tuple[tuple[Path, str, Callable[[], str]], ...] = (
-    (Path("README.md"), "variables", functools.partial(variable_table, False)),
+    (Path("README.md"), "variables", functools.partial(variable_list, False)),
     (
         Path(".github/CONTRIBUTING.md"),
         "development variables",
-        functools.partial(variable_table, True),
+        functools.partial(variable_list, True),
     ),
     (Path("docs/cards.md"), "kernels", kernel_table),
 )

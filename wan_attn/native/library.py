@@ -9,6 +9,8 @@ import sys
 from ctypes import c_char, c_char_p, c_double, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 
+from wan_attn.version import REINSTALL
+
 ABI_VERSION = 1
 
 OK, INVALID_ARGUMENT, UNSUPPORTED, DEVICE_ERROR, INTERNAL = range(5)
@@ -160,11 +162,10 @@ def shim_path() -> Path:
 @functools.cache
 def _open() -> tuple[ctypes.CDLL | None, str | None]:
     path = lib_path()
-    again = "reinstall with: pip install --force-reinstall --no-deps wan-attn"
     if not path.exists():
         return (
             None,
-            f"{path.name} is not in the package (it was built without a C compiler); {again}",
+            f"{path.name} is not in the package (it was built without a C compiler); {REINSTALL}",
         )
     try:
         lib = ctypes.CDLL(str(path))
@@ -172,10 +173,10 @@ def _open() -> tuple[ctypes.CDLL | None, str | None]:
             function = getattr(lib, name)
             function.restype, function.argtypes = restype, argtypes
     except (OSError, AttributeError) as error:
-        return None, f"{path.name} does not load: {error}; {again}"
+        return None, f"{path.name} does not load: {error}; {REINSTALL}"
     version = lib.wan_attn_abi_version()
     if version != ABI_VERSION:
-        return None, f"{path.name} has ABI {version}, this package needs {ABI_VERSION}; {again}"
+        return None, f"{path.name} has ABI {version}, this package needs {ABI_VERSION}; {REINSTALL}"
     return lib, None
 
 
