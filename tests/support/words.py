@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from source_tree import files, read
+from source_tree import files, python_nodes, read
 
 C_SUFFIXES = (".c", ".h", ".cuh", ".inc", ".def", ".cpp", ".cu")
 SUFFIXES = ("py", "c", "h", "cuh", "inc", "def", "cpp", "cu", "md", "txt", "toml", "csv", "ptx")
@@ -66,15 +66,13 @@ def blocks(text: str, language: str) -> list[str]:
 
 def python_texts(file: Path) -> Iterator[Text]:
     """Strings and comments of a Python file."""
-    source = read(file)
-    tree = ast.parse(source)
     docstrings = {
         id(node.value)
-        for node in ast.walk(tree)
+        for node in python_nodes(file)
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
     inside: set[int] = set()
-    for node in ast.walk(tree):
+    for node in python_nodes(file):
         if isinstance(node, ast.JoinedStr):
             inside |= {id(part) for part in node.values}
             said = "".join(
@@ -85,7 +83,7 @@ def python_texts(file: Path) -> Iterator[Text]:
             if id(node) not in inside:
                 kind = "docstring" if id(node) in docstrings else "message"
                 yield Text(file, node.lineno, node.value, kind)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    for token in tokenize.generate_tokens(io.StringIO(read(file)).readline):
         if token.type == tokenize.COMMENT:
             yield Text(file, token.start[0], token.string, "comment")
 
