@@ -16,7 +16,7 @@ gets the same as a boolean mask, which is how a model gives it. FLOP count real 
 
 At the end torch and we take turns, call by call: what that costs beyond each side's own time.
 
-Writes NAME.csv and, with matplotlib (pip install wan-attn[bench]), NAME.png into FOLDER.
+Writes NAME.csv and, with matplotlib (pip install matplotlib), NAME.png into FOLDER.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     with open(options.out / f"{options.name}.csv", "w", newline="", encoding="utf-8") as file:
         file.write(f"# {title}\n# in turns with torch, over each by itself: {', '.join(turns)}\n")
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(results)
     try:

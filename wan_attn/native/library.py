@@ -20,6 +20,8 @@ from ctypes import (
 )
 from pathlib import Path
 
+from wan_attn.version import REINSTALL
+
 ABI_VERSION = 1
 
 OK, INVALID_ARGUMENT, UNSUPPORTED, DEVICE_ERROR, INTERNAL = range(5)
@@ -33,10 +35,6 @@ CPU_KNOWN = 1 << 31
 MAX_NDIM = 4
 
 _PACKAGE = Path(__file__).parents[1]
-
-# There is no such package on an index: it is installed from its checkout, or from a wheel.
-REINSTALL = "install wan_attn again: pip install --force-reinstall --no-deps and its checkout"
-
 
 class Tensor(ctypes.Structure):
     """wan_attn_tensor."""
