@@ -213,14 +213,14 @@ class Sources:
             raise RuntimeError(f"the tag must be py3-none-<platform>, got {self.wheel.name}")
 
     def checkout(self, name: str) -> Path:
-        """A fresh one. Cubins that an earlier build has made are kept, which a build may find."""
+        """A fresh one, with the cubins that an earlier build has kept: NVRTC takes minutes."""
         target = self.folder / name
-        kept = self.folder / "wan_attn/build/cubin"
-        if target.exists() and name != "wan_attn":
-            shutil.rmtree(target)
-        shutil.copytree(self.pristine, target, dirs_exist_ok=True)
-        if kept.exists() and name != "wan_attn":
-            shutil.copytree(kept, target / "build/cubin")
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(self.pristine, target)
+        for kept in (self.folder / "wan_attn/build/cubin", ROOT / "build/cubin"):
+            if kept.exists() and kept.parent.parent != target:
+                shutil.copytree(kept, target / "build/cubin")
+                break
         return target
 
     def find(self, way: Way) -> Path:
