@@ -298,9 +298,10 @@ def refresh() -> Settings:
 
 
 def follow(follower: Callable[[Settings], None]) -> None:
-    """Call `follower` with the settings, now and whenever they are read again."""
-    follower(current())
+    """Call `follower` with the settings whenever they are read, and now if they have been."""
     _followers.append(follower)
+    if _current is not None:
+        follower(_current)
 
 
 def put(name: str, value: str) -> Settings:
