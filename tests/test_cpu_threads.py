@@ -141,8 +141,8 @@ for dtype in (torch.float32, torch.bfloat16):
     q = torch.randn(1, 20, 1, 16).to(dtype)
     row, _ = op.select(Request.from_tensors(q, q, q))
     torch.testing.assert_close(
-        torch.op.wan_attn.sdpa(q, q, q)[0],
-        torch.op.wan_attn.sdpa(q, q, q, kernel=row.index)[0], rtol=0, atol=0)
+        torch.ops.wan_attn.sdpa(q, q, q)[0],
+        torch.ops.wan_attn.sdpa(q, q, q, kernel=row.index)[0], rtol=0, atol=0)
     print(row.name)
 """
 
@@ -176,7 +176,7 @@ def test_a_level_masks_what_is_above_it(level: str) -> None:
 def test_every_row_runs_under_a_mask(row: op.KernelInfo) -> None:
     """Forcing a row and allowing just what it needs come to the same bits."""
     tensors = calls.operands(dtype=row.dtypes[-1])
-    needs = sum(1 << bit for bit, name in library.CPU_FEATURES.items() if name in row.cpu_features)
-    names = bindings._ISA_FEATURES
-    assert row.name == "sdpa_ref" or any(bits & needs == needs for bits in names.values())
+    needs = sum(1 << bit for n, bit in library.cpu_features().items() if n in row.cpu_features)
+    levels = [library.cpu_feature_level(name) for name in library.cpu_features()]
+    assert row.name == "sdpa_ref" or any(bits & needs == needs for bits in levels)
     assert torch.isfinite(sdpa(*tensors, row=row)[0]).all()

@@ -115,7 +115,7 @@ BUGS = (
 
 
 def tile_of(bug: Bug) -> TileSm90:
-    mine = (tile for tile in tiles_sm90() if tile.row == bug.row)
+    mine = (tile for tile in tiles_sm90() if tile.symbol == bug.row)
     return next(tile for tile in mine if bug.cluster in (None, tile.cluster))
 
 

@@ -106,6 +106,9 @@ __attribute__((format(printf, 3, 4)))
 #endif
 wan_attn_status wan_attn_fail(wan_attn_error *err, wan_attn_status status, const char *format, ...);
 
+/* status.c: writes success into err (if there is one) and returns it. */
+wan_attn_status wan_attn_ok(wan_attn_error *err);
+
 /* What stands there for sample b. Only for lengths that the CPU can read, and that are given. */
 static inline int64_t wan_attn_raw_length_at(const wan_attn_lengths *lengths, int64_t b) {
     return lengths->dtype == WAN_ATTN_I64 ? ((const int64_t *)lengths->data)[b * lengths->stride]

@@ -87,7 +87,8 @@ def _machine() -> tuple[str, ...]:
 @cache
 def library(tile: Tile | Helper, csrc: Path = CSRC, arch: int | None = None) -> ctypes.CDLL:
     """The emulated kernel. `csrc`: other sources than the repository's (planted bugs)."""
-    constants = {"SMEM_BYTES": "0", **tile.defines(), "KERNEL_ARGS": tile.args}
+    constants = {**tile.defines(), "KERNEL_ARGS": tile.args}
+    constants["SMEM_BYTES"] = str(getattr(tile, "smem_bytes", 0))
     constants["EMULATED_ARCH"] = str(arch or emulated_arch(tile))
     defines = [f"-D{name}={value}" for name, value in constants.items()]
     strict = ["-Werror"] if csrc == CSRC else []  # bugs may leave things unused

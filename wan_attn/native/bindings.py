@@ -33,17 +33,8 @@ DEVICES = {"cpu": native.CPU, "cuda": native.CUDA}
 # nonsense, so the version decides and not whether it loads.
 SHIM_NEEDS_TORCH = (2, 9)
 
-# Bits that each value of WAN_ATTN_CPU_ISA allows; every level includes the ones below it.
-_AVX2, _AVX512, _AVX512_BF16, _AMX, _NEON = (1 << bit for bit in range(5))
-_ISA_FEATURES = {
-    "auto": 0,
-    "portable": 0,
-    "avx2": _AVX2,
-    "avx512": _AVX2 | _AVX512,
-    "avx512_bf16": _AVX2 | _AVX512 | _AVX512_BF16,
-    "amx": _AVX2 | _AVX512 | _AVX512_BF16 | _AMX,
-    "neon": _NEON,
-}
+# Values of WAN_ATTN_CPU_ISA that are not the name of a feature.
+_ISA_NAMES = {"amx": "amx_bf16"}
 
 
 def torch_version() -> tuple[int, int]:
@@ -55,7 +46,10 @@ def torch_version() -> tuple[int, int]:
 def allowed_cpu_features() -> int:
     """params.cpu_features for WAN_ATTN_CPU_ISA: 0 means all there are."""
     isa = current().cpu_isa
-    return 0 if isa == "auto" else native.CPU_KNOWN | _ISA_FEATURES[isa]
+    if isa == "auto":
+        return 0
+    allowed = 0 if isa == "portable" else native.cpu_feature_level(_ISA_NAMES.get(isa, isa))
+    return native.CPU_KNOWN | allowed
 
 
 @functools.cache
