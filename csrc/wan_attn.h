@@ -123,8 +123,8 @@ typedef struct wan_attn_error {
     char message[1020];
 } wan_attn_error;
 
-/* A call between wan_attn_prepare and wan_attn_run, in the caller's memory: nothing has to be freed.
- * It may be run more than once. */
+/* A call between wan_attn_prepare and wan_attn_run, in the caller's memory: nothing has to be
+ * freed. It may be run more than once. */
 typedef struct wan_attn_call {
     uint32_t struct_size;  /* set by the caller: sizeof(wan_attn_call) */
     int32_t kernel;        /* the row that will run */
@@ -213,14 +213,14 @@ WAN_ATTN_API wan_attn_status wan_attn_cuda_configure(const wan_attn_cuda_config 
 WAN_ATTN_API wan_attn_status wan_attn_cuda_device_at(int32_t index, wan_attn_cuda_device *device,
                                                      wan_attn_error *err);
 
-/* A call in two steps, so that its caller can allocate in between: everything is checked, chosen and
- * planned once.
- * prepare: everything but out, lse and the workspace. Reads lengths that lie on the CPU, and nothing
- * else that tensors point to. Fills call: the row that will run, and what workspace it needs. */
+/* A call in two steps, so that its caller can allocate in between: everything is checked, chosen
+ * and planned once. prepare: everything but out, lse and the workspace. Reads lengths that lie on
+ * the CPU, and nothing else that tensors point to. Fills call: the row that will run, and what
+ * workspace it needs. */
 WAN_ATTN_API wan_attn_status wan_attn_prepare(const wan_attn_params *params, wan_attn_call *call,
                                               wan_attn_error *err);
-/* run: at once on the CPU, enqueued on `stream` on a GPU. params must be as prepare saw them, lengths
- * on the CPU included, but for out, lse and the workspace. */
+/* run: at once on the CPU, enqueued on `stream` on a GPU. params must be as prepare saw them,
+ * lengths on the CPU included, but for out, lse and the workspace. */
 WAN_ATTN_API wan_attn_status wan_attn_run(const wan_attn_params *params, const wan_attn_call *call,
                                           wan_attn_error *err);
 

@@ -34,8 +34,8 @@
 #undef KERNEL
 #undef KERNEL_ELSEWHERE
 
-/* Second reading: the table. A CUDA row is data for cuda/host; its family stands for the first three
- * arguments, hence the detour. */
+/* Second reading: the table. A CUDA row is data for cuda/host; its family stands for the first
+ * three arguments, hence the detour. */
 #define ROW(...) CUDA_ROW(__VA_ARGS__)
 #define CUDA_ROW(row, min_arch, max_arch, lossy, text, dtype_bits, size)                           \
     {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \

@@ -39,8 +39,8 @@ typedef struct wan_attn_row_plan {
 /* A call that has passed wan_attn_check: everything a row may rely on without looking again. */
 typedef struct wan_attn_problem {
     const wan_attn_params *params; /* for stream, workspace and threads only */
-    /* The row that is asked or run, and what it has worked out: its plan, and the bytes of workspace
-     * that it needs. */
+    /* The row that is asked or run, and what it has worked out: its plan, and the bytes of
+     * workspace that it needs. */
     int32_t kernel;
     const char *kernel_name;
     wan_attn_row_plan plan;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * target.h - lets the functions of one file use an instruction set that the rest of the library does
- * not assume. In the source, so that every build and every tool agrees; MSVC needs no permission.
+ * target.h - lets the functions of one file use an instruction set that the rest of the library
+ * does not assume. In the source, so that every build and every tool agrees; MSVC needs no
+ * permission.
  */
 #ifndef WAN_ATTN_CPU_TARGET_H
 #define WAN_ATTN_CPU_TARGET_H

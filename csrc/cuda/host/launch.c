@@ -206,8 +206,8 @@ static wan_attn_cu_result encode(const call *c, wan_attn_cuda_tensor_map *map,
     const wan_attn_problem *p = c->p;
     const uint64_t size[4] = {(uint64_t)p->head_dim, (uint64_t)seqlen, (uint64_t)heads,
                               (uint64_t)p->batch};
-    /* In bytes. A dimension of size 1 is never walked along, but its stride must be a legal one; for
-     * heads and samples others pass 16 as well, for rows nobody passes less than a row. */
+    /* In bytes. A dimension of size 1 is never walked along, but its stride must be a legal one;
+     * for heads and samples others pass 16 as well, for rows nobody passes less than a row. */
     const uint64_t strides[3] = {(uint64_t)(seqlen > 1 ? v->row_stride : p->head_dim) * 2,
                                  heads > 1 ? (uint64_t)v->head_stride * 2 : 16,
                                  p->batch > 1 ? (uint64_t)v->batch_stride * 2 : 16};

@@ -174,8 +174,8 @@ static wan_attn_cu_result load_image(const wan_attn_cuda_driver *d,
 static wan_attn_status load(const wan_attn_cuda_driver *d, const wan_attn_cuda_program *program,
                             const char *symbol, const void *image, wan_attn_cu_function *function,
                             wan_attn_error *err) {
-    /* Somebody may be capturing a graph, in this thread or in another: loading is no part of it. The
-     * call exchanges the thread's mode and ours, so that a second one puts it back. */
+    /* Somebody may be capturing a graph, in this thread or in another: loading is no part of it.
+     * The call exchanges the thread's mode and ours, so that a second one puts it back. */
     int mode = WAN_ATTN_CU_CAPTURE_MODE_RELAXED;
     wan_attn_cu_result error = d->capture_mode(&mode);
     if (error != 0)

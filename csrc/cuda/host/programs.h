@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * programs.h - sdpa_rows.def for the host: which tile a row has for a call, and the programs loaded.
- * Knows nothing else of a call.
+ * programs.h - sdpa_rows.def for the host: which tile a row has for a call, and the programs
+ * loaded. Knows nothing else of a call.
  */
 #ifndef WAN_ATTN_CUDA_HOST_PROGRAMS_H
 #define WAN_ATTN_CUDA_HOST_PROGRAMS_H

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * refuse.c - which calls a CUDA row takes on the call's device, and with which tile. Asks the driver
- * what the device is, and nothing else of it.
+ * refuse.c - which calls a CUDA row takes on the call's device, and with which tile. Asks the
+ * driver what the device is, and nothing else of it.
  */
 #include <string.h>
 

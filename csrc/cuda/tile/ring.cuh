@@ -21,8 +21,8 @@ DEVICE void advance(ring &r) {
 }
 
 /* Addresses and strides as the fields of a descriptor take them: PTX manual, "wgmma", matrix
- * descriptor. The mask is needed: in a cluster the rank of the block stands in bits 24 and up of its
- * shared addresses, and would end in the field next to this one. */
+ * descriptor. The mask is needed: in a cluster the rank of the block stands in bits 24 and up of
+ * its shared addresses, and would end in the field next to this one. */
 DEVICE u64 matrix_field(u32 x) { return (u64)((x & 0x3ffff) >> 4); }
 
 /* The descriptor of an operand in panels: rows of 128 bytes with SWIZZLE_128B, groups of 8 rows
