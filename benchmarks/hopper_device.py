@@ -74,7 +74,7 @@ class Device:
                 image = cubin.read_bytes()
             module, function = c_void_p(), c_void_p()
             self._do("cuModuleLoadData", byref(module), image)
-            self._do("cuModuleGetFunction", byref(function), module, tile.row.encode())
+            self._do("cuModuleGetFunction", byref(function), module, tile.symbol.encode())
             self._do("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED, tile.smem_bytes)
             self.functions[tile] = function
         return self.functions[tile]

@@ -3,7 +3,7 @@
 
     python -m benchmarks.tune_sm90 [--out FILE] [--rounds N] [--dtype bf16|f16]
 
-Times the instances of csrc/cuda/sdpa_rows.def (TILE_SM90, the spare ones, too) at the lengths that
+Times the instances of csrc/cuda/sdpa_rows.def (TILE_SM90) and SPARE ones at the lengths that
 Wan2.2 uses, in turns, and writes what it found as JSON. `choose` reads such a table: the entry of
 the nearest lengths, or the list's own order where the table has nothing of the kind. An instance
 replaces the list's choice only if it is faster by GAIN.
@@ -20,7 +20,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 from emu.rows_sm90 import TileSm90, tile_for, tiles_sm90
 
+# Tiles that the list does not have, but might: as the first of the same row, with these columns.
+SPARE = {"sdpa_sm90_d128": {"from_q": 0, "block_n": 128, "stages": 3, "cluster": 2}}
 GAIN = 0.01
 VERSION = 1
 
@@ -52,11 +54,17 @@ class Call:
 Timer = Callable[[TileSm90, Call], float]  # seconds of one run
 
 
+def instances() -> list[TileSm90]:
+    """Those of the list, then the spare ones."""
+    first = {tile.symbol: tile for tile in reversed(tiles_sm90()) if tile.row in SPARE}
+    return [*tiles_sm90(), *(replace(t, use="SPARE", **SPARE[t.row]) for t in first.values())]
+
+
 def candidates(call: Call) -> list[TileSm90]:
     """Every instance that answers the call; the list's own choice first."""
     default = tile_for(call.row, is_masked=call.is_masked, seqlen_q=call.seqlen_q)
     kinds = ("ANY", "SPARE", "MASKED") if call.is_masked else ("ANY", "SPARE")
-    others = [t for t in tiles_sm90() if t.row == call.row and t.use in kinds and t != default]
+    others = [t for t in instances() if t.symbol == call.row and t.use in kinds and t != default]
     return [default, *others]
 
 
@@ -118,7 +126,7 @@ def choose(
         return default
     name = min(near, key=lambda e: _distance(e, seqlen_q, seqlen_k))["tile"]
     # Made with another list: what is gone cannot be chosen.
-    return next((t for t in tiles_sm90() if t.name == name), default)
+    return next((t for t in instances() if t.name == name), default)
 
 
 def wan_calls(dtype: str) -> list[Call]:

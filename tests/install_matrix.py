@@ -151,7 +151,9 @@ def python_of(venv: Path) -> Path:
 
 
 def packages_of(python: Path) -> Path:
-    return Path(run([python, "-c", "import site; print(site.getsitepackages()[0])"], Path("/")).strip())
+    return Path(
+        run([python, "-c", "import site; print(site.getsitepackages()[0])"], Path("/")).strip()
+    )
 
 
 def base(cache: Path, version: str, python: Path, torch: str, uv: Path) -> Path:
@@ -332,7 +334,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     install(way, row, own, packages, sources, args.uv)
                     if args.tests and way.name == "pip, wheel":
                         tests = [ROOT / "tests" / test for test in TESTS]
-                        run([own, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], own.parent)
+                        run(
+                            [own, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+                            own.parent,
+                        )
             except RuntimeError as error:
                 row.problems.append(str(error))
             rows.append(row)

@@ -136,8 +136,9 @@ def ship(machine: Machine, kernel: str, arch: int) -> Path:
     ("shipped", "arch", "serves"),
     [
         (86, 86, True),
-        (86, 87, True),
+        (86, 87, False),  # Jetson Orin: what is compiled for cards does not run there
         (86, 89, True),
+        (88, 89, False),
         (120, 121, True),
         (80, 86, False),  # another class of tile
         (86, 80, False),

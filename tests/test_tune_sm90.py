@@ -21,12 +21,12 @@ from benchmarks import hopper_check, hopper_device, tune_sm90
 from benchmarks.tune_sm90 import Call, candidates, choose, tune
 from emu import compile as compilers
 from emu.build import compiler
-from emu.rows_sm90 import TileSm90, tile_for, tiles_sm90
+from emu.rows_sm90 import TileSm90, tile_for
 from emu.run_sm90 import run_sm90
 
 ROW = "sdpa_sm90_bf16_d128"
 LONG = Call(ROW, False, 27280, 27280)
-SPARE = next(t for t in tiles_sm90() if t.row == ROW and t.use == "SPARE")
+SPARE = next(t for t in tune_sm90.instances() if t.symbol == ROW and t.use == "SPARE")
 
 
 def timer(factors: dict[str, float]) -> tune_sm90.Timer:
@@ -55,7 +55,7 @@ def test_every_candidate_answers_the_call() -> None:
         found = candidates(call)
         default = tile_for(call.row, is_masked=call.is_masked, seqlen_q=call.seqlen_q)
         assert found[0] == default and len(set(found)) == len(found)
-        assert all(t.row == call.row and (call.is_masked or t.use != "MASKED") for t in found)
+        assert all(t.symbol == call.row and (call.is_masked or t.use != "MASKED") for t in found)
 
 
 def test_rounds_take_turns() -> None:
