@@ -180,6 +180,6 @@ print(*(job.stem for job in rows.jobs_for(86)))
 
 
 def test_the_build_asks_for_what_the_message_names() -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project]")[0]
     asked = set(re.findall(r'"(nvidia-cuda-nvrtc[^;"]*)', text))
     assert asked == {ship.REQUIREMENT}

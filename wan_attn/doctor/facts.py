@@ -213,6 +213,7 @@ def native_facts() -> dict[str, Any]:
         "build": op.build_info() if error is None else "",
         "binding": op.binding(),
         "binding_reason": op.binding_reason(),
+        "left_out": library.left_out(),
     }
 
 

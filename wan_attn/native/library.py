@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import sys
 from ctypes import (
     c_char,
@@ -31,6 +32,7 @@ CPU_KNOWN = 1 << 31
 
 MAX_NDIM = 4
 
+_PACKAGE = Path(__file__).parents[1]
 
 class Tensor(ctypes.Structure):
     """wan_attn_tensor."""
@@ -170,7 +172,7 @@ def shared_library(stem: str) -> Path:
         "win32": ("", ".dll"),
         "darwin": ("lib", ".dylib"),
     }.get(sys.platform, ("lib", ".so"))
-    return Path(__file__).parents[1] / f"{prefix}{stem}{suffix}"
+    return _PACKAGE / f"{prefix}{stem}{suffix}"
 
 
 def lib_path() -> Path:
@@ -190,6 +192,15 @@ def opened(path: Path) -> ctypes.CDLL:
         function = getattr(lib, name)
         function.restype, function.argtypes = restype, argtypes
     return lib
+
+
+def left_out() -> list[str]:
+    """What the build of this package has left out, and how to get it (setup.py's record)."""
+    try:
+        record = json.loads(_PACKAGE.joinpath("build_record.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ["its own record, so that nothing is known of it; " + REINSTALL]
+    return list(record["left_out"])
 
 
 @functools.cache
