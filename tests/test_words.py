@@ -70,7 +70,7 @@ EXTERNAL_FILES = {
     "CPython": "Python.h",
     "CUDA": "cuda.h nvml.h",
     "an example in a docstring": "cuda/x.cuh",
-    "wan_attn, as results": "kernels.md report.md",
+    "wan_attn, as results": "kernels.md report.md wan_attn/build_record.json",
     "tests that make them": "golden.ptx",
 }
 

@@ -225,7 +225,7 @@ class Job:
 
     @property
     def target(self) -> str:
-        """sm_86; sm_90a where the kernel is written for that architecture alone."""
+        """sm_86, for example; sm_90a if the kernel is written for that architecture alone."""
         return f"sm_{self.arch}" + ("a" if self.kernel.one_arch else "")
 
     def options(self) -> list[str]:
@@ -238,7 +238,7 @@ class Job:
 
     @property
     def stem(self) -> str:
-        """Names the result but for the compiler: a change of text or options changes it, too."""
+        """Names the result, whatever compiles it: a change of text or options changes the name."""
         return f"{self.name}-{self.target}-{_fingerprint(self)}"
 
     def made_by(self, version: tuple[int, int]) -> str:
@@ -276,7 +276,7 @@ def tiles() -> tuple[Tile, ...]:
 
 @cache
 def tiles_sm90() -> tuple[TileSm90, ...]:
-    """In the order in which a call looks for its own."""
+    """Orders tiles as a call looks for its own."""
     return _read("TILE_SM90", TileSm90)
 
 
