@@ -13,13 +13,12 @@ ARGS ?=
 
 python = $(VENV)/bin/python
 setup = PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh .ci/setup
-c_files = find csrc tests benchmarks -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' \
-	-o -name '*.cuh' -o -name '*.inc' -o -name '*.def'
 
 help:
 	@echo 'make demo          denoise a short video with and without wan_attn; results in demo-out/'
 	@echo 'make test          the tests'
 	@echo 'make check         formatters, linters, types, warnings as errors, sanitizers, tables of the docs'
+	@echo 'make check-fast    the part of it that takes seconds; pre-commit runs the same'
 	@echo 'make format        put C and Python sources into their format'
 	@echo 'make tables        write the generated tables of the documentation'
 	@echo 'make bench         the benchmarks that need no GPU (an idle machine tells more)'
@@ -43,10 +42,10 @@ demo:
 test:
 	@echo '== environment for the tests'
 	@$(setup) test,demo$${WAN22_DIR:+,wan22-tests}
-	@echo '== tests'
-	@$(python) -m pytest -q -n $(JOBS) $(ARGS)
+	@sh .ci/step tests $(python) -m pytest -q -n $(JOBS) $(ARGS)
 
-check: check-format check-lint check-types check-warnings check-analyzers check-sanitizers check-tables
+# What each of these runs is said once, in .ci/check-fast and .ci/check-c.
+check: check-fast check-warnings check-analyzers check-sanitizers check-tables
 	@echo '== check: all good'
 
 check-environment:
@@ -54,18 +53,13 @@ check-environment:
 	@$(setup) test,demo
 	@$(setup) tools
 
-check-format: check-environment
-	@echo '== format: clang-format, ruff format'
-	@$(c_files) | xargs $(VENV)/bin/clang-format --dry-run --Werror
-	@$(VENV)/bin/ruff format --quiet --check . || { echo 'run: make format'; exit 1; }
+# The part that pre-commit runs as well.
+check-fast: check-environment
+	@PYTHON=$(python) sh .ci/check-fast
 
-check-lint: check-environment
-	@echo '== lint: ruff'
-	@$(VENV)/bin/ruff check --quiet .
-
-check-types: check-environment
-	@echo '== types: mypy --strict'
-	@$(VENV)/bin/mypy --no-error-summary
+check-format check-lint check-types check-spelling check-scripts check-files check-rules \
+check-commits: check-environment
+	@PYTHON=$(python) sh .ci/check-fast step $(@:check-%=%)
 
 check-warnings: check-environment
 	@PYTHON=$(python) sh .ci/check-c warnings
@@ -77,13 +71,10 @@ check-sanitizers: check-environment
 	@PYTHON=$(python) sh .ci/check-c sanitizers
 
 check-tables: check-environment
-	@echo '== tables of the documentation'
-	@$(python) .ci/readme_tables.py --check
+	@sh .ci/step 'tables of the documentation' $(python) .ci/readme_tables.py --check
 
 format: check-environment
-	@$(c_files) | xargs $(VENV)/bin/clang-format -i
-	@$(VENV)/bin/ruff check --quiet --fix --select I .
-	@$(VENV)/bin/ruff format --quiet .
+	@PYTHON=$(python) sh .ci/check-fast format-now
 
 tables: check-environment
 	@$(python) .ci/readme_tables.py --write
@@ -123,6 +114,7 @@ clean:
 	@rm -rf wan_attn/cuda/cubin
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help demo test check check-environment check-format check-lint check-types check-warnings \
+.PHONY: help demo test check check-environment check-fast check-format check-lint check-types \
+	check-spelling check-scripts check-files check-rules check-commits check-warnings \
 	check-analyzers check-sanitizers check-tables format tables build bench wheel wheel-matrix \
 	host-matrix clean

@@ -253,7 +253,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     with open(options.out / f"{options.name}.csv", "w", newline="", encoding="utf-8") as file:
         file.write(f"# {title}\n# in turns with torch, over each by itself: {', '.join(turns)}\n")
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(results)
     try:

@@ -244,7 +244,7 @@ def test_a_damaged_cache(machine: Machine, caplog: pytest.LogCaptureFixture, dam
         assert machine.get().origin == "cached", "it has been mended"
 
 
-def test_a_kernel_under_anothers_name(machine: Machine) -> None:
+def test_a_kernel_under_another_name_is_refused(machine: Machine) -> None:
     machine.get(MERGE)
     machine.file().write_bytes(machine.file(MERGE).read_bytes())
     machine.restart()

@@ -48,7 +48,7 @@ def test_the_op_is_the_function() -> None:
     assert torch.equal(out, want[0]) and torch.equal(lse, want[1]) and out.is_contiguous()
 
 
-def test_the_op_returns_querys_dtype_whatever_was_computed_in() -> None:
+def test_the_op_returns_the_dtype_of_query_whatever_it_computes_in() -> None:
     q, k, v = operands(dtype=(BF16, F32, F32))
     arguments = (None, None, None, False, -1, -1, False, torch.float16, None)
     out, _ = torch.ops.wan_attn.attention(q, k, v, *arguments)

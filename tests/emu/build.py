@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from emu.rows import CSRC, Helper, Tile, emulated_arch
+from emu.rows import CSRC, Helper, Tile, TileSm90, emulated_arch
 
 HERE = Path(__file__).resolve().parent
 BUILT = HERE.parents[1] / "build" / "emu"
@@ -84,16 +84,25 @@ def _machine() -> tuple[str, ...]:
     return tuple(objects)
 
 
+def definitions(kernel: Tile | TileSm90 | Helper, arch: int | None = None) -> dict[str, str]:
+    """The macros that make one kernel of kernel.cpp."""
+    return {
+        "SMEM_BYTES": "0",
+        **kernel.defines(),
+        "KERNEL_ARGS": kernel.args,
+        "EMULATED_ARCH": str(arch or emulated_arch(kernel)),
+        "KERNEL_BODY": kernel.source,
+    }
+
+
 @cache
 def library(tile: Tile | Helper, csrc: Path = CSRC, arch: int | None = None) -> ctypes.CDLL:
     """The emulated kernel. `csrc`: other sources than the repository's (planted bugs)."""
-    constants = {"SMEM_BYTES": "0", **tile.defines(), "KERNEL_ARGS": tile.args}
-    constants["EMULATED_ARCH"] = str(arch or emulated_arch(tile))
-    defines = [f"-D{name}={value}" for name, value in constants.items()]
+    defines = [f"-D{name}={value}" for name, value in definitions(tile, arch).items()]
     strict = ["-Werror"] if csrc == CSRC else []  # bugs may leave things unused
     command = [
         *(compiler() or "", *KERNEL_FLAGS, *strict, f"-I{csrc}", "-shared", *defines),
-        *(f"-DKERNEL_BODY={tile.source}", str(HERE / "kernel.cpp"), *_machine()),
+        *(str(HERE / "kernel.cpp"), *_machine()),
     ]
     folder = BUILT if csrc == CSRC else csrc
     return ctypes.CDLL(str(made(tile.name, ".so", _sources(csrc), command, folder)))

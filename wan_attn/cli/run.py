@@ -9,15 +9,17 @@ too; programs that it starts through subprocess are not.
 from __future__ import annotations
 
 import argparse
+import builtins
 import importlib.machinery
 import importlib.util
+import io
 import multiprocessing.spawn
 import os
 import pkgutil
+import runpy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from wan_attn import config
@@ -32,19 +34,6 @@ CANNOT_START = 2
 
 class CannotRun(Exception):
     """SCRIPT cannot be run; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """The program that becomes __main__."""
-
-    code: CodeType
-    argv0: str
-    file: str
-    loader: Any
-    spec: importlib.machinery.ModuleSpec | None
-    """None for a plain script, as under Python: multiprocessing tells the two apart by it."""
-    package: str | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,11 +77,12 @@ def main(args: argparse.Namespace) -> int:
         print(f"wan_attn run: {error}", file=sys.stderr)
         return CANNOT_START
     _patch_spawned_processes()
+    sys.argv[:] = [args.script, *args.script_args]
     try:
-        _set_path0(os.getcwd() if args.as_module else _directory_of(args.script))
-        program = _find_module(args.script) if args.as_module else _find_script(args.script)
-        sys.argv[:] = [program.argv0, *args.script_args]
-        exec(program.code, _become_main(program))
+        if args.as_module:
+            _run_module(args.script)
+        else:
+            _run_script(args.script)
     except SystemExit:
         raise
     except CannotRun as error:
@@ -114,71 +104,57 @@ def _set_path0(directory: str) -> None:
         sys.path[0] = directory
 
 
-def _directory_of(script: str) -> str:
-    real = os.path.realpath(script)
-    return real if os.path.isdir(real) else os.path.dirname(real)
+def _run_module(name: str) -> None:
+    """A module by its name, or the __main__ of a package."""
+    _set_path0(os.getcwd())
+    try:
+        is_there = importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        is_there = False
+    if not is_there:
+        raise CannotRun(f"no module named {name}")
+    _fresh_main()
+    _run_as_python_does(name, True)
 
 
-def _find_script(script: str) -> Program:
+def _run_script(script: str) -> None:
     """A Python file, or a folder or zip archive with a __main__.py in it."""
     file = os.path.abspath(script)
     importer = pkgutil.get_importer(file) if os.path.exists(file) else None
-    spec = importer.find_spec("__main__") if importer is not None else None
-    if spec is not None and spec.loader is not None:
+    if importer is not None and importer.find_spec("__main__") is not None:
         _set_path0(file)
-        return _from_spec(spec, script, package="")
+        _fresh_main()
+        _run_as_python_does("__main__", False)
+        return
+    _set_path0(os.path.dirname(os.path.realpath(script)))
     try:
-        with open(file, "rb") as stream:
+        with io.open_code(file) as stream:
             source = stream.read()
     except OSError as error:
         raise CannotRun(
             f"can't open file {file!r}: [Errno {error.errno}] {error.strerror}"
         ) from error
-    return Program(
-        code=compile(source, file, "exec", dont_inherit=True),
-        argv0=script,
-        file=file,
-        loader=importlib.machinery.SourceFileLoader("__main__", file),
-        spec=None,
-        package=None,
-    )
+    code = compile(source, file, "exec", dont_inherit=True)
+    main = _fresh_main()
+    main.update(__file__=file, __cached__=None)
+    main["__loader__"] = importlib.machinery.SourceFileLoader("__main__", file)
+    exec(code, main)
 
 
-def _find_module(name: str) -> Program:
-    """A module by its name, or the __main__ of a package."""
-    try:
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.submodule_search_locations is not None:
-            name = f"{name}.__main__"
-            spec = importlib.util.find_spec(name)
-    except ModuleNotFoundError as error:
-        raise CannotRun(f"no module named {name}: {error}") from error
-    if spec is None or spec.loader is None or spec.origin is None:
-        raise CannotRun(f"no module named {name}")
-    return _from_spec(spec, spec.origin, package=spec.parent)
+def _run_as_python_does(name: str, set_argv0: bool) -> None:
+    """What the interpreter itself calls for `python -m NAME` and, with __main__, for a folder.
+
+    runpy.run_path would give the script another sys.argv[0] or another sys.path[0], and put our
+    __main__ back before the script's exit handlers run.
+    """
+    runpy._run_module_as_main(name, set_argv0)  # type: ignore[attr-defined]
 
 
-def _from_spec(spec: importlib.machinery.ModuleSpec, argv0: str, *, package: str | None) -> Program:
-    loader: Any = spec.loader
-    code = loader.get_code(spec.name)
-    if code is None:
-        raise CannotRun(f"{spec.name} has no Python code")
-    return Program(code, argv0, code.co_filename, loader, spec, package)
-
-
-def _become_main(program: Program) -> dict[str, Any]:
-    """A fresh __main__ in the place of ours; it stays there, as exit handlers may still need it."""
-    module = ModuleType("__main__")
-    vars(module).update(
-        __file__=program.file,
-        __loader__=program.loader,
-        __spec__=program.spec,
-        __package__=program.package,
-        __cached__=None,
-        __builtins__=sys.modules["builtins"],
-    )
-    sys.modules["__main__"] = module
-    return vars(module)
+def _fresh_main() -> dict[str, Any]:
+    """A __main__ in the place of ours; it stays there, as exit handlers may still need it."""
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    vars(main)["__builtins__"] = builtins
+    return vars(main)
 
 
 def _print_traceback(error: BaseException) -> None:

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flags.py - prints the macros with which kernel.cpp compiles: a line for each body of a kernel.
+
+For clang-tidy, which reads csrc/cuda through kernel.cpp; of the tiles of one body, the first serves.
+"""
+
+from __future__ import annotations
+
+from emu.build import definitions
+from wan_attn.cuda.rows import helpers, tiles, tiles_sm90
+
+if __name__ == "__main__":
+    kernels = [*tiles(), *tiles_sm90(), *helpers().values()]
+    for source in dict.fromkeys(kernel.source for kernel in kernels):
+        first = next(kernel for kernel in kernels if kernel.source == source)
+        print(*(f"-D{name}={value}" for name, value in definitions(first).items()))
