@@ -131,7 +131,7 @@ static wan_attn_status failed_to_load(const wan_attn_cuda_driver *d, wan_attn_cu
 static wan_attn_status load(const wan_attn_cuda_driver *d, const wan_attn_cuda_program *program,
                             const void *image, wan_attn_cu_function *function,
                             wan_attn_error *err) {
-    /* Somebody may be capturing a graph, in this thread or in another: loading is no part of it. */
+    /* A graph may be under capture, in this thread or in another: loading must stay out of it. */
     int mode = WAN_ATTN_CU_CAPTURE_MODE_RELAXED;
     (void)d->capture_mode(&mode);
     wan_attn_cu_module module; /* lives as long as its context */

@@ -40,7 +40,7 @@ typedef enum wan_attn_cuda_helper {
 const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch, int is_masked,
                                                 int64_t seqlen_q);
 
-/* Whether the row sums P V in f16, on whatever GPU. */
+/* Whether the row sums P V in f16; the GPU does not matter. */
 int wan_attn_cuda_sums_f16(const char *row);
 
 const wan_attn_cuda_program *wan_attn_cuda_helper_program(wan_attn_cuda_helper helper);
