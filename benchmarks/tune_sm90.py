@@ -70,7 +70,7 @@ def candidates(call: Call) -> list[TileSm90]:
 
 def measure(call: Call, timer: Timer, rounds: int) -> dict[str, list[float]]:
     """Instance -> seconds. In turns, and every second round backwards, so that a clock that drifts
-    favours nobody; the first round only warms up."""
+    favours no instance; the first round only warms up."""
     times: dict[str, list[float]] = {tile.name: [] for tile in candidates(call)}
     for round_number in range(rounds + 1):
         order = candidates(call)

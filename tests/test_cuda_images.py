@@ -242,7 +242,7 @@ def test_a_damaged_cache(machine: Machine, caplog: pytest.LogCaptureFixture, dam
     assert machine.file().name in said(caplog) and "not used" in said(caplog)
     if damage != "a folder":
         machine.restart()
-        assert machine.get().origin == "cached", "it has been mended"
+        assert machine.get().origin == "cached", "it has been repaired"
 
 
 def test_a_kernel_under_another_name_is_refused(machine: Machine) -> None:

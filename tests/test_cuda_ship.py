@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""test_cuda_ship.py - the cubins of a build: made once, none of old, and a build without them."""
+"""test_cuda_ship.py - the cubins of a build: made once, no stale ones, and a build without them."""
 
 from __future__ import annotations
 

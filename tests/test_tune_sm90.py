@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""test_tune_sm90.py - what is there for the first hour on a Hopper card, as far as it runs without
+"""test_tune_sm90.py - the tools for the first hour on a Hopper card, as far as they run without
 one: the choice among instances with a stand-in for the timer, launches with a driver that only
 records what it is asked for, the check with the emulator as its GPU."""
 

@@ -119,7 +119,7 @@ static wan_attn_status check_inputs(const wan_attn_params *a, wan_attn_error *er
                                  : status;
 }
 
-/* The description of real lengths; whoever needs their values reads them later. */
+/* The description of real lengths; their values are read later, where they are needed. */
 static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t,
                                      const wan_attn_tensor *q, wan_attn_lengths *lengths,
                                      wan_attn_error *err) {
@@ -145,7 +145,7 @@ static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t,
 }
 
 /* Reads lengths that lie on the CPU, once. Where all are the padded length they say nothing, and
- * nobody has to read or move them again. */
+ * they are neither read nor moved again. */
 static wan_attn_status read_lengths(const char *name, wan_attn_lengths *lengths, int64_t batch,
                                     int64_t padded, wan_attn_error *err) {
     int say_something = 0;

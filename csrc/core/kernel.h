@@ -93,7 +93,7 @@ wan_attn_status wan_attn_check_output_memory(const wan_attn_problem *problem, wa
  * UNSUPPORTED, with reasons. */
 wan_attn_status wan_attn_choose(wan_attn_problem *problem, wan_attn_error *err);
 
-/* dispatch.c: why this row cannot take the call, whatever other rows can. */
+/* dispatch.c: why this row cannot take the call; other rows do not matter. */
 wan_attn_status wan_attn_ask_row(const wan_attn_problem *problem, int32_t row, wan_attn_error *err);
 
 /* dispatch.c: a row of the table, which must be one. */

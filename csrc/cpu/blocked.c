@@ -12,7 +12,7 @@
 #include "cpu/threads.h"
 
 /* Packed K and V of one group. Large enough that a group keeps many cores busy, small enough not to
- * matter beside a model; one pair is the least, whatever it takes (its K and V once more). */
+ * matter beside a model; but always at least one pair, which takes as much as its K and V. */
 #define GROUP_BYTES (128ll << 20)
 
 /* While the keys of all heads stay in the cache, tiles of the same rows follow each other: heads
@@ -103,7 +103,7 @@ static void pack_block(int64_t task, int64_t worker, void *ctx) {
     int64_t slot = task / plan->blocks, pair = plan->first_pair + slot;
     int64_t b = pair / p->num_heads_k, len_q = wan_attn_len_q(p, b), len_k = wan_attn_len_k(p, b);
     wan_attn_packed_block to = wan_attn_packed_block_at(plan, slot, task % plan->blocks, len_k);
-    /* The first and the last row bound what any row sees; without rows nobody looks. */
+    /* The first and the last row bound what any row sees; without rows they are not read. */
     int64_t begin = wan_attn_visible_keys(p, 0, len_q, len_k).begin;
     int64_t end = len_q ? wan_attn_visible_keys(p, len_q - 1, len_q, len_k).end : 0;
     if (to.count > 0 && to.first_key < end && to.first_key + to.count > begin)

@@ -332,7 +332,7 @@ DEVICE void process_tile(const sm90_args &args, const block_work &work, consumer
     start_qk(c, s);
     mbarrier_wait(barrier_at(FULL_V, c.v.stage), c.v.parity);
     start_pv(c);
-    if (n > 0 || c.number < CONSUMERS - 1) /* after the last tile nobody waits for the first turn */
+    if (n > 0 || c.number < CONSUMERS - 1) /* no warp waits for the first turn after tile 0 */
         pass_turn(c);
     wgmma_wait<1>();
     hold_tiles(s, S_TILES);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""progress.py - how far it is: a bar of tqdm or rich on a terminal, plain lines anywhere else."""
+"""progress.py - how far a measurement is: a bar of tqdm or rich on a terminal, else plain lines."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class Progress(Protocol):
     """One line for what is being done now, out of so many."""
 
     def step(self, text: str) -> None:
-        """The next thing begins."""
+        """Says that the next thing begins."""
 
     def close(self) -> None:
-        """Everything is done."""
+        """Says that everything is done."""
 
 
 class PlainLines:
-    """For files, pipes, and where no package draws a bar."""
+    """Prints lines: for files, pipes, and where no package draws a bar."""
 
     def __init__(self, total: int, stream: TextIO) -> None:
         self.total, self.stream, self.done = total, stream, 0
@@ -29,7 +29,7 @@ class PlainLines:
         print(f"[{self.done}/{self.total}] {text}", file=self.stream, flush=True)
 
     def close(self) -> None:
-        """Lines need no tidying up."""
+        """Does nothing: lines need no end."""
 
 
 class TqdmBar:
@@ -69,7 +69,7 @@ class RichBar:
 
 
 def make(total: int, stream: TextIO | None = None) -> Progress:
-    """The best that can be drawn on `stream` (default: stderr)."""
+    """Returns the best that can be drawn on `stream` (default: stderr)."""
     stream = sys.stderr if stream is None else stream
     if not stream.isatty():
         return PlainLines(total, stream)

@@ -35,10 +35,10 @@ def main(args: argparse.Namespace) -> int:
         return _refuse(f"PATH must be ComfyUI's folder, with custom_nodes in it, got {args.path}")
     target = nodes / FOLDER
     if target.exists() and not _is_ours(target):
-        return _refuse(f"{target} is there and not wan_attn's: left alone")
+        return _refuse(f"{target} exists and is not wan_attn's; it is left alone")
     if args.action == "remove":
         if not target.exists():
-            return _refuse(f"{target} is not there")
+            return _refuse(f"{target} does not exist")
         shutil.rmtree(target)
         print(f"removed {target}; restart ComfyUI")
         return 0
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     for name in FILES:
         shutil.copyfile(source() / name, target / name)
     print(f'installed {target}; restart ComfyUI: it says "Using wan_attn attention"')
-    print(f"ComfyUI's own Python must have wan_attn; this one, {sys.executable}, has it")
+    print(f"ComfyUI must run with a Python that has wan_attn. This one has it: {sys.executable}")
     return 0
 
 

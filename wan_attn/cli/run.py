@@ -29,15 +29,15 @@ BACKEND_VARIABLE = "USE_ATTENTION_BACKEND"
 PROFILE_VARIABLE = "WAN_ATTN_PROFILE"
 
 CANNOT_START = 2
-"""Exit code where there is nothing to run, as Python's own."""
+"""The exit code if there is nothing to run; Python's own is the same."""
 
 
 class CannotRun(Exception):
-    """SCRIPT is nothing that can be run; the message says why."""
+    """SCRIPT cannot be run; the message says why."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Our options, then SCRIPT; whatever follows SCRIPT belongs to it."""
+    """Our options, then SCRIPT; everything after SCRIPT belongs to it."""
     (backends,) = (v.values for v in config.VARIABLES if v.name == BACKEND_VARIABLE)
     parser.add_argument(
         "--backend",
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "script_args",
         metavar="ARGUMENT",
         nargs=argparse.REMAINDER,
-        help="everything after SCRIPT goes to it unread",
+        help="everything after SCRIPT is passed to it unchanged",
     )
 
 
@@ -158,7 +158,7 @@ def _fresh_main() -> dict[str, Any]:
 
 
 def _print_traceback(error: BaseException) -> None:
-    """What Python prints, beginning with the script's first frame: ours are nobody's business."""
+    """What Python prints, beginning with the script's first frame, without ours."""
     traceback = error.__traceback__
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename

@@ -85,7 +85,7 @@ class Job:
 
     @property
     def target(self) -> str:
-        """sm_86; sm_90a where the kernel is written for that architecture alone."""
+        """sm_86, for example; sm_90a if the kernel is written for that architecture alone."""
         return f"sm_{self.arch}" + ("a" if self.kernel.one_arch else "")
 
     def options(self) -> list[str]:
@@ -98,7 +98,7 @@ class Job:
 
     @property
     def stem(self) -> str:
-        """Names the result but for the compiler: a change of text or options changes it, too."""
+        """Names the result, whatever compiles it: a change of text or options changes the name."""
         return f"{self.name}-{self.target}-{_fingerprint(self)}"
 
     def made_by(self, version: tuple[int, int]) -> str:

@@ -306,7 +306,7 @@ wan_attn_status wan_attn_cuda_run_call(const wan_attn_problem *p, wan_attn_error
         p, wan_attn_cuda_open_driver(reason, sizeof(reason)), {0}, p->params->q.device_index, err};
     if (!c.driver)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s", reason);
-    const char *why = wan_attn_cuda_refuse_out(p); /* nobody knew out when the plan was made */
+    const char *why = wan_attn_cuda_refuse_out(p); /* out was not known when the plan was made */
     if (why)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", p->kernel_name, why);
     memcpy(&c.plan, &p->plan, sizeof(c.plan));

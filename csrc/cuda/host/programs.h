@@ -52,7 +52,7 @@ typedef struct wan_attn_cuda_name {
 const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch, int is_masked,
                                                 int64_t seqlen_q);
 
-/* Whether the row sums P V in f16, on any GPU. */
+/* Whether the row sums P V in f16; the GPU does not matter. */
 int wan_attn_cuda_sums_f16(const char *row);
 
 /* dtype: the row's, f16 or bf16. */
