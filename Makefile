@@ -17,10 +17,10 @@ setup = PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh .ci/setup
 help:
 	@echo 'make demo          denoise a short video with and without wan_attn; results in demo-out/'
 	@echo 'make test          the tests'
-	@echo 'make check         formatters, linters, types, warnings as errors, sanitizers, README tables'
+	@echo 'make check         formatters, linters, types, warnings as errors, sanitizers, tables of the docs'
 	@echo 'make check-fast    the part of it that takes seconds; pre-commit runs the same'
 	@echo 'make format        put C and Python sources into their format'
-	@echo 'make tables        write the generated tables of README.md'
+	@echo 'make tables        write the generated tables of the documentation'
 	@echo 'make bench         the benchmarks that need no GPU (an idle machine tells more)'
 	@echo 'make build         the C library and the torch shim, beside wan_attn/'
 	@echo 'make wheel         a wheel for this platform, in dist/'
@@ -71,22 +71,13 @@ check-sanitizers: check-environment
 	@PYTHON=$(python) sh .ci/check-c sanitizers
 
 check-tables: check-environment
-	@sh .ci/step 'tables of README.md' $(python) .ci/readme_tables.py --check README.md
+	@sh .ci/step 'tables of the documentation' $(python) .ci/readme_tables.py --check
 
 format: check-environment
 	@PYTHON=$(python) sh .ci/check-fast format-now
 
 tables: check-environment
-	@echo '== tables of README.md'
-	@$(python) .ci/readme_tables.py --check README.md
-
-format: check-environment
-	@$(c_files) | xargs $(VENV)/bin/clang-format -i
-	@$(VENV)/bin/ruff check --quiet --fix --select I .
-	@$(VENV)/bin/ruff format --quiet .
-
-tables: check-environment
-	@$(python) .ci/readme_tables.py --write README.md
+	@$(python) .ci/readme_tables.py --write
 
 build:
 	@echo '== build'

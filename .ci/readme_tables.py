@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""readme_tables.py - the tables of README.md, made from the kernel table and from config.VARIABLES.
+"""readme_tables.py - generated tables of the documentation: kernels and environment variables.
 
-    python .ci/readme_tables.py              print them
-    python .ci/readme_tables.py --check F    exit code 1 if a table in F is not what it would be
-    python .ci/readme_tables.py --write F    bring F up to date
+    python .ci/readme_tables.py            prints them
+    python .ci/readme_tables.py --check    exit code 1 if a table in a file is not current
+    python .ci/readme_tables.py --write    brings the files up to date
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; everything else in F is left alone.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`. The rest of the file is left alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from wan_attn import config
 from wan_attn.native import op
 
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = 130  # of a page
 NEWEST_ARCH = 999  # WAN_ATTN_NEWEST_ARCH: no upper bound
 
 
@@ -70,46 +74,67 @@ def kernel_table(rows: Sequence[op.KernelInfo] | None = None) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "kernels": kernel_table,
-    "variables": config.markdown_table,
-}
+def variable_list(is_for_development: bool) -> str:
+    """config.VARIABLES as Markdown: those for users, or those for development and tests."""
+    lines = []
+    for variable in config.VARIABLES:
+        if variable.is_for_development != is_for_development:
+            continue
+        has_words = variable.kind in ("choice", "flag")
+        values = " ".join(f"`{value}`" if has_words else value for value in variable.values)
+        default = f"default `{variable.default}`" if variable.default else "unset by default"
+        text = f"- `{variable.name}` ({values}; {default}): {variable.meaning}"
+        lines += textwrap.wrap(
+            text, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+    return "\n".join(lines)
 
 
-def up_to_date(text: str) -> str:
-    """`text` with every table between markers made anew.
+# The file, the name of its table, and what makes the table.
+TABLES: tuple[tuple[Path, str, Callable[[], str]], ...] = (
+    (Path("README.md"), "variables", functools.partial(variable_list, False)),
+    (
+        Path(".github/CONTRIBUTING.md"),
+        "development variables",
+        functools.partial(variable_list, True),
+    ),
+    (Path("docs/cards.md"), "kernels", kernel_table),
+)
+
+
+def up_to_date(text: str, name: str, table: str) -> str:
+    """`text` with `table` between the markers of `name`.
 
     Raises:
-        ValueError: a table's pair of markers is not there exactly once.
+        ValueError: the pair of markers is not there exactly once.
     """
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, found_begin, rest = text.partition(begin)
-        _, found_end, after = rest.partition(end)
-        if not (found_begin and found_end) or begin in after or end in after:
-            raise ValueError(f"{begin.strip()} ... {end} must be there exactly once")
-        text = f"{before}{begin}{table()}\n{end}{after}"
-    return text
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end) or begin in after or end in after:
+        raise ValueError(f"{begin.strip()} ... {end} must be there exactly once")
+    return f"{before}{begin}{table}\n{end}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python .ci/readme_tables.py", description=__doc__)
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--check", type=Path, metavar="FILE", help="1 if a table is not current")
-    action.add_argument("--write", type=Path, metavar="FILE", help="make the tables current")
+    action.add_argument("--check", action="store_true", help="1 if a table is not current")
+    action.add_argument("--write", action="store_true", help="make the tables current")
     args = parser.parse_args(argv)
-    file: Path | None = args.check or args.write
-    if file is None:
-        print("\n\n".join(table() for table in TABLES.values()))
-        return 0
-    old = file.read_text(encoding="utf-8")
-    new = up_to_date(old)
-    if args.write:
-        file.write_text(new, encoding="utf-8")
-    elif new != old:
-        print(f"{file}: a generated table is not current; run: make tables")
-        return 1
-    return 0
+    exit_code = 0
+    for file, name, make in TABLES:
+        if not (args.check or args.write):
+            print(f"{make()}\n")
+            continue
+        old = (ROOT / file).read_text(encoding="utf-8")
+        new = up_to_date(old, name, make())
+        if args.write:
+            (ROOT / file).write_text(new, encoding="utf-8")
+        elif new != old:
+            print(f"{file}: the table of {name} is not current; run: make tables")
+            exit_code = 1
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ gets the same as a boolean mask, which is how a model gives it. FLOP count real 
 
 At the end torch and we take turns, call by call: what that costs beyond each side's own time.
 
-Writes NAME.csv and, with matplotlib, NAME.png into FOLDER.
+Writes NAME.csv and, with matplotlib (pip install matplotlib), NAME.png into FOLDER.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""test_gpu_check.py - benchmarks/gpu_check.py without a GPU: its checks on CPU kernels, and workers
+"""test_gpu_check.py - benchmarks/gpu_check without a GPU: its checks on CPU kernels, and workers
 that crash, hang, run out of time or find nothing."""
 
 from __future__ import annotations

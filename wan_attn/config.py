@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One environment variable. README's table, --help and doctor are generated from these.
+    """One environment variable. Tables in the docs, --help and doctor are generated from these.
 
     Attributes:
         name: as in the environment.
@@ -28,7 +28,8 @@ class Variable:
         kind: "choice" (one of `values`), "flag" (1 or 0), "integer" (0 or more) or "path".
         values: the accepted words; for kinds without a list, how to describe them.
         default: what holds when the variable is unset or empty.
-        meaning: one sentence for the user.
+        meaning: what it does, for the user.
+        is_for_development: tests and developers need it; README lists only the others.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Variable:
     values: tuple[str, ...]
     default: str
     meaning: str
+    is_for_development: bool = False
 
 
 _FLAG = ("0", "1")
@@ -48,9 +50,9 @@ VARIABLES: tuple[Variable, ...] = (
         "choice",
         ("auto", "sdpa", "fa3", "fa2", "torch", "chunked"),
         "auto",
-        "Which attention runs: `sdpa` is wan_attn's kernels, `fa3` and `fa2` FlashAttention if"
-        " installed, `torch` PyTorch's SDPA, `chunked` the memory-bounded wrapper; `auto` takes the"
-        " first that can, best first.",
+        "Which attention runs. `sdpa`: wan_attn's kernels; `fa3`, `fa2`: FlashAttention, if it is"
+        " installed; `torch`: PyTorch's SDPA; `chunked`: our wrapper that computes in chunks."
+        " `auto` takes the best one that supports the call.",
     ),
     Variable(
         "USE_SDPA",
@@ -58,7 +60,7 @@ VARIABLES: tuple[Variable, ...] = (
         "flag",
         _FLAG,
         "0",
-        "1 is USE_ATTENTION_BACKEND=sdpa; may not contradict it.",
+        "1 means the same as USE_ATTENTION_BACKEND=sdpa; naming another backend there is an error.",
     ),
     Variable(
         "DISABLE_FLASH_ATTN",
@@ -66,7 +68,7 @@ VARIABLES: tuple[Variable, ...] = (
         "flag",
         _FLAG,
         "0",
-        "1 leaves FlashAttention 2 and 3 out of `auto`.",
+        "1 makes `auto` skip FlashAttention 2 and 3.",
     ),
     Variable(
         "WAN_FORCE_FP16",
@@ -74,7 +76,7 @@ VARIABLES: tuple[Variable, ...] = (
         "flag",
         _FLAG,
         "0",
-        "1 computes attention in fp16 whatever comes in.",
+        "Set to 1 to compute attention in fp16 for every input dtype.",
     ),
     Variable(
         "WAN_COMPILE",
@@ -82,8 +84,8 @@ VARIABLES: tuple[Variable, ...] = (
         "flag",
         _FLAG,
         "0",
-        "1 tries torch.compile on the model; it is switched off again where shapes keep changing or"
-        " compilation fails.",
+        "1 compiles the model's blocks with torch.compile. wan_attn switches it off again if shapes"
+        " keep changing or compilation fails.",
     ),
     Variable(
         "WAN_ATTN_CHUNK_THRESHOLD",
@@ -91,8 +93,8 @@ VARIABLES: tuple[Variable, ...] = (
         "integer",
         ("0 or more",),
         "1048576",
-        "Above this many query-key pairs (Lq*Lk) the memory-bounded wrapper replaces a PyTorch path"
-        " that would need Lq*Lk memory, or any on Windows where PyTorch has no flash kernel.",
+        "Calls with more query-key pairs than this are computed in chunks where PyTorch would store"
+        " every score, and on Windows where PyTorch has no flash kernel.",
     ),
     Variable(
         "WAN_ATTN_STRICT",
@@ -100,7 +102,8 @@ VARIABLES: tuple[Variable, ...] = (
         "flag",
         _FLAG,
         "0",
-        "1 raises instead of falling back when the named backend cannot take a call or one fails.",
+        "1 raises an error, instead of using another backend, if the named one does not support a"
+        " call or a backend fails.",
     ),
     Variable(
         "WAN_ATTN_LOG",
@@ -108,7 +111,7 @@ VARIABLES: tuple[Variable, ...] = (
         "choice",
         ("debug", "info", "warning", "error", "off"),
         "info",
-        "What logger `wan_attn` shows once patched.",
+        "How much the logger `wan_attn` shows after patch().",
     ),
     Variable(
         "WAN_ATTN_CPU_ISA",
@@ -116,7 +119,8 @@ VARIABLES: tuple[Variable, ...] = (
         "choice",
         ("auto", "portable", "avx2", "avx512", "avx512_bf16", "amx", "neon"),
         "auto",
-        "The most a CPU kernel may use of this machine's instruction sets.",
+        "The newest instruction set that CPU kernels may use.",
+        is_for_development=True,
     ),
     Variable(
         "WAN_ATTN_BINDING",
@@ -124,8 +128,9 @@ VARIABLES: tuple[Variable, ...] = (
         "choice",
         ("auto", "shim", "ctypes", "torch"),
         "auto",
-        "How torch.ops.wan_attn.sdpa reaches the native library: the shim in C, ctypes, or not at"
-        " all (`torch`).",
+        "How torch.ops.wan_attn.sdpa calls the native library: through the shim or through ctypes;"
+        " `torch` means not at all.",
+        is_for_development=True,
     ),
     Variable(
         "WAN_ATTN_CACHE_DIR",
@@ -133,7 +138,7 @@ VARIABLES: tuple[Variable, ...] = (
         "path",
         ("a folder",),
         "",
-        "Where CUDA kernels are kept that were compiled on this machine; unset: the user's cache"
+        "Where to keep CUDA kernels that were compiled on this machine. Unset: the user's cache"
         " folder.",
     ),
     Variable(
@@ -142,8 +147,8 @@ VARIABLES: tuple[Variable, ...] = (
         "flag",
         _FLAG,
         "1",
-        "1 checks our CUDA kernels on the card, once in a process, before the first call of each"
-        " dtype and head_dim; a wrong one is left for the next backend.",
+        "1 checks our CUDA kernels on the card, once in each process, before the first call of each"
+        " dtype and head_dim. If one is wrong, the next backend computes.",
     ),
     Variable(
         "WAN_ATTN_LIBCUDA",
@@ -151,8 +156,9 @@ VARIABLES: tuple[Variable, ...] = (
         "path",
         ("a file",),
         "",
-        "The NVIDIA driver's library to use instead of the system's; for tests, and for drivers in"
+        "The NVIDIA driver's library to use instead of the system's: for tests, and for drivers in"
         " unusual places.",
+        is_for_development=True,
     ),
     Variable(
         "WAN_ATTN_COMFYUI",
@@ -160,8 +166,8 @@ VARIABLES: tuple[Variable, ...] = (
         "choice",
         ("global", "node"),
         "global",
-        "In ComfyUI: for all models unless a --use-...-attention flag chooses another, or only for"
-        " the models behind the node.",
+        "In ComfyUI, `global` serves all models, unless a --use-...-attention flag chooses another"
+        " attention; `node` serves only the models behind the node.",
     ),
     Variable(
         "WAN_ATTN_PROFILE",
@@ -169,8 +175,8 @@ VARIABLES: tuple[Variable, ...] = (
         "path",
         ("a file",),
         "",
-        "Time every attention call, write the times by call site and layer there as JSON at exit,"
-        " and print a summary.",
+        "Times every attention call. At exit, writes the times by call site and layer to this JSON"
+        " file and prints a summary.",
     ),
     Variable(
         "WAN22_DIR",
@@ -178,7 +184,8 @@ VARIABLES: tuple[Variable, ...] = (
         "path",
         ("a folder",),
         "",
-        "A checkout of Wan2.2 for `demo` and for the tests that need the real thing.",
+        "A checkout of Wan2.2, for `demo --ckpt-dir` and for the tests that need the real one.",
+        is_for_development=True,
     ),
 )
 
@@ -321,16 +328,3 @@ def cache_folder() -> Path | None:
 def cuda_homes() -> list[str]:
     """CUDA toolkits that the environment names."""
     return [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
-
-
-def markdown_table() -> str:
-    """VARIABLES as the Markdown table of README."""
-    rows = ["| Variable | Values | Default | Meaning |", "|---|---|---|---|"]
-    for variable in VARIABLES:
-        values = " ".join(
-            f"`{value}`" if variable.kind in ("choice", "flag") else value
-            for value in variable.values
-        )
-        default = f"`{variable.default}`" if variable.default else "unset"
-        rows.append(f"| `{variable.name}` | {values} | {default} | {variable.meaning} |")
-    return "\n".join(rows)

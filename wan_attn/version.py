@@ -2,3 +2,9 @@
 """version.py - the one place that states the package's version; setup.py reads it as text."""
 
 __version__ = "0.1.0"
+
+REINSTALL = (
+    "to install it again, in the folder that holds the folder wan_attn:"
+    " pip install --force-reinstall --no-deps ./wan_attn"
+)
+"""The end of every message about a damaged installation. No index has this package."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gpu_check.py - every CUDA kernel on this machine's card: right, and how fast, in one command.
+"""__main__.py - every CUDA kernel on this machine's card: right, and how fast, in one command.
 
     python -m benchmarks.gpu_check [--seconds 420] [--out FOLDER] [--only STEP,..] [--rows NAME,..]
     python -m benchmarks.gpu_check --dry-run-on-cpu      the same steps with the CPU kernels

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""items.py - is a kernel right? The checks of gpu_check.py, each for one row of the table."""
+"""items.py - is a kernel right? The checks of gpu_check, each for one row of the table."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""report.py - gpu_check.py's results as JSON and as two tables: what passed, and how fast."""
+"""report.py - gpu_check's results as JSON and as two tables: what passed, and how fast."""
 
 from __future__ import annotations
 

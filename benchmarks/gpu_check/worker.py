@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""worker.py - the process in which gpu_check.py's items run, one after another.
+"""worker.py - the process in which gpu_check's items run, one after another.
 
 A kernel that has never run on hardware may hang, or break the device for its process. So they run
 here, in a process of their own, which says on stdout, one JSON object a line, what it will do, what
-it begins and how that ended; gpu_check.py listens, ends it when it hangs, and starts another one at
+it begins and how that ended; gpu_check listens, ends it when it hangs, and starts another one at
 the next item.
 """
 

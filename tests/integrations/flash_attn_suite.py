@@ -10,8 +10,8 @@ its tests/test_flash_attn.py is run as it is. Needs einops. In this process alon
   is loaded from the checkout; what needs its CUDA extension is absent),
 - device="cuda" means the CPU, and the card that tests ask about is an A100 with 80 GiB,
 - calls go through torch.ops.wan_attn.attention, as they do under torch.compile: our kernels compute
-  the forward pass, and wan_attn/autograd.py the backward pass, which these tests look at, too. (A
-  plain call that wants a gradient goes to PyTorch, which would be tested instead.)
+  the forward pass, and wan_attn/native/autograd.py computes the backward pass, which these tests
+  look at, too. (A plain call that wants a gradient goes to PyTorch, which would be tested instead.)
 
 What is left out, by parameter: dropout, ALiBi, softcap and paged caches, which wan_attn refuses by
 name; deterministic=True, which changes nothing in a forward pass; sequences of more than 512 tokens

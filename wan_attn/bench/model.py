@@ -111,7 +111,7 @@ class DiffusersStack:
         except (ImportError, AttributeError, RuntimeError, OSError) as error:
             raise ModelError(
                 f"diffusers with WanTransformer3DModel is needed ({str(error)[:160]}); "
-                "pip install wan-attn[demo], or --wan22 DIR for a checkout of Wan2.2"
+                'pip install "diffusers>=0.35", or set WAN22_DIR to a checkout of Wan2.2'
             ) from error
         with _made_on(device, dtype):
             self.model = cls(

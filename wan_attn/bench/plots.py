@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""plots.py - a report as pictures; needs matplotlib (pip install wan-attn[bench])."""
+"""plots.py - a report as pictures; needs matplotlib (pip install matplotlib)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from wan_attn.bench.report import Report
 
-MISSING = "no picture: matplotlib is not installed (pip install wan-attn[bench])"
+MISSING = "no picture: matplotlib is not installed (pip install matplotlib)"
 OURS, BASE, THEIRS = "#1f6fb4", "#555555", "#c9b18a"
 COLOURS = ("#1f6fb4", "#d1742f", "#3a8f5c", "#8a5fa8", "#b8a12a", "#777777", "#c0504d", "#4bacc6")
 _BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of a number on a line

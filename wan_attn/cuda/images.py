@@ -21,6 +21,7 @@ from pathlib import Path
 from wan_attn import config, log
 from wan_attn.cuda import nvrtc, store
 from wan_attn.cuda.rows import Job, RowError, jobs_for, serving
+from wan_attn.version import REINSTALL
 
 SHIPPED_FOLDER = Path(__file__).with_name("cubin")
 
@@ -112,8 +113,7 @@ def _jobs(kernels: Sequence[str], arch: int) -> tuple[Job, ...]:
         raise ImageError(str(error)) from error
     except OSError as error:
         raise ImageError(
-            f"the package is damaged, its kernels' text is not there ({error}); reinstall with:"
-            " pip install --force-reinstall --no-deps wan-attn"
+            f"the package is damaged: the text of its kernels is missing ({error}); {REINSTALL}"
         ) from error
 
 

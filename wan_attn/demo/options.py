@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 PACKAGES = {"diffusers": "diffusers", "transformers": "transformers", "PIL": "pillow"}
-INSTALL = 'pip install "wan-attn[demo]"'
+INSTALL = 'pip install "diffusers>=0.35" transformers accelerate ftfy imageio-ffmpeg'
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SEED_END = 2**63 - 1  # torch's generators take no more, and the demo uses seed + 1 too

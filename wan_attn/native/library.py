@@ -19,6 +19,8 @@ from ctypes import (
 )
 from pathlib import Path
 
+from wan_attn.version import REINSTALL
+
 ABI_VERSION = 1
 
 OK, INVALID_ARGUMENT, UNSUPPORTED, DEVICE_ERROR, INTERNAL = range(5)
@@ -30,9 +32,6 @@ CPU_FEATURES = {0: "avx2", 1: "avx512", 2: "avx512_bf16", 3: "amx_bf16", 4: "neo
 CPU_KNOWN = 1 << 31
 
 MAX_NDIM = 4
-
-# There is no such package on an index: it is installed from its checkout, or from a wheel.
-REINSTALL = "install wan_attn again: pip install --force-reinstall --no-deps and its checkout"
 
 
 class Tensor(ctypes.Structure):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from wan_attn.native import library
+from wan_attn.version import REINSTALL
 
 # Before 2.9 arguments were encoded otherwise: a shim made for 2.9 loads in 2.7 and computes
 # nonsense, so the version decides and not whether it loads.
@@ -50,7 +51,7 @@ def why_not() -> str | None:
     if torch_version() < NEEDS_TORCH:
         return f"the shim needs torch >= 2.9, this is {torch.__version__}"
     if not path().exists():
-        return f"{path().name} is not in the package; {library.REINSTALL}"
+        return f"{path().name} is not in the package; {REINSTALL}"
     return None
 
 
