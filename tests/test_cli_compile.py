@@ -18,7 +18,8 @@ __all__ = ["machine"]  # the fixture
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
     code = main(["compile", *argv])
-    return code, capsys.readouterr().out
+    shown = capsys.readouterr()
+    return code, shown.out + shown.err
 
 
 def table(text: str) -> list[list[str]]:

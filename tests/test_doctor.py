@@ -17,8 +17,7 @@ import torch
 from wan_attn import config
 from wan_attn.__main__ import main
 from wan_attn.backends import REGISTRY
-from wan_attn.cli import doctor
-from wan_attn.doctor import facts, known, selftest, selftest_paths, selftest_run
+from wan_attn.doctor import examine, facts, known, selftest, selftest_paths, selftest_run
 from wan_attn.native import op
 from wan_attn.selfcheck import reference as truth
 
@@ -161,9 +160,9 @@ def test_nothing_usable_is_an_error() -> None:
         "backends": [{"usable": False}],
         "known": [],
     }
-    assert doctor.verdict(empty) == ("nothing is usable on this machine", 1)
-    assert doctor.verdict({**empty, "selftest_error": "it hung"})[1] == 1
-    assert doctor.verdict({**empty, "backends": [{"usable": True}]})[1] == 0
+    assert examine.verdict(empty) == ("nothing is usable on this machine", 1)
+    assert examine.verdict({**empty, "selftest_error": "it hung"})[1] == 1
+    assert examine.verdict({**empty, "backends": [{"usable": True}]})[1] == 0
 
 
 def test_an_impossible_variable_is_the_finding(

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 import torch
 
 from wan_attn import console
 from wan_attn.backends import REGISTRY
+from wan_attn.cli import FINE, WRONG, refuse
 from wan_attn.config import ConfigError, Settings, refresh
 from wan_attn.console import heading, pairs, table, wrap
 from wan_attn.native import op
@@ -93,17 +93,12 @@ def main(args: argparse.Namespace) -> int:
         call = parse_shape(args.shape, args.lk, args.kv_heads)
         settings = refresh()
     except ConfigError as error:
-        return _refuse(str(error))
+        return refuse("why", error)
     except ValueError as error:
-        return _refuse(f"--{error}" if str(error).startswith("shape ") else str(error))
+        return refuse("why", f"--{error}" if str(error).startswith("shape ") else error)
     answer = explain(make_request(args, call, settings), call, settings)
     console.emit(json.dumps(answer, indent=2) if args.json else render(answer))
-    return 0 if answer["backend"] else 1
-
-
-def _refuse(text: str) -> int:
-    print(f"wan-attn why: error: {text}", file=sys.stderr)
-    return 2
+    return FINE if answer["backend"] else WRONG
 
 
 def make_request(args: argparse.Namespace, call: Workload, settings: Settings) -> Request:

@@ -20,6 +20,7 @@ from torch import Tensor
 from wan_attn import attention, config, log
 from wan_attn.integrations import _rebind
 from wan_attn.integrations._rebind import Binding
+from wan_attn.signatures._masked import REASON
 
 NAME = "wan_attn"
 """What the function is registered as, and chosen by."""
@@ -50,7 +51,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Any) -> str | None:
     """Why wan_attn leaves this call to another function; None: it takes it."""
     if mask is not None:
-        return "a mask is given, and wan_attn's kernels know lengths, causal and window only"
+        return REASON
     unknown = sorted(set(options) - _KNOWN)
     if unknown:
         return f"wan_attn does not know the option {unknown[0]!r}"

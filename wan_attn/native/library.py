@@ -34,6 +34,7 @@ MAX_NDIM = 4
 
 _PACKAGE = Path(__file__).parents[1]
 
+
 class Tensor(ctypes.Structure):
     """wan_attn_tensor."""
 
