@@ -24,7 +24,7 @@ help:
 	@echo 'make bench         the benchmarks that need no GPU (an idle machine tells more)'
 	@echo 'make build         the C library and the torch shim, beside wan_attn/'
 	@echo 'make wheel         a wheel for this platform, in dist/'
-	@echo 'make wheel-matrix  one wheel against several torch versions (downloads them: GBs)'
+	@echo 'make install-matrix   every way to install, beside several torch versions (GBs)'
 	@echo 'make host-matrix   the tests with several versions of diffusers and transformers'
 	@echo 'make clean         remove everything that these have made, but for .venv'
 	@echo
@@ -91,21 +91,18 @@ bench:
 	@echo '== benchmark: the CPU kernels, into build/bench'
 	@$(python) benchmarks/bench_cpu.py --out build/bench $(ARGS)
 
-# Without isolation, because the shim needs torch's headers; build/lib may hold files of old.
 wheel: build
 	@echo '== wheel'
-	@rm -rf build/lib* build/bdist*
-	@$(python) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation \
-		--wheel-dir dist .
+	@$(python) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 	@ls -l dist/*.whl
 
-wheel-matrix: build
-	@echo '== one wheel, several torch versions'
-	@$(python) tests/wheel_matrix.py $(ARGS)
+install-matrix:
+	@echo '== every way to install'
+	@PYTHONPATH=tests/support $(PYTHON) tests/install_matrix.py $(ARGS)
 
 host-matrix: build
 	@echo '== several versions of diffusers and transformers'
-	@$(python) tests/host_matrix.py $(ARGS)
+	@PYTHONPATH=tests/support $(python) tests/host_matrix.py $(ARGS)
 
 clean:
 	@echo '== clean'
@@ -116,5 +113,5 @@ clean:
 
 .PHONY: help demo test check check-environment check-fast check-format check-lint check-types \
 	check-spelling check-scripts check-files check-rules check-commits check-warnings \
-	check-analyzers check-sanitizers check-tables format tables build bench wheel wheel-matrix \
+	check-analyzers check-sanitizers check-tables format tables build bench wheel install-matrix \
 	host-matrix clean

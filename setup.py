@@ -23,8 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Command, find_packages, setup
-from setuptools.command.build import build
 from setuptools.dist import Distribution
+
+try:  # setuptools >= 62
+    from setuptools.command.build import build
+except ImportError:
+    from distutils.command.build import build  # type: ignore[no-redef]
 
 try:  # moved into setuptools itself in a later version
     from setuptools._distutils.ccompiler import new_compiler

@@ -59,29 +59,39 @@ print(json.dumps(dict(
 
 @dataclass(frozen=True)
 class Way:
-    """One way to install. `command` follows the Python's path, or uv's for those that begin so."""
+    """One way to install `what`: a checkout, a sdist or a wheel."""
 
-    name: str
-    command: tuple[str, ...]
+    installer: str  # "pip" or "uv"
+    what: str
     isolated: bool = True
-    setuptools: str = ""  # to install before; "": what is there
+    editable: bool = False
+    setuptools: str = ""  # to install before; "": what a stock environment has
+
+    @property
+    def name(self) -> str:
+        words = [self.installer, "" if self.isolated else "not isolated"]
+        words += ["editable" if self.editable else "", self.what if self.what != "checkout" else ""]
+        return ", ".join(word for word in words if word)
+
+    def options(self) -> list[str]:
+        return ["--no-build-isolation"] * (not self.isolated) + ["--editable"] * self.editable
 
 
-NO_ISOLATION = "--no-build-isolation"
 WAYS = [
-    Way("pip", ("-m", "pip", "install", "CHECKOUT")),
-    Way("pip, editable", ("-m", "pip", "install", "-e", "CHECKOUT")),
-    Way("pip, sdist", ("-m", "pip", "install", "SDIST")),
-    Way("pip, wheel", ("-m", "pip", "install", "WHEEL")),
-    Way("uv", ("uv", "pip", "install", "CHECKOUT")),
-    Way("uv, editable", ("uv", "pip", "install", "-e", "CHECKOUT")),
-    Way("pip, not isolated", ("-m", "pip", "install", NO_ISOLATION, "CHECKOUT"), False),
-    Way("pip, not isolated, editable", ("-m", "pip", "install", NO_ISOLATION, "-e", "CHECKOUT"), False),
-    Way("pip, not isolated, sdist", ("-m", "pip", "install", NO_ISOLATION, "SDIST"), False),
-    Way("pip, not isolated", ("-m", "pip", "install", NO_ISOLATION, "CHECKOUT"), False, TORCHS_SETUPTOOLS),
-    Way("pip, not isolated, editable", ("-m", "pip", "install", NO_ISOLATION, "-e", "CHECKOUT"), False, TORCHS_SETUPTOOLS),
-    Way("uv, not isolated", ("uv", "pip", "install", NO_ISOLATION, "CHECKOUT"), False, TORCHS_SETUPTOOLS),
-]  # fmt: skip
+    Way("pip", "checkout"),
+    Way("pip", "checkout", editable=True),
+    Way("pip", "sdist"),
+    Way("pip", "wheel"),
+    Way("uv", "checkout"),
+    Way("uv", "checkout", editable=True),
+    Way("pip", "checkout", isolated=False),
+    Way("pip", "checkout", isolated=False, editable=True),
+    Way("pip", "sdist", isolated=False),
+    Way("uv", "checkout", isolated=False),
+    Way("pip", "checkout", isolated=False, setuptools=TORCHS_SETUPTOOLS),
+    Way("pip", "checkout", isolated=False, editable=True, setuptools=TORCHS_SETUPTOOLS),
+    Way("uv", "checkout", isolated=False, setuptools=TORCHS_SETUPTOOLS),
+]
 
 
 @dataclass
@@ -151,7 +161,9 @@ def python_of(venv: Path) -> Path:
 
 
 def packages_of(python: Path) -> Path:
-    return Path(run([python, "-c", "import site; print(site.getsitepackages()[0])"], Path("/")).strip())
+    return Path(
+        run([python, "-c", "import site; print(site.getsitepackages()[0])"], Path("/")).strip()
+    )
 
 
 def base(cache: Path, version: str, python: Path, torch: str, uv: Path) -> Path:
@@ -211,11 +223,9 @@ class Sources:
             shutil.copytree(kept, target / "build/cubin")
         return target
 
-    def words(self, way: Way) -> list[str]:
-        places = {"SDIST": str(self.sdist), "WHEEL": str(self.wheel)}
-        if "CHECKOUT" in way.command:
-            places["CHECKOUT"] = str(self.checkout("cell_checkout"))
-        return [places.get(word, word) for word in way.command]
+    def find(self, way: Way) -> Path:
+        found = {"sdist": self.sdist, "wheel": self.wheel}.get(way.what)
+        return found or self.checkout("cell_checkout")
 
 
 @contextmanager
@@ -247,16 +257,14 @@ def install(way: Way, row: Row, python: Path, packages: Path, sources: Sources, 
         run([python, "-m", "pip", "install", "--quiet", way.setuptools], python.parent)
     row.setuptools = "isolated" if way.isolated else setuptools_of(python)
     before = frozen(python), fingerprint(packages)
-    words: list[str | Path] = list(sources.words(way))
-    program: list[str | Path] = [python]
-    if words[0] == "uv":
-        words = [*words[1:], "--python", python]
-        program = [uv]
-    started = time.monotonic()
     if row.setuptools == "none":
-        row.left_out = "nothing can build without setuptools: pip says so"
+        row.left_out = "all: without setuptools nothing can be built, and pip says so"
         return
-    run([*program, *words], python.parent)
+    words: list[str | Path] = [python, "-m", "pip", "install"]
+    if way.installer == "uv":
+        words = [uv, "pip", "install", "--python", python]
+    started = time.monotonic()
+    run([*words, *way.options(), sources.find(way)], python.parent)
     row.seconds = time.monotonic() - started
     if (frozen(python), fingerprint(packages)) != before:
         row.problems.append("installing has changed other packages")
@@ -332,7 +340,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     install(way, row, own, packages, sources, args.uv)
                     if args.tests and way.name == "pip, wheel":
                         tests = [ROOT / "tests" / test for test in TESTS]
-                        run([own, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], own.parent)
+                        run(
+                            [own, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+                            own.parent,
+                        )
             except RuntimeError as error:
                 row.problems.append(str(error))
             rows.append(row)

@@ -40,6 +40,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/core/atomic.h": ["<stdint.h>", "<stdatomic.h>", "<intrin.h>"],
     "csrc/core/cpuid.c": ["core/*.h", "<cpuid.h>", "<immintrin.h>", "<intrin.h>"],
     "csrc/core/lock.h": ["<pthread.h>", "<windows.h>"],
+    "csrc/core/kernels.def": ["cuda/sdpa_rows.def"],
     "csrc/core/*": ["wan_attn.h", "core/*.h", "core/kernels.def", *C_LIBRARY],
     "csrc/cpu/threads.c": [
         "cpu/threads.h",
@@ -48,17 +49,25 @@ MAY_INCLUDE: dict[str, list[str]] = {
     ],
     "csrc/cpu/large_pages.c": ["cpu/large_pages.h", "<sys/mman.h>"],
     "csrc/cpu/*.[ch]": [
-        *("wan_attn.h", "core/kernel.h", "cpu/*.h", "cpu/*.inc"),
+        *("wan_attn.h", "core/kernel.h", "core/util.h", "cpu/*.h", "cpu/*.inc"),
         *("<immintrin.h>", "<arm_neon.h>"),
         *C_LIBRARY,
     ],
+    "csrc/cpu/row.inc": ["cpu/sdpa_*.inc"],
     "csrc/cpu/*.inc": [],  # a body for files that include what it needs
     "csrc/cuda/host/driver.c": [
         *("cuda/host/*.h", "core/lock.h", "<dlfcn.h>", "<windows.h>"),
         *C_LIBRARY,
     ],
     "csrc/cuda/host/*.[ch]": [
-        *("core/kernel.h", "core/lock.h", "cuda/host/*.h", "cuda/args*.h", "cuda/sdpa_rows.def"),
+        *(
+            "core/kernel.h",
+            "core/util.h",
+            "core/lock.h",
+            "cuda/host/*.h",
+            "cuda/args*.h",
+            "cuda/sdpa_rows.def",
+        ),
         *C_LIBRARY,
     ],
     # No system header anywhere else in csrc/cuda: nvcc, NVRTC and the emulator take the same text.

@@ -146,7 +146,7 @@ def test_a_cache_that_cannot_be_written(
     code, out = run(capsys, "--arch", "89", "--row", MERGE)
     assert code == 1, "filling the cache is what it was asked for"
     out = " ".join(out.split())
-    assert "compiled, but not kept" in out and "is full" in out and "WAN_ATTN_CACHE_DIR" in out
+    assert "compiled, but not saved" in out and "is full" in out and "WAN_ATTN_CACHE_DIR" in out
 
 
 def test_doctor_tells(

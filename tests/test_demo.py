@@ -324,7 +324,7 @@ def test_mp4_where_there_is_ffmpeg(tmp_path: Path) -> None:
         (["--steps", "0"], "--steps must be 1 or more, got 0"),
         (["--seed", "-1"], "--seed must be 0 or more"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got tpu"),
-        (["--device", "cuda:99"], "--device cuda:99 is not there"),
+        (["--device", "cuda:99"], "--device cuda:99 does not exist"),
         (["--model", "nowhere"], "--model must be a folder, got nowhere"),
         (["--model", "empty"], "has no model_index.json; for Wan-AI's original files"),
         (["--model", "image"], "must hold a WanPipeline (text to video), got WanImageToVideo"),

@@ -58,10 +58,7 @@ def head_dim_for(row: op.KernelInfo, wanted: int) -> int:
 def head_dims(row: op.KernelInfo) -> list[int]:
     """What Wan uses, as far as the row takes it, and the ends of what it takes."""
     wanted = {row.head_dim_min, row.head_dim_max, 64, 80, 128}
-    step = row.head_dim_multiple
-    return sorted(
-        d for d in wanted if row.head_dim_min <= d <= row.head_dim_max and d % step == 0 and d > 1
-    )
+    return sorted(d for d in wanted if max(2, row.head_dim_min) <= d <= row.head_dim_max)
 
 
 def is_refusal(row: op.KernelInfo, error: BaseException) -> bool:

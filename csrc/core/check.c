@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "core/kernel.h"
+#include "core/util.h"
 
 #define INVALID(err, ...) wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, __VA_ARGS__)
 
@@ -19,11 +19,6 @@ static int is_float(int32_t dtype) {
 }
 
 static int is_absent(const wan_attn_tensor *t) { return !t->data && t->ndim == 0; }
-
-static const char *dtype_name(int32_t dtype) {
-    static const char *const NAMES[] = {"float32", "float16", "bfloat16", "int32", "int64"};
-    return dtype >= 0 && dtype <= WAN_ATTN_I64 ? NAMES[dtype] : "another dtype";
-}
 
 typedef struct shape_text {
     char text[100];
@@ -60,7 +55,7 @@ static wan_attn_status check_rank_and_dtype(const char *name, const wan_attn_ten
                        shape_of(t->shape, t->ndim).text);
     if (!is_float(t->dtype))
         return INVALID(err, "%s must be float32, float16 or bfloat16, got %s", name,
-                       dtype_name(t->dtype));
+                       wan_attn_dtype_name(t->dtype));
     int64_t elements = 1; /* as if no size were 0: sizes are also multiplied without the others */
     for (int d = 0; d < 4; d++) {
         if (t->shape[d] < 0)
@@ -109,7 +104,7 @@ static wan_attn_status check_inputs(const wan_attn_params *a, wan_attn_error *er
     for (int n = 0; n < 2; n++)
         if (inputs[n]->dtype != v->dtype && inputs[n]->dtype != WAN_ATTN_F32)
             return INVALID(err, "%s must be float32 or have value's dtype %s, got %s", names[n],
-                           dtype_name(v->dtype), dtype_name(inputs[n]->dtype));
+                           wan_attn_dtype_name(v->dtype), wan_attn_dtype_name(inputs[n]->dtype));
     if (q->shape[3] < 1)
         return INVALID(err, "query must have a head_dim of at least 1, got %s",
                        shape_of(q->shape, 4).text);
@@ -124,7 +119,7 @@ static wan_attn_status check_inputs(const wan_attn_params *a, wan_attn_error *er
                                  : status;
 }
 
-/* The description of real lengths; whoever needs their values reads them later. */
+/* The description of real lengths; their values are read later, where they are needed. */
 static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t,
                                      const wan_attn_tensor *q, wan_attn_lengths *lengths,
                                      wan_attn_error *err) {
@@ -136,7 +131,8 @@ static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t,
         return INVALID(err, "%s must be [batch] = [%lld], got %s", name, (long long)q->shape[0],
                        shape_of(t->shape, t->ndim).text);
     if (t->dtype != WAN_ATTN_I32 && t->dtype != WAN_ATTN_I64)
-        return INVALID(err, "%s must be int32 or int64, got %s", name, dtype_name(t->dtype));
+        return INVALID(err, "%s must be int32 or int64, got %s", name,
+                       wan_attn_dtype_name(t->dtype));
     if (t->device_type != WAN_ATTN_CPU &&
         (t->device_type != q->device_type || t->device_index != q->device_index))
         return INVALID(err, "%s must be on the CPU or on query's device %s, got %s", name,
@@ -149,7 +145,7 @@ static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t,
 }
 
 /* Reads lengths that lie on the CPU, once. Where all are the padded length they say nothing, and
- * nobody has to read or move them again. */
+ * they are neither read nor moved again. */
 static wan_attn_status read_lengths(const char *name, wan_attn_lengths *lengths, int64_t batch,
                                     int64_t padded, wan_attn_error *err) {
     int say_something = 0;
@@ -243,8 +239,8 @@ static wan_attn_status check_out(const wan_attn_tensor *out, const wan_attn_tens
     if (status == WAN_ATTN_OK)
         status = check_shape("out", out, q->shape, "shaped like query", err);
     if (status == WAN_ATTN_OK && out->dtype != q->dtype)
-        status = INVALID(err, "out must have query's dtype %s, got %s", dtype_name(q->dtype),
-                         dtype_name(out->dtype));
+        status = INVALID(err, "out must have query's dtype %s, got %s",
+                         wan_attn_dtype_name(q->dtype), wan_attn_dtype_name(out->dtype));
     return status;
 }
 
@@ -256,7 +252,7 @@ static wan_attn_status check_lse(const wan_attn_tensor *lse, const wan_attn_tens
             err,
             "lse must be float32 [batch, num_heads_q, seqlen_q] = [%lld, %lld, %lld], got %s %s",
             (long long)q->shape[0], (long long)q->shape[2], (long long)q->shape[1],
-            dtype_name(lse->dtype), shape_of(lse->shape, lse->ndim).text);
+            wan_attn_dtype_name(lse->dtype), shape_of(lse->shape, lse->ndim).text);
     return check_device("lse", lse, q, err);
 }
 

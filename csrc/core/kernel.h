@@ -39,8 +39,8 @@ typedef struct wan_attn_row_plan {
 /* A call that has passed wan_attn_check: everything a row may rely on without looking again. */
 typedef struct wan_attn_problem {
     const wan_attn_params *params; /* for stream, workspace and threads only */
-    /* The row that is asked or run, and what it has worked out: its plan, and the bytes of workspace
-     * that it needs. */
+    /* The row that is asked or run, and what it has worked out: its plan, and the bytes of
+     * workspace that it needs. */
     int32_t kernel;
     const char *kernel_name;
     wan_attn_row_plan plan;
@@ -93,7 +93,7 @@ wan_attn_status wan_attn_check_output_memory(const wan_attn_problem *problem, wa
  * UNSUPPORTED, with reasons. */
 wan_attn_status wan_attn_choose(wan_attn_problem *problem, wan_attn_error *err);
 
-/* dispatch.c: why this row cannot take the call, whatever other rows can. */
+/* dispatch.c: why this row cannot take the call; other rows do not matter. */
 wan_attn_status wan_attn_ask_row(const wan_attn_problem *problem, int32_t row, wan_attn_error *err);
 
 /* dispatch.c: a row of the table, which must be one. */
@@ -105,6 +105,9 @@ const wan_attn_kernel *wan_attn_kernel_of(int32_t row);
 __attribute__((format(printf, 3, 4)))
 #endif
 wan_attn_status wan_attn_fail(wan_attn_error *err, wan_attn_status status, const char *format, ...);
+
+/* status.c: writes success into err (if there is one) and returns it. */
+wan_attn_status wan_attn_ok(wan_attn_error *err);
 
 /* What stands there for sample b. Only for lengths that the CPU can read, and that are given. */
 static inline int64_t wan_attn_raw_length_at(const wan_attn_lengths *lengths, int64_t b) {

@@ -89,7 +89,8 @@ static_assert(HEAD_DIM % 64 == 0, "a panel is 64 columns");
 static_assert(BLOCK_N % 16 == 0 && LOADED_ROWS % 8 == 0, "a swizzle pattern is 8 rows");
 static_assert(CONSUMERS == 2 || CONSUMERS == 3, "ping-pong takes two");
 static_assert(CLUSTER == 1 || CLUSTER == 2, "a tile is loaded whole or in halves");
-static_assert(USED_SMEM == SMEM_BYTES, "sdpa_rows.def must say what is used");
+static_assert(USED_SMEM == WAN_ATTN_CUDA_SMEM_SM90(HEAD_DIM, BLOCK_N, CONSUMERS, STAGES),
+              "args.h must say what is used");
 static_assert(128 * (REGS_PRODUCER + CONSUMERS * REGS_CONSUMER) <= 65536, "registers of an SM");
 
 DEVICE u32 barrier_at(u32 first, u32 stage) { return shared_base() + first + 16 * stage; }
@@ -331,7 +332,7 @@ DEVICE void process_tile(const sm90_args &args, const block_work &work, consumer
     start_qk(c, s);
     mbarrier_wait(barrier_at(FULL_V, c.v.stage), c.v.parity);
     start_pv(c);
-    if (n > 0 || c.number < CONSUMERS - 1) /* after the last tile nobody waits for the first turn */
+    if (n > 0 || c.number < CONSUMERS - 1) /* no warp waits for the first turn after tile 0 */
         pass_turn(c);
     wgmma_wait<1>();
     hold_tiles(s, S_TILES);

@@ -349,7 +349,7 @@ class TestCommand:
         assert cli.main(["comfyui", "install", str(root / "comfy")]) == 2
         assert "PATH must be ComfyUI's folder" in capsys.readouterr().err
         assert cli.main(["comfyui", "remove", str(root)]) == 2
-        assert "is not there" in capsys.readouterr().err
+        assert "does not exist" in capsys.readouterr().err
         target = root / "custom_nodes" / command.FOLDER
         target.mkdir()
         (target / "__init__.py").write_text("somebody's\n")

@@ -134,7 +134,7 @@ def _torch_kernel(name: str, kernel: SDPBackend, device: torch.device) -> Peer:
 
 
 def _why_not_math(request: Request) -> str | None:
-    """It stores all scores, about three times; asking for that much can end a program."""
+    """Refuses calls whose scores do not fit: math stores them about three times."""
     scores = request.batch * request.num_heads_q * request.seqlen_q * request.seqlen_k
     needed = 3 * scores * 4
     free = free_bytes(request.device)
@@ -144,7 +144,7 @@ def _why_not_math(request: Request) -> str | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had now; None: not known."""
+    """Bytes of memory that are free now; None: not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -209,10 +209,10 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def choose(peers: list[Peer], wanted: list[str] | None) -> list[Peer]:
-    """Those to measure: the named ones, or all that are worth it.
+    """Returns the peers to measure: the named ones, or all that are worth it.
 
     Raises:
-        ValueError: a name that nobody has.
+        ValueError: no peer has this name.
     """
     if wanted is None:
         return [peer for peer in peers if not peer.is_quiet]

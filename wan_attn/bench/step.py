@@ -132,12 +132,12 @@ class Options:
     cpu_time: bool = False
 
     def clock(self) -> Clock:
-        """Nothing of a step fits a cache, and a buffer to flush one would count in its memory."""
+        """Flushes nothing: a step does not fit a cache, and a buffer would count in its memory."""
         return clock_for(self.device, flush_bytes=0, cpu_time=self.cpu_time)
 
 
 def default_arch(name: str, device: torch.device, full: bool) -> tuple[Arch, bool]:
-    """(the model, whether its dimensions are reduced)."""
+    """Returns the model, and whether its dimensions are reduced."""
     arch = ARCHS[name]
     return (arch, False) if full or device.type == "cuda" else (reduced(arch), True)
 
@@ -243,7 +243,7 @@ def measure_case(
     with torch.inference_mode():
         found = interleave(calls, clock, seconds=seconds, rounds=options.rounds)
         report.skipped += [(where, name, reason) for name, reason in found.skipped.items()]
-        calls.clear()  # the yardstick's memory is nobody's peak
+        calls.clear()  # the yardstick's memory counts for no backend
         base = 0.0
         for route in usable:
             times = found.times.get(route.name)

@@ -283,7 +283,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _short(args: argparse.Namespace) -> int:
-    """Kernels and a step, each in half of the time; files for an issue."""
+    """Measures kernels and a step, each in half of the time; writes files for an issue."""
     args.seconds /= 2
     first = _kernels_options(args)
     second = _step_options(args)
@@ -324,7 +324,7 @@ def _show(args: argparse.Namespace, results: list[report.Report]) -> None:
 
 
 def _save(args: argparse.Namespace, result: report.Report, stem: Path) -> None:
-    """Files and pictures; what is not drawn is said once, and is no failure."""
+    """Writes files and pictures. A picture that cannot be drawn is said once, and is no failure."""
     try:
         paths = report.write(result, stem)
     except OSError as error:

@@ -38,10 +38,10 @@ def main(args: argparse.Namespace) -> int:
         )
     target = nodes / FOLDER
     if target.exists() and not _is_ours(target):
-        return refuse("comfyui", f"{target} is there and not wan_attn's: left alone")
+        return refuse("comfyui", f"{target} exists and is not wan_attn's; it is left alone")
     if args.action == "remove":
         if not target.exists():
-            return refuse("comfyui", f"{target} is not there")
+            return refuse("comfyui", f"{target} does not exist")
         shutil.rmtree(target)
         print(f"removed {target}; restart ComfyUI")
         return FINE
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
     for name in FILES:
         shutil.copyfile(source() / name, target / name)
     print(f'installed {target}; restart ComfyUI: it says "Using wan_attn attention"')
-    print(f"ComfyUI's own Python must have wan_attn; this one, {sys.executable}, has it")
+    print(f"ComfyUI must run with a Python that has wan_attn. This one has it: {sys.executable}")
     return FINE
 
 

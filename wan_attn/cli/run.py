@@ -31,11 +31,11 @@ PROFILE_VARIABLE = "WAN_ATTN_PROFILE"
 
 
 class CannotRun(Exception):
-    """SCRIPT is nothing that can be run; the message says why."""
+    """SCRIPT cannot be run; the message says why."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Our options, then SCRIPT; whatever follows SCRIPT belongs to it."""
+    """Our options, then SCRIPT; everything after SCRIPT belongs to it."""
     (backends,) = (v.values for v in config.VARIABLES if v.name == BACKEND_VARIABLE)
     parser.add_argument(
         "--backend",
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "script_args",
         metavar="ARGUMENT",
         nargs=argparse.REMAINDER,
-        help="everything after SCRIPT goes to it unread",
+        help="everything after SCRIPT is passed to it unchanged",
     )
 
 
@@ -154,7 +154,7 @@ def _fresh_main() -> dict[str, Any]:
 
 
 def _print_traceback(error: BaseException) -> None:
-    """What Python prints, beginning with the script's first frame: ours are nobody's business."""
+    """What Python prints, beginning with the script's first frame, without ours."""
     traceback = error.__traceback__
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename

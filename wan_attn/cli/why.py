@@ -53,10 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of query and key, if another: Wan2.2 passes fp32",
     )
     parser.add_argument(
-        "--lk", type=int, metavar="N", help="number of keys, where it is not that of queries"
+        "--lk",
+        type=int,
+        metavar="N",
+        help="number of keys, if not that of queries",
     )
     parser.add_argument(
-        "--kv-heads", type=int, metavar="N", help="heads of key and value, where fewer (GQA)"
+        "--kv-heads",
+        type=int,
+        metavar="N",
+        help="heads of key and value, if fewer (GQA)",
     )
     parser.add_argument("--causal", dest="is_causal", action="store_true")
     parser.add_argument(
@@ -73,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--k-lens", action="store_true", help="the call comes with real key lengths"
     )
     parser.add_argument(
-        "--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)"
+        "--device", type=_device, help="cpu, cuda or cuda:N (default: cuda if there is one)"
     )
     parser.add_argument("--grad", action="store_true", help="a gradient is wanted")
     parser.add_argument("--lse", action="store_true", help="the log-sum-exp is wanted")
@@ -243,7 +249,7 @@ def _state(reason: str | None, chosen: bool, asked: bool = True) -> str:
         return "chosen"
     if reason is not None:
         return "no"
-    return "could" if asked else "not asked"
+    return "available" if asked else "not asked"
 
 
 def _flop(number: int) -> str:

@@ -24,7 +24,7 @@ PACKAGES = ("diffusers", "transformers", "numpy", "pillow", "imageio-ffmpeg")
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Everything there is to report."""
+    """Everything that the demo reports."""
 
     options: Options
     stock: Run
@@ -47,12 +47,12 @@ class Findings:
 
     @property
     def speed_ratio(self) -> float:
-        """Above 1, wan_attn is faster."""
+        """Time of stock over time of wan_attn: above 1, wan_attn is faster."""
         return self.stock.median_step_seconds / self.ours.median_step_seconds
 
     @property
     def tokens(self) -> int:
-        """Length of self-attention."""
+        """The length of self-attention in tokens."""
         return self.recorder.largest[0].seqlen_q
 
 

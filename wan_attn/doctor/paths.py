@@ -76,7 +76,6 @@ def kernels(devices: list[str]) -> list[dict[str, Any]]:
             reason = f"the native library is not used: {op.binding_reason()}"
         elif device is not None:
             head_dim = min(max(128, row.head_dim_min), row.head_dim_max)
-            head_dim -= head_dim % max(1, row.head_dim_multiple)
             probe = Workload("probe", "", 1, 257, 257, 2, 2, head_dim)
             told = op.why_not(request(probe, row.dtypes[0], device), row.index)
             reason = without_name(told, row.name)

@@ -64,6 +64,7 @@ def _versions(report: Report) -> str:
             or "none of interest",
         ),
     ]
+    rows[1:1] = [("left out", f"by the build: {text}") for text in v.get("left_out", ())]
     if v.get("load_error"):
         rows.insert(1, ("native", f"not loaded: {v['load_error']}"))
     return f"{heading('versions')}\n{pairs(rows)}"

@@ -222,7 +222,9 @@ def make_node(host: Any) -> type:
         """Chooses the attention function of one model."""
 
         CATEGORY = "model/patch"
-        DESCRIPTION = "What computes this model's attention. Bypass the node to have it as before."
+        DESCRIPTION = (
+            "What computes this model's attention. Bypass the node to restore the previous one."
+        )
         FUNCTION = "apply"
         RETURN_TYPES: ClassVar[tuple[str, ...]] = ("MODEL",)
 

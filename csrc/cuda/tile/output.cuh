@@ -50,8 +50,8 @@ DEVICE float finish_row(const wan_attn_cuda_args &args, const block_place &place
     return sees_none ? 0.0f : reciprocal(sum);
 }
 
-/* Rows `row` and `row + 8` of the head, times scale; those that see no key become 0, whatever they
- * have summed up. */
+/* Rows `row` and `row + 8` of the head, times scale; those that see no key become 0, not what
+ * was summed up. */
 DEVICE void store_rows(const wan_attn_cuda_args &args, const block_place &place, int row,
                        int used_q, float scale, const float o[O_TILES][4], const float row_max[2],
                        const float row_sum[2]) {
