@@ -105,7 +105,7 @@ def test_the_signature_is_stock_wan22s() -> None:
         ((torch.float64,) * 3, BF16, False, (BF16, BF16, BF16)),
     ],
 )
-def test_dtypes(
+def test_computes_in_one_dtype_and_answers_in_querys_own(
     dtypes: Any, asked: Any, force: bool, computed: Any, ran: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if force:
@@ -146,7 +146,7 @@ def test_q_lens_shorter_than_q_and_lengths_as_numbers() -> None:
         assert_close_to_oracle(out, q, k, v, **want)
 
 
-def test_scales() -> None:
+def test_scales_given_twice_multiply() -> None:
     q, k, v = operands(dtype=F32)
     for given, scale in (
         ({"softmax_scale": 0.3}, 0.3),
@@ -422,7 +422,7 @@ def test_plans_do_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(execute._plans) <= 4
 
 
-def test_threads() -> None:
+def test_threads_share_the_plans_without_mixing_results() -> None:
     cases = []
     for number in range(8):
         q, k, v = operands(batch=2, seqlen_q=3 + number, dtype=BF16 if number % 2 else F32)

@@ -76,7 +76,7 @@ def test_a_nan_stays_visible() -> None:
     assert out[0, 3].isfinite().all()
 
 
-def test_dtypes() -> None:
+def test_a_merge_has_the_wider_of_both_dtypes() -> None:
     q, k, v = operands(dtype=F32)
     half, full = state(q, k, v, BF16), state(q, k, v, F32)
     assert merge_states(*half, *half)[0].dtype == BF16
@@ -91,7 +91,7 @@ def test_half_precision_is_rounded_once() -> None:
     assert out.item() == torch.tensor(math.tanh(0.005)).to(BF16).item()
 
 
-def test_gradients() -> None:
+def test_gradients_flow_through_a_merge() -> None:
     q, k, v = (x.double() for x in operands(seqlen_q=3, heads_q=2, head_dim=2))
     out1, lse1 = (torch.from_numpy(x) for x in oracle.attention(q, k[:, :9], v[:, :9]))
     out2, lse2 = (torch.from_numpy(x) for x in oracle.attention(q, k[:, 9:], v[:, 9:]))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,14 +20,7 @@ from wan_attn.selection.choose import order, select
 CALL = ["why", "--shape", "1x27280x24x128", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def _settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for variable in config.VARIABLES:
-        monkeypatch.delenv(variable.name, raising=False)
-    config.refresh()
-    yield
-    monkeypatch.undo()
-    config.refresh()
+pytestmark = pytest.mark.usefixtures("default_settings")
 
 
 def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:

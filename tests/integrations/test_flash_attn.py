@@ -65,7 +65,9 @@ def as_oracle(options: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: NAMES[d])
 @pytest.mark.parametrize("lengths", ((21, 40), (40, 21), (33, 33)))
-def test_dense(case: str, dtype: torch.dtype, lengths: tuple[int, int]) -> None:
+def test_a_padded_batch_equals_the_oracle(
+    case: str, dtype: torch.dtype, lengths: tuple[int, int]
+) -> None:
     q, k, v = operands(2, *lengths, heads_q=4, heads_k=2, head_dim=40, dtype=dtype)
     out, lse, third = wan_attn.flash_attn_func(q, k, v, return_attn_probs=True, **CASES[case])
     assert third is None and out.dtype == dtype and lse.shape == (2, 4, lengths[0])
@@ -78,7 +80,7 @@ def test_dense(case: str, dtype: torch.dtype, lengths: tuple[int, int]) -> None:
 class TestPacked:
     """One tensor for two or three operands: the same bits as apart."""
 
-    def test_dense(self) -> None:
+    def test_a_padded_batch_equals_the_oracle(self) -> None:
         qkv = torch.randn(2, 19, 3, 4, 32, dtype=BF16)
         apart = wan_attn.flash_attn_func(*qkv.unbind(2), causal=True)
         assert torch.equal(wan_attn.flash_attn_qkvpacked_func(qkv, causal=True), apart)
@@ -86,7 +88,7 @@ class TestPacked:
             wan_attn.flash_attn_kvpacked_func(qkv[:, :, 0], qkv[:, :, 1:], causal=True), apart
         )
 
-    def test_varlen(self) -> None:
+    def test_a_packed_batch_equals_the_oracle(self) -> None:
         qkv, cu = torch.randn(19, 3, 4, 32), cumulative([7, 12])
         apart = wan_attn.flash_attn_varlen_func(*qkv.unbind(1), cu, cu, 12, 12, causal=True)
         packed = wan_attn.flash_attn_varlen_qkvpacked_func(qkv, cu, 12, causal=True)
@@ -159,7 +161,7 @@ def check_varlen(
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_varlen(by_route: str, batch: str, case: str) -> None:
+def test_a_packed_batch_equals_the_oracle(by_route: str, batch: str, case: str) -> None:
     operands_ = packed(*BATCHES[batch], extra=2)
     longest = [max(lengths) for lengths in BATCHES[batch]]
     result = wan_attn.flash_attn_varlen_func(
@@ -263,11 +265,11 @@ def test_dropout_holds_without_a_gradient_too() -> None:
 
 
 class TestGradient:
-    def test_dense(self) -> None:
+    def test_a_padded_batch_equals_the_oracle(self) -> None:
         leaves = [x.requires_grad_() for x in operands(2, 9, 12, heads_q=4, heads_k=2)]
         self._compare(leaves, lambda q, k, v: wan_attn.flash_attn_func(q, k, v, causal=True), True)
 
-    def test_varlen(self, by_route: str) -> None:
+    def test_a_packed_batch_equals_the_oracle(self, by_route: str) -> None:
         q, k, v, cu_q, cu_k = packed([5, 9], [7, 6])
         leaves = [x.requires_grad_() for x in (q, k, v)]
         self._compare(
@@ -430,7 +432,7 @@ class TestCompile:
         yield
         torch._dynamo.reset()
 
-    def test_dense(self) -> None:
+    def test_a_padded_batch_equals_the_oracle(self) -> None:
         compiled = torch.compile(self._dense, fullgraph=True, backend="aot_eager")
         q, k, v = operands(2, 17, 33)
         with torch.no_grad():

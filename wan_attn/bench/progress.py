@@ -16,7 +16,7 @@ class Progress:
         self.bar = tqdm and tqdm(total=total, file=stream, leave=False, ncols=100)
 
     def step(self, text: str) -> None:
-        """Says that the next thing begins."""
+        """The next thing begins."""
         self.done += 1
         if self.bar:
             self.bar.n = self.done - 1
@@ -31,7 +31,7 @@ class Progress:
 
 
 def make(total: int, stream: TextIO | None = None) -> Progress:
-    """Returns the best that can be drawn on `stream` (default: stderr)."""
+    """The best that can be drawn on `stream` (default: stderr)."""
     stream = sys.stderr if stream is None else stream
     try:
         tqdm = importlib.import_module("tqdm").tqdm if stream.isatty() else None
