@@ -19,6 +19,7 @@ c_files = find csrc tests benchmarks -name '*.[ch]' -o -name '*.cpp' -o -name '*
 help:
 	@echo 'make demo          denoise a short video with and without wan_attn; results in demo-out/'
 	@echo 'make test          the tests'
+	@echo 'make fuzz          the campaign against faults; ARGS="--seconds 600 --seed 7"'
 	@echo 'make check         formatters, linters, types, warnings as errors, sanitizers, README tables'
 	@echo 'make format        put C and Python sources into their format'
 	@echo 'make tables        write the generated tables of README.md'
@@ -45,6 +46,12 @@ test:
 	@$(setup) test,demo$${WAN22_DIR:+,wan22-tests}
 	@echo '== tests'
 	@$(python) -m pytest -q -n $(JOBS) $(ARGS)
+
+fuzz:
+	@echo '== environment for the tests'
+	@$(setup) test,demo
+	@echo '== fuzz'
+	@$(python) tests/fuzz/run.py $(ARGS)
 
 check: check-format check-lint check-types check-warnings check-analyzers check-sanitizers check-tables
 	@echo '== check: all good'
@@ -123,6 +130,6 @@ clean:
 	@rm -rf wan_attn/cuda/cubin
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help demo test check check-environment check-format check-lint check-types check-warnings \
+.PHONY: help demo test fuzz check check-environment check-format check-lint check-types check-warnings \
 	check-analyzers check-sanitizers check-tables format tables build bench wheel wheel-matrix \
 	host-matrix clean
