@@ -123,6 +123,15 @@ typedef struct wan_attn_error {
     char message[1020];
 } wan_attn_error;
 
+/* A call between wan_attn_prepare and wan_attn_run, in the caller's memory: nothing has to be freed.
+ * It may be run more than once. */
+typedef struct wan_attn_call {
+    uint32_t struct_size;  /* set by the caller: sizeof(wan_attn_call) */
+    int32_t kernel;        /* the row that will run */
+    size_t workspace_size; /* bytes that it needs */
+    uint64_t opaque[192];
+} wan_attn_call;
+
 /* One row of the kernel table, for tools, tests and documentation. Strings live as long as the
  * library. */
 typedef struct wan_attn_kernel_info {
@@ -178,14 +187,13 @@ WAN_ATTN_API uint32_t wan_attn_cpu_features(void);
 WAN_ATTN_API int32_t wan_attn_kernel_count(void);
 WAN_ATTN_API wan_attn_status wan_attn_kernel_at(int32_t row, wan_attn_kernel_info *info);
 
-/* These never read what the tensors point to (q.data may be NULL) and may be called for any device.
- * err may be NULL. */
+/* Questions about a call that need not exist: data pointers may be NULL, nothing is read, and out
+ * and lse count only where they are given. Any device may be asked about. err may be NULL, here and
+ * everywhere. */
 WAN_ATTN_API wan_attn_status wan_attn_why_not(const wan_attn_params *params, int32_t row,
                                               wan_attn_error *err);
 WAN_ATTN_API wan_attn_status wan_attn_select(const wan_attn_params *params, int32_t *row,
                                              wan_attn_error *err);
-WAN_ATTN_API wan_attn_status wan_attn_workspace_size(const wan_attn_params *params, size_t *size,
-                                                     wan_attn_error *err);
 
 /* Before the first CUDA call; later only find_image can still change. Opens nothing. */
 WAN_ATTN_API wan_attn_status wan_attn_cuda_configure(const wan_attn_cuda_config *config,
@@ -195,8 +203,22 @@ WAN_ATTN_API wan_attn_status wan_attn_cuda_configure(const wan_attn_cuda_config 
 WAN_ATTN_API wan_attn_status wan_attn_cuda_device_at(int32_t index, wan_attn_cuda_device *device,
                                                      wan_attn_error *err);
 
-/* Runs the call: at once on the CPU, enqueued on `stream` on a GPU. */
+/* A call in two steps, so that its caller can allocate in between: everything is checked, chosen and
+ * planned once.
+ * prepare: everything but out, lse and the workspace. Reads lengths that lie on the CPU, and nothing
+ * else that tensors point to. Fills call: the row that will run, and what workspace it needs. */
+WAN_ATTN_API wan_attn_status wan_attn_prepare(const wan_attn_params *params, wan_attn_call *call,
+                                              wan_attn_error *err);
+/* run: at once on the CPU, enqueued on `stream` on a GPU. params must be as prepare saw them, lengths
+ * on the CPU included, but for out, lse and the workspace. */
+WAN_ATTN_API wan_attn_status wan_attn_run(const wan_attn_params *params, const wan_attn_call *call,
+                                          wan_attn_error *err);
+
+/* Both steps in one, for callers that know how much workspace is needed. */
 WAN_ATTN_API wan_attn_status wan_attn_forward(const wan_attn_params *params, wan_attn_error *err);
+/* How much forward needs. Reads lengths that lie on the CPU; other data pointers may be NULL. */
+WAN_ATTN_API wan_attn_status wan_attn_workspace_size(const wan_attn_params *params, size_t *size,
+                                                     wan_attn_error *err);
 
 #ifdef __cplusplus
 }

@@ -25,6 +25,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "wan_attn_tensor": native.Tensor,
     "wan_attn_params": native.Params,
     "wan_attn_error": native.Error,
+    "wan_attn_call": native.Call,
     "wan_attn_kernel_info": native.KernelInfo,
     "wan_attn_cuda_config": native.CudaConfig,
     "wan_attn_cuda_device": native.CudaDevice,

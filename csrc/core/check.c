@@ -124,34 +124,10 @@ static wan_attn_status check_inputs(const wan_attn_params *a, wan_attn_error *er
                                  : status;
 }
 
-static wan_attn_status check_outputs(const wan_attn_params *a, wan_attn_error *err) {
-    const wan_attn_tensor *q = &a->q, *out = &a->out, *lse = &a->lse;
-    wan_attn_status status = WAN_ATTN_OK;
-    if (!is_absent(out)) {
-        status = check_rank_and_dtype("out", out, err);
-        if (status == WAN_ATTN_OK)
-            status = check_device("out", out, q, err);
-        if (status == WAN_ATTN_OK)
-            status = check_shape("out", out, q->shape, "shaped like query", err);
-        if (status == WAN_ATTN_OK && out->dtype != q->dtype)
-            status = INVALID(err, "out must have query's dtype %s, got %s", dtype_name(q->dtype),
-                             dtype_name(out->dtype));
-    }
-    if (status != WAN_ATTN_OK || is_absent(lse))
-        return status;
-    if (lse->ndim != 3 || lse->dtype != WAN_ATTN_F32 || lse->shape[0] != q->shape[0] ||
-        lse->shape[1] != q->shape[2] || lse->shape[2] != q->shape[1])
-        return INVALID(
-            err,
-            "lse must be float32 [batch, num_heads_q, seqlen_q] = [%lld, %lld, %lld], got %s %s",
-            (long long)q->shape[0], (long long)q->shape[2], (long long)q->shape[1],
-            dtype_name(lse->dtype), shape_of(lse->shape, lse->ndim).text);
-    return check_device("lse", lse, q, err);
-}
-
+/* The description of real lengths; whoever needs their values reads them later. */
 static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t,
-                                     const wan_attn_tensor *q, int64_t padded,
-                                     wan_attn_lengths *lengths, wan_attn_error *err) {
+                                     const wan_attn_tensor *q, wan_attn_lengths *lengths,
+                                     wan_attn_error *err) {
     wan_attn_lengths all = {NULL, WAN_ATTN_I32, WAN_ATTN_CPU, 0};
     *lengths = all;
     if (is_absent(t))
@@ -169,16 +145,26 @@ static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t,
     lengths->dtype = (wan_attn_dtype)t->dtype;
     lengths->device_type = (wan_attn_device)t->device_type;
     lengths->stride = t->stride[0];
-    if (t->device_type != WAN_ATTN_CPU || !t->data)
+    return WAN_ATTN_OK;
+}
+
+/* Reads lengths that lie on the CPU, once. Where all are the padded length they say nothing, and
+ * nobody has to read or move them again. */
+static wan_attn_status read_lengths(const char *name, wan_attn_lengths *lengths, int64_t batch,
+                                    int64_t padded, wan_attn_error *err) {
+    int say_something = 0;
+    if (lengths->device_type != WAN_ATTN_CPU || !lengths->data)
         return WAN_ATTN_OK;
-    for (int64_t b = 0; b < t->shape[0]; b++) {
-        int64_t n = t->dtype == WAN_ATTN_I64 ? ((const int64_t *)t->data)[b * t->stride[0]]
-                                             : ((const int32_t *)t->data)[b * t->stride[0]];
+    for (int64_t b = 0; b < batch; b++) {
+        int64_t n = wan_attn_raw_length_at(lengths, b);
         if (n < 0 || n > padded)
             return INVALID(
                 err, "%s must be between 0 and the padded length %lld, got %lld for sample %lld",
                 name, (long long)padded, (long long)n, (long long)b);
+        say_something |= n != padded;
     }
+    if (!say_something)
+        lengths->data = NULL;
     return WAN_ATTN_OK;
 }
 
@@ -206,7 +192,6 @@ static int64_t window_bound(int64_t size) {
 
 static void fill(const wan_attn_params *a, wan_attn_problem *p) {
     p->params = a;
-    p->row = NULL; /* dispatch.c's */
     p->device_type = (wan_attn_device)a->q.device_type;
     p->dtype = (wan_attn_dtype)a->v.dtype;
     p->batch = a->q.shape[0];
@@ -218,11 +203,6 @@ static void fill(const wan_attn_params *a, wan_attn_problem *p) {
     p->q = view_of(&a->q);
     p->k = view_of(&a->k);
     p->v = view_of(&a->v);
-    p->out = view_of(&a->out);
-    p->lse = (float *)a->lse.data;
-    p->lse_batch_stride = a->lse.stride[0];
-    p->lse_head_stride = a->lse.stride[1];
-    p->lse_row_stride = a->lse.stride[2];
     p->softmax_scale = a->has_softmax_scale ? a->softmax_scale : 1.0 / sqrt((double)p->head_dim);
     p->window_left = window_bound(a->window_size_left);
     p->window_right = a->is_causal ? 0 : window_bound(a->window_size_right);
@@ -230,6 +210,7 @@ static void fill(const wan_attn_params *a, wan_attn_problem *p) {
 
 wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *problem,
                                wan_attn_error *err) {
+    memset(problem, 0, sizeof(*problem));
     if (!params)
         return INVALID(err, "params must be a pointer, got NULL");
     if (params->struct_size != sizeof(*params))
@@ -238,26 +219,76 @@ wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *
                        sizeof(*params), (unsigned)params->struct_size);
     wan_attn_status status = check_inputs(params, err);
     if (status == WAN_ATTN_OK)
-        status = check_outputs(params, err);
-    if (status == WAN_ATTN_OK)
         status = check_numbers(params, err);
     if (status == WAN_ATTN_OK)
-        status = check_lengths("q_lens", &params->seqused_q, &params->q, params->q.shape[1],
-                               &problem->seqused_q, err);
+        status = check_lengths("q_lens", &params->seqused_q, &params->q, &problem->seqused_q, err);
     if (status == WAN_ATTN_OK)
-        status = check_lengths("k_lens", &params->seqused_k, &params->q, params->k.shape[1],
-                               &problem->seqused_k, err);
+        status = check_lengths("k_lens", &params->seqused_k, &params->q, &problem->seqused_k, err);
     if (status == WAN_ATTN_OK)
         fill(params, problem);
     return status;
 }
 
-wan_attn_status wan_attn_check_memory(const wan_attn_problem *p, wan_attn_error *err) {
-    const char *const names[] = {"query", "key", "value", "out"};
-    const wan_attn_view *const views[] = {&p->q, &p->k, &p->v, &p->out};
-    int64_t rows_q = p->batch * p->seqlen_q, rows_k = p->batch * p->seqlen_k;
-    for (int n = 0; n < 4; n++)
-        if (!views[n]->data && (n == 1 || n == 2 ? rows_k : rows_q) > 0)
-            return INVALID(err, "%s must point to memory, got NULL", names[n]);
+wan_attn_status wan_attn_check_lengths(wan_attn_problem *p, wan_attn_error *err) {
+    wan_attn_status status = read_lengths("q_lens", &p->seqused_q, p->batch, p->seqlen_q, err);
+    return status == WAN_ATTN_OK ? read_lengths("k_lens", &p->seqused_k, p->batch, p->seqlen_k, err)
+                                 : status;
+}
+
+static wan_attn_status check_out(const wan_attn_tensor *out, const wan_attn_tensor *q,
+                                 wan_attn_error *err) {
+    wan_attn_status status = check_rank_and_dtype("out", out, err);
+    if (status == WAN_ATTN_OK)
+        status = check_device("out", out, q, err);
+    if (status == WAN_ATTN_OK)
+        status = check_shape("out", out, q->shape, "shaped like query", err);
+    if (status == WAN_ATTN_OK && out->dtype != q->dtype)
+        status = INVALID(err, "out must have query's dtype %s, got %s", dtype_name(q->dtype),
+                         dtype_name(out->dtype));
+    return status;
+}
+
+static wan_attn_status check_lse(const wan_attn_tensor *lse, const wan_attn_tensor *q,
+                                 wan_attn_error *err) {
+    if (lse->ndim != 3 || lse->dtype != WAN_ATTN_F32 || lse->shape[0] != q->shape[0] ||
+        lse->shape[1] != q->shape[2] || lse->shape[2] != q->shape[1])
+        return INVALID(
+            err,
+            "lse must be float32 [batch, num_heads_q, seqlen_q] = [%lld, %lld, %lld], got %s %s",
+            (long long)q->shape[0], (long long)q->shape[2], (long long)q->shape[1],
+            dtype_name(lse->dtype), shape_of(lse->shape, lse->ndim).text);
+    return check_device("lse", lse, q, err);
+}
+
+wan_attn_status wan_attn_check_outputs(wan_attn_problem *p, wan_attn_error *err) {
+    const wan_attn_tensor *q = &p->params->q, *out = &p->params->out, *lse = &p->params->lse;
+    wan_attn_status status = is_absent(out) ? WAN_ATTN_OK : check_out(out, q, err);
+    if (status == WAN_ATTN_OK && !is_absent(lse))
+        status = check_lse(lse, q, err);
+    if (status != WAN_ATTN_OK)
+        return status;
+    p->out = view_of(out);
+    p->lse = (float *)lse->data;
+    p->lse_batch_stride = lse->stride[0];
+    p->lse_head_stride = lse->stride[1];
+    p->lse_row_stride = lse->stride[2];
     return WAN_ATTN_OK;
+}
+
+static wan_attn_status check_memory(const char *name, const void *data, int64_t rows,
+                                    wan_attn_error *err) {
+    return data || rows == 0 ? WAN_ATTN_OK
+                             : INVALID(err, "%s must point to memory, got NULL", name);
+}
+
+wan_attn_status wan_attn_check_input_memory(const wan_attn_problem *p, wan_attn_error *err) {
+    wan_attn_status status = check_memory("query", p->q.data, p->batch * p->seqlen_q, err);
+    if (status == WAN_ATTN_OK)
+        status = check_memory("key", p->k.data, p->batch * p->seqlen_k, err);
+    return status == WAN_ATTN_OK ? check_memory("value", p->v.data, p->batch * p->seqlen_k, err)
+                                 : status;
+}
+
+wan_attn_status wan_attn_check_output_memory(const wan_attn_problem *p, wan_attn_error *err) {
+    return check_memory("out", p->out.data, p->batch * p->seqlen_q, err);
 }

@@ -28,12 +28,10 @@
 #define KERNEL_ARM(...) KERNEL_ELSEWHERE(__VA_ARGS__)
 #endif
 
-/* First reading of the list: declare each row's entry point and what it may name under `refuse` and
- * `workspace`. */
+/* First reading of the list: declare each row's entry point and what it may name under `plan`. */
 #define KERNEL(name, ...)                                                                          \
     wan_attn_status wan_attn_##name(const wan_attn_problem *, wan_attn_error *);                   \
-    const char *wan_attn_##name##_refuse(const wan_attn_problem *);                                \
-    size_t wan_attn_##name##_workspace(const wan_attn_problem *);
+    const char *wan_attn_##name##_plan(wan_attn_problem *);
 #define KERNEL_ELSEWHERE(...)
 #define KERNEL_CUDA(...)
 #include "core/kernels.def"
@@ -56,18 +54,18 @@
      amax,                                                                                         \
      needs,                                                                                        \
      lossy}
-#define KERNEL_HERE(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, refuse,       \
-                    workspace, description)                                                        \
+#define KERNEL_HERE(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, plan,         \
+                    description)                                                                   \
     {KERNEL_INFO(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, description),    \
-     refuse, workspace, wan_attn_##row},
-#define KERNEL_ABSENT(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, refuse,     \
-                      workspace, description)                                                      \
+     plan, wan_attn_##row},
+#define KERNEL_ABSENT(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, plan,       \
+                      description)                                                                 \
     {KERNEL_INFO(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, description),    \
-     NULL, NULL, NULL},
+     NULL, NULL},
 /* CUDA rows are data for the code in cuda/host: none has functions of its own. */
 #define KERNEL_ON_CUDA(row, device, amin, amax, dtypes, dmin, dmax, dmul, lossy, description)      \
     {KERNEL_INFO(row, device, amin, amax, dtypes, dmin, dmax, dmul, 0, lossy, description),        \
-     wan_attn_cuda_refuse, wan_attn_cuda_workspace, wan_attn_cuda_run},
+     wan_attn_cuda_plan_call, wan_attn_cuda_run_call},
 #define KERNEL_EXPAND(macro, ...) macro(__VA_ARGS__)
 #define KERNEL(...) KERNEL_EXPAND(KERNEL_HERE, __VA_ARGS__)
 #define KERNEL_ELSEWHERE(...) KERNEL_EXPAND(KERNEL_ABSENT, __VA_ARGS__)
@@ -158,9 +156,9 @@ static void tell_kind(nearness near, const wan_attn_kernel_info *info, const wan
                  (long long)p->head_dim);
 }
 
-/* TAKES, or why `kernel` cannot take the call is in reason. */
-static nearness ask(const wan_attn_kernel *kernel, const wan_attn_problem *p, char *reason,
-                    size_t size) {
+/* TAKES, and the row and its plan are in p; or why the row cannot take the call is in reason. */
+static nearness ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
+    const wan_attn_kernel *kernel = &KERNELS[row];
     const wan_attn_kernel_info *info = &kernel->info;
     nearness near = kind_of(info, p);
     if (near != TAKES) {
@@ -177,9 +175,10 @@ static nearness ask(const wan_attn_kernel *kernel, const wan_attn_problem *p, ch
     if (info->device_type == WAN_ATTN_CUDA &&
         refused_by_arch(info, p->params->q.device_index, reason, size))
         return CANNOT;
-    wan_attn_problem asked = *p;
-    asked.row = info->name;
-    const char *why = kernel->refuse ? kernel->refuse(&asked) : NULL;
+    p->kernel = row;
+    p->kernel_name = info->name;
+    p->workspace_size = 0;
+    const char *why = kernel->plan ? kernel->plan(p) : NULL;
     if (why)
         snprintf(reason, size, "%s", why);
     return why ? CANNOT : TAKES;
@@ -193,9 +192,9 @@ static wan_attn_status forced_row_in_range(int32_t row, wan_attn_error *err) {
     return WAN_ATTN_OK;
 }
 
-static wan_attn_status why_not(const wan_attn_problem *p, int32_t row, wan_attn_error *err) {
+static wan_attn_status take(wan_attn_problem *p, int32_t row, wan_attn_error *err) {
     char reason[200];
-    if (ask(&KERNELS[row], p, reason, sizeof(reason)) != TAKES)
+    if (ask(row, p, reason, sizeof(reason)) != TAKES)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", KERNELS[row].info.name, reason);
     return wan_attn_fail(err, WAN_ATTN_OK, "%s", "");
 }
@@ -219,7 +218,7 @@ static int head_dim_was_before(int32_t row, const wan_attn_problem *p) {
 
 /* UNSUPPORTED, where all rows of the device are for calls of another kind. CUDA rows have one dtype
  * and one head_dim each: a line for every row would be a page. */
-static wan_attn_status no_cuda_row_of_the_kind(const wan_attn_problem *p, nearness nearest,
+static wan_attn_status no_cuda_row_of_the_kind(wan_attn_problem *p, nearness nearest,
                                                wan_attn_error *err) {
     char sizes[100] = "", size[16], reason[200];
     size_t used = 0;
@@ -229,7 +228,7 @@ static wan_attn_status no_cuda_row_of_the_kind(const wan_attn_problem *p, nearne
                              dtype_name(p->dtype));
     for (int32_t r = 0; r < KERNEL_COUNT; r++)
         if (!KERNELS[r].info.is_lossy && !head_dim_was_before(r, p) &&
-            ask(&KERNELS[r], p, reason, sizeof(reason)) == nearest) {
+            ask(r, p, reason, sizeof(reason)) == nearest) {
             snprintf(size, sizeof(size), "%d", (int)KERNELS[r].info.head_dim_max);
             append(sizes, sizeof(sizes), &used, used ? ", %s" : "%s", size);
         }
@@ -240,13 +239,13 @@ static wan_attn_status no_cuda_row_of_the_kind(const wan_attn_problem *p, nearne
 
 /* UNSUPPORTED, with the reasons of the rows that came nearest: a user of one card is not told of
  * the rows for other dtypes. Neighbours with the same reason share it: "a, b: reason; c: other". */
-static wan_attn_status no_row(const wan_attn_problem *p, nearness nearest, wan_attn_error *err) {
+static wan_attn_status no_row(wan_attn_problem *p, nearness nearest, wan_attn_error *err) {
     char reasons[900] = "", reason[200], before[200] = "";
     size_t used = 0;
     if (p->device_type == WAN_ATTN_CUDA && (nearest == OTHER_DTYPE || nearest == OTHER_HEAD_DIM))
         return no_cuda_row_of_the_kind(p, nearest, err);
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
-        if (KERNELS[r].info.is_lossy || ask(&KERNELS[r], p, reason, sizeof(reason)) != nearest)
+        if (KERNELS[r].info.is_lossy || ask(r, p, reason, sizeof(reason)) != nearest)
             continue;
         if (strcmp(reason, before) != 0) {
             append(reasons, sizeof(reasons), &used, used ? ": %s; " : "%s", before);
@@ -261,15 +260,11 @@ static wan_attn_status no_row(const wan_attn_problem *p, nearness nearest, wan_a
 }
 
 /* The row to run: the forced one if it can, else the first exact one that can. */
-static wan_attn_status choose(const wan_attn_problem *p, int32_t *row, wan_attn_error *err) {
+wan_attn_status wan_attn_choose(wan_attn_problem *p, wan_attn_error *err) {
     int32_t forced = p->params->kernel;
     wan_attn_status status = forced_row_in_range(forced, err);
-    if (status != WAN_ATTN_OK)
-        return status;
-    if (forced >= 0) {
-        *row = forced;
-        return why_not(p, forced, err);
-    }
+    if (status != WAN_ATTN_OK || forced >= 0)
+        return status == WAN_ATTN_OK ? take(p, forced, err) : status;
     char reason[200];
     nearness nearest = OTHER_DEVICE;
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
@@ -277,71 +272,21 @@ static wan_attn_status choose(const wan_attn_problem *p, int32_t *row, wan_attn_
             continue;
         nearness near = kind_of(&KERNELS[r].info, p);
         if (near == TAKES)
-            near = ask(&KERNELS[r], p, reason, sizeof(reason));
-        if (near == TAKES) {
-            *row = r;
+            near = ask(r, p, reason, sizeof(reason));
+        if (near == TAKES)
             return WAN_ATTN_OK;
-        }
         nearest = near > nearest ? near : nearest;
     }
     return no_row(p, nearest, err);
 }
 
-static wan_attn_status checked_choice(const wan_attn_params *params, wan_attn_problem *p,
-                                      int32_t *row, wan_attn_error *err) {
-    wan_attn_status status = wan_attn_check(params, p, err);
-    if (status == WAN_ATTN_OK)
-        status = choose(p, row, err);
-    if (status == WAN_ATTN_OK)
-        p->row = KERNELS[*row].info.name;
-    return status;
+wan_attn_status wan_attn_ask_row(const wan_attn_problem *p, int32_t row, wan_attn_error *err) {
+    wan_attn_problem asked = *p;
+    if (row < 0)
+        return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, "row must be at least 0, got %d",
+                             (int)row);
+    wan_attn_status status = forced_row_in_range(row, err);
+    return status == WAN_ATTN_OK ? take(&asked, row, err) : status;
 }
 
-wan_attn_status wan_attn_why_not(const wan_attn_params *params, int32_t row, wan_attn_error *err) {
-    wan_attn_problem problem;
-    wan_attn_status status = wan_attn_check(params, &problem, err);
-    if (status == WAN_ATTN_OK && row < 0)
-        status = wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, "row must be at least 0, got %d",
-                               (int)row);
-    if (status == WAN_ATTN_OK)
-        status = forced_row_in_range(row, err);
-    return status == WAN_ATTN_OK ? why_not(&problem, row, err) : status;
-}
-
-wan_attn_status wan_attn_select(const wan_attn_params *params, int32_t *row, wan_attn_error *err) {
-    wan_attn_problem problem;
-    if (!row)
-        return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, "row must be a pointer, got NULL");
-    return checked_choice(params, &problem, row, err);
-}
-
-wan_attn_status wan_attn_workspace_size(const wan_attn_params *params, size_t *size,
-                                        wan_attn_error *err) {
-    wan_attn_problem problem;
-    int32_t row = -1;
-    if (!size)
-        return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, "size must be a pointer, got NULL");
-    wan_attn_status status = checked_choice(params, &problem, &row, err);
-    if (status == WAN_ATTN_OK)
-        *size = KERNELS[row].workspace ? KERNELS[row].workspace(&problem) : 0;
-    return status;
-}
-
-wan_attn_status wan_attn_forward(const wan_attn_params *params, wan_attn_error *err) {
-    wan_attn_problem problem;
-    int32_t row = -1;
-    wan_attn_status status = checked_choice(params, &problem, &row, err);
-    if (status == WAN_ATTN_OK)
-        status = wan_attn_check_memory(&problem, err);
-    if (status != WAN_ATTN_OK)
-        return status;
-    const wan_attn_kernel *kernel = &KERNELS[row];
-    size_t needed = kernel->workspace ? kernel->workspace(&problem) : 0;
-    if (needed && (!params->workspace || params->workspace_size < needed))
-        return wan_attn_fail(
-            err, WAN_ATTN_INVALID_ARGUMENT, "workspace must be at least %zu bytes for %s, got %zu",
-            needed, kernel->info.name, params->workspace ? params->workspace_size : (size_t)0);
-    if (!problem.batch || !problem.seqlen_q)
-        return WAN_ATTN_OK; /* nothing to write; rows may divide by these */
-    return kernel->run(&problem, err);
-}
+const wan_attn_kernel *wan_attn_kernel_of(int32_t row) { return &KERNELS[row]; }

@@ -29,10 +29,22 @@ typedef struct wan_attn_lengths {
 /* arch_max of rows that newer GPUs can run too. */
 #define WAN_ATTN_NEWEST_ARCH 999
 
+/* What a row has worked out about a call when it took it. Only the row knows what the words mean:
+ * it copies a struct of its own in, and out again when it runs. */
+enum { WAN_ATTN_PLAN_WORDS = 24 };
+typedef struct wan_attn_row_plan {
+    uint64_t words[WAN_ATTN_PLAN_WORDS];
+} wan_attn_row_plan;
+
 /* A call that has passed wan_attn_check: everything a row may rely on without looking again. */
 typedef struct wan_attn_problem {
     const wan_attn_params *params; /* for stream, workspace and threads only */
-    const char *row;               /* the name of the row that is asked or run */
+    /* The row that is asked or run, and what it has worked out: its plan, and the bytes of workspace
+     * that it needs. */
+    int32_t kernel;
+    const char *kernel_name;
+    wan_attn_row_plan plan;
+    size_t workspace_size;
     wan_attn_device device_type;
     wan_attn_dtype dtype; /* of v; q and k have it too or are f32 */
     int64_t batch, num_heads_q, num_heads_k, seqlen_q, seqlen_k, head_dim;
@@ -47,11 +59,11 @@ typedef struct wan_attn_problem {
 /* One row of the kernel table. */
 typedef struct wan_attn_kernel {
     wan_attn_kernel_info info;
-    /* A reason why this row cannot take a call that fits `info`, or NULL. The whole field may be
-     * NULL: no such reason. */
-    const char *(*refuse)(const wan_attn_problem *problem);
-    /* Bytes of workspace for this call. NULL: none. */
-    size_t (*workspace)(const wan_attn_problem *problem);
+    /* NULL, and the problem's plan and workspace_size are filled; or a reason why this row cannot
+     * take a call that fits `info`. The whole field may be NULL: the row takes every such call, and
+     * needs neither. */
+    const char *(*plan)(wan_attn_problem *problem);
+    /* Runs a problem that `plan` has filled. */
     wan_attn_status (*run)(const wan_attn_problem *problem, wan_attn_error *err);
 } wan_attn_kernel;
 
@@ -61,19 +73,31 @@ typedef struct wan_attn_key_range {
 } wan_attn_key_range;
 
 /* cuda/host: what all CUDA rows have in common. The arch of the call's device, or 0 and why there
- * is no such device to ask; then the three functions of each row. */
+ * is no such device to ask; then the two functions of each row. */
 int32_t wan_attn_cuda_arch(int32_t device_index, char *reason, size_t size);
-const char *wan_attn_cuda_refuse(const wan_attn_problem *problem);
-size_t wan_attn_cuda_workspace(const wan_attn_problem *problem);
-wan_attn_status wan_attn_cuda_run(const wan_attn_problem *problem, wan_attn_error *err);
+const char *wan_attn_cuda_plan_call(wan_attn_problem *problem);
+wan_attn_status wan_attn_cuda_run_call(const wan_attn_problem *problem, wan_attn_error *err);
 
-/* check.c: params -> problem; INVALID_ARGUMENT with "<argument> must be <rule>, got <value>". */
+/* check.c: params -> problem; INVALID_ARGUMENT with "<argument> must be <rule>, got <value>". The
+ * first reads no tensor and leaves out and lse absent; the second reads lengths that lie on the
+ * CPU; the third adds out and lse, where they are given; the last wants memory behind the inputs,
+ * or behind the outputs. */
 wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *problem,
                                wan_attn_error *err);
+wan_attn_status wan_attn_check_lengths(wan_attn_problem *problem, wan_attn_error *err);
+wan_attn_status wan_attn_check_outputs(wan_attn_problem *problem, wan_attn_error *err);
+wan_attn_status wan_attn_check_input_memory(const wan_attn_problem *problem, wan_attn_error *err);
+wan_attn_status wan_attn_check_output_memory(const wan_attn_problem *problem, wan_attn_error *err);
 
-/* check.c: every operand that has elements has memory too; only needed where a row is about to
- * run. */
-wan_attn_status wan_attn_check_memory(const wan_attn_problem *problem, wan_attn_error *err);
+/* dispatch.c: the choice. Fills the problem's kernel, kernel_name, plan and workspace_size; or
+ * UNSUPPORTED, with reasons. */
+wan_attn_status wan_attn_choose(wan_attn_problem *problem, wan_attn_error *err);
+
+/* dispatch.c: why this row cannot take the call, whatever other rows can. */
+wan_attn_status wan_attn_ask_row(const wan_attn_problem *problem, int32_t row, wan_attn_error *err);
+
+/* dispatch.c: a row of the table, which must be one. */
+const wan_attn_kernel *wan_attn_kernel_of(int32_t row);
 
 /* status.c: writes err (if there is one) and returns status, so that a failure is one
  * `return wan_attn_fail(...)`. */
@@ -82,14 +106,18 @@ __attribute__((format(printf, 3, 4)))
 #endif
 wan_attn_status wan_attn_fail(wan_attn_error *err, wan_attn_status status, const char *format, ...);
 
+/* What stands there for sample b. Only for lengths that the CPU can read, and that are given. */
+static inline int64_t wan_attn_raw_length_at(const wan_attn_lengths *lengths, int64_t b) {
+    return lengths->dtype == WAN_ATTN_I64 ? ((const int64_t *)lengths->data)[b * lengths->stride]
+                                          : ((const int32_t *)lengths->data)[b * lengths->stride];
+}
+
 /* The real length of sample b, clamped to [0, padded]. Only for lengths that the CPU can read. */
 static inline int64_t wan_attn_length_at(const wan_attn_lengths *lengths, int64_t b,
                                          int64_t padded) {
     if (!lengths->data)
         return padded;
-    int64_t n = lengths->dtype == WAN_ATTN_I64
-                    ? ((const int64_t *)lengths->data)[b * lengths->stride]
-                    : ((const int32_t *)lengths->data)[b * lengths->stride];
+    int64_t n = wan_attn_raw_length_at(lengths, b);
     return n < 0 ? 0 : n < padded ? n : padded;
 }
 

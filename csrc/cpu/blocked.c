@@ -6,6 +6,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <string.h>
 
 #include "cpu/large_pages.h"
 #include "cpu/threads.h"
@@ -42,7 +43,7 @@ static void choose_tiles(const wan_attn_problem *p, const wan_attn_blocking *blo
 }
 
 static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blocking *blocking) {
-    wan_attn_plan plan = {.p = p, .blocking = blocking};
+    wan_attn_plan plan = {.blocking = blocking};
     plan.depth = round_up(divide_up(p->head_dim, blocking->unit), blocking->depth_multiple);
     plan.width = round_up(p->head_dim, blocking->width_multiple);
     plan.q_factor = p->softmax_scale < 0.0 ? -1.0f : p->softmax_scale > 0.0 ? 1.0f : 0.0f;
@@ -72,8 +73,13 @@ static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blockin
     return plan;
 }
 
-size_t wan_attn_blocked_workspace(const wan_attn_problem *p, const wan_attn_blocking *blocking) {
-    return make_plan(p, blocking).workspace_bytes;
+_Static_assert(sizeof(wan_attn_plan) <= sizeof(wan_attn_row_plan), "a problem carries the plan");
+
+const char *wan_attn_blocked_plan(wan_attn_problem *p, const wan_attn_blocking *blocking) {
+    wan_attn_plan plan = make_plan(p, blocking);
+    memcpy(&p->plan, &plan, sizeof(plan));
+    p->workspace_size = plan.workspace_bytes;
+    return NULL;
 }
 
 wan_attn_packed_block wan_attn_packed_block_at(const wan_attn_plan *plan, int64_t pair_slot,
@@ -143,8 +149,10 @@ static void prefer_large_pages(const wan_attn_plan *plan) {
     wan_attn_prefer_large_pages(p->params->workspace, (int64_t)plan->workspace_bytes);
 }
 
-void wan_attn_blocked_run(const wan_attn_problem *p, const wan_attn_blocking *blocking) {
-    wan_attn_plan plan = make_plan(p, blocking);
+void wan_attn_blocked_run(const wan_attn_problem *p) {
+    wan_attn_plan plan;
+    memcpy(&plan, &p->plan, sizeof(plan));
+    plan.p = p;
     prefer_large_pages(&plan);
     for (; plan.first_pair < plan.pairs; plan.first_pair += plan.pairs_per_group) {
         plan.group_pairs = min_of(plan.pairs_per_group, plan.pairs - plan.first_pair);

@@ -48,7 +48,7 @@ typedef struct wan_attn_blocking {
 } wan_attn_blocking;
 
 struct wan_attn_plan {
-    const wan_attn_problem *p;
+    const wan_attn_problem *p; /* set when the call runs: its problem may have moved by then */
     const wan_attn_blocking *blocking;
     int64_t depth;    /* units of one row of Q or K, padded    */
     int64_t width;    /* rows of O^T, padded                   */
@@ -65,11 +65,11 @@ struct wan_attn_plan {
     size_t workspace_bytes;
 };
 
-/* Bytes of workspace that this call needs with this blocking. */
-size_t wan_attn_blocked_workspace(const wan_attn_problem *p, const wan_attn_blocking *blocking);
+/* A row's `plan`: with this blocking every call can be taken. Always NULL. */
+const char *wan_attn_blocked_plan(wan_attn_problem *p, const wan_attn_blocking *blocking);
 
-/* Runs the call. */
-void wan_attn_blocked_run(const wan_attn_problem *p, const wan_attn_blocking *blocking);
+/* Runs the problem, as it was planned. */
+void wan_attn_blocked_run(const wan_attn_problem *p);
 
 /* For `compute`: the packed block that holds the keys from block * BLOCK_N on; count is what is
  * real for a sample of len_k. */

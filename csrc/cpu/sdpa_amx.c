@@ -247,18 +247,14 @@ static const wan_attn_blocking BLOCKING = {.unit = UNIT,
                                            .pack = pack_key_tiles,
                                            .compute = compute_tile_with_tiles};
 
-const char *wan_attn_sdpa_amx_refuse(const wan_attn_problem *p) {
-    (void)p;
-    return wan_attn_amx_refusal();
-}
-
-size_t wan_attn_sdpa_amx_workspace(const wan_attn_problem *p) {
-    return wan_attn_blocked_workspace(p, &BLOCKING);
+const char *wan_attn_sdpa_amx_plan(wan_attn_problem *p) {
+    const char *refusal = wan_attn_amx_refusal();
+    return refusal ? refusal : wan_attn_blocked_plan(p, &BLOCKING);
 }
 
 wan_attn_status wan_attn_sdpa_amx(const wan_attn_problem *p, wan_attn_error *err) {
     (void)err;
-    wan_attn_blocked_run(p, &BLOCKING);
+    wan_attn_blocked_run(p);
     return WAN_ATTN_OK;
 }
 

@@ -54,13 +54,13 @@ static const wan_attn_blocking BLOCKING = {.unit = UNIT,
                                            .pack = pack_keys,
                                            .compute = compute_tile};
 
-size_t wan_attn_sdpa_avx512_bf16_workspace(const wan_attn_problem *p) {
-    return wan_attn_blocked_workspace(p, &BLOCKING);
+const char *wan_attn_sdpa_avx512_bf16_plan(wan_attn_problem *p) {
+    return wan_attn_blocked_plan(p, &BLOCKING);
 }
 
 wan_attn_status wan_attn_sdpa_avx512_bf16(const wan_attn_problem *p, wan_attn_error *err) {
     (void)err;
-    wan_attn_blocked_run(p, &BLOCKING);
+    wan_attn_blocked_run(p);
     return WAN_ATTN_OK;
 }
 

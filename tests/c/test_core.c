@@ -275,7 +275,9 @@ static int run_row(wan_attn_params *p, int32_t row, int *runs) {
     if (give_workspace(p, &err) != WAN_ATTN_OK || status != WAN_ATTN_OK)
         FAIL("refused: %s", err.message);
     memset(p->out.data, UNTOUCHED, buffer_size(&p->out));
-    if (wan_attn_forward(p, &err) != WAN_ATTN_OK)
+    wan_attn_call call = {.struct_size = sizeof(call)};
+    if (wan_attn_prepare(p, &call, &err) != WAN_ATTN_OK || call.kernel != row ||
+        call.workspace_size != p->workspace_size || wan_attn_run(p, &call, &err) != WAN_ATTN_OK)
         FAIL("failed: %s", err.message);
     if (compare(p))
         return 1;
@@ -335,13 +337,17 @@ static int test_broken_calls(void) {
         default: p.v.device_type = WAN_ATTN_CUDA; break;
         }
         wan_attn_error err = {0, "?"};
+        wan_attn_call call = {.struct_size = sizeof(call)};
         int32_t row = -1;
         size_t size = 0;
+        /* What is known later than each function asks: out and lse; the values of lengths. */
         if (wan_attn_forward(&p, &err) != WAN_ATTN_INVALID_ARGUMENT || strlen(err.message) < 10 ||
             err.status != WAN_ATTN_INVALID_ARGUMENT ||
             wan_attn_forward(&p, NULL) != WAN_ATTN_INVALID_ARGUMENT ||
-            wan_attn_select(&p, &row, NULL) != WAN_ATTN_INVALID_ARGUMENT ||
-            wan_attn_workspace_size(&p, &size, NULL) != WAN_ATTN_INVALID_ARGUMENT) {
+            (n != 8 && n != 9 && wan_attn_prepare(&p, &call, NULL) != WAN_ATTN_INVALID_ARGUMENT) ||
+            (n != 10 && wan_attn_select(&p, &row, NULL) != WAN_ATTN_INVALID_ARGUMENT) ||
+            (n != 8 && n != 9 &&
+             wan_attn_workspace_size(&p, &size, NULL) != WAN_ATTN_INVALID_ARGUMENT)) {
             fprintf(stderr, "a broken call (%s) was not refused\n", BROKEN[n]);
             wrong = 1;
         }

@@ -88,13 +88,13 @@ static int run_one(uint64_t *random, wan_attn_error *err) {
     }
     p.is_causal = (int32_t)pick(random, 2);
     p.window_size_left = p.window_size_right = -1;
-    size_t bytes = 0;
-    wan_attn_status status = wan_attn_workspace_size(&p, &bytes, err);
+    wan_attn_call call = {.struct_size = sizeof(call)};
+    wan_attn_status status = wan_attn_prepare(&p, &call, err);
     if (status != WAN_ATTN_OK)
         return (int)status;
     p.workspace = (void *)(uintptr_t)0x7d0000000000;
-    p.workspace_size = bytes;
-    return (int)wan_attn_forward(&p, err);
+    p.workspace_size = call.workspace_size;
+    return (int)(pick(random, 2) ? wan_attn_run(&p, &call, err) : wan_attn_forward(&p, err));
 }
 
 static void *run_many(void *seed) {

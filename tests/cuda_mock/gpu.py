@@ -18,7 +18,6 @@ from ctypes import (
     c_int,
     c_int32,
     c_longlong,
-    c_size_t,
     c_uint,
     c_uint32,
     c_uint64,
@@ -63,11 +62,11 @@ CARDS = {
 }
 
 
-def _fresh(library: Path, folder: Path) -> ctypes.CDLL:
-    """The library with state of its own: a loader tells copies apart by their path."""
+def _copy(library: Path, folder: Path) -> Path:
+    """To be loaded with state of its own: a loader tells copies apart by their path."""
     copy = folder / f"{next(_numbers)}-{library.name}"
     shutil.copy2(library, copy)
-    return ctypes.CDLL(str(copy))
+    return copy
 
 
 def driver_library() -> Path:
@@ -80,8 +79,14 @@ def driver_library() -> Path:
 class Gpu:
     """A machine with these cards; `lib` is a libwan_attn that has seen no other."""
 
-    def __init__(self, folder: Path, *cards: Card, find_image: Callable[..., int] | None = None):
-        self.driver = _fresh(driver_library(), folder)
+    def __init__(
+        self,
+        folder: Path,
+        *cards: Card,
+        find_image: Callable[..., int] | None = None,
+        library: Path | None = None,
+    ):
+        self.driver = ctypes.CDLL(str(_copy(driver_library(), folder)))
         self.driver.mock_log.restype = c_char_p
         self.driver.mock_add_device.argtypes = [c_int, c_int, c_int, c_char_p]
         self.driver.mock_fail.argtypes = [c_char_p, c_int, c_int]
@@ -93,12 +98,10 @@ class Gpu:
         self._images: dict[bytes, bytes] = {}
         self.problem: BaseException | None = None
         self.call: _Call | None = None
+        self.prepared: native.Call | None = None  # the last one
         self._keep = (LAUNCH(self._launch), native.ImageFn(find_image or self._find_image))
         self.driver.mock_on_launch(self._keep[0])
-        self.lib = _fresh(native.lib_path(), folder)
-        for name, (restype, argtypes) in native._FUNCTIONS.items():
-            function = getattr(self.lib, name)
-            function.restype, function.argtypes = restype, argtypes
+        self.lib = native.opened(_copy(library or native.lib_path(), folder))
         self.configure(self.driver._name)
 
     def configure(self, driver: str) -> str | None:
@@ -151,7 +154,7 @@ class Gpu:
         lse: Tensor | None = None,
         return_lse: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """wan_attn_forward, as the two bindings call it; `out` and `lse` are dense there."""
+        """wan_attn_prepare and wan_attn_run; `out` and `lse` are dense where bindings call them."""
         if out is None:
             out = torch.full(query.shape, float("nan"), dtype=query.dtype)
         if lse is None:
@@ -186,15 +189,16 @@ class Gpu:
         outputs: dict[str, Tensor],
         device: int,
     ) -> tuple[Tensor, Tensor]:
-        size, error = c_size_t(), native.Error()
-        self._check(self.lib.wan_attn_workspace_size(params, ctypes.byref(size), error), error)
-        workspace = torch.full((size.value + 256,), 0xFF, dtype=torch.uint8)
+        made, error = native.Call(struct_size=ctypes.sizeof(native.Call)), native.Error()
+        self._check(self.lib.wan_attn_prepare(params, made, error), error)
+        workspace = torch.full((made.workspace_size + 256,), 0xFF, dtype=torch.uint8)
         begin = -workspace.data_ptr() % 256
-        workspace = workspace[begin : begin + size.value]
-        params.workspace, params.workspace_size = workspace.data_ptr(), size.value
+        workspace = workspace[begin : begin + made.workspace_size]
+        params.workspace, params.workspace_size = workspace.data_ptr(), made.workspace_size
         self.call = _Call(self.cards[device], inputs, outputs, workspace)
+        self.prepared = made
         self.problem = None
-        status = self.lib.wan_attn_forward(params, error)
+        status = self.lib.wan_attn_run(params, made, error)
         if self.problem is not None:
             raise self.problem
         self._check(status, error)

@@ -6,7 +6,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from ctypes import c_char, c_char_p, c_double, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import (
+    c_char,
+    c_char_p,
+    c_double,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 
 ABI_VERSION = 1
@@ -72,6 +82,17 @@ class Error(ctypes.Structure):
         return str(self.message, "utf-8", "replace")
 
 
+class Call(ctypes.Structure):
+    """wan_attn_call."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("kernel", c_int32),
+        ("workspace_size", c_size_t),
+        ("opaque", c_uint64 * 192),
+    ]
+
+
 class KernelInfo(ctypes.Structure):
     """wan_attn_kernel_info."""
 
@@ -122,7 +143,7 @@ class CudaDevice(ctypes.Structure):
     ]
 
 
-_P, _E = ctypes.POINTER(Params), ctypes.POINTER(Error)
+_P, _C, _E = ctypes.POINTER(Params), ctypes.POINTER(Call), ctypes.POINTER(Error)
 _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "wan_attn_abi_version": (c_int32, []),
     "wan_attn_build_info": (c_char_p, []),
@@ -135,6 +156,8 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "wan_attn_workspace_size": (c_int32, [_P, ctypes.POINTER(c_size_t), _E]),
     "wan_attn_cuda_configure": (c_int32, [ctypes.POINTER(CudaConfig), _E]),
     "wan_attn_cuda_device_at": (c_int32, [c_int32, ctypes.POINTER(CudaDevice), _E]),
+    "wan_attn_prepare": (c_int32, [_P, _C, _E]),
+    "wan_attn_run": (c_int32, [_P, _C, _E]),
     "wan_attn_forward": (c_int32, [_P, _E]),
 }
 
@@ -157,6 +180,20 @@ def shim_path() -> Path:
     return _shared_library("wan_attn_shim")
 
 
+def opened(path: Path) -> ctypes.CDLL:
+    """A copy of libwan_attn with its functions' types set.
+
+    Raises:
+        OSError: it does not load.
+        AttributeError: it lacks a function.
+    """
+    lib = ctypes.CDLL(str(path))
+    for name, (restype, argtypes) in _FUNCTIONS.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = restype, argtypes
+    return lib
+
+
 @functools.cache
 def _open() -> tuple[ctypes.CDLL | None, str | None]:
     path = lib_path()
@@ -167,10 +204,7 @@ def _open() -> tuple[ctypes.CDLL | None, str | None]:
             f"{path.name} is not in the package (it was built without a C compiler); {again}",
         )
     try:
-        lib = ctypes.CDLL(str(path))
-        for name, (restype, argtypes) in _FUNCTIONS.items():
-            function = getattr(lib, name)
-            function.restype, function.argtypes = restype, argtypes
+        lib = opened(path)
     except (OSError, AttributeError) as error:
         return None, f"{path.name} does not load: {error}; {again}"
     version = lib.wan_attn_abi_version()

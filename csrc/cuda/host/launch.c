@@ -23,46 +23,6 @@ typedef struct call {
     wan_attn_error *err;
 } call;
 
-const char *wan_attn_cuda_refuse(const wan_attn_problem *p) {
-    char unused[1];
-    const wan_attn_cuda_driver *driver = wan_attn_cuda_open_driver(unused, sizeof(unused));
-    const wan_attn_cuda_device *device =
-        wan_attn_cuda_find_device(p->params->q.device_index, unused, sizeof(unused));
-    if (device && wan_attn_cuda_sums_f16(p->row) && !device->is_half_rate)
-        return "pays only where tensor cores sum f32 at half rate (GeForce RTX 30 to 50)";
-    const wan_attn_cuda_tile *tile = device ? wan_attn_cuda_tile_for(p, device->arch) : NULL;
-    if (!tile)
-        return "has no tile for this GPU";
-    if (tile->cluster && !driver->encode_map)
-        return "needs a driver of CUDA 12 or newer";
-    if (tile->cluster && (p->seqlen_k == 0 || wan_attn_cuda_splits(p)))
-        return "leaves calls without keys, or of few rows and many keys, to rows that share them "
-               "out";
-    /* Before there is a plan: it multiplies what is checked here. */
-    const int64_t most = WAN_ATTN_CUDA_UNBOUNDED, blocks = INT32_MAX;
-    if (p->seqlen_q >= most || p->seqlen_k >= most)
-        return "takes lengths below 2^29";
-    int64_t heads = p->batch * p->num_heads_q;
-    if (heads > blocks || p->seqlen_q > blocks / (heads ? heads : 1) ||
-        p->seqlen_k > blocks / (heads ? heads : 1))
-        return "takes batch * num_heads_q * seqlen below 2^31";
-    wan_attn_cuda_plan plan;
-    wan_attn_cuda_make_plan(p, &plan);
-    if ((int64_t)plan.m_blocks * plan.num_splits > blocks / (heads ? heads : 1))
-        return "takes batch * num_heads_q * seqlen below 2^31";
-    int64_t four = p->q.dtype == WAN_ATTN_F32 ? 16 : 8;
-    if (p->out.data &&
-        !wan_attn_cuda_is_aligned(&p->out, p->batch, p->seqlen_q, p->num_heads_q, four))
-        return "needs out and its strides to be multiples of four elements";
-    return NULL;
-}
-
-size_t wan_attn_cuda_workspace(const wan_attn_problem *p) {
-    wan_attn_cuda_plan plan;
-    wan_attn_cuda_make_plan(p, &plan);
-    return (size_t)plan.workspace_bytes;
-}
-
 static void *at(const call *c, wan_attn_cuda_place place) {
     return place < 0 ? NULL : (char *)c->p->params->workspace + place;
 }
@@ -247,8 +207,9 @@ static wan_attn_cu_result encode(const call *c, wan_attn_cuda_tensor_map *map,
     const wan_attn_problem *p = c->p;
     const uint64_t size[4] = {(uint64_t)p->head_dim, (uint64_t)seqlen, (uint64_t)heads,
                               (uint64_t)p->batch};
-    /* In bytes. A dimension of size 1 is never walked along, but its stride must be a legal one. */
-    const uint64_t strides[3] = {seqlen > 1 ? (uint64_t)v->row_stride * 2 : 16,
+    /* In bytes. A dimension of size 1 is never walked along, but its stride must be a legal one; for
+     * heads and samples others pass 16 as well, for rows nobody passes less than a row. */
+    const uint64_t strides[3] = {(uint64_t)(seqlen > 1 ? v->row_stride : p->head_dim) * 2,
                                  heads > 1 ? (uint64_t)v->head_stride * 2 : 16,
                                  p->batch > 1 ? (uint64_t)v->batch_stride * 2 : 16};
     const uint32_t box[4] = {64, (uint32_t)box_rows, 1, 1}, ones[4] = {1, 1, 1, 1};
@@ -341,13 +302,16 @@ static wan_attn_status run_passes(const call *c) {
     return status == WAN_ATTN_OK ? merge(c) : status;
 }
 
-wan_attn_status wan_attn_cuda_run(const wan_attn_problem *p, wan_attn_error *err) {
+wan_attn_status wan_attn_cuda_run_call(const wan_attn_problem *p, wan_attn_error *err) {
     char reason[200];
     call c = {
         p, wan_attn_cuda_open_driver(reason, sizeof(reason)), {0}, p->params->q.device_index, err};
     if (!c.driver)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s", reason);
-    wan_attn_cuda_make_plan(p, &c.plan);
+    const char *why = wan_attn_cuda_refuse_out(p); /* nobody knew out when the plan was made */
+    if (why)
+        return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", p->kernel_name, why);
+    memcpy(&c.plan, &p->plan, sizeof(c.plan));
     wan_attn_status status = wan_attn_cuda_enter(c.driver, c.device_index, err);
     if (status != WAN_ATTN_OK)
         return status;

@@ -30,14 +30,9 @@ int wan_attn_cuda_is_aligned(const wan_attn_view *v, int64_t batch, int64_t rows
     return ((int64_t)(intptr_t)v->data | strides * size) % bytes == 0;
 }
 
-/* Lengths that a kernel cannot read, and that say something. */
-static int must_be_put(const wan_attn_lengths *lengths, int64_t batch, int64_t padded) {
-    if (!lengths->data || lengths->device_type != WAN_ATTN_CPU)
-        return 0;
-    for (int64_t b = 0; b < batch; b++)
-        if (wan_attn_length_at(lengths, b, padded) != padded)
-            return 1;
-    return 0;
+/* Lengths that a kernel cannot read. */
+static int must_be_put(const wan_attn_lengths *lengths) {
+    return lengths->data && lengths->device_type == WAN_ATTN_CPU;
 }
 
 static void plan_scale(const wan_attn_problem *p, wan_attn_cuda_plan *plan,
@@ -81,7 +76,7 @@ static void plan_copies(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
         plan->v = reserve(plan, k_bytes);
 }
 
-int wan_attn_cuda_splits(const wan_attn_problem *p) {
+int wan_attn_cuda_is_split(const wan_attn_problem *p) {
     return p->seqlen_q <= SPLIT_MAX_ROWS && p->seqlen_k > SPLIT_KEYS;
 }
 
@@ -91,7 +86,7 @@ static void plan_split(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
     plan->split_tiles = (int)(k_tiles > 1 ? k_tiles : 1);
     if (plan->tile->cluster)
         plan->split_tiles = WAN_ATTN_CUDA_UNBOUNDED / plan->tile->block_n; /* as args_sm90.h asks */
-    if (plan->tile->cluster || !wan_attn_cuda_splits(p))
+    if (plan->tile->cluster || !wan_attn_cuda_is_split(p))
         return;
     plan->split_tiles = SPLIT_KEYS / plan->tile->block_n;
     plan->num_splits = (int)ceil_div(k_tiles, plan->split_tiles);
@@ -100,29 +95,20 @@ static void plan_split(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
     plan->part_lse = reserve(plan, rows * 4);
 }
 
-const wan_attn_cuda_tile *wan_attn_cuda_tile_for(const wan_attn_problem *p, int32_t arch) {
-    int is_masked = p->window_left < WAN_ATTN_UNBOUNDED || p->window_right < WAN_ATTN_UNBOUNDED;
-    return wan_attn_cuda_tile_of(p->row, arch, is_masked, p->seqlen_q);
-}
-
-void wan_attn_cuda_make_plan(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
-    const wan_attn_cuda_plan nothing = {0};
-    char unused[1];
-    *plan = nothing;
-    plan->seqused_q = plan->seqused_k = plan->q = plan->k = plan->v = -1;
-    plan->k_largest = plan->k_scale = plan->v_largest = plan->v_scale = -1;
-    plan->part_out = plan->part_lse = -1;
-    int32_t arch = wan_attn_cuda_arch(p->params->q.device_index, unused, sizeof(unused));
-    plan->tile = wan_attn_cuda_tile_for(p, arch);
-    if (!plan->tile)
-        return;
-    plan->m_blocks = (int)ceil_div(p->seqlen_q, plan->tile->block_m);
-    if (plan->tile->cluster)
-        plan->m_blocks = (int)ceil_div(plan->m_blocks, plan->tile->cluster) * plan->tile->cluster;
-    if (must_be_put(&p->seqused_q, p->batch, p->seqlen_q))
-        plan->seqused_q = reserve(plan, p->batch * 4);
-    if (must_be_put(&p->seqused_k, p->batch, p->seqlen_k))
-        plan->seqused_k = reserve(plan, p->batch * 4);
-    plan_copies(p, plan);
-    plan_split(p, plan);
+wan_attn_cuda_plan wan_attn_cuda_make_plan(const wan_attn_problem *p,
+                                           const wan_attn_cuda_tile *tile) {
+    wan_attn_cuda_plan plan = {.tile = tile};
+    plan.seqused_q = plan.seqused_k = plan.q = plan.k = plan.v = -1;
+    plan.k_largest = plan.k_scale = plan.v_largest = plan.v_scale = -1;
+    plan.part_out = plan.part_lse = -1;
+    plan.m_blocks = (int)ceil_div(p->seqlen_q, tile->block_m);
+    if (tile->cluster)
+        plan.m_blocks = (int)ceil_div(plan.m_blocks, tile->cluster) * tile->cluster;
+    if (must_be_put(&p->seqused_q))
+        plan.seqused_q = reserve(&plan, p->batch * 4);
+    if (must_be_put(&p->seqused_k))
+        plan.seqused_k = reserve(&plan, p->batch * 4);
+    plan_copies(p, &plan);
+    plan_split(p, &plan);
+    return plan;
 }

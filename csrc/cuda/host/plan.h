@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * plan.h - which passes a call needs on a GPU, and where each has its place in the workspace. Made
- * anew from the call whenever it is asked: the caller allocates in between.
+ * plan.h - which passes a call needs on a GPU, and where each has its place in the workspace.
  */
 #ifndef WAN_ATTN_CUDA_HOST_PLAN_H
 #define WAN_ATTN_CUDA_HOST_PLAN_H
@@ -12,7 +11,7 @@
 typedef int64_t wan_attn_cuda_place;
 
 typedef struct wan_attn_cuda_plan {
-    const wan_attn_cuda_tile *tile; /* NULL: the row has none for this device */
+    const wan_attn_cuda_tile *tile;
     /* Lengths that come from the CPU and are not all the padded one: i32 [batch]. */
     wan_attn_cuda_place seqused_q, seqused_k;
     /* Dense 16-bit copies of operands that the kernel cannot read as they are. */
@@ -28,17 +27,19 @@ typedef struct wan_attn_cuda_plan {
     int64_t workspace_bytes;
 } wan_attn_cuda_plan;
 
-/* Whether a call has so few rows and so many keys that they are shared out, where a row can. */
-int wan_attn_cuda_splits(const wan_attn_problem *problem);
-
 /* Whether all strides and the start are multiples of `bytes`; a dimension that is not walked along
  * may have any stride. */
 int wan_attn_cuda_is_aligned(const wan_attn_view *view, int64_t batch, int64_t rows, int64_t heads,
                              int64_t bytes);
 
-/* The tile of the problem's row for this call on that GPU, or NULL. */
-const wan_attn_cuda_tile *wan_attn_cuda_tile_for(const wan_attn_problem *problem, int32_t arch);
+/* Whether a call has so few rows and so many keys that they are shared out, where a row can. */
+int wan_attn_cuda_is_split(const wan_attn_problem *problem);
 
-void wan_attn_cuda_make_plan(const wan_attn_problem *problem, wan_attn_cuda_plan *plan);
+/* The plan of a call that the row takes with this tile: refuse.c has looked at its sizes. */
+wan_attn_cuda_plan wan_attn_cuda_make_plan(const wan_attn_problem *problem,
+                                           const wan_attn_cuda_tile *tile);
+
+/* refuse.c: why no row can write its results to the call's out, or NULL. */
+const char *wan_attn_cuda_refuse_out(const wan_attn_problem *problem);
 
 #endif /* WAN_ATTN_CUDA_HOST_PLAN_H */

@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * refuse.c - which calls a CUDA row takes on the call's device, and with which tile. Asks the driver
+ * what the device is, and nothing else of it.
+ */
+#include <string.h>
+
+#include "cuda/host/plan.h"
+
+static const wan_attn_cuda_tile *tile_for(const wan_attn_problem *p, int32_t arch) {
+    int is_masked = p->window_left < WAN_ATTN_UNBOUNDED || p->window_right < WAN_ATTN_UNBOUNDED;
+    return wan_attn_cuda_tile_of(p->kernel_name, arch, is_masked, p->seqlen_q);
+}
+
+/* What is asked of the sizes before there is a plan: it multiplies them. */
+static const char *refuse_sizes(const wan_attn_problem *p) {
+    const int64_t most = WAN_ATTN_CUDA_UNBOUNDED, blocks = INT32_MAX;
+    int64_t heads = p->batch * p->num_heads_q;
+    if (p->seqlen_q >= most || p->seqlen_k >= most)
+        return "takes lengths below 2^29";
+    if (heads > blocks || p->seqlen_q > blocks / (heads ? heads : 1) ||
+        p->seqlen_k > blocks / (heads ? heads : 1))
+        return "takes batch * num_heads_q * seqlen below 2^31";
+    return NULL;
+}
+
+/* What the tile asks of a call. */
+static const char *refuse_tile(const wan_attn_problem *p, const wan_attn_cuda_tile *tile,
+                               const wan_attn_cuda_driver *driver) {
+    if (!tile)
+        return "has no tile for this GPU";
+    if (!tile->cluster)
+        return NULL;
+    if (!driver->encode_map)
+        return "needs a driver of CUDA 12 or newer";
+    if (p->seqlen_k == 0 || wan_attn_cuda_is_split(p))
+        return "does not take calls without keys, nor calls of at most 256 queries over more than "
+               "4,096 keys; those run on a kernel that splits the keys";
+    return NULL;
+}
+
+const char *wan_attn_cuda_refuse_out(const wan_attn_problem *p) {
+    int64_t four = p->q.dtype == WAN_ATTN_F32 ? 16 : 8;
+    return wan_attn_cuda_is_aligned(&p->out, p->batch, p->seqlen_q, p->num_heads_q, four)
+               ? NULL
+               : "needs out and its strides to be multiples of four elements";
+}
+
+_Static_assert(sizeof(wan_attn_cuda_plan) <= sizeof(wan_attn_row_plan),
+               "a problem carries the plan");
+
+const char *wan_attn_cuda_plan_call(wan_attn_problem *p) {
+    char unused[1];
+    const wan_attn_cuda_driver *driver = wan_attn_cuda_open_driver(unused, sizeof(unused));
+    const wan_attn_cuda_device *device =
+        wan_attn_cuda_find_device(p->params->q.device_index, unused, sizeof(unused));
+    if (device && wan_attn_cuda_sums_f16(p->kernel_name) && !device->is_half_rate)
+        return "is faster only on cards whose tensor cores accumulate f32 at half rate (GeForce "
+               "RTX 30 to 50)";
+    const wan_attn_cuda_tile *tile = device ? tile_for(p, device->arch) : NULL;
+    const char *why = refuse_tile(p, tile, driver);
+    if (!why)
+        why = refuse_sizes(p);
+    if (!why && p->out.data)
+        why = wan_attn_cuda_refuse_out(p);
+    if (why)
+        return why;
+    wan_attn_cuda_plan plan = wan_attn_cuda_make_plan(p, tile);
+    int64_t heads = p->batch * p->num_heads_q;
+    if ((int64_t)plan.m_blocks * plan.num_splits > INT32_MAX / (heads ? heads : 1))
+        return "takes batch * num_heads_q * seqlen below 2^31";
+    memcpy(&p->plan, &plan, sizeof(plan));
+    p->workspace_size = (size_t)plan.workspace_bytes;
+    return NULL;
+}
