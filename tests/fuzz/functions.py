@@ -121,7 +121,7 @@ _NEGATIVE_WINDOW = "flash-attn takes every negative bound as none"
 def _flash(*names: str) -> Callable[[], dict[str, Any]]:
     def good() -> dict[str, Any]:
         q, k, value = _operands()
-        whole = torch.randn(2, 6, 3, 2, 16)
+        whole = torch.randn(2, 6, 3, 2, 16, generator=torch.Generator().manual_seed(8))
         parts = {"q": q, "k": k, "v": value, "qkv": whole, "kv": torch.stack((k, value), 2)}
         tokens = {"q": q.flatten(0, 1), "k": k.flatten(0, 1), "v": value.flatten(0, 1)}
         tokens |= {"qkv": whole.flatten(0, 1), "kv": parts["kv"].flatten(0, 1)}
@@ -166,7 +166,8 @@ def _sage_masked() -> dict[str, Any]:
 
 
 def _merge() -> dict[str, Any]:
-    out, lse = torch.randn(2, 5, 4, 16), torch.randn(2, 4, 5)
+    out, _, _ = _operands()
+    lse = out.mean(-1).transpose(1, 2).contiguous()
     return {"out1": out, "lse1": lse, "out2": out.clone(), "lse2": lse.clone()}
 
 

@@ -99,7 +99,6 @@ static wan_attn_status compute(wan_attn_params *p, buffer **workspace, wan_attn_
     *workspace = make_buffer(size, 64, 1, POISON);
     p->workspace = (*workspace)->at;
     p->workspace_size = size;
-#ifdef HAVE_PREPARE
     if (one_in(2)) {
         wan_attn_call call = {.struct_size = sizeof(call)};
         status = wan_attn_prepare(p, &call, err);
@@ -109,7 +108,6 @@ static wan_attn_status compute(wan_attn_params *p, buffer **workspace, wan_attn_
             status = wan_attn_run(p, &call, err);
         return status == WAN_ATTN_OK ? wan_attn_run(p, &call, err) : status;
     }
-#endif
     return wan_attn_forward(p, err);
 }
 

@@ -57,7 +57,8 @@ class Finding:
 
     def __str__(self) -> str:
         said = " ".join(self.said.split())[:150]
-        return f"{self.outcome.value} {self.function}({self.argument}={self.value}) [{self.mode}]: {said}"
+        call = f"{self.function}({self.argument}={self.value}) [{self.mode}]"
+        return f"{self.outcome.value} {call}: {said}"
 
     @property
     def key(self) -> str:

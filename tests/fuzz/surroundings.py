@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""surroundings.py - faults that are not in the call: a cache that cannot be used, threads, forks and
-signals in the middle of calls.
+"""surroundings.py - faults that are not in the call: a cache that cannot be used, threads, forks
+and signals in the middle of calls.
 
-    python tests/fuzz/surroundings.py [SEED [SECONDS]]      prints a line for each, and what is wrong
+    python tests/fuzz/surroundings.py [SEED [SECONDS]]      prints a line for each
 
-Each fault of the cache is tried in a child of its own, with a time limit: what hangs is wrong, too.
+Each fault of the cache is tried in a child with a time limit: what hangs is wrong, too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Problem = str | None
 
 
 def in_child(work: Callable[[], Problem]) -> Problem:
-    """Runs `work` in a fork; what it says is wrong, how it died, or that it hangs. None: nothing."""
+    """Runs `work` in a fork: what it says is wrong, how it died, or that it hangs; or None."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
