@@ -1,32 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""setup.py - compiles libwan_attn (C), the CUDA kernels and, only if torch is here, its shim (C++).
+"""setup.py - compiles libwan_attn, its torch shim (both C11) and the CUDA kernels.
 
-Asks nothing of a GPU, a driver or a CUDA toolkit, and fetches nothing. The environment can say:
+Needs a C compiler; asks nothing of torch, a GPU, a driver or a CUDA toolkit. A build says what it
+leaves out, and writes it into wan_attn/build_record.json, which `wan-attn doctor` reads. Runs with
+setuptools 61 and newer, with or without the package `wheel`. The environment can say:
 
-WAN_ATTN_SHIM=auto|0|1   the shim: if torch >= 2.10 can be imported (default), never, or always
+WAN_ATTN_NATIVE=1|0      the C library and the shim (default), or PyTorch's attention alone
 WAN_ATTN_CUDA=auto|0|1   ready CUDA kernels: if NVRTC 12 is here (default), never, or always
-CC, CXX, CFLAGS          as everywhere
+CC, CFLAGS, LDFLAGS      as everywhere
 """
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Command, setup
+from setuptools import Command, find_packages, setup
 from setuptools.command.build import build
 from setuptools.dist import Distribution
-
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # --no-build-isolation takes whatever setuptools is there
-    sys.exit('wan_attn needs a newer setuptools to build: pip install "setuptools>=77"')
 
 try:  # moved into setuptools itself in a later version
     from setuptools._distutils.ccompiler import new_compiler
@@ -38,23 +36,48 @@ except ImportError:
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "wan_attn/version.py").read_text()).group(1)
 
-C_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/c*/**/*.c"))
+
+def bdist_wheel() -> type:
+    """The command that packs a wheel: of setuptools (>= 70.1), of `wheel`, or our own plain one."""
+    try:
+        from setuptools.command.bdist_wheel import bdist_wheel
+    except ImportError:
+        try:
+            from wheel.bdist_wheel import bdist_wheel
+        except ImportError:  # a stock environment of Python 3.10 or 3.11, without isolation
+            bdist_wheel = runpy.run_path(str(ROOT / ".ci/plain_wheel.py"))["bdist_wheel"]
+    return bdist_wheel
+
+
 HEADERS = (".h", ".cuh", ".def", ".inc")
-SHIM_SOURCE = "csrc/torch/shim.cpp"
-# The oldest torch whose stable ABI the shim may use, and the oldest whose headers can express it.
-SHIM_TARGET, SHIM_HEADERS = 0x0209000000000000, (2, 10)
+SHIM_SOURCE = "csrc/torch/shim.c"
+C_SOURCES = sorted(
+    source
+    for source in (p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/**/*.c"))
+    if source != SHIM_SOURCE
+)
 
 IS_MSVC = sys.platform == "win32"
 C_FLAGS = (
-    ["/std:c11", "/O2", "/utf-8"]
+    ["/std:c11", "/O2", "/utf-8", "/fp:precise"]
     if IS_MSVC
     else ["-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-g0"]
 )
-CXX_FLAGS = (
-    ["/std:c++17", "/O2", "/EHsc", "/utf-8"]
-    if IS_MSVC
-    else ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-g0"]
+# torch throws C++ exceptions through the shim: without unwind tables they would end the process.
+# (MSVC always writes them on 64 bits.)
+SHIM_FLAGS = C_FLAGS if IS_MSVC else [*C_FLAGS, "-fexceptions", "-funwind-tables"]
+# These make sums and comparisons wrong; at link time they also switch denormal numbers off for the
+# whole process.
+UNSAFE_FLAGS = re.compile(
+    r"-Ofast|-ffast-math|-funsafe-math-optimizations|-fassociative-math|-freciprocal-math"
+    r"|-ffinite-math-only|-fno-honor-(?:nans|infinities)|-ffp-model=fast|-mdaz-ftz|[-/]fp:fast"
 )
+NO_COMPILER = """
+wan_attn: there is no C compiler here: {why}
+    Debian, Ubuntu: apt install gcc          Fedora: dnf install gcc
+    macOS: xcode-select --install            Windows: Visual Studio Build Tools with C++
+Or install without our kernels, so that PyTorch computes everything: WAN_ATTN_NATIVE=0
+"""
 
 
 def shared_library(stem: str) -> str:
@@ -64,50 +87,58 @@ def shared_library(stem: str) -> str:
     return f"{prefix}{stem}{suffix}"
 
 
-def asked(variable: str) -> str:
-    """What the environment wants: auto, 0 or 1."""
-    wanted = os.environ.get(variable, "auto")
-    if wanted not in ("auto", "0", "1"):
-        sys.exit(f"{variable} must be auto, 0 or 1, got {wanted}")
+def asked(variable: str, default: str, *others: str) -> str:
+    """What the environment wants."""
+    wanted = os.environ.get(variable) or default
+    if wanted not in (default, *others):
+        sys.exit(f"{variable} must be {default} or {' or '.join(others)}, got {wanted}")
     return wanted
-
-
-def torch_root() -> tuple[Path | None, str]:
-    """Where torch's headers are, or None and why they cannot be used. Imports nothing."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        return (
-            None,
-            "torch is not importable here (pip install --no-build-isolation lets it be)",
-        )
-    root = Path(spec.submodule_search_locations[0])
-    found = re.search(r"__version__ = '(\d+)\.(\d+)", (root / "version.py").read_text())
-    version = (int(found.group(1)), int(found.group(2))) if found else (0, 0)
-    if version < SHIM_HEADERS or not (root / "include/torch/csrc/stable/library.h").exists():
-        return None, f"torch {version[0]}.{version[1]} has no stable-ABI headers (needs 2.10)"
-    return root, ""
 
 
 def compiler():
     made = new_compiler()
     customize_compiler(made)
-    # Some Pythons put a folder of their own into the search path of all that is linked for them.
-    for name in ("linker_so", "linker_so_cxx"):
-        words = getattr(made, name, None) or []
-        setattr(made, name, [w for w in words if not w.startswith(("-Wl,-rpath", "-L"))])
+    for name, words in vars(made).items():
+        if not isinstance(words, list) or not name.startswith(("compiler", "linker", "preproc")):
+            continue
+        words = [word for word in words if not UNSAFE_FLAGS.fullmatch(word)]
+        if name.startswith("linker"):
+            # Some Pythons put a folder of their own into the search path of all that they link.
+            words = [w for w in words if not w.startswith(("-Wl,-rpath", "-L"))]
+        setattr(made, name, words)
     return made
 
 
+def refuse_without_compiler() -> None:
+    try:
+        made = compiler()
+        if IS_MSVC:
+            made.initialize()
+        elif not shutil.which(made.compiler_so[0]):
+            sys.exit(NO_COMPILER.format(why=f"no command {made.compiler_so[0]}"))
+    except Exception as error:  # distutils has several for «no Visual Studio»
+        sys.exit(NO_COMPILER.format(why=error))
+
+
+def say_ignored_flags() -> None:
+    words = " ".join(os.environ.get(v, "") for v in ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS")).split()
+    ignored = sorted({word for word in words if UNSAFE_FLAGS.fullmatch(word)})
+    if ignored:
+        print(f"wan_attn: compiled without {' '.join(ignored)}, which would make results wrong")
+
+
 class build_native(Command):
-    """Builds all that runs beside wan_attn/__init__.py, in the build folder or the source tree."""
+    """Builds all that is not Python, in the build folder or in the source tree."""
 
     description = "compile libwan_attn, the torch shim and the CUDA kernels"
-    user_options: list = []
+    user_options = [("inplace", "i", "build in the source tree")]
+    boolean_options = ["inplace"]
     editable_mode = False
 
     def initialize_options(self) -> None:
         self.build_lib = None
         self.build_temp = None
+        self.inplace = False
 
     def finalize_options(self) -> None:
         self.set_undefined_options(
@@ -115,12 +146,39 @@ class build_native(Command):
         )
 
     def run(self) -> None:
-        target = ROOT / "wan_attn" if self.editable_mode else Path(self.build_lib) / "wan_attn"
-        self.build_core(target)
-        self.build_shim(target)
-        self.build_cuda(target / "cuda")
+        in_place = self.editable_mode or self.inplace
+        target = ROOT / "wan_attn" if in_place else Path(self.build_lib) / "wan_attn"
+        target.mkdir(parents=True, exist_ok=True)
+        left_out = self.build_libraries(target)
+        record = self.build_cuda(target / "cuda", in_place)
+        record["left_out"] = left_out + record["left_out"]
+        (target / "build_record.json").write_text(json.dumps(record, indent=2) + "\n")
 
-    def build_core(self, target: Path) -> None:
+    def build_libraries(self, target: Path) -> list[str]:
+        """Compiles the C library and the shim; returns what was left out, and how to get it."""
+        if asked("WAN_ATTN_NATIVE", "1", "0") == "0":
+            for stem in ("wan_attn", "wan_attn_shim"):
+                (target / shared_library(stem)).unlink(missing_ok=True)
+            why = "our kernels (WAN_ATTN_NATIVE=0); to get them, install again without it"
+            print(f"wan_attn: this build leaves out {why}")
+            return [why]
+        refuse_without_compiler()
+        say_ignored_flags()
+        linux = sys.platform == "linux"
+        self.link(
+            self.compile(C_SOURCES, C_FLAGS),
+            target / shared_library("wan_attn"),
+            libraries=[] if IS_MSVC else ["m", "pthread", *(["dl"] if linux else [])],
+            extra_postargs=["-Wl,--no-undefined", "-s"] if linux else [],
+        )
+        self.link(
+            self.compile([SHIM_SOURCE], SHIM_FLAGS),
+            target / shared_library("wan_attn_shim"),
+            extra_postargs=["-Wl,--no-undefined", "-s"] if linux else [],
+        )
+        return []
+
+    def compile(self, sources: list[str], flags: list[str]) -> list[str]:
         def compile_one(source: str) -> list[str]:
             # A compiler object is not safe to share between threads, hence one each.
             return compiler().compile(
@@ -128,77 +186,36 @@ class build_native(Command):
                 output_dir=self.build_temp,
                 include_dirs=["csrc"],
                 macros=[("WAN_ATTN_BUILD", "1")],
-                extra_postargs=C_FLAGS,
+                extra_postargs=flags,
             )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [o for made in pool.map(compile_one, C_SOURCES) for o in made]
-        self.link(
-            objects,
-            target / shared_library("wan_attn"),
-            libraries=[]
-            if IS_MSVC
-            else ["m", "pthread", *(["dl"] if sys.platform == "linux" else [])],
-            extra_postargs=["-Wl,--no-undefined", "-s"] if sys.platform == "linux" else [],
-        )
+            return [o for made in pool.map(compile_one, sources) for o in made]
 
     def link(self, objects: list[str], library: Path, **options: object) -> None:
         """Links under another name first: a process may be running what is replaced."""
         made = Path(self.build_temp) / library.name
         compiler().link_shared_object(objects, str(made), **options)
-        library.parent.mkdir(parents=True, exist_ok=True)
         partial = library.with_name(f"{library.name}.new")
         shutil.copy2(made, partial)
         os.replace(partial, library)
 
-    def build_shim(self, target: Path) -> None:
-        wanted = asked("WAN_ATTN_SHIM")
-        root, why = (None, "WAN_ATTN_SHIM=0") if wanted == "0" else torch_root()
-        if root is not None:
-            try:
-                self.compile_shim(root, target)
-                return
-            except Exception as error:
-                # A package that installs beats a faster call; doctor says which binding runs.
-                why = f"the compiler failed: {error}"
-        if wanted == "1":
-            sys.exit(f"WAN_ATTN_SHIM=1, but the torch shim cannot be built: {why}")
-        (target / shared_library("wan_attn_shim")).unlink(missing_ok=True)
-        print(
-            f"wan_attn: no torch shim ({why}); the op will be bound through ctypes,"
-            " some 10 us slower a call"
-        )
-
-    def compile_shim(self, root: Path, target: Path) -> None:
-        objects = compiler().compile(
-            [SHIM_SOURCE],
-            output_dir=self.build_temp,
-            include_dirs=["csrc", str(root / "include")],
-            macros=[("TORCH_TARGET_VERSION", hex(SHIM_TARGET))],
-            extra_postargs=CXX_FLAGS,
-        )
-        self.link(
-            objects,
-            target / shared_library("wan_attn_shim"),
-            libraries=["torch_cpu"],
-            library_dirs=[str(root / "lib")],
-            extra_postargs=["-s"] if sys.platform == "linux" else [],
-            target_lang="c++",
-        )
-
-    def build_cuda(self, target: Path) -> None:
+    def build_cuda(self, target: Path, in_place: bool) -> dict:
         """The CUDA kernels as text, and as machine code for most GPUs if NVRTC is here."""
-        wanted = asked("WAN_ATTN_CUDA")
         if sys.platform == "darwin":
-            wanted = "0"
+            return {"cubins": 0, "left_out": []}
+        wanted = asked("WAN_ATTN_CUDA", "auto", "0", "1")
         # A program of its own, because it imports modules of the package, and that wants torch.
         # build/ outlives an isolated build, which has no other place to keep things.
+        record = Path(self.build_temp) / "cuda.json"
+        record.parent.mkdir(parents=True, exist_ok=True)
         ship = [sys.executable, ROOT / "wan_attn/cuda/ship.py", "--into", target]
-        ship += ["--kept", ROOT / "build/cubin", "--cubins", wanted]
-        if self.editable_mode:
+        ship += ["--kept", ROOT / "build/cubin", "--record", record, "--cubins", wanted]
+        if in_place:
             ship.append("--editable")
         if subprocess.run(ship, check=False).returncode != 0:
             sys.exit("WAN_ATTN_CUDA=1, but the CUDA kernels cannot be compiled, see above")
+        return json.loads(record.read_text())
 
     def get_source_files(self) -> list[str]:
         return [
@@ -220,8 +237,13 @@ class build_native(Command):
 class BuildWithNative(build):
     sub_commands = [*build.sub_commands, ("build_native", None)]
 
+    def run(self) -> None:
+        # A build folder outlives its build: a module that was moved since would be installed, too.
+        shutil.rmtree(Path(self.build_lib) / "wan_attn", ignore_errors=True)
+        super().run()
 
-class PlatformWheel(bdist_wheel):
+
+class PlatformWheel(bdist_wheel()):
     """No CPython symbol is used, so one wheel serves every Python: py3-none-<platform>."""
 
     def finalize_options(self) -> None:
@@ -239,22 +261,9 @@ class BinaryDistribution(Distribution):
 
 setup(
     version=VERSION,
-    packages=[
-        "wan_attn",
-        "wan_attn.backends",
-        "wan_attn.bench",
-        "wan_attn.cli",
-        "wan_attn.cuda",
-        "wan_attn.demo",
-        "wan_attn.doctor",
-        "wan_attn.integrations",
-        "wan_attn.integrations.comfyui_node",
-        "wan_attn.integrations.wan22",
-        "wan_attn.native",
-        "wan_attn.selection",
-        "wan_attn.selfcheck",
-        "wan_attn.signatures",
-    ],
+    # Not in pyproject.toml, whose two ways of saying it exclude each other's setuptools.
+    license="Apache-2.0",
+    packages=find_packages(include=["wan_attn", "wan_attn.*"]),
     package_data={"wan_attn.integrations.comfyui_node": ["LICENSE.md"]},
     cmdclass={"build": BuildWithNative, "build_native": build_native, "bdist_wheel": PlatformWheel},
     distclass=BinaryDistribution,

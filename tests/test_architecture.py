@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """test_architecture.py - the rules that a program can check; csrc/README.md has their reasons.
 
-Each test is one rule over all files, and reports every file that breaks it.
+Each test is one rule over all files, and reports every file that breaks it. Nothing of wan_attn is
+imported: these rules are part of `make check-fast`. Rules of names: test_house_words.py.
 """
 
 from __future__ import annotations
 
 import ast
-import platform
 import re
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-import pytest
-import readme_tables as tables
-
-import wan_attn.native.op
 from source_tree import (
     c_code,
     c_includes,
+    c_sources,
+    circle,
+    expect_none,
     files,
-    module_name,
+    import_graph,
+    package_sources,
     python_imports,
-    python_strings,
+    python_nodes,
     read,
     sources,
 )
@@ -32,7 +32,6 @@ from source_tree import (
 MAX_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 500, 60, 100
 
 C_LIBRARY = [f"<{h}.h>" for h in "float limits math stdarg stddef stdint stdio string".split()]
-CPP_LIBRARY = [f"<{h}>" for h in "array cstdint optional stdexcept string tuple vector".split()]
 
 # Which file may include what. The first pattern that fits decides; a file that fits none is an
 # error, so that a new folder cannot come without its rule.
@@ -70,17 +69,14 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/cuda/ptx/*.cuh": [],
     "csrc/cuda/tile/*.cuh": ["cuda/args.h", "cuda/ptx/ptx*.cuh", "cuda/tile/*.cuh"],
     "csrc/cuda/*.cuh": ["cuda/args*.h", "cuda/ptx/ptx*.cuh", "cuda/tile/*.cuh"],
-    "csrc/torch/shim.cpp": [
-        *("wan_attn.h", "<torch/csrc/stable/*>", "<torch/headeronly/*>"),
-        *CPP_LIBRARY,
-    ],
+    "csrc/torch/*": ["wan_attn.h", "torch/torch_abi.h", "<stdbool.h>", *C_LIBRARY],
 }
 
-# From the bottom up: a module may import its own layer and those below.
+# From the bottom up: a module may import its own layer and those below. "" is the package itself.
 PYTHON_LAYERS = [
     {"version", "workloads", "console"},
     {"config"},
-    {"request"},
+    {"request", "contract"},
     {"log", "merge"},
     {"cuda"},
     {"native", "selfcheck"},
@@ -89,56 +85,29 @@ PYTHON_LAYERS = [
     {"attention"},
     {"signatures"},
     {"integrations"},
+    {""},
     {"doctor"},
-    {"", "__main__", "bench", "cli", "demo"},
+    {"bench"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
 ]
-# Without libwan_attn the op is computed by the torch backend, which is above it.
+# (module, room above it): arrows that are still to be cut. No line may be added, and a line whose
+# arrow is gone must go, too.
 UPWARD = {
-    ("wan_attn.native.op", "wan_attn.backends.torch_sdpa"),
+    ("wan_attn.native.op", "wan_attn.backends"),  # without libwan_attn torch computes the op
     ("wan_attn.selection.profile", "wan_attn.bench"),  # at exit, for the summary
-    ("wan_attn.selection.profile", "wan_attn.bench.profile"),
-    ("wan_attn.request", "wan_attn.contract"),
 }
+MAX_TOP_MODULES = 10
 
 # Who may import something that is neither torch's, Python's nor ours when it is imported itself.
 MAY_NEED = {"wan_attn/demo/*.py": {"PIL", "diffusers", "imageio", "numpy", "tqdm"}}
-
-# Other people's words for what wan_attn.h names otherwise.
-SYNONYMS = {
-    "seqlen_q, seqlen_k": "Lq Lk L_q L_k qo_len kv_len len_kv seq_len_q seq_len_k N_CTX",
-    "seqused_q, seqused_k": "q_lens k_lens kv_lens q_len k_len actual_seqlen",
-    "num_heads_q, num_heads_k": "nheads n_heads nh num_kv_heads num_qo_heads",
-    "head_dim": "hdim headdim head_size",
-    "softmax_scale": "sm_scale inv_temperature",
-    "is_causal, window_size_left, window_size_right": "causal local is_local",
-    "lse, row_max, row_sum": "softmax_lse logsumexp rowmax rowsum m_i l_i",
-    "BLOCK_M, BLOCK_N, STAGES": "kBlockM kBlockN CTA_Q CTA_K Br Bc BLOCK_Q BLOCK_KV NUM_STAGES",
-}
 
 BANNED_IN_C = re.compile(
     r"\b(exit|_exit|quick_exit|abort|printf|fprintf|vprintf|puts|putchar|fputs|perror|assert"
     r"|malloc|calloc|realloc|free|alloca|getenv|setenv|putenv|system|longjmp|setlocale)\s*\("
     r"|\berrno\b|\b_Thread_local\b|\bthread_local\b|\bgoto\b|#\s*pragma\s+omp"
 )
-
-KERNEL_NAME = re.compile(
-    r"sdpa_(?:ref|avx2|avx512|avx512_bf16|amx|neon|(?:qk8_)?sm\d+)"  # instruction set
-    r"(?:_[a-z][a-z0-9]*)*?"  # variant
-    r"(?:_(?:f32|f16|bf16)_d(?P<head_dim>\d+))?"
-)
-
-
-def expect_none(problems: Iterator[str]) -> None:
-    found = list(problems)
-    assert not found, "\n" + "\n".join(found)
-
-
-def c_sources() -> list[Path]:
-    return [f for f in sources() if f.parts[0] == "csrc"]
-
-
-def package_sources() -> list[Path]:
-    return [f for f in sources() if f.parts[0] == "wan_attn"]
 
 
 def test_c_includes_stay_within_their_layer() -> None:
@@ -154,29 +123,63 @@ def test_c_includes_stay_within_their_layer() -> None:
     expect_none(problems())
 
 
+def room_of(module: str) -> str:
+    """wan_attn.<room> of wan_attn.<room>.anything; the package itself is a room of its own."""
+    return ".".join(module.split(".")[:2])
+
+
 def layer_of(module: str) -> int | None:
-    """The place of wan_attn.<module>... in PYTHON_LAYERS; names of the package itself are in the
-    topmost."""
-    name = module.split(".")[1] if "." in module else ""
+    """The place of a module's room in PYTHON_LAYERS."""
+    name = room_of(module).partition(".")[2]
     return next((i for i, layer in enumerate(PYTHON_LAYERS) if name in layer), None)
 
 
 def test_python_imports_go_downward() -> None:
+    used = set()
+
     def problems() -> Iterator[str]:
-        for file in package_sources():
-            module = module_name(file)
+        for module, imported in import_graph("wan_attn").items():
             own = layer_of(module)
             if own is None:
-                yield f"{file}: PYTHON_LAYERS does not have it"
+                yield f"{module}: PYTHON_LAYERS does not have it"
                 continue
-            for imported, _ in python_imports(file):
-                if imported.split(".")[0] != "wan_attn" or (module, imported) in UPWARD:
-                    continue
-                theirs = layer_of(imported)
-                if theirs is None or theirs > own:
-                    yield f"{file} may not import {imported}: it is not below"
+            for other in sorted(imported):
+                theirs = layer_of(other)
+                if (module, room_of(other)) in UPWARD:
+                    used.add((module, room_of(other)))
+                elif theirs is None or theirs > own:
+                    yield f"{module} may not import {other}: it is not below"
 
     expect_none(problems())
+    expect_none(f"UPWARD is out of date, take out {a} -> {b}" for a, b in UPWARD - used)
+
+
+def test_imports_have_no_circle() -> None:
+    """Neither among modules nor among rooms; imports inside functions count."""
+    modules = import_graph("wan_attn")
+    rooms: dict[str, set[str]] = {}
+    for module, imported in modules.items():
+        wanted = {room_of(m) for m in imported if (module, room_of(m)) not in UPWARD}
+        rooms.setdefault(room_of(module), set()).update(wanted - {room_of(module)})
+    expect_none(" -> ".join(c) for graph in (modules, rooms) if (c := circle(graph)))
+
+
+def test_nothing_imports_the_command_line() -> None:
+    """__main__.py names its modules as strings, and imports the one that is asked for."""
+
+    def problems() -> Iterator[str]:
+        for module, imported in import_graph("wan_attn").items():
+            for other in imported:
+                if room_of(other) in ("wan_attn.cli", "wan_attn.__main__"):
+                    if room_of(module) != room_of(other):
+                        yield f"{module} imports {other}"
+
+    expect_none(problems())
+
+
+def test_the_top_of_the_package_is_small() -> None:
+    top = {f.name for f in package_sources() if len(f.parts) == 2}
+    assert len(top) <= MAX_TOP_MODULES, f"{len(top)}: {sorted(top)}"
 
 
 def test_importing_needs_nothing_but_torch() -> None:
@@ -202,7 +205,7 @@ def test_only_config_reads_the_environment() -> None:
         for file in package_sources():
             if file.name == "config.py":
                 continue
-            for node in ast.walk(ast.parse(read(file))):
+            for node in python_nodes(file):
                 used: set[str] = set()
                 if isinstance(node, ast.ImportFrom) and node.module == "os":
                     used = {alias.name for alias in node.names}
@@ -233,7 +236,7 @@ def test_lines_are_narrow() -> None:
 
 def python_functions(file: Path) -> Iterator[tuple[str, int, int]]:
     """(name, line, lines without the docstring)"""
-    for node in ast.walk(ast.parse(read(file))):
+    for node in python_nodes(file):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = (ast.get_docstring(node, clean=False) or "").count("\n") + 1
             yield node.name, node.lineno, (node.end_lineno or 0) - node.lineno + 1 - docstring
@@ -262,24 +265,54 @@ def test_functions_are_short() -> None:
 
 
 def test_c_prints_allocates_and_ends_nothing() -> None:
-    found = ((file, BANNED_IN_C.search(c_code(file))) for file in c_sources())
-    expect_none(f"{file}: {match[0]}" for file, match in found if match)
+    # An op returns tensors only: the shim keeps the row that a thread ran for that thread.
+    allowed = {("shim.c", "_Thread_local")}
+    found = (
+        (file, match[0]) for file in c_sources() for match in BANNED_IN_C.finditer(c_code(file))
+    )
+    expect_none(f"{file}: {word}" for file, word in found if (file.name, word) not in allowed)
 
 
-def test_c_uses_the_words_of_the_house() -> None:
+def cuda_driver_functions() -> dict[str, tuple[str, list[str]]]:
+    """field of wan_attn_cuda_driver -> (CUDA's name, parameters), from the list in driver.h."""
+    text = read(Path("csrc/cuda/host/driver.h")).replace("\\\n", " ")
+    listed = re.findall(r'\bX\((\w+), "(\w+)",\s*\(([^()]*)\)\)', text)
+    return {field: (name, parameters.split(",")) for field, name, parameters in listed}
+
+
+def call_arguments(code: str, start: int) -> list[str]:
+    """The arguments of the C call whose `(` is the character before `start`."""
+    arguments, depth = [""], 0
+    for character in code[start:]:
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
+        if depth < 0:
+            break
+        if character == "," and depth == 0:
+            arguments.append("")
+        else:
+            arguments[-1] += character
+    return [argument.strip() for argument in arguments]
+
+
+def test_cuda_work_goes_to_the_callers_stream() -> None:
+    """The driver is called through its table alone: what takes a stream gets the caller's, and
+    nothing is in the table that waits, allocates or works on a stream of its own choice."""
+    functions = cuda_driver_functions()
+    assert functions["launch"][0] == "cuLaunchKernel", "the list in driver.h cannot be read"
+
     def problems() -> Iterator[str]:
-        for file in c_sources():
-            if file.parts[1] == "torch":
-                continue  # the op's arguments carry the names that users of Wan2.2 know
-            words = set(re.findall(r"[A-Za-z_]\w*", c_code(file)))
-            for ours, theirs in SYNONYMS.items():
-                for word in words & set(theirs.split()):
-                    yield f"{file}: {word}; the house says {ours}"
-            for word in words:
-                if re.fullmatch(r"[a-z]{2,}[A-Z]\w*", word):
-                    yield f"{file}: {word} is not snake_case"
-                if word.startswith("wan_attn_") and word.endswith("_t"):
-                    yield f"{file}: {word} ends in _t, which is POSIX's"
+        for field, (name, parameters) in functions.items():
+            if re.match(r"cu(Mem|Launch|.*Synchronize|Stream|Event)", name):
+                if not any("wan_attn_cu_stream" in p for p in parameters):
+                    yield f"driver.h: {name} ({field}) takes no stream"
+        for file in sources("csrc/cuda/host/*.[ch]"):
+            code = c_code(file)
+            for call in re.finditer(r"(?:->|\.)(\w+)\(", code):
+                _, parameters = functions.get(call[1], ("", []))
+                given = call_arguments(code, call.end())
+                for parameter, argument in zip(parameters, given, strict=False):
+                    if "wan_attn_cu_stream" in parameter and not argument.endswith("->stream"):
+                        yield f"{file}: {call[1]} gets {argument}, not the caller's stream"
 
     expect_none(problems())
 
@@ -303,30 +336,3 @@ def test_no_paths_of_one_machine() -> None:
     texts = [f for f in files() if f.suffix not in (".png", ".gif", ".mp4", ".jpg")]
     found = ((file, private.search(read(file))) for file in texts)
     expect_none(f"{file}: {match[0]}" for file, match in found if match)
-
-
-def test_kernel_names_follow_the_grammar() -> None:
-    rows = wan_attn.native.op.kernels()
-    assert len({row.name for row in rows}) == len(rows)
-    for row in rows:
-        match = KERNEL_NAME.fullmatch(row.name)
-        assert match, f"{row.name} must be sdpa_<isa>[_variant][_<dtype>_d<head_dim>]"
-        if row.device == "cuda" or match["head_dim"]:
-            assert match["head_dim"] == str(row.head_dim_max), row.name
-
-
-def test_a_kernel_is_named_in_its_row_and_its_own_file() -> None:
-    for row in wan_attn.native.op.kernels():
-        name = re.compile(rf"\b(?:wan_attn_)?{row.name}\b")
-        named = {f.as_posix() for f in c_sources() if name.search(c_code(f))}
-        named |= {f.as_posix() for f in package_sources() if name.search(python_strings(f))}
-        own = {f for f in named if Path(f).stem.startswith("sdpa_")}
-        assert own, f"{row.name} has no file sdpa_*"
-        assert named - own == {"csrc/core/kernels.def"}, f"{row.name} is named in {named}"
-
-
-def test_the_tables_of_the_readme_are_current() -> None:
-    if not wan_attn.native.op.kernels() or platform.machine().lower() not in ("x86_64", "amd64"):
-        pytest.skip("README shows the kernels of x86-64, and this build has others")
-    text = read(Path("README.md"))
-    assert tables.up_to_date(text) == text, "run: make tables"

@@ -17,7 +17,7 @@ import torch
 
 import calls
 from calls import BF16, F32, sdpa
-from wan_attn.native import bindings, library, op
+from wan_attn.native import bindings, library, op, shim
 
 pytestmark = pytest.mark.usefixtures("native", "threads")
 
@@ -50,7 +50,7 @@ def test_threads_of_its_own(row: op.KernelInfo, monkeypatch: pytest.MonkeyPatch)
     """Where torch lends no loop (torch < 2.10, children of fork)."""
     tensors = operands(row)
     expected = sdpa(*tensors, row=row)[0]
-    monkeypatch.setattr(bindings, "parallel_for", lambda: None)
+    monkeypatch.setattr(shim, "parallel_for", lambda: None)
     for count in (1, 2, 5):
         torch.set_num_threads(count)
         assert torch.equal(bindings.ctypes_sdpa(*tensors, kernel=row.index)[0], expected)
@@ -141,8 +141,8 @@ for dtype in (torch.float32, torch.bfloat16):
     q = torch.randn(1, 20, 1, 16).to(dtype)
     row, _ = op.select(Request.from_tensors(q, q, q))
     torch.testing.assert_close(
-        torch.op.wan_attn.sdpa(q, q, q)[0],
-        torch.op.wan_attn.sdpa(q, q, q, kernel=row.index)[0], rtol=0, atol=0)
+        torch.ops.wan_attn.sdpa(q, q, q)[0],
+        torch.ops.wan_attn.sdpa(q, q, q, kernel=row.index)[0], rtol=0, atol=0)
     print(row.name)
 """
 

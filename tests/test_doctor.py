@@ -236,9 +236,9 @@ STOPPED = {
         "os.environ['USE_ATTENTION_BACKEND'] = 'best'",
         "WRONG  USE_ATTENTION_BACKEND must be one of auto, sdpa",
     ),
-    "a binding that cannot be had": (
+    "a binding that is not available": (
         "os.environ['WAN_ATTN_BINDING'] = 'shim'; import torch; torch.__version__ = '2.8.0'",
-        "WAN_ATTN_BINDING=shim cannot be had: the shim needs torch >= 2.9",
+        "WAN_ATTN_BINDING=shim is not available: the shim needs torch >= 2.9",
     ),
 }
 STOPPED_SCRIPT = """
@@ -268,7 +268,7 @@ def test_doctor_works_where_the_package_does_not(kind: str) -> None:
 
 
 def test_other_commands_point_to_doctor() -> None:
-    answer = stopped("a binding that cannot be had", "why", "--shape", "1x1x1x1")
+    answer = stopped("a binding that is not available", "why", "--shape", "1x1x1x1")
     assert answer.returncode == 2
     assert "`wan-attn doctor` says more" in answer.stderr and "Traceback" not in answer.stderr
 

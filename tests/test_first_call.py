@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""test_first_call.py - a kernel that is wrong on a card is found out at its first call, and left."""
+"""test_first_call.py - a kernel that is wrong on a card is found at its first call, and left."""
 
 from __future__ import annotations
 

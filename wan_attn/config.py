@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +124,7 @@ VARIABLES: tuple[Variable, ...] = (
         "choice",
         ("auto", "shim", "ctypes", "torch"),
         "auto",
-        "How torch.ops.wan_attn.sdpa reaches the native library: the C++ shim, ctypes, or not at"
+        "How torch.ops.wan_attn.sdpa reaches the native library: the shim in C, ctypes, or not at"
         " all (`torch`).",
     ),
     Variable(
@@ -272,6 +272,7 @@ def _reject_contradictions(settings: Settings) -> None:
 
 
 _current: Settings | None = None
+_followers: list[Callable[[Settings], None]] = []
 
 
 def current() -> Settings:
@@ -284,7 +285,15 @@ def refresh() -> Settings:
     """Read the environment again, for scripts that change it after the first call."""
     global _current
     _current = Settings.from_env()
+    for follower in _followers:
+        follower(_current)
     return _current
+
+
+def follow(follower: Callable[[Settings], None]) -> None:
+    """Call `follower` with the settings, now and whenever they are read again."""
+    follower(current())
+    _followers.append(follower)
 
 
 def put(name: str, value: str) -> Settings:

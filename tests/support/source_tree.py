@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""source_tree.py - the sources as test_architecture.py sees them: files, C code, imports."""
+"""source_tree.py - the sources as the tests of the house see them: files, C code, imports."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,7 @@ def sources(*patterns: str) -> list[Path]:
     return [f for f in chosen if not patterns or any(f.match(p) for p in patterns)]
 
 
+@functools.cache
 def read(file: Path) -> str:
     return (ROOT / file).read_text(encoding="utf-8")
 
@@ -48,6 +50,18 @@ _C_COMMENT_OR_STRING = re.compile(
 )
 
 
+@functools.cache
+def python_tree(file: Path) -> ast.Module:
+    return ast.parse(read(file))
+
+
+@functools.cache
+def python_nodes(file: Path) -> tuple[ast.AST, ...]:
+    """Every node of a Python file."""
+    return tuple(ast.walk(python_tree(file)))
+
+
+@functools.cache
 def c_code(file: Path) -> str:
     """C without comments, strings and include lines; line numbers stay."""
     blank = _C_COMMENT_OR_STRING.sub(lambda m: "\n" * m[0].count("\n"), read(file))
@@ -68,44 +82,90 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def python_imports(file: Path) -> Iterator[tuple[str, bool]]:
+@functools.cache
+def python_imports(file: Path) -> tuple[tuple[str, bool], ...]:
     """(imported module, whether importing `file` imports it), but for imports that only type
     checkers see."""
     package = (
         module_name(file) if file.name == "__init__.py" else module_name(file.parent / "x")[:-2]
     )
 
-    def visit(node: ast.AST, at_import: bool) -> Iterator[tuple[str, bool]]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+    def visit(statements: list[ast.stmt], at_import: bool) -> Iterator[tuple[str, bool]]:
+        for statement in statements:
+            if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
                 continue
-            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            if isinstance(child, ast.Import):
-                yield from ((alias.name, at_import) for alias in child.names)
-            elif isinstance(child, ast.ImportFrom):
-                base = child.module or ""
-                if child.level:
-                    upper = package.split(".")[: len(package.split(".")) - child.level + 1]
+            if isinstance(statement, ast.Import):
+                yield from ((alias.name, at_import) for alias in statement.names)
+            elif isinstance(statement, ast.ImportFrom):
+                base = statement.module or ""
+                if statement.level:
+                    upper = package.split(".")[: len(package.split(".")) - statement.level + 1]
                     base = ".".join([*upper, base] if base else upper)
                 # `from package import name` may name a module of the package.
-                yield from ((f"{base}.{alias.name}", at_import) for alias in child.names)
-            yield from visit(child, at_import and not inside)
+                yield from ((f"{base}.{alias.name}", at_import) for alias in statement.names)
+            inside = isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef)
+            for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+                yield from visit(getattr(statement, block, []), at_import and not inside)
 
-    return visit(ast.parse(read(file)), True)
+    return tuple(visit(python_tree(file).body, True))
 
 
+def import_graph(package: str) -> dict[str, set[str]]:
+    """module of `package` -> the modules of `package` that it imports, at any time.
+
+    A module's own packages do not count: Python imports `a` for `a.b`, whatever `a.b` says.
+    """
+    modules = {module_name(f): f for f in sources("*.py") if f.parts[0] == package}
+
+    def owner(name: str) -> str:
+        while name not in modules:  # a function or class of the module named before it
+            name = name.rpartition(".")[0]
+        return name
+
+    return {
+        module: {owner(name) for name, _ in python_imports(file) if name.split(".")[0] == package}
+        - {module}
+        for module, file in modules.items()
+    }
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Nodes of which each leads to the next, the last of them being the first; [] if there is no
+    such circle."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        found: list[str] = error.args[1]
+        return found[::-1]  # graphlib's arrows point the other way
+    return []
+
+
+@functools.cache
 def python_strings(file: Path) -> str:
     """Every string of a Python file but its docstrings, one a line."""
-    tree = ast.parse(read(file))
     docstrings = {
         id(node.value)
-        for node in ast.walk(tree)
+        for node in python_nodes(file)
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
     return "\n".join(
         node.value
-        for node in ast.walk(tree)
+        for node in python_nodes(file)
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
         and id(node) not in docstrings
     )
+
+
+def c_sources() -> list[Path]:
+    return [f for f in sources() if f.parts[0] == "csrc"]
+
+
+def package_sources() -> list[Path]:
+    return [f for f in sources() if f.parts[0] == "wan_attn"]
+
+
+def expect_none(problems: Iterable[str]) -> None:
+    """Fails with one line for each problem."""
+    found = list(problems)
+    assert not found, "\n" + "\n".join(found)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_attn.native import cuda_driver
+from wan_attn.native import cuda_driver, shim
 from wan_attn.request import Request
 from wan_attn.selfcheck import first_call
 
@@ -101,11 +101,13 @@ def _answer(
 
 
 def _call(*operands: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    """The op. Ctrl-C while its kernel was compiled is no failure, and ends the program as usual."""
+    """The op. What C could not pass on, it raises: Ctrl-C while a kernel was compiled, and torch's
+    own exception where there was no memory."""
     try:
         out, lse = _op()(*operands, **options)
-    except RuntimeError:
+    except RuntimeError as error:
         cuda_driver.raise_interruption()
+        shim.raise_out_of_memory(error)
         raise
     return out, lse
 

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-heads", type=int, metavar="N", help="heads of key and value, where fewer (GQA)"
     )
-    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--causal", dest="is_causal", action="store_true")
     parser.add_argument(
         "--window",
         type=_window,
@@ -119,7 +119,7 @@ def make_request(args: argparse.Namespace, call: Workload, settings: Settings) -
         query_dtype=qk_dtype,
         key_dtype=qk_dtype,
         device=device,
-        is_causal=args.causal,
+        is_causal=args.is_causal,
         window=args.window,
         has_q_lens=args.q_lens,
         has_k_lens=args.k_lens,

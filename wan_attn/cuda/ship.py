@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """ship.py - makes the cubins that travel in the package. setup.py starts this file by its path:
 
-    python wan_attn/cuda/ship.py --into DIR --kept DIR [--editable] [--cubins auto|0|1]
+    python wan_attn/cuda/ship.py --into DIR --kept DIR [--record FILE] [--editable]
+                                 [--cubins auto|0|1]
 
 Needs no torch, no GPU and no toolkit: only an NVRTC 12 from PyPI, whose machine code every driver
-from 525 on loads (that of 13 needs 580). Without one nothing is shipped and all is compiled on
-first use. What has been made before is taken from the folder of --kept.
+from 525 on loads (that of 13 needs 580). Without one nothing is shipped, each kernel is compiled at
+its first use, and the record says how to get them. What has been made before is taken from the
+folder of --kept.
 """
 
 from __future__ import annotations
@@ -34,6 +36,10 @@ from wan_attn.cuda.rows import Job
 
 MAJOR = 12
 REQUIREMENT = "nvidia-cuda-nvrtc-cu12==12.8.93"
+REMEDY = (
+    "to get them, install wan_attn without --no-build-isolation, or after"
+    f" pip install {REQUIREMENT}"
+)
 
 
 class ShipError(RuntimeError):
@@ -110,7 +116,7 @@ def ship(into: Path, kept: Path, workers: int) -> str:
     start = time.perf_counter()
     found = compiler()
     if found is None or found.version is None:
-        raise ShipError(f"no NVRTC {MAJOR}.x here (pip install {REQUIREMENT})")
+        raise ShipError(f"no NVRTC {MAJOR}.x here; {REMEDY}")
     kept.mkdir(parents=True, exist_ok=True)
     try:
         known = nvrtc.load(found).archs
@@ -160,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make what the package has of CUDA kernels.")
     parser.add_argument("--into", type=Path, help="the package's folder wan_attn/cuda")
     parser.add_argument("--kept", type=Path, required=True, help="what earlier builds have made")
+    parser.add_argument("--record", type=Path, help="JSON: how many were made, what was left out")
     parser.add_argument("--editable", action="store_true", help="the texts stay in csrc/")
     parser.add_argument(
         "--cubins",
@@ -178,19 +185,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shutil.rmtree(args.into / "src", ignore_errors=True)
     if not args.editable:
         copy_texts(args.into / "src")
+    left_out = []
     try:
         if args.cubins == "0":
-            raise ShipError("not wanted in this build")
+            raise ShipError("WAN_ATTN_CUDA=0; to get them, install wan_attn again without it")
         print(f"wan_attn: {ship(args.into / 'cubin', args.kept, args.workers)}", flush=True)
     except (ShipError, OSError) as error:
         # A package that installs beats one that is ready for every card.
         shutil.rmtree(args.into / "cubin", ignore_errors=True)
-        print(
-            f"wan_attn: no ready CUDA kernels ({error}); they will be compiled at first use",
-            flush=True,
-        )
-        return int(args.cubins == "1")
-    return 0
+        left_out = [f"ready CUDA kernels, so that each is compiled at its first use ({error})"]
+        print(f"wan_attn: this build leaves out {left_out[0]}", flush=True)
+    if args.record is not None:
+        cubins = len(store.names(args.into / "cubin"))
+        args.record.write_text(json.dumps({"cubins": cubins, "left_out": left_out}))
+    return int(args.cubins == "1" and bool(left_out))
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ the shim costs less per call (benchmarks/bench_overhead.py) but needs a newer to
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
-import sys
-from ctypes import CFUNCTYPE, POINTER, c_int32, c_size_t, c_uint32, c_void_p
-from pathlib import Path
+import threading
 
 import torch
 from torch import Tensor
 
-from wan_attn.config import current
+from wan_attn import config
 from wan_attn.native import library as native
+from wan_attn.native import shim
+from wan_attn.native.shim import CPU_FEATURES
 
 DTYPES = {
     torch.float32: native.F32,
@@ -28,10 +26,6 @@ DTYPES = {
     torch.int64: native.I64,
 }
 DEVICES = {"cpu": native.CPU, "cuda": native.CUDA}
-
-# Before 2.9 arguments were encoded otherwise: a shim built for 2.9 loads in 2.7 and computes
-# nonsense, so the version decides and not whether it loads.
-SHIM_NEEDS_TORCH = (2, 9)
 
 # Bits that each value of WAN_ATTN_CPU_ISA allows; every level includes the ones below it.
 _AVX2, _AVX512, _AVX512_BF16, _AMX, _NEON = (1 << bit for bit in range(5))
@@ -46,128 +40,27 @@ _ISA_FEATURES = {
 }
 
 
-def torch_version() -> tuple[int, int]:
-    """(major, minor) of the torch that runs."""
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
+_here = threading.local()
+
+
+def last_kernel() -> int:
+    """The row of the kernel table that ran in this thread's last call of the op; -1: none yet."""
+    ran = shim.last_kernel()
+    return int(vars(_here).get("kernel", -1)) if ran is None else ran
 
 
 def allowed_cpu_features() -> int:
-    """params.cpu_features for WAN_ATTN_CPU_ISA: 0 means all there are."""
-    isa = current().cpu_isa
-    return 0 if isa == "auto" else native.CPU_KNOWN | _ISA_FEATURES[isa]
+    """params.cpu_features of every call and question: what WAN_ATTN_CPU_ISA allows, 0 for all."""
+    return CPU_FEATURES.value
 
 
-@functools.cache
-def _torch_libraries() -> tuple[ctypes.CDLL, ...]:
-    """Handles through which torch's exported C functions can be found."""
-    if sys.platform == "win32":
-        folder = Path(torch.__file__).with_name("lib")
-        names = [folder / "torch_cpu.dll", folder / "torch_cuda.dll"]
-        return tuple(ctypes.CDLL(str(name)) for name in names if name.exists())
-    # dlsym on torch._C walks its dependencies, whatever a distribution has named them.
-    return (ctypes.CDLL(torch._C.__file__),)
+def set_cpu_features(settings: config.Settings) -> None:
+    """Lets every binding obey these settings from its next call on."""
+    isa = settings.cpu_isa
+    CPU_FEATURES.value = 0 if isa == "auto" else native.CPU_KNOWN | _ISA_FEATURES[isa]
 
 
-def torch_function(name: str) -> int | None:
-    """Address of one of torch's C functions, or None where this torch does not have it."""
-    for library in _torch_libraries():
-        try:
-            return ctypes.cast(getattr(library, name), c_void_p).value
-        except AttributeError:
-            continue
-    return None
-
-
-@functools.cache
-def parallel_for() -> int | None:
-    """torch_parallel_for (torch >= 2.10): kernels then run on torch's own threads."""
-    return None if _is_forked else torch_function("torch_parallel_for")
-
-
-_is_forked = False
-
-
-def _leave_torchs_threads() -> None:
-    """In a child of fork, torch's OpenMP would wait for ever for threads that the parent kept."""
-    global _is_forked
-    _is_forked = True
-    parallel_for.cache_clear()
-    if _shim is not None:
-        _configure(_shim)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_torchs_threads)
-
-
-def _num_threads(out: ctypes._Pointer[c_uint32]) -> int:
-    """torch_get_num_threads for torch 2.9, which does not export it."""
-    out[0] = torch.get_num_threads()
-    return 0
-
-
-# Kept for good: C calls it as long as the shim lives.
-_NUM_THREADS = CFUNCTYPE(c_int32, POINTER(c_uint32))(_num_threads)
-
-
-class _ShimFunctions(ctypes.Structure):
-    """`Functions` of csrc/torch/shim.cpp."""
-
-    _fields_ = [
-        ("workspace_size", c_void_p),
-        ("forward", c_void_p),
-        ("parallel", c_void_p),
-        ("num_threads", c_void_p),
-        ("cuda_stream", c_void_p),
-        ("cpu_features", c_uint32),
-    ]
-
-
-def why_no_shim() -> str | None:
-    """Why the shim cannot be used with this torch, or None."""
-    if torch_version() < SHIM_NEEDS_TORCH:
-        return f"the shim needs torch >= 2.9, this is {torch.__version__}"
-    if not native.shim_path().exists():
-        return (
-            f"{native.shim_path().name} was not built: torch >= 2.10 was not importable at build"
-            " time (pip install --no-build-isolation builds it)"
-        )
-    return None
-
-
-_shim: ctypes.CDLL | None = None
-
-
-def _configure(shim: ctypes.CDLL) -> None:
-    """Tells the shim the functions to use."""
-    lib = native.lib()
-    configure = shim.wan_attn_shim_configure
-    configure.restype, configure.argtypes = None, [POINTER(_ShimFunctions)]
-    table = _ShimFunctions(
-        ctypes.cast(lib.wan_attn_workspace_size, c_void_p),
-        ctypes.cast(lib.wan_attn_forward, c_void_p),
-        parallel_for(),
-        torch_function("torch_get_num_threads") or ctypes.cast(_NUM_THREADS, c_void_p).value,
-        torch_function("aoti_torch_get_current_cuda_stream"),
-        allowed_cpu_features(),
-    )
-    configure(ctypes.byref(table))
-
-
-def load_shim() -> str | None:
-    """Loads the shim, which registers the op for CPU and CUDA; or says why it could not."""
-    why = why_no_shim()
-    if why is not None:
-        return why
-    global _shim
-    try:
-        shim = ctypes.CDLL(str(native.shim_path()))
-        _configure(shim)
-    except (OSError, AttributeError) as error:
-        return f"{native.shim_path().name} does not load: {error}"
-    _shim = shim
-    return None
+config.follow(set_cpu_features)
 
 
 def describe(tensor: Tensor) -> native.Tensor:
@@ -204,7 +97,7 @@ def ctypes_sdpa(
     return_lse: bool = False,
     kernel: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """torch.ops.wan_attn.sdpa without the shim; the same steps as csrc/torch/shim.cpp."""
+    """torch.ops.wan_attn.sdpa without the shim; the same steps as csrc/torch/shim.c."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):  # None gets past the dispatcher
             raise RuntimeError(f"wan_attn: {name} must be a tensor, got {tensor}")
@@ -231,11 +124,11 @@ def ctypes_sdpa(
         params.seqused_k = describe(k_lens)
     if query.device.type == "cpu":
         params.num_threads = torch.get_num_threads()
-        params.parallel = parallel_for()
+        params.parallel = shim.parallel_for()
     else:
         params.stream = torch.cuda.current_stream(query.device).cuda_stream
-    size = c_size_t()
-    _check(lib.wan_attn_workspace_size(params, ctypes.byref(size), error), error)
+    call = native.Call(struct_size=ctypes.sizeof(native.Call))
+    _check(lib.wan_attn_prepare(params, call, error), error)
 
     batch, seqlen_q, heads, _ = query.shape
     out = query.new_empty(query.shape)
@@ -243,8 +136,9 @@ def ctypes_sdpa(
     params.out = describe(out)
     if return_lse:
         params.lse = describe(lse)
-    if size.value:
-        workspace = query.new_empty(size.value, dtype=torch.uint8)
-        params.workspace, params.workspace_size = workspace.data_ptr(), size.value
-    _check(lib.wan_attn_forward(params, error), error)
+    if call.workspace_size:
+        workspace = query.new_empty(call.workspace_size, dtype=torch.uint8)
+        params.workspace, params.workspace_size = workspace.data_ptr(), call.workspace_size
+    _check(lib.wan_attn_run(params, call, error), error)
+    _here.kernel = call.kernel
     return out, lse

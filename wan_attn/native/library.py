@@ -31,6 +31,9 @@ CPU_KNOWN = 1 << 31
 
 MAX_NDIM = 4
 
+# There is no such package on an index: it is installed from its checkout, or from a wheel.
+REINSTALL = "install wan_attn again: pip install --force-reinstall --no-deps and its checkout"
+
 
 class Tensor(ctypes.Structure):
     """wan_attn_tensor."""
@@ -162,7 +165,8 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
 }
 
 
-def _shared_library(stem: str) -> Path:
+def shared_library(stem: str) -> Path:
+    """Where this library of ours is expected: in the package's folder."""
     prefix, suffix = {
         "win32": ("", ".dll"),
         "darwin": ("lib", ".dylib"),
@@ -172,12 +176,7 @@ def _shared_library(stem: str) -> Path:
 
 def lib_path() -> Path:
     """Where libwan_attn is expected: in the package's folder."""
-    return _shared_library("wan_attn")
-
-
-def shim_path() -> Path:
-    """Where the torch shim is expected; it is there only if torch was importable at build time."""
-    return _shared_library("wan_attn_shim")
+    return shared_library("wan_attn")
 
 
 def opened(path: Path) -> ctypes.CDLL:
@@ -197,19 +196,18 @@ def opened(path: Path) -> ctypes.CDLL:
 @functools.cache
 def _open() -> tuple[ctypes.CDLL | None, str | None]:
     path = lib_path()
-    again = "reinstall with: pip install --force-reinstall --no-deps wan-attn"
     if not path.exists():
         return (
             None,
-            f"{path.name} is not in the package (it was built without a C compiler); {again}",
+            f"{path.name} is not in the package; {REINSTALL}",
         )
     try:
         lib = opened(path)
     except (OSError, AttributeError) as error:
-        return None, f"{path.name} does not load: {error}; {again}"
+        return None, f"{path.name} does not load: {error}; {REINSTALL}"
     version = lib.wan_attn_abi_version()
     if version != ABI_VERSION:
-        return None, f"{path.name} has ABI {version}, this package needs {ABI_VERSION}; {again}"
+        return None, f"{path.name} has ABI {version}, this package needs {ABI_VERSION}; {REINSTALL}"
     return lib, None
 
 

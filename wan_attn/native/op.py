@@ -2,8 +2,8 @@
 """op.py - registers torch.ops.wan_attn.sdpa on the best binding that works here.
 
 ======  =========================================================================================
-shim    csrc/torch/shim.cpp through torch's stable ABI; torch >= 2.9
-ctypes  the same C functions called from Python; any torch >= 2.4, some 10 us more a call
+shim    csrc/torch/shim.c through torch's stable C ABI; torch >= 2.9
+ctypes  the same C functions called from Python; any torch >= 2.4, some 25 us more a call
 torch   no native library: computed by torch's operators, so the op exists wherever torch does
 ======  =========================================================================================
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from wan_attn.config import current
 from wan_attn.contract import check_call
-from wan_attn.native import autograd, cuda_driver, library
-from wan_attn.native.bindings import ctypes_sdpa, load_shim
+from wan_attn.native import autograd, cuda_driver, library, shim
+from wan_attn.native.bindings import ctypes_sdpa
 from wan_attn.native.kernels import KernelInfo, build_info, cpu_features, kernels, select, why_not
 
 __all__ = [
@@ -135,9 +135,9 @@ def _register() -> None:
         _reason = library.load_error() or "WAN_ATTN_BINDING=torch"
     else:
         cuda_driver.configure(library.lib())
-        why_no_shim = "WAN_ATTN_BINDING=ctypes" if wanted == "ctypes" else load_shim()
+        why_no_shim = "WAN_ATTN_BINDING=ctypes" if wanted == "ctypes" else shim.load()
         if wanted == "shim" and why_no_shim is not None:
-            raise RuntimeError(f"wan_attn: WAN_ATTN_BINDING=shim cannot be had: {why_no_shim}")
+            raise RuntimeError(f"wan_attn: WAN_ATTN_BINDING=shim is not available: {why_no_shim}")
         _binding, _reason = ("ctypes", why_no_shim) if why_no_shim is not None else ("shim", "")
     if _binding != "shim":
         function = ctypes_sdpa if _binding == "ctypes" else _sdpa_by_torch

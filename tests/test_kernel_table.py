@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""test_kernel_table.py - the names of the kernel table, and the tables of README made from it."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+import pytest
+import readme_tables as tables
+
+from source_tree import c_code, c_sources, package_sources, python_strings, read
+from wan_attn.native import op
+
+KERNEL_NAME = re.compile(
+    r"sdpa_(?:ref|avx2|avx512|avx512_bf16|amx|neon|(?:qk8_)?sm\d+)"  # instruction set
+    r"(?:_[a-z][a-z0-9]*)*?"  # variant
+    r"(?:_(?:f32|f16|bf16)_d(?P<head_dim>\d+))?"
+)
+
+
+def test_kernel_names_follow_the_grammar() -> None:
+    rows = op.kernels()
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        match = KERNEL_NAME.fullmatch(row.name)
+        assert match, f"{row.name} must be sdpa_<isa>[_variant][_<dtype>_d<head_dim>]"
+        if row.device == "cuda" or match["head_dim"]:
+            assert match["head_dim"] == str(row.head_dim_max), row.name
+
+
+def test_a_kernel_is_named_in_its_row_and_its_own_file() -> None:
+    for row in op.kernels():
+        name = re.compile(rf"\b(?:wan_attn_)?{row.name}\b")
+        named = {f.as_posix() for f in c_sources() if name.search(c_code(f))}
+        named |= {f.as_posix() for f in package_sources() if name.search(python_strings(f))}
+        own = {f for f in named if Path(f).stem.startswith("sdpa_")}
+        assert own, f"{row.name} has no file sdpa_*"
+        assert named - own == {"csrc/core/kernels.def"}, f"{row.name} is named in {named}"
+
+
+def test_the_tables_of_the_readme_are_current() -> None:
+    if not op.kernels() or platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("README shows the kernels of x86-64, and this build has others")
+    text = read(Path("README.md"))
+    assert tables.up_to_date(text) == text, "run: make tables"
