@@ -130,6 +130,6 @@ clean:
 	@rm -rf wan_attn/cuda/cubin
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help demo test fuzz check check-environment check-format check-lint check-types check-warnings \
-	check-analyzers check-sanitizers check-tables format tables build bench wheel wheel-matrix \
-	host-matrix clean
+.PHONY: help demo test fuzz check check-environment check-format check-lint check-types \
+	check-warnings check-analyzers check-sanitizers check-tables format tables build bench wheel \
+	wheel-matrix host-matrix clean

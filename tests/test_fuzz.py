@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from emu.build import compiler
-from fuzz import build, driver_faults, malformed, surroundings
+from fuzz import build, driver_faults, fallbacks, malformed, surroundings
 from wan_attn.native import library
 
 SEED = 12
@@ -58,6 +58,14 @@ def test_failures_of_the_driver(record_property: Any) -> None:
     wrong = [f"{row}\n    {problem}" for row in rows for problem in row.problems]
     record_property("summary", f"{len(rows)} failures of the driver, {len(wrong)} wrong")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
+@pytest.mark.parametrize("code", (209, 700), ids=driver_faults.CODES.get)
+def test_fallbacks(code: int, native: str, tmp_path: Path) -> None:
+    for function in fallbacks.FUNCTIONS[:2]:
+        line, problems = fallbacks.try_fault(function, code, tmp_path)
+        assert not problems, f"{line}: {problems}"
 
 
 @pytest.mark.parametrize("name", surroundings.CACHES)

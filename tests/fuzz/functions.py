@@ -184,6 +184,21 @@ def _integration(name: str, function: str) -> Callable[..., Any]:
     return call
 
 
+def _of_torchs_dispatcher() -> dict[tuple[str, str], str]:
+    """What torch converts, or refuses in words of its own, before anything of ours is asked."""
+    converted = "torch's dispatcher converts it, and nothing of ours sees what it was"
+    refused = "torch's dispatcher refuses it, and nothing of ours is asked"
+    flags = ("None", "2", "-1", "fraction", "nan", "float tensor")
+    counts = ("bool", "float tensor", "bool tensor")
+    bounds = ("window_left", "window_right", "kernel")
+    rules = {(n, x): converted for n in ("is_causal", "return_lse") for x in flags}
+    rules |= {(n, x): converted for n in bounds for x in counts}
+    rules |= {("scale", x): converted for x in ("bool", "bool tensor")}
+    rules |= {(n, f"nested {x}"): refused for n in OPERANDS for x in ("strided", "jagged")}
+    rules |= {(n, "negative"): "-1 is no bound, or the best row" for n in bounds}
+    return rules | {("scale", "sparse tensor"): refused}
+
+
 def _core() -> list[Function]:
     wrapper = {**_SDPA, "window": v.WINDOW, "method": v.WORD, "threshold": v.COUNT}
     return [
@@ -214,14 +229,7 @@ def _core() -> list[Function]:
             _op,
             {**_SDPA, "window_left": v.COUNT, "window_right": v.COUNT, "kernel": v.COUNT},
             {},
-            {
-                **{(n, x): "torch's dispatcher converts it" for n in ("is_causal", "return_lse")
-                   for x in ("2", "-1")},
-                **{(n, "negative"): "-1 is no bound, or the best row"
-                   for n in ("window_left", "window_right", "kernel")},
-                **{(n, "bool"): "torch's dispatcher takes it for an integer"
-                   for n in ("window_left", "window_right", "kernel", "scale")},
-            },
+            _of_torchs_dispatcher(),
         ),
         Function(
             "windows_flash_attention_wrapper",
@@ -229,7 +237,6 @@ def _core() -> list[Function]:
             lambda: {**_sdpa(), "method": "chunked", "threshold": 8, "max_elements": 64},
             {**wrapper, "max_elements": v.COUNT},
             {"window": _WINDOW_WORDS},
-            {("method", "small"): "nothing: it is refused"},
         ),
         Function(
             "merge_states",
@@ -248,6 +255,7 @@ def _of_other_libraries() -> list[Function]:
         **{"is_causal": v.FLAG, "sm_scale": v.SCALE, "return_lse": v.FLAG},
         "dropout_p": v.PROBABILITY,
     }
+    no_rows = {("q", "no heads"): "without rows, in this layout"}
     sage_words = {**_QKV_WORDS, "sm_scale": frozenset({"scale"})}
     return [
         _flash_function(FLASH, "q", "k", "v"),
@@ -258,7 +266,7 @@ def _of_other_libraries() -> list[Function]:
         ),
         _flash_function("flash_attn_varlen_kvpacked_func", "q", "kv", *plain, *packed_q),
         _flash_function("flash_attn_varlen_qkvpacked_func", "qkv", "cu_seqlens", "max_seqlen"),
-        Function("sageattn", wan_attn.sageattn, _sage, sage_kinds, sage_words),
+        Function("sageattn", wan_attn.sageattn, _sage, sage_kinds, sage_words, no_rows),
         Function(
             "sageattn with attn_mask",
             wan_attn.sageattn,

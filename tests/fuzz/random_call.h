@@ -161,7 +161,7 @@ static void choose_shape(wan_attn_params *p) {
 
 /* A run of keys, often longer than any row's block of keys. */
 static void put_special_keys(wan_attn_params *p, numbers kind) {
-    int64_t first = pick(p->k.shape[1]), count = 1 + pick(one_in(2) ? 4 : 80);
+    int64_t first = pick(p->k.shape[1]), count = one_in(3) ? 1 + pick(4) : 32 + pick(64);
     int64_t dim = pick(p->k.shape[3]);
     first = one_in(2) ? 0 : first;
     wan_attn_tensor *t = kind == INFINITE_VALUE ? &p->v : &p->k;
@@ -226,7 +226,7 @@ static numbers random_call(wan_attn_params *p) {
         p->seqused_q = random_lengths(p->q.shape[0], p->q.shape[1]);
     if (one_in(2))
         p->seqused_k = random_lengths(p->k.shape[0], p->k.shape[1]);
-    numbers kind = one_in(2) ? ORDINARY : (numbers)pick(NUMBERS);
+    numbers kind = one_in(2) ? ORDINARY : one_in(4) ? MINUS_INFINITY : (numbers)pick(NUMBERS);
     choose_values(p, kind);
     p->has_softmax_scale = (int32_t)pick(2);
     p->softmax_scale = p->has_softmax_scale ? PICK(SCALES) : NAN; /* NAN: not looked at */

@@ -7,7 +7,8 @@
 legal         random calls of the C ABI against float64, with guard pages, on every row (legal.c)
 broken        calls of the C ABI that break its contract (broken.c)
 malformed     every argument of every Python function, broken in every way (malformed.py)
-driver        every call of the CUDA driver fails, with every error (driver_faults.py)
+driver        every call of the CUDA driver fails, with every error (driver_faults.py), and what
+              Python makes of it (fallbacks.py)
 surroundings  caches, threads, forks, signals (surroundings.py)
 
 Ends with 1 if anything is wrong. The same seed makes the same cases.
@@ -75,9 +76,9 @@ def run_campaign(name: str, options: argparse.Namespace) -> bool:
     if name == "malformed":
         return run([*python, str(HERE / "malformed.py")])
     if name == "driver":
-        return run(
-            [*python, str(HERE / "driver_faults.py"), *(["--short"] if options.short else [])]
-        )
+        short = ["--short"] if options.short else []
+        well = run([*python, str(HERE / "driver_faults.py"), *short])
+        return run([*python, str(HERE / "fallbacks.py")]) and well
     return run([*python, str(HERE / "surroundings.py"), str(options.seed), f"{seconds:g}"])
 
 
