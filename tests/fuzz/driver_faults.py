@@ -156,6 +156,10 @@ def try_fault(
     log += gpu.log()
     row.attempts = sum(line.startswith(f"{function} fails") for line in log)
     row.loads = sum(line.startswith("load ") for line in log)
+    unloads = sum(line.startswith("unload") for line in log)
+    if row.loads - unloads > len(set(gpu.asked)):
+        images = len(set(gpu.asked))
+        row.problems.append(f"{row.loads - unloads} modules of {images} images: one a call leaks")
     gpu.fail("", 0)
     if not is_emulated:
         gpu.driver.mock_on_launch(ctypes.cast(None, LAUNCH))
@@ -177,10 +181,6 @@ def try_fault(
     except RuntimeError as error:
         if function != "cuInit":  # asked once for a process
             row.problems.append(f"not well again: {error}")
-    unloads = sum(line.startswith("unload") for line in log)
-    if row.loads - unloads > len(set(gpu.asked)):
-        images = len(set(gpu.asked))
-        row.problems.append(f"{row.loads - unloads} modules of {images} images: one a call leaks")
     _close(gpu)
     return row
 
