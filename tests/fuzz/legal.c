@@ -218,7 +218,7 @@ static int check_row(wan_attn_params *p, const decoded *x, int32_t row) {
     return wrong;
 }
 
-/* The chosen row, under features that are masked at random, gives what it gives when it is forced. */
+/* The chosen row, under features masked at random, gives what it gives when it is forced. */
 static int check_choice(wan_attn_params *p) {
     int32_t row = -1;
     result chosen = {0}, forced = {0};
