@@ -17,7 +17,6 @@ from wan_attn import config, log
 from wan_attn.backends import fa2
 from wan_attn.integrations import _transformers_choice
 from wan_attn.integrations import transformers as wan_transformers
-from wan_attn.selection import run as execute
 
 transformers = pytest.importorskip("transformers", reason="needs the packages of the extra `demo`")
 
@@ -101,7 +100,7 @@ def test_generated_tokens(
 
 
 def test_decoding_is_described_once(lines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "_plans", {})  # which remember that they were described
+    config.forget()  # plans remember that they were described
     ids, mask = (x[:1, :9] for x in models.tokens("none"))
     model = models.make_language_model("llama", "wan_attn")
     model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)

@@ -25,7 +25,7 @@ class Progress:
             print(f"[{self.done}/{self.total}] {text}", file=self.stream, flush=True)
 
     def close(self) -> None:
-        """Everything is done."""
+        """Says that everything is done."""
         if self.bar:
             self.bar.close()
 
