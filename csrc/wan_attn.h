@@ -55,7 +55,8 @@ typedef enum wan_attn_dtype {
     WAN_ATTN_BF16 = 2,
     WAN_ATTN_I32 = 3,
     WAN_ATTN_I64 = 4,
-    WAN_ATTN_DTYPE_OTHER = 5 /* anything else a framework may hold; always refused */
+    WAN_ATTN_F64 = 5,        /* no row takes it: here to be refused by its name */
+    WAN_ATTN_DTYPE_OTHER = 6 /* anything else a framework may hold; always refused */
 } wan_attn_dtype;
 
 typedef enum wan_attn_device {

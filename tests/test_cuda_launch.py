@@ -84,7 +84,7 @@ def test_each_card_runs_its_row(arch: int, dtype: torch.dtype, tmp_path: Path) -
     assert {arch for _, arch in gpu.asked} == {arch}
 
 
-def test_hopper(tmp_path: Path) -> None:
+def test_hopper_gets_the_tile_and_the_copies_that_it_needs(tmp_path: Path) -> None:
     """Which tile of a row a call gets, and what has to be copied before TMA can read it."""
     gpu = Gpu(tmp_path, CARDS[90])
     row = "sdpa_sm90_bf16_d128"
@@ -167,7 +167,9 @@ def test_views_that_are_not_aligned_are_copied(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64), ids=str)
 @pytest.mark.parametrize("on_device", (False, True), ids=("host", "device"))
-def test_lengths(gpu: Gpu, on_device: bool, dtype: torch.dtype) -> None:
+def test_lengths_reach_the_kernel_from_either_device(
+    gpu: Gpu, on_device: bool, dtype: torch.dtype
+) -> None:
     query, key, value = normal(batch=3)
     q_lens = torch.tensor([70, 11, 0], dtype=dtype)
     k_lens = torch.tensor([9, 133, 64], dtype=dtype)

@@ -9,7 +9,6 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,7 @@ TINY = ["--quick", "--frames", "5", "--height", "64", "--width", "96", "--steps"
 TOKENS = 2 * 4 * 6
 
 
-@pytest.fixture(autouse=True)
-def _settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for variable in config.VARIABLES:
-        monkeypatch.delenv(variable.name, raising=False)
-    config.refresh()
-    yield
-    monkeypatch.undo()
-    config.refresh()
+pytestmark = pytest.mark.usefixtures("default_settings")
 
 
 def tiny_options(folder: Path, **changes: Any) -> options.Options:

@@ -44,7 +44,7 @@ def test_the_row_takes_what_its_table_entry_says(row: op.KernelInfo | None, nati
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_lengths(row: op.KernelInfo | None, length: int) -> None:
+def test_any_length_is_exact(row: op.KernelInfo | None, length: int) -> None:
     other = LENGTHS[(LENGTHS.index(length) * 5 + 7) % len(LENGTHS)]
     for dtype in row_dtypes(row):
         for seqlen_q, seqlen_k in ((length, length), (length, other)):
@@ -259,7 +259,7 @@ def test_length_tensors(row: op.KernelInfo | None, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("scale", (-0.3, 0.0, 1e-3, 0.125, 1.0, 40.0))
-def test_scales(row: op.KernelInfo | None, scale: float) -> None:
+def test_any_scale_is_exact(row: op.KernelInfo | None, scale: float) -> None:
     for dtype in row_dtypes(row):
         check(row, *some(row, seqlen_k=70, dtype=dtype), scale=scale)
         check(row, *some(row, dtype=dtype), scale=scale, is_causal=True, k_lens=[20])

@@ -226,11 +226,7 @@ def check_wan(bench: Bench, row: op.KernelInfo, shape: str) -> dict[str, Any]:
 
 
 def why_not(bench: Bench, row: op.KernelInfo, call: Workload, dtype: torch.dtype) -> str | None:
-    request = Request(
-        call.batch, call.seqlen_q, call.seqlen_k, call.num_heads_q, call.num_heads_k,
-        call.head_dim, dtype, dtype, dtype, bench.device, has_k_lens=True,
-    )  # fmt: skip
-    return op.why_not(request, row.index)
+    return op.why_not(Request.of(call, dtype, bench.device, has_k_lens=True), row.index)
 
 
 def check_offsets(bench: Bench, row: op.KernelInfo, _: str) -> dict[str, Any]:

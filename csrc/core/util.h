@@ -16,8 +16,9 @@ static inline int64_t wan_attn_dtype_size(int32_t dtype) {
 }
 
 static inline const char *wan_attn_dtype_name(int32_t dtype) {
-    static const char *const NAMES[] = {"float32", "float16", "bfloat16", "int32", "int64"};
-    return dtype >= 0 && dtype <= WAN_ATTN_I64 ? NAMES[dtype] : "another dtype";
+    static const char *const NAMES[] = {"float32", "float16", "bfloat16",
+                                        "int32",   "int64",   "float64"};
+    return dtype >= 0 && dtype < WAN_ATTN_DTYPE_OTHER ? NAMES[dtype] : "another dtype";
 }
 
 /* n / by, rounded up; both positive, or n 0. */

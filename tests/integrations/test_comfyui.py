@@ -300,10 +300,10 @@ class TestGlobal:
         before = host.optimized_attention
         start(root)
         late = importlib.import_module("kijai")
-        comfyui.restore(host)
+        comfyui.unpatch(host)
         for module in (host, early, late):
             assert module.optimized_attention is before, module
-        comfyui.restore(host)
+        comfyui.unpatch(host)
 
     def test_says_so_at_start(self, root: Path, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO, "wan_attn"):

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wan_attn.backends import REGISTRY
 from wan_attn.backends.chunked import NAME as CHUNKED
 from wan_attn.native import op
-from wan_attn.request import Request
+from wan_attn.request import PLAIN, Request
 
 BASELINE = "torch"
 """PyTorch's SDPA by its own choice of kernel: 1.0 in every table and picture."""
@@ -161,7 +161,7 @@ def _backend(name: str) -> Peer:
     backend = REGISTRY[name]
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return backend.run(query, key, value)[0]
+        return backend.run(query, key, value, PLAIN)[0]
 
     return Peer(name, backend.TITLE, run, backend.why_not)
 

@@ -43,6 +43,7 @@ from wan_attn.bench.timing import (
 )
 from wan_attn.log import dtype_name
 from wan_attn.request import Request
+from wan_attn.workloads import Workload
 
 FORWARDS = 2
 STOCK = "stock"
@@ -278,10 +279,10 @@ def _usable(
     report: Report, options: Options, tokens: int, dtype: torch.dtype, where: str
 ) -> list[Route]:
     call = options.arch.call
-    request = Request(
-        options.batch, tokens, tokens, call.num_heads, call.num_heads, call.head_dim,
-        dtype, dtype, dtype, options.device, has_k_lens=options.fill != (1.0,),
-    )  # fmt: skip
+    heads = (call.num_heads, call.num_heads)
+    sizes = (options.batch, tokens, tokens, *heads, call.head_dim)
+    has_k_lens = options.fill != (1.0,)
+    request = Request.of(Workload("", "", *sizes), dtype, options.device, has_k_lens=has_k_lens)
     usable = []
     for route in routes(options.device):
         if options.wanted is not None and route.name not in options.wanted:

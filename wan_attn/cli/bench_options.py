@@ -9,7 +9,8 @@ import re
 
 import torch
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from wan_attn.log import DTYPES
+
 SECONDS = 60.0
 
 

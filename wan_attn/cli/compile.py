@@ -13,11 +13,9 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from wan_attn import console
+from wan_attn.cli import FINE, WRONG, refuse
 from wan_attn.cuda import images, rows
 from wan_attn.doctor.facts import cuda_devices
-
-NOTHING_TO_DO = 2
-"""The exit code if the arguments name nothing to compile; argparse's own is the same."""
 
 Line: TypeAlias = tuple[str, str, str, str, str]
 HEAD: Line = ("row", "arch", "seconds", "bytes", "from")
@@ -71,8 +69,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         jobs = chosen(args)
     except CannotCompile as error:
-        console.emit(console.wrap(f"compile: {error}", ""))
-        return NOTHING_TO_DO
+        return refuse("compile", error)
     width = max(len(job.name) for job in jobs)
     console.emit(_line(HEAD, width))
     failures: list[str] = []
@@ -82,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
     console.emit(f"\ncache: {where or 'none, this user has no home directory'}")
     for failure in dict.fromkeys(failures):
         console.emit("\n" + console.wrap(failure, "", "  "))
-    return int(bool(failures))
+    return WRONG if failures else FINE
 
 
 def chosen(args: argparse.Namespace) -> list[rows.Job]:

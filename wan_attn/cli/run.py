@@ -23,13 +23,11 @@ from types import ModuleType
 from typing import Any
 
 from wan_attn import config
+from wan_attn.cli import FINE, WRONG, refuse
 from wan_attn.integrations import wan22
 
 BACKEND_VARIABLE = "USE_ATTENTION_BACKEND"
 PROFILE_VARIABLE = "WAN_ATTN_PROFILE"
-
-CANNOT_START = 2
-"""The exit code if there is nothing to run; Python's own is the same."""
 
 
 class CannotRun(Exception):
@@ -74,8 +72,7 @@ def main(args: argparse.Namespace) -> int:
             config.put(PROFILE_VARIABLE, os.path.abspath(args.profile))
         wan22.patch()
     except config.ConfigError as error:
-        print(f"wan_attn run: {error}", file=sys.stderr)
-        return CANNOT_START
+        return refuse("run", error)
     _patch_spawned_processes()
     sys.argv[:] = [args.script, *args.script_args]
     try:
@@ -86,16 +83,15 @@ def main(args: argparse.Namespace) -> int:
     except SystemExit:
         raise
     except CannotRun as error:
-        print(f"wan_attn run: {error}", file=sys.stderr)
-        return CANNOT_START
+        return refuse("run", error)
     except BaseException as error:  # noqa: BLE001 - this is where Python's own last resort would be
         _print_traceback(error)
         if isinstance(error, KeyboardInterrupt):
             # Python ends by the signal itself, after its exit handlers; it has been reported.
             sys.excepthook = lambda *_: None
             raise
-        return 1
-    return 0
+        return WRONG
+    return FINE
 
 
 def _set_path0(directory: str) -> None:

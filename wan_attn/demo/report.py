@@ -16,6 +16,7 @@ from wan_attn.demo.compare import Comparison, Difference
 from wan_attn.demo.options import Options
 from wan_attn.demo.probe import Probe, Recorder
 from wan_attn.demo.runs import Run
+from wan_attn.doctor.facts import cpu_name
 from wan_attn.version import __version__
 
 PACKAGES = ("diffusers", "transformers", "numpy", "pillow", "imageio-ffmpeg")
@@ -59,7 +60,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Names and versions; no paths, no user names: people paste this into issues."""
     facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "python": platform.python_version(),
@@ -72,16 +73,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             facts[package] = None
     return facts
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("model name", "Model\t")):
-                return line.split(":", 1)[1].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or "unknown"
 
 
 def as_dict(found: Findings) -> dict[str, Any]:

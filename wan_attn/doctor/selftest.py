@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from wan_attn.log import DTYPES
 from wan_attn.selfcheck.reference import MASKS, UNIT, Case, Truth, cases, make_inputs, reference
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TF32_UNIT = 2.0**-11  # float32 matrix products on a GPU where the user allows TF32
 LARGE = 1e30
 MAX_FAILURES = 5  # shown per path; the rest are counted

@@ -24,6 +24,7 @@ DTYPES = {
     torch.bfloat16: native.BF16,
     torch.int32: native.I32,
     torch.int64: native.I64,
+    torch.float64: native.F64,
 }
 DEVICES = {"cpu": native.CPU, "cuda": native.CUDA}
 

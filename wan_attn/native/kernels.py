@@ -7,15 +7,12 @@ import ctypes
 import functools
 from ctypes import c_int32
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from wan_attn.native import library
 from wan_attn.native.bindings import DEVICES, DTYPES, allowed_cpu_features
-
-if TYPE_CHECKING:
-    from wan_attn.request import Request
+from wan_attn.request import Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from wan_attn.version import REINSTALL
 ABI_VERSION = 1
 
 OK, INVALID_ARGUMENT, UNSUPPORTED, DEVICE_ERROR, INTERNAL = range(5)
-F32, F16, BF16, I32, I64, DTYPE_OTHER = range(6)
+F32, F16, BF16, I32, I64, F64, DTYPE_OTHER = range(7)
 CPU, CUDA, DEVICE_OTHER = range(3)
 
 CPU_KNOWN = 1 << 31
@@ -33,6 +33,7 @@ CPU_KNOWN = 1 << 31
 MAX_NDIM = 4
 
 _PACKAGE = Path(__file__).parents[1]
+
 
 class Tensor(ctypes.Structure):
     """wan_attn_tensor."""
