@@ -132,6 +132,16 @@ def say_ignored_flags() -> None:
         print(f"wan_attn: compiled without {' '.join(ignored)}, which would make results wrong")
 
 
+def hidden_packages() -> list[str]:
+    """Packages that pip has fetched for this build, and that this Python does not see.
+
+    pip names them by PYTHONPATH, which a Python with a ._pth file (ComfyUI portable's) ignores.
+    """
+    named = os.environ.get("PYTHONPATH", "") if sys.flags.ignore_environment else ""
+    folders = [Path(entry).parent for entry in named.split(os.pathsep) if entry]
+    return [str(found) for f in folders for found in f.glob("overlay/**/site-packages")]
+
+
 class build_native(Command):
     """Builds all that is not Python, in the build folder or in the source tree."""
 
@@ -217,6 +227,7 @@ class build_native(Command):
         ship = [sys.executable, ROOT / "wan_attn/cuda/ship.py", "--into", target]
         kept = Path(os.environ.get("WAN_ATTN_KEPT") or ROOT / "build/cubin").resolve()
         ship += ["--kept", kept, "--record", record, "--cubins", wanted]
+        ship += [f"--site={folder}" for folder in hidden_packages()]
         if in_place:
             ship.append("--editable")
         if subprocess.run(ship, check=False).returncode != 0:

@@ -34,8 +34,7 @@ def _dtypes(row: op.KernelInfo) -> str:
 def _head_dims(row: op.KernelInfo) -> str:
     if row.head_dim_min == row.head_dim_max:
         return str(row.head_dim_min)
-    step = f", multiples of {row.head_dim_multiple}" if row.head_dim_multiple > 1 else ""
-    return f"{row.head_dim_min} to {row.head_dim_max}{step}"
+    return f"{row.head_dim_min} to {row.head_dim_max}"
 
 
 def _needs(row: op.KernelInfo) -> str:

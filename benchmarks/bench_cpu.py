@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -40,6 +39,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.nn.functional as F
 
+from wan_attn.doctor.facts import cpu_name
 from wan_attn.native import op
 
 HERE = Path(__file__).resolve().parent
@@ -79,14 +79,6 @@ def machine_peaks() -> dict[str, float]:
         )
         printed = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     return {name: float(value) for name, value in map(str.split, printed.splitlines())}
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((n.split(":")[1].strip() for n in lines if n.startswith("model name")), "unknown")
 
 
 def seconds(function: Callable[[], object]) -> tuple[float, float]:
@@ -228,7 +220,7 @@ def main() -> int:
         sys.exit("--runs must be at least 2, or there is no spread")
     shapes = QUICK if options.quick else {name: SHAPES[name] for name in options.shapes}
     peaks = machine_peaks()
-    title = f"{cpu_model()} ({options.name}), torch {torch.__version__}, wan_attn {op.build_info()}"
+    title = f"{cpu_name()} ({options.name}), torch {torch.__version__}, wan_attn {op.build_info()}"
     print(title)
     print("peak of one core, GFLOP/s:", peaks or "not measured, no C compiler")
     results: list[dict[str, object]] = []

@@ -84,7 +84,7 @@ def measured(binding: str) -> dict[str, Callable[[int], float]]:
     from wan_attn.native import op as ops
 
     if ops.binding() != binding:
-        raise SystemExit(f"binding {binding} is not to be had here: {ops.binding_reason()}")
+        raise SystemExit(f"binding {binding} is not available here: {ops.binding_reason()}")
     torch.set_num_threads(1)
     op = torch.ops.wan_attn.sdpa
     query, key, value = (torch.randn(SHAPE) for _ in range(3))

@@ -92,7 +92,7 @@ def estimate(gpu: Gpu, tile: Tile, cubin: Path) -> Estimate:
     products = in_f16 + in_f32
     bound = warps * hmma_flop * products / max(clocks.values()) * gpu.sms * gpu.ghz / 1e3
     return Estimate(
-        *(gpu.name, tile.row, sass.registers(cubin), tile.smem_bytes, clocks),
+        *(gpu.name, tile.symbol, sass.registers(cubin), tile.smem_bytes, clocks),
         *((executed - products) / products, bound, bound / gpu.peak()),
     )
 
@@ -111,7 +111,7 @@ def estimates(row: str | None = None) -> Iterator[Estimate]:
         cubin = Path(folder) / "kernel.cubin"
         for gpu in GPUS:
             for tile in tiles_for(gpu.arch):
-                if row in (None, tile.row):
+                if row in (None, tile.symbol):
                     compiled(tile, gpu.arch, cubin)
                     yield estimate(gpu, tile, cubin)
 

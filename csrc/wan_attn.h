@@ -55,7 +55,8 @@ typedef enum wan_attn_dtype {
     WAN_ATTN_BF16 = 2,
     WAN_ATTN_I32 = 3,
     WAN_ATTN_I64 = 4,
-    WAN_ATTN_DTYPE_OTHER = 5 /* anything else a framework may hold; always refused */
+    WAN_ATTN_F64 = 5,        /* no row takes it: here to be refused by its name */
+    WAN_ATTN_DTYPE_OTHER = 6 /* anything else a framework may hold; always refused */
 } wan_attn_dtype;
 
 typedef enum wan_attn_device {
@@ -66,7 +67,8 @@ typedef enum wan_attn_device {
 
 #define WAN_ATTN_MAX_NDIM 4
 
-/* One operand, as its owner describes it. data == NULL with ndim == 0: the operand is absent. */
+/* One operand, as its owner describes it. data == NULL with ndim == 0: the operand is absent. Where
+ * data is read or written it is a multiple of the element's size. */
 typedef struct wan_attn_tensor {
     void *data;
     int32_t dtype;        /* wan_attn_dtype */
@@ -94,7 +96,7 @@ typedef struct wan_attn_params {
     wan_attn_tensor q;
     wan_attn_tensor k;
     wan_attn_tensor v;
-    wan_attn_tensor out;
+    wan_attn_tensor out; /* no two elements in one place; lse neither */
     wan_attn_tensor lse; /* [batch, num_heads_q, seqlen_q] f32, natural log; absent: not wanted */
 
     /* Real lengths, [batch] i32 or i64; absent: all. On the CPU they are checked against [0,
@@ -123,8 +125,8 @@ typedef struct wan_attn_error {
     char message[1020];
 } wan_attn_error;
 
-/* A call between wan_attn_prepare and wan_attn_run, in the caller's memory: nothing has to be freed.
- * It may be run more than once. */
+/* A call between wan_attn_prepare and wan_attn_run, in the caller's memory: nothing has to be
+ * freed. It may be run more than once. */
 typedef struct wan_attn_call {
     uint32_t struct_size;  /* set by the caller: sizeof(wan_attn_call) */
     int32_t kernel;        /* the row that will run */
@@ -137,22 +139,28 @@ typedef struct wan_attn_call {
 typedef struct wan_attn_kernel_info {
     uint32_t struct_size;
     int32_t device_type;     /* wan_attn_device */
-    const char *name;        /* sdpa_<isa>[_variant]_<dtype>_d<head_dim> */
+    const char *name;        /* sdpa_<isa>[_variant][_d<head_dim>] */
     const char *description; /* one line */
     uint32_t dtypes;         /* bit 1 << wan_attn_dtype for each dtype of v it takes */
-    int32_t head_dim_min, head_dim_max, head_dim_multiple;
+    int32_t head_dim_min, head_dim_max, head_dim_multiple; /* multiple: always 1 */
     int32_t arch_min, arch_max; /* CUDA: compute capability * 10, inclusive; 0, 0 on the CPU */
     uint32_t cpu_features;      /* CPU: all of these must be there */
     int32_t is_lossy;           /* 1: never chosen, only forced */
 } wan_attn_kernel_info;
 
-/* Bits of cpu_features. Bit 31 is set in every answer of wan_attn_cpu_features, so that "detected,
- * none" is not 0. */
-#define WAN_ATTN_CPU_AVX2 (1u << 0)   /* with FMA and F16C */
-#define WAN_ATTN_CPU_AVX512 (1u << 1) /* F, BW, VL, DQ */
-#define WAN_ATTN_CPU_AVX512_BF16 (1u << 2)
-#define WAN_ATTN_CPU_AMX_BF16 (1u << 3)
-#define WAN_ATTN_CPU_NEON (1u << 4)
+/* THE list of CPU features that rows use: X(NAME, bit, "name", builds on, "words for messages"). */
+#define WAN_ATTN_CPU_FEATURE_LIST(X)                                                               \
+    X(AVX2, 0, "avx2", 0, "AVX2 with FMA and F16C")                                                \
+    X(AVX512, 1, "avx512", WAN_ATTN_CPU_AVX2, "AVX-512 F, BW, VL and DQ")                          \
+    X(AVX512_BF16, 2, "avx512_bf16", WAN_ATTN_CPU_AVX512, "AVX-512 BF16")                          \
+    X(AMX_BF16, 3, "amx_bf16", WAN_ATTN_CPU_AVX512_BF16, "AMX BF16")                               \
+    X(NEON, 4, "neon", 0, "NEON")
+
+/* Their bits in cpu_features: WAN_ATTN_CPU_AVX2 and so on. */
+#define WAN_ATTN_CPU_FEATURE(name, bit, text, builds_on, words) WAN_ATTN_CPU_##name = 1 << (bit),
+enum wan_attn_cpu_feature { WAN_ATTN_CPU_FEATURE_LIST(WAN_ATTN_CPU_FEATURE) };
+#undef WAN_ATTN_CPU_FEATURE
+/* Set in every answer of wan_attn_cpu_features, so that "detected, none" is not 0. */
 #define WAN_ATTN_CPU_KNOWN (1u << 31)
 
 /* Finds the machine code (a cubin) of `kernel`, a CUDA row or a pass beside one, for compute
@@ -182,6 +190,10 @@ WAN_ATTN_API int32_t wan_attn_abi_version(void);
 WAN_ATTN_API const char *wan_attn_build_info(void); /* compiler, target, build type; one line */
 WAN_ATTN_API const char *wan_attn_status_name(int32_t status);
 WAN_ATTN_API uint32_t wan_attn_cpu_features(void);
+/* "avx2" for bit 0, and so on; NULL behind the last feature. */
+WAN_ATTN_API const char *wan_attn_cpu_feature_name(int32_t bit);
+/* This feature and all that it builds on: what a user allows who names it. 0: there is none. */
+WAN_ATTN_API uint32_t wan_attn_cpu_feature_level(int32_t bit);
 
 /* The kernel table, best row first. info->struct_size must be set. */
 WAN_ATTN_API int32_t wan_attn_kernel_count(void);
@@ -203,14 +215,14 @@ WAN_ATTN_API wan_attn_status wan_attn_cuda_configure(const wan_attn_cuda_config 
 WAN_ATTN_API wan_attn_status wan_attn_cuda_device_at(int32_t index, wan_attn_cuda_device *device,
                                                      wan_attn_error *err);
 
-/* A call in two steps, so that its caller can allocate in between: everything is checked, chosen and
- * planned once.
- * prepare: everything but out, lse and the workspace. Reads lengths that lie on the CPU, and nothing
- * else that tensors point to. Fills call: the row that will run, and what workspace it needs. */
+/* A call in two steps, so that its caller can allocate in between: everything is checked, chosen
+ * and planned once. prepare: everything but out, lse and the workspace. Reads lengths that lie on
+ * the CPU, and nothing else that tensors point to. Fills call: the row that will run, and what
+ * workspace it needs. */
 WAN_ATTN_API wan_attn_status wan_attn_prepare(const wan_attn_params *params, wan_attn_call *call,
                                               wan_attn_error *err);
-/* run: at once on the CPU, enqueued on `stream` on a GPU. params must be as prepare saw them, lengths
- * on the CPU included, but for out, lse and the workspace. */
+/* run: at once on the CPU, enqueued on `stream` on a GPU. params must be as prepare saw them,
+ * lengths on the CPU included, but for out, lse and the workspace. */
 WAN_ATTN_API wan_attn_status wan_attn_run(const wan_attn_params *params, const wan_attn_call *call,
                                           wan_attn_error *err);
 

@@ -82,3 +82,16 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def default_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test runs as if no variable of ours were set."""
+    from wan_attn import config
+
+    for variable in config.VARIABLES:
+        monkeypatch.delenv(variable.name, raising=False)
+    config.refresh()
+    yield
+    monkeypatch.undo()
+    config.refresh()

@@ -38,9 +38,8 @@ NUMBERS = {
     "WAN_ATTN_MAX_NDIM": native.MAX_NDIM,
     **{f"WAN_ATTN_{name}": getattr(native, name) for name in (
         "OK", "INVALID_ARGUMENT", "UNSUPPORTED", "DEVICE_ERROR", "INTERNAL",
-        "F32", "F16", "BF16", "I32", "I64", "DTYPE_OTHER", "CPU", "CUDA", "DEVICE_OTHER",
+        "F32", "F16", "BF16", "I32", "I64", "F64", "DTYPE_OTHER", "CPU", "CUDA", "DEVICE_OTHER",
     )},
-    **{f"WAN_ATTN_CPU_{name.upper()}": 1 << bit for bit, name in native.CPU_FEATURES.items()},
     "WAN_ATTN_CPU_KNOWN": native.CPU_KNOWN,
 }  # fmt: skip
 
@@ -136,6 +135,17 @@ def test_the_header_compiles_alone(dialect: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("flag", ("-ffast-math", "-ffinite-math-only"))
+def test_fast_math_is_refused(flag: str) -> None:
+    """Results would be wrong by 0.1, and the process would lose its subnormal numbers."""
+    source = ROOT / "csrc/core/check.c"
+    command = [compiler(), "-std=c11", "-fsyntax-only", f"-I{ROOT / 'csrc'}", source]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    done = subprocess.run([*command, flag], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "must be built without -ffast-math" in done.stderr
+
+
 def layout() -> dict[str, int]:
     """Sizes and offsets as ctypes sees them."""
     found = {}
@@ -153,7 +163,11 @@ def test_ctypes_agrees_with_the_c_header(tmp_path: Path) -> None:
         struct, _, field = name.partition(".")
         c_value = f"offsetof({struct}, {field})" if field else f"sizeof({struct})"
         lines.append(f'_Static_assert({c_value} == {value}, "{name}");')
-    lines += [f'_Static_assert({n} == {value}u, "{n}");' for n, value in NUMBERS.items()]
+    # Features have their names from C; this says that each is the bit of its own macro.
+    features = {f"WAN_ATTN_CPU_{n.upper()}": 1 << bit for n, bit in native.cpu_features().items()}
+    assert features
+    for name, value in (NUMBERS | features).items():
+        lines.append(f'_Static_assert({name} == {value}u, "{name}");')
     source = tmp_path / "layout.c"
     source.write_text("\n".join(lines) + "\n")
     tool(compiler(), "-std=c11", "-fsyntax-only", f"-I{ROOT / 'csrc'}", source)

@@ -8,8 +8,9 @@ import inspect
 import logging
 import math
 import os
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor
 
 import standins
+import wan_attn
 from calls import BF16, F16, F32, operands, poisoned
 from tolerances import assert_close_to_oracle
 from wan_attn import config
 from wan_attn.attention import flash_attention, sdpa
 from wan_attn.backends import REGISTRY, native
+from wan_attn.integrations.wan22.adapters import make_flash_attention
+from wan_attn.request import Call, Request
 from wan_attn.selection import run as execute
 
 SIGNATURE = (
@@ -47,11 +51,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     seen: list[tuple[str, dict[str, Any]]] = []
 
     def spy(name: str, run: Any) -> Any:
-        def call(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-            seen.append((name, {"query": query, "key": key, "value": value, **options}))
-            return run(query, key, value, **options)
+        def spied(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Any:
+            seen.append((name, {"query": query, "key": key, "value": value, **call._asdict()}))
+            return run(query, key, value, call)
 
-        return call
+        return spied
 
     for name, backend in REGISTRY.items():
         monkeypatch.setattr(backend, "run", spy(name, backend.run))
@@ -105,7 +109,7 @@ def test_the_signature_is_stock_wan22s() -> None:
         ((torch.float64,) * 3, BF16, False, (BF16, BF16, BF16)),
     ],
 )
-def test_dtypes(
+def test_computes_in_one_dtype_and_answers_in_the_dtype_of_query(
     dtypes: Any, asked: Any, force: bool, computed: Any, ran: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if force:
@@ -146,7 +150,7 @@ def test_q_lens_shorter_than_q_and_lengths_as_numbers() -> None:
         assert_close_to_oracle(out, q, k, v, **want)
 
 
-def test_scales() -> None:
+def test_scales_given_twice_multiply() -> None:
     q, k, v = operands(dtype=F32)
     for given, scale in (
         ({"softmax_scale": 0.3}, 0.3),
@@ -217,7 +221,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_no_tensor_is_named() -> None:
-    with pytest.raises(RuntimeError, match=r"^wan_attn: query must be a torch.Tensor, got list$"):
+    with pytest.raises(RuntimeError, match=r"^wan_attn: query must be a tensor, got list$"):
         flash_attention(*[cast(Any, [1.0])] * 3)
 
 
@@ -254,8 +258,6 @@ def test_a_gradient_goes_to_a_backend_that_has_one(ran: Any) -> None:
 
 
 def _request(q: Tensor, k: Tensor, v: Tensor) -> Any:
-    from wan_attn.request import Request
-
     return Request.from_tensors(q, k, v, needs_grad=False)
 
 
@@ -274,7 +276,6 @@ class Broken:
 
         # Whether or not there is a native library here.
         monkeypatch.setattr(native, "why_not", lambda request: None)
-        monkeypatch.setattr(native, "kernel_name", lambda request: "sdpa_broken")
         monkeypatch.setattr(REGISTRY[name], "run", run)
 
 
@@ -300,11 +301,11 @@ def test_a_backend_that_fails_is_left_and_that_is_said_once(
     said = [record.getMessage() for record in caplog.records]
     text = " ".join(str(error).split())
     reason = f"failed at run time ({type(error).__name__}: {text})"
-    assert said[0] == (f"[Attention] wan_attn SDPA (sdpa_broken) {reason}; the next one takes over")
+    assert said[0] == (f"[Attention] wan_attn SDPA {reason}; trying PyTorch SDPA")
     assert said[1].startswith(f"[Attention] Using PyTorch SDPA (wan_attn SDPA: {reason}), dropout=")
     assert len(said) == 4
     sdpa(q[:, :5], k, v)  # another kind of call: tried again, not said again
-    assert broken.calls == 2 and caplog.text.count("takes over") == 1
+    assert broken.calls == 2 and caplog.text.count("; trying ") == 1
 
 
 @pytest.mark.parametrize(
@@ -329,9 +330,7 @@ def test_strict_raises_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("exploded")
     Broken(monkeypatch, "sdpa", error)
     monkeypatch.setenv("WAN_ATTN_STRICT", "1")
-    with pytest.raises(
-        RuntimeError, match=r"wan_attn SDPA .* failed at run time .*exploded"
-    ) as got:
+    with pytest.raises(RuntimeError, match=r"wan_attn SDPA failed at run time .*exploded") as got:
         flash_attention(*operands(dtype=BF16))
     assert got.value.__cause__ is error
 
@@ -414,6 +413,45 @@ def test_a_plan_is_made_once_for_a_kind_of_call(monkeypatch: pytest.MonkeyPatch)
     assert made == 7
 
 
+PATCHED = make_flash_attention(flash_attention)
+FRAMES_MAX = 15  # Python functions of the package that a steady call may enter; 21 before 0.2
+FRAMES_OF: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
+    "sdpa": lambda q, k, v: sdpa(q, k, v),
+    "sdpa with lengths": lambda q, k, v: sdpa(q, k, v, k_lens=torch.tensor([33])),
+    "flash_attention": lambda q, k, v: flash_attention(q, k, v, k_lens=torch.tensor([33])),
+    "patched Wan2.2": lambda q, k, v: PATCHED(q=q, k=k, v=v, k_lens=torch.tensor([33])),
+}
+
+
+def frames(call: Callable[[], object]) -> list[str]:
+    """The functions of the package that are entered, in this order."""
+    root, entered = str(Path(wan_attn.__file__).parent), []
+
+    def enter(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(root):
+            entered.append(f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}")
+
+    before = sys.getprofile()
+    sys.setprofile(enter)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return entered
+
+
+@pytest.mark.parametrize("name", FRAMES_OF)
+def test_a_steady_call_is_short(name: str, native: str, record_property: Any) -> None:
+    """On the CPU by our kernels. The first call of a kind may do more."""
+    q, k, v = operands(dtype=(F32, F32, BF16))
+    FRAMES_OF[name](q, k, v)
+    entered = frames(lambda: FRAMES_OF[name](q, k, v))
+    assert entered[-1] == "native._call" or native == "ctypes"
+    ours = [f for f in entered if not f.startswith(("bindings.", "shim."))]
+    record_property("summary", f"Python frames of {name}: {len(ours)} of {FRAMES_MAX}")
+    assert len(ours) <= FRAMES_MAX, ours
+
+
 def test_plans_do_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "_PLANS_MAX", 4)
     for length in range(1, 12):
@@ -422,7 +460,7 @@ def test_plans_do_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(execute._plans) <= 4
 
 
-def test_threads() -> None:
+def test_threads_share_the_plans_without_mixing_results() -> None:
     cases = []
     for number in range(8):
         q, k, v = operands(batch=2, seqlen_q=3 + number, dtype=BF16 if number % 2 else F32)

@@ -27,6 +27,7 @@ from wan_attn.backends import (
     native,
     torch_sdpa,
 )
+from wan_attn.request import Call
 
 Run = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -36,6 +37,10 @@ def _reset() -> Iterator[None]:
     standins.reset()
     yield
     standins.reset()
+
+
+def by(backend: Callable[[Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor | None]]) -> Run:
+    return lambda query, key, value, **call: backend(query, key, value, Call(**call))
 
 
 def by_wrapper(method: str) -> Run:
@@ -54,21 +59,21 @@ def by_wrapper(method: str) -> Run:
 
 
 BACKENDS: dict[str, tuple[Run, Any]] = {
-    "sdpa": (native.run, None),
-    "torch": (torch_sdpa.run, None),
-    "torch-unread": (torch_sdpa.run_unread, None),
-    "wrapper": (chunked.run, None),
-    "xformers": (by_wrapper("xformers"), None),
+    "sdpa": (by(native.run), None),
+    "torch": (by(torch_sdpa.run), None),
+    "torch-unread": (by(torch_sdpa.run_unread), None),
+    "wrapper": (by(chunked.run), None),
+    "rows": (by_wrapper("rows"), None),
     "chunked": (by_wrapper("chunked"), None),
     "ring": (by_wrapper("ring"), None),
-    "fa2": (fa2.run, ("flash_attn", standins.make_fa2)),
+    "fa2": (by(fa2.run), ("flash_attn", standins.make_fa2)),
     "fa2-padded-lse": (
-        fa2.run,
+        by(fa2.run),
         ("flash_attn", functools.partial(standins.make_fa2, padded_lse=True)),
     ),
-    "fa3": (fa3.run, ("flash_attn_interface", standins.make_fa3)),
-    "fa3-package": (fa3.run, ("flash_attn_3.flash_attn_interface", standins.make_fa3)),
-    "fa3-old": (fa3.run, ("flash_attn_interface", standins.make_old_fa3)),
+    "fa3": (by(fa3.run), ("flash_attn_interface", standins.make_fa3)),
+    "fa3-package": (by(fa3.run), ("flash_attn_3.flash_attn_interface", standins.make_fa3)),
+    "fa3-old": (by(fa3.run), ("flash_attn_interface", standins.make_old_fa3)),
 }
 
 
@@ -291,7 +296,7 @@ def naive(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Tensor
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 
-@pytest.mark.parametrize("which", ["torch", "torch-unread", "xformers", "chunked", "ring"])
+@pytest.mark.parametrize("which", ["torch", "torch-unread", "rows", "chunked", "ring"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_gradients(which: str, is_causal: bool) -> None:
     run, _ = BACKENDS[which]

@@ -82,7 +82,9 @@ def test_bad_options(
     assert out == ""
 
 
-def test_kernels(capsys: pytest.CaptureFixture[str], tmp_path: Path, native: str) -> None:
+def test_kernels_measures_each_kernel_against_torch(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, native: str
+) -> None:
     code, out, err = run([*KERNELS, "--out", str(tmp_path)], capsys)
     assert code == 0
     assert "[1/2] matmul fp32" in err and "[2/2] 1x64x2x64 fp32" in err, "no terminal: plain lines"
@@ -181,7 +183,9 @@ def tiny_step(**change: Any) -> step.Options:
     return step.Options(**(values | change))
 
 
-def test_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_step_measures_each_backend_against_the_stock_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     pytest.importorskip("diffusers")
     found = step.run(tiny_step())
     assert [row["backend"] for row in found.rows][0] == step.STOCK
@@ -307,7 +311,7 @@ def small_report() -> Report:
     return Report("kernels", "A title", columns, rows, skipped, ["A note."], {"torch": "2"})
 
 
-def test_tables() -> None:
+def test_a_report_reads_as_text_markdown_and_json() -> None:
     text = report.as_text(small_report())
     assert "  a|b      50  3" in text and "  c         -  -" in text
     assert "fa2  not installed\n" in text, "told once, where it holds everywhere"
@@ -348,16 +352,14 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("missing", [(), ("tqdm",), ("tqdm", "rich.progress")])
-def test_progress_on_a_terminal(missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    original = progress.importlib.import_module
-
-    def import_module(name: str) -> Any:
-        if name in missing:
-            raise ImportError(name)
-        return original(name)
-
-    monkeypatch.setattr(progress.importlib, "import_module", import_module)
+@pytest.mark.parametrize("has_tqdm", [True, False])
+def test_progress_on_a_terminal_names_each_step(
+    has_tqdm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if has_tqdm:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
     stream = Terminal()
     bar = progress.make(2, stream)
     for word in ("one", "two"):

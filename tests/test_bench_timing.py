@@ -155,7 +155,9 @@ def test_garbage_collection_waits_and_comes_back() -> None:
         ([1.0, 2.0], 0, 1.0),
     ],
 )
-def test_percentile(values: list[float], percent: float, expected: float) -> None:
+def test_percentiles_lie_between_the_values(
+    values: list[float], percent: float, expected: float
+) -> None:
     assert timing.percentile(values, percent) == pytest.approx(expected)
 
 
@@ -229,7 +231,7 @@ def test_throttling_and_silence_are_said() -> None:
         ("NVIDIA RTX A1000", None),
     ],
 )
-def test_datasheet(name: str, expected: float | None) -> None:
+def test_a_gpus_name_leads_to_its_data_sheet(name: str, expected: float | None) -> None:
     assert facts.datasheet_by_name(name) == expected
 
 

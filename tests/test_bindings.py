@@ -28,7 +28,7 @@ from wan_attn import config
 from wan_attn.backends import native as backend
 from wan_attn.native import bindings, library, op, shim
 from wan_attn.native.bindings import ctypes_sdpa
-from wan_attn.request import Request
+from wan_attn.request import PLAIN, Request
 
 HERE = Path(__file__).parent
 # Kernels are the same code under shim and ctypes; what differs is how a call gets there and back.
@@ -202,7 +202,7 @@ def test_torchs_own_exception_gets_out_of_every_allocation(
     with pytest.raises(RuntimeError, match=words):
         test_op.OP(*operands)  # nothing in Python stands between that could raise the other type
     with pytest.raises(RuntimeError, match="value must be shaped like"):
-        backend.run(*operands[:2], operands[2][:, 1:])  # and not the exception of before
+        backend.run(*operands[:2], operands[2][:, 1:], PLAIN)  # and not the exception of before
 
 
 @each_allocation

@@ -21,6 +21,7 @@ from cuda_mock.gpu import CARDS, Gpu
 from emu.build import compiler, made
 from source_tree import ROOT
 from tolerances import assert_close_to_oracle
+from wan_attn.cuda.rows import table_rows
 from wan_attn.native import library, op
 from wan_attn.native.bindings import describe
 
@@ -220,4 +221,5 @@ def test_a_cuda_call_takes_each_step_once(
     assert counts(gpu.lib) == {"checks": 1, "lengths": 1, "choices": 1, "cuda_plans": 1}
     launched = [line.split()[1] for line in gpu.log() if line.startswith("launch")]
     assert gpu.prepared is not None
-    assert launched[-1] == op.kernels()[gpu.prepared.kernel].name, "told one row, ran another"
+    told = table_rows()[op.kernels()[gpu.prepared.kernel].name]
+    assert launched[-1] == told.symbol("BF16"), "told one row, ran another"

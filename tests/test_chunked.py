@@ -24,7 +24,7 @@ from wan_attn import config
 from wan_attn.backends import _torch_kernels, chunked, torch_sdpa
 from wan_attn.backends.chunked import choose_method, windows_flash_attention_wrapper
 from wan_attn.config import Settings
-from wan_attn.request import Request
+from wan_attn.request import Call, Request
 from wan_attn.selection.choose import select
 
 CUDA = Request(
@@ -110,7 +110,7 @@ def test_pytorchs_backend_makes_no_mask_or_score_for_all_pairs(
     monkeypatch.setattr(_common, "SCORE_ELEMENTS", SEQLEN * 64)
     q, k, v = operands(seqlen_q=SEQLEN, seqlen_k=SEQLEN + 1, heads_q=1, head_dim=16, dtype=BF16)
     with Largest() as largest:
-        torch_sdpa.run(q, k, v, **MEMORY_CALLS[name])
+        torch_sdpa.run(q, k, v, Call(**MEMORY_CALLS[name]))
     assert largest.numel <= SEQLEN * SEQLEN / 2, largest.numel
 
 
@@ -121,14 +121,14 @@ def test_pytorchs_backend_makes_no_mask_or_score_for_all_pairs(
     ("request_", "threshold", "max_elements", "math_only", "want"),
     [
         (CUDA, 2048 * 2048, 1, True, "direct"),
-        (CUDA, 2048 * 2048 - 1, 1 << 25, False, "xformers"),
-        (CUDA, 0, 1, False, "xformers"),  # a fused kernel stores no scores
-        (CUDA, 0, 4 * 2048 * 64, True, "xformers"),
+        (CUDA, 2048 * 2048 - 1, 1 << 25, False, "rows"),
+        (CUDA, 0, 1, False, "rows"),  # a fused kernel stores no scores
+        (CUDA, 0, 4 * 2048 * 64, True, "rows"),
         (but(is_causal=True), 0, 4 * 2048 * 64, True, "chunked"),
         (but(window=(9, 9)), 0, 4 * 2048 * 64, True, "chunked"),
-        (but(is_causal=True), 0, 1 << 25, False, "xformers"),
+        (but(is_causal=True), 0, 1 << 25, False, "rows"),
         (but(seqlen_k=75600), 0, 4 * 2048 * 64, True, "chunked"),
-        (but(seqlen_q=75600), 0, 4 * 2048 * 64, True, "xformers"),
+        (but(seqlen_q=75600), 0, 4 * 2048 * 64, True, "rows"),
         (but(seqlen_q=75600, seqlen_k=75600), 0, 4 * 2048 * 64, True, "ring"),
     ],
 )
@@ -200,13 +200,13 @@ def test_it_has_no_dropout() -> None:
     assert chunked.why_not(but(dropout_p=0.1)) == "has no dropout"
     assert chunked.why_not(but(needs_grad=True)) is None
     with pytest.raises(RuntimeError, match="dropout_p must be 0 for the memory-bounded wrapper"):
-        chunked.run(*operands(dtype=F32), dropout_p=0.1)
+        chunked.run(*operands(dtype=F32), Call(dropout_p=0.1))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "fast"}, "method must be one of auto, direct, xformers, chunked, ring, got"),
+        ({"method": "fast"}, "method must be one of auto, direct, rows, chunked, ring, got"),
         ({"max_elements": 0}, "max_elements must be at least 1, got 0"),
         ({"window": (-2, 0)}, "window_left must be -1"),
         ({"k_lens": torch.tensor([1.0])}, "k_lens must be int32 or int64"),

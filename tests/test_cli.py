@@ -39,7 +39,7 @@ def exit_code(argv: list[str]) -> int:
         return 0 if end.code is None else int(end.code)
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed_and_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(["--version"]) == 0
     assert capsys.readouterr().out == f"wan_attn {__version__}\n"
 

@@ -18,7 +18,8 @@ __all__ = ["machine"]  # the fixture
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
     code = main(["compile", *argv])
-    return code, capsys.readouterr().out
+    shown = capsys.readouterr()
+    return code, shown.out + shown.err
 
 
 def table(text: str) -> list[list[str]]:
@@ -59,7 +60,9 @@ def test_it_fills_the_cache(machine: Machine, capsys: pytest.CaptureFixture[str]
     assert machine.asked == len(expected) - 1
 
 
-def test_force(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_force_compiles_what_is_cached(
+    machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
     for _ in range(2):
         code, out = run(capsys, "--arch", "89", "--row", ROW, "--force")
         assert code == 0 and table(out)[0][4] == "NVRTC 12.8"
@@ -76,7 +79,9 @@ def test_list_compiles_nothing(
     assert {line[2] for line in lines} == {"to compile"}
 
 
-def test_all(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_compiles_for_every_gpu_of_the_list(
+    machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out = run(capsys, "--all", "--row", MERGE)
     assert code == 0 and [line[1] for line in table(out)] == [f"sm_{a}" for a in rows.gpus()]
 
@@ -141,7 +146,7 @@ def test_a_cache_that_cannot_be_written(
     code, out = run(capsys, "--arch", "89", "--row", MERGE)
     assert code == 1, "filling the cache is what it was asked for"
     out = " ".join(out.split())
-    assert "compiled, but not kept" in out and "is full" in out and "WAN_ATTN_CACHE_DIR" in out
+    assert "compiled, but not saved" in out and "is full" in out and "WAN_ATTN_CACHE_DIR" in out
 
 
 def test_doctor_tells(

@@ -9,10 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 import readme_tables
+import torch
 
-from wan_attn import config
-from wan_attn.backends import REGISTRY
+from wan_attn import config, log
+from wan_attn.attention import sdpa
+from wan_attn.backends import REGISTRY, _common, fa2, fa3
 from wan_attn.config import VARIABLES, ConfigError, Settings
+from wan_attn.selection import run
+from wan_attn.selfcheck import first_call
 
 FLAGS = [variable for variable in VARIABLES if variable.kind == "flag"]
 CHOICES = [variable for variable in VARIABLES if variable.kind == "choice"]
@@ -164,3 +168,30 @@ def test_every_variable_is_in_one_of_the_two_lists() -> None:
     lines = "\n".join(map(readme_tables.variable_list, (False, True))).splitlines()
     for variable in VARIABLES:
         assert sum(line.startswith(f"- `{variable.name}` (") for line in lines) == 1
+
+
+def test_forget_reaches_every_memory_of_the_engine() -> None:
+    """Whatever is kept between calls is dropped: the next call is a process's first one."""
+    x = torch.randn(1, 8, 2, 16)
+    sdpa(x, x, x)
+    fa2._load()
+    fa3._load()
+    _common.capability(x.device)
+    first_call._verdicts[x.device, x.dtype, 16] = "wrong"
+    caches = (fa2._load, fa3._load, _common.capability)
+    assert run._plans and log._said and all(c.cache_info().currsize for c in caches)
+    config.forget()
+    assert not run._plans and not log._said and not first_call._verdicts
+    assert config._current is None and not any(c.cache_info().currsize for c in caches)
+
+
+def test_followers_hear_of_changes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[bool] = []
+    monkeypatch.setattr(config, "_followers", [])
+    config.follow(lambda settings: heard.append(settings.strict))
+    for value in ("0", "0", "1", "1", "0"):
+        monkeypatch.setenv("WAN_ATTN_STRICT", value)
+        config.refresh()
+    assert heard == [heard[0], True, False]
+    monkeypatch.undo()
+    config.refresh()

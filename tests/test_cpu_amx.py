@@ -146,7 +146,7 @@ def test_head_dims(amx: int, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("length", (1, 2, 15, 17, 31, 33, 64, 65, 255, 257))
-def test_lengths(amx: int, length: int) -> None:
+def test_any_number_of_queries_or_keys_is_exact(amx: int, length: int) -> None:
     check(amx, *operands(5, length, 32))
     check(amx, *operands(length, 40, 32))
 

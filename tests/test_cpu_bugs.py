@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """test_cpu_bugs.py - plants a bug in the CPU rows' source and demands that the C driver finds it.
 
-A test of the tests: each bug is one that somebody could make tomorrow. The driver calls every row
+A test of the tests: each bug is one that could be made tomorrow. The driver calls every row
 of a library that is right but for one file.
 """
 
@@ -132,4 +132,4 @@ def test_is_found(bug: Bug, right_objects: Path, tmp_path: Path) -> None:
     assert text.count(bug.right) == 1, f"{bug.file} has changed: plant the bug elsewhere"
     (csrc / bug.file).write_text(text.replace(bug.right, bug.wrong))
     c_driver.compile_objects("cc", objects, csrc, [csrc / bug.unit])
-    assert run_driver(objects).returncode != 0, f"{bug.name}: nobody has noticed"
+    assert run_driver(objects).returncode != 0, f"{bug.name}: no test has noticed"

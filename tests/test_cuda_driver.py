@@ -14,7 +14,7 @@ import torch
 from wan_attn.backends import native
 from wan_attn.cuda import images
 from wan_attn.native import cuda_driver, library
-from wan_attn.request import Request
+from wan_attn.request import PLAIN, Request
 
 CODE = b"\x7fELF machine code"
 
@@ -100,13 +100,13 @@ def test_an_interruption_is_raised_behind_c(monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError(ask()[3])
 
     give(monkeypatch, image)
-    monkeypatch.setattr(native, "_overload", op)
+    monkeypatch.setattr(native, "_op", op)
     query = torch.zeros(1, 2, 1, 64)
     with pytest.raises(KeyboardInterrupt):
-        native.run(query, query, query)
+        native.run(query, query, query, PLAIN)
     give(monkeypatch, lambda kernel, arch: CODE)
     with pytest.raises(RuntimeError):  # and is over then
-        native.run(query, query, query)
+        native.run(query, query, query, PLAIN)
 
 
 def test_a_torch_for_amd_is_not_asked_for_nvidias_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,7 @@ TINY = ["--quick", "--frames", "5", "--height", "64", "--width", "96", "--steps"
 TOKENS = 2 * 4 * 6
 
 
-@pytest.fixture(autouse=True)
-def _settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for variable in config.VARIABLES:
-        monkeypatch.delenv(variable.name, raising=False)
-    config.refresh()
-    yield
-    monkeypatch.undo()
-    config.refresh()
+pytestmark = pytest.mark.usefixtures("default_settings")
 
 
 def tiny_options(folder: Path, **changes: Any) -> options.Options:
@@ -332,7 +324,7 @@ def test_mp4_where_there_is_ffmpeg(tmp_path: Path) -> None:
         (["--steps", "0"], "--steps must be 1 or more, got 0"),
         (["--seed", "-1"], "--seed must be 0 or more"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got tpu"),
-        (["--device", "cuda:99"], "--device cuda:99 is not there"),
+        (["--device", "cuda:99"], "--device cuda:99 does not exist"),
         (["--model", "nowhere"], "--model must be a folder, got nowhere"),
         (["--model", "empty"], "has no model_index.json; for Wan-AI's original files"),
         (["--model", "image"], "must hold a WanPipeline (text to video), got WanImageToVideo"),

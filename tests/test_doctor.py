@@ -17,9 +17,9 @@ import torch
 from wan_attn import config
 from wan_attn.__main__ import main
 from wan_attn.backends import REGISTRY
-from wan_attn.cli import doctor
-from wan_attn.doctor import facts, known, selftest, selftest_paths, selftest_run
+from wan_attn.doctor import examine, facts, known, selftest, selftest_paths, selftest_run
 from wan_attn.native import op
+from wan_attn.request import Call
 from wan_attn.selfcheck import reference as truth
 
 KEYS = {
@@ -98,7 +98,7 @@ def test_a_wrong_kernel_makes_the_exit_code_1_and_is_named(
 ) -> None:
     def a_key_too_few(*tensors: Any, k_lens: Any, **call: Any) -> selftest.Answer:
         k_lens = (k_lens - 1).clamp(min=0)
-        return REGISTRY["torch"].run(*tensors, k_lens=k_lens, return_lse=True, **call)
+        return REGISTRY["torch"].run(*tensors, Call(k_lens=k_lens, return_lse=True, **call))
 
     def planted() -> Iterator[selftest.Path]:
         for good in real():
@@ -161,9 +161,9 @@ def test_nothing_usable_is_an_error() -> None:
         "backends": [{"usable": False}],
         "known": [],
     }
-    assert doctor.verdict(empty) == ("nothing is usable on this machine", 1)
-    assert doctor.verdict({**empty, "selftest_error": "it hung"})[1] == 1
-    assert doctor.verdict({**empty, "backends": [{"usable": True}]})[1] == 0
+    assert examine.verdict(empty) == ("nothing is usable on this machine", 1)
+    assert examine.verdict({**empty, "selftest_error": "it hung"})[1] == 1
+    assert examine.verdict({**empty, "backends": [{"usable": True}]})[1] == 0
 
 
 def test_an_impossible_variable_is_the_finding(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """test_emu_bugs.py - plants a bug in a kernel's source and demands that the emulator finds it.
 
-A test of the tests: each bug is one that somebody has made, or could make tomorrow, and must be
+A test of the tests: each bug is one that was made, or could be made tomorrow, and must be
 found whatever the schedule. Those that leave every result right (a missing swizzle, a race that
 happens to go well) are found by what the emulator watches besides results.
 """
@@ -182,9 +182,9 @@ BUGS = (
     Bug("the bounds of the mask are not waited for", KERNEL, "store_bounds(work);\n", "\n", ""),
     Bug(
         "rows without a key",
-        SOFTMAX,
-        "float shift = is_empty ? 0.0f : -new_max[r]",
-        "float shift = -new_max[r]",
+        KERNEL,
+        "row_max[m][r] = lowest();",
+        "row_max[m][r] = minus_infinity();",
         "",
     ),
     Bug(

@@ -39,6 +39,7 @@ class Bug:
     finding: str
     row: str = "sdpa_sm90_bf16_d64"
     file: str = KERNEL
+    cluster: int | None = None  # a tile of the row with so many blocks; None: its first tile
 
 
 BUGS = (
@@ -75,7 +76,9 @@ BUGS = (
     Bug("P is packed while it is read", "    hold_tiles(s, S_TILES);\n    wgmma_wait<0>();", "    pack_weights(c, s);\n    wgmma_wait<0>();", "registers of A"),
     Bug("a K step of 64 bytes", "(u64)(step / 4 * KV_PANEL + step % 4 * 32) >> 4", "(u64)(step / 4 * KV_PANEL + step % 4 * 64) >> 4", ""),
     Bug("a V step of 8 rows", "step * 2048 >> 4", "step * 1024 >> 4", ""),
-    Bug("offsets of a descriptor exchanged", "(u64)(1024 >> 4) << 32 | (u64)(panel_bytes >> 4) << 16", "(u64)(1024 >> 4) << 16 | (u64)(panel_bytes >> 4) << 32", "", "sdpa_sm90_bf16_d128", RING),
+    Bug("offsets of a descriptor exchanged", "matrix_field(1024) << 32 | matrix_field(panel_bytes) << 16", "matrix_field(1024) << 16 | matrix_field(panel_bytes) << 32", "", "sdpa_sm90_bf16_d128", RING),
+    Bug("the block's rank stands in V's descriptor", "(u64)((x & 0x3ffff) >> 4)", "(u64)(x >> 4)", "", "sdpa_sm90_bf16_d128", RING, 2),
+    Bug("the block's rank stands in V's descriptor (d256)", "(u64)((x & 0x3ffff) >> 4)", "(u64)(x >> 4)", "", "sdpa_sm90_bf16_d256", RING),
     Bug("P V's columns in one panel", "matrix_descriptor(shared_base() + V_SMEM, KV_PANEL)", "matrix_descriptor(shared_base() + V_SMEM, 128)", "", "sdpa_sm90_bf16_d128"),
     Bug("S is added to what was there", "k + k_step, step > 0);", "k + k_step, true);", "out "),
     # fences and named barriers
@@ -105,14 +108,15 @@ BUGS = (
     Bug("only one row's maximum rescales", " || new_max[1] > c.row_max[1]);", ");", ""),
     Bug("P forgets a tile", "&s[2 * (i / 4) + i % 4 / 2]", "&s[2 * (i / 4)]", "is wrong"),
     Bug("no swizzle on the way out", "(chunk ^ line % 8) * 16", "chunk * 16", ""),
-    Bug("rows without a key", "float shift = is_empty ? 0.0f : -new_max[r]", "float shift = -new_max[r]", ""),
+    Bug("rows without a key", "c.row_max[r] = lowest();", "c.row_max[r] = minus_infinity();", ""),
     Bug("wrong head of K", "a.place.head / args.call.heads_per_key_head, a.place.sample);\n    advance(r);\n}\n\nDEVICE void load_v", "a.place.head, a.place.sample);\n    advance(r);\n}\n\nDEVICE void load_v", ""),
     Bug("both warpgroups have the same rows", "return c.number * 64 + thread_index() % 128 / 32 * 16", "return thread_index() % 128 / 32 * 16", ""),
 )  # fmt: skip
 
 
-def tile_of(row: str) -> TileSm90:
-    return next(tile for tile in tiles_sm90() if tile.row == row)
+def tile_of(bug: Bug) -> TileSm90:
+    mine = (tile for tile in tiles_sm90() if tile.symbol == bug.row)
+    return next(tile for tile in mine if bug.cluster in (None, tile.cluster))
 
 
 def suspicious(tile: TileSm90) -> Iterator[Case]:
@@ -133,7 +137,7 @@ def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
     source = (tmp_path / bug.file).read_text(encoding="utf-8")
     assert source.count(bug.right) == 1, f"{bug.file} must contain {bug.right!r} once"
     (tmp_path / bug.file).write_text(source.replace(bug.right, bug.wrong), encoding="utf-8")
-    tile = tile_of(bug.row)
+    tile = tile_of(bug)
     for landing in range(3):
         found = ""
         for case in suspicious(tile):

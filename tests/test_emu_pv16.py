@@ -21,7 +21,7 @@ from emu.run import LIMIT_SUM_F16, run, scaled
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
-SLIM = {tile.row: tile for tile in tiles() if tile.gpu_class == "SLIM"}
+SLIM = {tile.symbol: tile for tile in tiles() if tile.gpu_class == "SLIM"}
 PV16, PLAIN = SLIM["sdpa_sm80_pv16_bf16_d128"], SLIM["sdpa_sm80_bf16_d128"]
 
 

@@ -21,7 +21,7 @@ from emu.run import run
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
-SLIM = {tile.row: tile for tile in tiles() if tile.gpu_class == "SLIM"}
+SLIM = {tile.symbol: tile for tile in tiles() if tile.gpu_class == "SLIM"}
 ON_TURING = [tile for tile in tiles() if tile.bf16_as_f16]
 D128 = next(tile for tile in ON_TURING if tile.head_dim == 128)
 each_tile = pytest.mark.parametrize("tile", ON_TURING, ids=lambda tile: tile.name)
@@ -80,7 +80,7 @@ def error(tile: Tile, query: Tensor, key: Tensor, value: Tensor) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_error_is_at_or_below_that_of_bf16_products(kind: str, tile: Tile) -> None:
     numbers = operands(kind, tile.head_dim)
-    plain = SLIM[tile.row.replace("sm75", "sm80")]
+    plain = SLIM[tile.symbol.replace("sm75", "sm80")]
     ours, theirs = error(tile, *numbers), error(plain, *numbers)
     print(f"{kind:34} {ours:.3e} {theirs:.3e}")
     assert ours < 1e-3

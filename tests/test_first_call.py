@@ -14,6 +14,7 @@ from torch import Tensor
 import wan_attn
 from wan_attn import config, log
 from wan_attn.backends import native
+from wan_attn.request import Call
 from wan_attn.selfcheck import first_call
 
 CPU = torch.device("cpu")
@@ -89,22 +90,28 @@ def test_each_kind_of_call_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(3):
         for head_dim in (64, 128):
-            assert first_call.verdict(count, CPU, torch.bfloat16, head_dim) is None
+            assert first_call.verdict(count, row, CPU, torch.bfloat16, head_dim) is None
     assert len(asked) == 2 * len(first_call.MASKED)
 
 
 def test_a_capture_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert first_call.verdict(nothing_written, CPU, torch.bfloat16, 64) is None
+    assert first_call.verdict(nothing_written, row, CPU, torch.bfloat16, 64) is None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert first_call.verdict(nothing_written, CPU, torch.bfloat16, 64) is not None
+    assert first_call.verdict(nothing_written, row, CPU, torch.bfloat16, 64) is not None
+
+
+def row() -> str:
+    return "sdpa_row"
 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WAN_ATTN_SELF_CHECK", "0")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert first_call.verdict(nothing_written, row, CPU, torch.bfloat16, 64) is not None
     config.refresh()
     try:
-        assert first_call.verdict(nothing_written, CPU, torch.bfloat16, 64) is None
+        assert first_call.verdict(nothing_written, row, CPU, torch.bfloat16, 64) is None
     finally:
         monkeypatch.undo()
         config.refresh()
@@ -116,21 +123,23 @@ def test_the_next_backend_takes_over(
     """As on a GPU: the check is made before the kernel's first call, and says what was wrong."""
     plain = native.run
 
-    def checked(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Any:
+    def checked(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Any:
         native._require_proof(query.device, value.dtype, query.shape[3])
-        return plain(query, key, value, **call)
+        return plain(query, key, value, call)
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(native, "run", checked)
-    monkeypatch.setattr(native, "_overload", lambda *x, **y: nothing_written(*x, y["is_causal"]))
-    from wan_attn.selection import run as execute
-
-    execute._plans.clear()
+    monkeypatch.setattr(native, "_op", lambda *x, **y: nothing_written(*x, y["is_causal"]))
+    monkeypatch.setattr(native, "last_kernel", row)
+    config.forget()
     query, key, value = torch.randn(3, 1, 40, 2, 64).to(torch.bfloat16)
     with caplog.at_level(logging.INFO, logger="wan_attn"):
         out = wan_attn.sdpa(query, key, value)
-    execute._plans.clear()
+    config.forget()
     assert out.isfinite().all()
     said = caplog.text
-    assert "the kernel for this call is wrong on cpu: out" in said and "is nan instead" in said
+    assert (
+        "the kernel for this call is wrong on cpu: sdpa_row: out" in said
+        and "is nan instead" in said
+    )
     assert "Using PyTorch SDPA" in said

@@ -18,7 +18,7 @@ import torch
 import standins
 from calls import BF16, F32, operands
 from wan_attn.backends import _flash_attention, fa2, fa3
-from wan_attn.request import Request
+from wan_attn.request import PLAIN, Call, Request
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fa2.why_not(CUDA) == fa3.why_not(CUDA) == "not installed"
     for module in (fa2, fa3):
         with pytest.raises(RuntimeError, match="not installed"):
-            module.run(*operands(dtype=BF16))
+            module.run(*operands(dtype=BF16), PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_padded_lse_and_lengths_on_a_device(monkeypatch: pytest.MonkeyPatch) -> 
     q, k, v = operands(batch=2, dtype=BF16)
     lens = torch.tensor([3, 9])
     with pytest.raises(RuntimeError, match="pads its lse"):
-        fa2.run(q, k, v, q_lens=lens, k_lens=lens, return_lse=True)
+        fa2.run(q, k, v, Call(q_lens=lens, k_lens=lens, return_lse=True))
 
 
 def test_flash_attention_is_not_imported_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,4 +141,4 @@ def test_fa3_that_returns_no_lse_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
     module.flash_attn_func = lambda q, k, v, softmax_scale=None, causal=False: torch.zeros_like(q)
     standins.install(monkeypatch, module, "flash_attn_interface")
     with pytest.raises(RuntimeError, match="log-sum-exp"):
-        fa3.run(*operands(dtype=BF16), return_lse=True)
+        fa3.run(*operands(dtype=BF16), Call(return_lse=True))

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from source_tree import c_code, c_sources, expect_none, package_sources, python_nodes
 
-# Nobody's words here, in either language: the house's word, then those of other libraries.
+# Words that neither language uses: the house's word, then those of other libraries.
 SYNONYMS = {
     "seqlen_q, seqlen_k": "Lq Lk L_q L_k qo_len kv_len len_kv seq_len_q seq_len_k N_CTX",
     "num_heads_q, num_heads_k": "nheads n_heads nh num_kv_heads num_qo_heads",

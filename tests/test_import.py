@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import wan_attn
 
@@ -325,10 +326,22 @@ def test_an_unknown_binding_is_an_error_that_lists_the_known(run: Fresh) -> None
         """
         import json
         try:
-            import wan_attn.native.op
+            import wan_attn.backends
         except ValueError as error:
             print(json.dumps(str(error)))
         """,
         WAN_ATTN_BINDING="fast",
     )
     assert "WAN_ATTN_BINDING" in found and "auto, shim, ctypes, torch" in found and "fast" in found
+
+
+def test_backends_is_a_package_that_may_be_called() -> None:
+    """wan_attn.backends() of 0.1 hid the package of that name."""
+    import wan_attn.backends as package
+
+    assert package is sys.modules["wan_attn.backends"] is wan_attn.backends
+    assert package.REGISTRY["torch"].NAME == "torch"
+    with pytest.warns(DeprecationWarning, match=r"wan_attn\.available\(\)"):
+        old = wan_attn.backends("cpu", dtype=torch.float32)
+    assert old == wan_attn.available("cpu", torch.float32)
+    assert list(old) == list(package.REGISTRY)

@@ -19,7 +19,7 @@ from wan_attn import config, log
 from wan_attn.attention import flash_attention, sdpa
 from wan_attn.backends import native
 from wan_attn.config import Settings
-from wan_attn.request import Request
+from wan_attn.request import Call, Request
 from wan_attn.selection.choose import select
 
 
@@ -74,7 +74,7 @@ def test_a_call_says_what_ran_and_says_it_once(lines: Any) -> None:
     for _ in range(3):
         flash_attention(q, k, v, k_lens=torch.tensor([20, 5]))
     using, *rest = lines()
-    request = Request.from_tensors(q, k, v, k_lens=torch.tensor([20, 5]))
+    request = Request.from_tensors(q, k, v, Call(k_lens=torch.tensor([20, 5])))
     refusal = native.why_not(request)  # there is a native library, or WAN_ATTN_BINDING=torch
     who = (
         f"wan_attn SDPA ({native.kernel_name(request)})"
@@ -127,7 +127,7 @@ def test_training_names_the_reason(lines: Any) -> None:
 )
 def test_reasons(env: dict[str, str], reasons: str, monkeypatch: pytest.MonkeyPatch) -> None:
     standins.pretend_card(monkeypatch, (9, 0))
-    monkeypatch.setattr("wan_attn.select._BEYOND_MMA_SYNC", ())  # ours are asked first
+    monkeypatch.setattr("wan_attn.selection.choose.CARDS", {})  # ours are asked first
     for name in ("flash_attn", "flash_attn_interface", "flash_attn_3"):
         standins.install(monkeypatch, None, name)
     monkeypatch.setattr(native, "why_not", lambda request: "no\n  cuda   row")
@@ -142,7 +142,7 @@ def test_one_reason_for_each_flash_attention_where_they_differ(
     standins.install(monkeypatch, None, "flash_attn_3")
     standins.install(monkeypatch, standins.make_fa2(version="2.0"), "flash_attn")
     standins.pretend_card(monkeypatch, (9, 0))
-    monkeypatch.setattr("wan_attn.select._BEYOND_MMA_SYNC", ())  # ours are asked first
+    monkeypatch.setattr("wan_attn.selection.choose.CARDS", {})  # ours are asked first
     monkeypatch.setattr(native, "why_not", lambda request: None)
     monkeypatch.setattr(native, "kernel_name", lambda request: "sdpa_sm90_f16_d128")
     choice = select(SEED, Settings())

@@ -21,7 +21,6 @@ from wan_attn import config
 from wan_attn.bench import profile as bench_profile
 from wan_attn.request import Request
 from wan_attn.selection import profile
-from wan_attn.selection.choose import Choice
 from wan_attn.selection.profile import Mark, Recorder, Site
 
 CPU = torch.device("cpu")
@@ -108,10 +107,10 @@ def test_off_means_that_nothing_is_recorded() -> None:
     assert profile._recorder is None
 
 
-def on_gpu() -> tuple[Request, Choice]:
+def on_gpu() -> tuple[Request, str]:
     half = torch.bfloat16
     cuda = torch.device("cuda", 0)
-    return Request(1, 8, 8, 2, 2, 64, half, half, half, cuda), Choice("fa2", None, ())
+    return Request(1, 8, 8, 2, 2, 64, half, half, half, cuda), "Flash Attention 2"
 
 
 class Capturing(FakeCuda):
@@ -132,11 +131,11 @@ def test_events_are_read_without_waiting_and_the_rest_at_the_end(
     monkeypatch.setattr(profile, "DRAIN_EVERY", 2)
     cuda = Capturing()
     recorder = Recorder("unused", api=cuda)
-    request, choice = on_gpu()
+    request, title = on_gpu()
     for milliseconds in (3.0, 5.0, 2.0):
         begun = recorder.start(request.device)
         cuda.work(milliseconds)
-        recorder.stop(begun, request, choice)
+        recorder.stop(begun, request, title)
         cuda.work(10.0)
         if milliseconds == 3.0:
             cuda.synchronize()  # the program's own
@@ -151,8 +150,8 @@ def test_captured_calls_are_counted_and_not_timed(capsys: pytest.CaptureFixture[
     cuda = Capturing()
     cuda.is_capturing = True
     recorder = Recorder("unused", api=cuda)
-    request, choice = on_gpu()
-    recorder.stop(recorder.start(request.device), request, choice)
+    request, title = on_gpu()
+    recorder.stop(recorder.start(request.device), request, title)
     assert recorder.marks == [] and recorder.not_timed == 1 and cuda.log == []
     bench_profile.finish(recorder, 1.0)
     assert "(1 were captured in one)" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import torch
 from oracle import attention as oracle
 from wan_attn.backends import REGISTRY
 from wan_attn.doctor import selftest, selftest_run
+from wan_attn.request import Call
 from wan_attn.selfcheck import reference as truth
 
 
@@ -62,7 +63,7 @@ def test_the_calls_are_the_promised_ones(prepared: selftest.Prepared) -> None:
 
 
 def by_torch(q: Any, k: Any, v: Any, **call: Any) -> selftest.Answer:
-    return REGISTRY["torch"].run(q, k, v, return_lse=True, **call)
+    return REGISTRY["torch"].run(q, k, v, Call(return_lse=True, **call))
 
 
 def path(run: Callable[..., selftest.Answer], is_ours: bool = False) -> selftest.Path:

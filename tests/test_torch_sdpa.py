@@ -19,7 +19,7 @@ import standins
 from calls import BF16, F16, F32, operands
 from tolerances import assert_close_to_oracle
 from wan_attn.backends import _torch_kernels, torch_sdpa
-from wan_attn.request import Request
+from wan_attn.request import PLAIN, Call, Request
 
 
 @pytest.fixture(autouse=True)
@@ -78,14 +78,14 @@ def test_a_mask_only_where_one_is_needed(
     lens = {name: torch.tensor(call[name]) for name in ("q_lens", "k_lens") if name in call}
     q, k, v = operands(batch=3, seqlen_q=20, seqlen_k=20, dtype=F32)
     calls = Calls(monkeypatch)
-    torch_sdpa.run(q, k, v, **{**call, **lens})
+    torch_sdpa.run(q, k, v, Call(**{**call, **lens}))
     assert calls.seen == want
 
 
 def test_a_window_computes_only_what_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = operands(seqlen_q=600, seqlen_k=600, heads_q=1, head_dim=8)
     calls = Calls(monkeypatch)
-    out, _ = torch_sdpa.run(q, k, v, window=(10, 0))
+    out, _ = torch_sdpa.run(q, k, v, Call(window=(10, 0)))
     calls.stop()
     assert [shape for shape, _, _ in calls.seen] == [(1, 256, 256), (1, 256, 266), (1, 88, 98)]
     assert_close_to_oracle(out, q, k, v, window=(10, 0))
@@ -122,9 +122,9 @@ def test_a_kernel_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_torch_kernels, "order_for", lambda device: (E_, M_))  # not on a CPU
     q, k, v = operands(dtype=F32)
     calls = Calls(monkeypatch)
-    outs = [torch_sdpa.run(q, k, v)[0] for _ in range(3)]
+    outs = [torch_sdpa.run(q, k, v, PLAIN)[0] for _ in range(3)]
     assert len(calls.seen) == 4  # efficient once, math three times
-    torch_sdpa.run(*operands(seqlen_q=5, dtype=F32))
+    torch_sdpa.run(*operands(seqlen_q=5, dtype=F32), PLAIN)
     assert len(calls.seen) == 6  # another kind of call: asked again
     calls.stop()
     for out in outs:
@@ -144,12 +144,12 @@ def test_flash_is_pinned_until_it_has_taken_a_kind_of_call(monkeypatch: pytest.M
     monkeypatch.setattr(_torch_kernels, "_by", spy)
     q, k, v = operands(dtype=F32)
     for _ in range(3):
-        out, _ = torch_sdpa.run(q, k, v)
+        out, _ = torch_sdpa.run(q, k, v, PLAIN)
         assert_close_to_oracle(out, q, k, v)
     assert pinned == [F_]
     monkeypatch.setattr(_torch_kernels, "order_for", lambda device: (E_, F_))
     for _ in range(3):
-        torch_sdpa.run(*operands(seqlen_q=5, dtype=F32))
+        torch_sdpa.run(*operands(seqlen_q=5, dtype=F32), PLAIN)
     assert pinned[1:] == [E_, F_, F_, F_]  # PyTorch itself would not ask in that order
 
 
@@ -163,7 +163,7 @@ def test_a_kernel_that_meets_a_device_error_is_not_replaced(
     monkeypatch.setattr(_torch_kernels, "order_for", lambda device: (F_, M_))
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        torch_sdpa.run(*operands(dtype=F32))
+        torch_sdpa.run(*operands(dtype=F32), PLAIN)
     assert not _torch_kernels._refused
 
 

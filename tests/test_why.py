@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,14 +20,7 @@ from wan_attn.selection.choose import order, select
 CALL = ["why", "--shape", "1x27280x24x128", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def _settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for variable in config.VARIABLES:
-        monkeypatch.delenv(variable.name, raising=False)
-    config.refresh()
-    yield
-    monkeypatch.undo()
-    config.refresh()
+pytestmark = pytest.mark.usefixtures("default_settings")
 
 
 def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
@@ -151,8 +143,14 @@ def test_a_gpu_call_can_be_asked_about_without_a_gpu(capsys: pytest.CaptureFixtu
         (["--shape", "1x8x6x64", "--kv-heads", "4"], "num_heads_k must divide num_heads_q, got 4"),
         (["--shape", "1x8x6x64", "--lk", "-3"], "seqlen_k must be at least 0, got -3"),
         (["--shape", "1x8x6x64", "--lk", "x"], "argument --lk: invalid int value: 'x'"),
-        (["--shape", "1x8x6x64", "--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
-        (["--shape", "1x8x6x64", "--qk-dtype", "i8"], "argument --qk-dtype: invalid choice: 'i8'"),
+        (
+            ["--shape", "1x8x6x64", "--dtype", "fp8"],
+            "argument --dtype: must be one of bf16, fp16, fp32, got 'fp8'",
+        ),
+        (
+            ["--shape", "1x8x6x64", "--qk-dtype", "i8"],
+            "argument --qk-dtype: must be one of bf16, fp16, fp32, got 'i8'",
+        ),
         (
             ["--shape", "1x8x6x64", "--window", "3"],
             "must be two integers L,R (-1: no bound), got '3'",

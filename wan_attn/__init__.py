@@ -6,12 +6,14 @@ CUDA context, reads no file but its own library and opens no connection.
 """
 
 import importlib as _importlib
+import types as _types
 import warnings as _warnings
 
 from wan_attn.version import __version__
 
 __all__ = [
     "__version__",
+    "available",
     "backends",
     "flash_attention",
     "flash_attn_func",
@@ -44,11 +46,13 @@ def _need_torch() -> None:
 _import_error: Exception | None = None
 try:
     _need_torch()
+    from wan_attn import backends  # registers torch.ops.wan_attn.sdpa
     from wan_attn.attention import flash_attention, sdpa
     from wan_attn.backends.chunked import windows_flash_attention_wrapper
     from wan_attn.integrations.wan22 import patch, unpatch
     from wan_attn.merge import merge_states
-    from wan_attn.native import op as op  # registers torch.ops.wan_attn.sdpa
+    from wan_attn.selection import profile as _profile
+    from wan_attn.selection.choose import available
     from wan_attn.signatures.flash_attn import (
         flash_attn_func,
         flash_attn_kvpacked_func,
@@ -59,10 +63,23 @@ try:
     )
     from wan_attn.signatures.sageattention import sageattn
 
-    # Last, because it hides the package of the same name: that one is reached as
-    # `wan_attn.backends.x` in import statements, as always; the attribute is the function that
-    # users call.
-    from wan_attn.selection.available import backends  # isort: skip
+    class _Backends(_types.ModuleType):
+        """The package wan_attn.backends, which may be called as the function of 0.1."""
+
+        def __call__(self, *args: object, **options: object) -> dict[str, str | None]:
+            _warnings.warn(
+                "wan_attn.backends() is wan_attn.available() now", DeprecationWarning, stacklevel=2
+            )
+            return available(*args, **options)  # type: ignore[arg-type]
+
+    backends.__class__ = _Backends
+
+    # bench/ lies above selection/, and is not imported before it is needed.
+    _profile.report_with(
+        lambda recorder, seconds: _importlib.import_module("wan_attn.bench.profile").finish(
+            recorder, seconds
+        )
+    )
 
     def __getattr__(name: str) -> object:
         """`wan_attn.bench.measure_step` after `import wan_attn` alone; not imported before."""

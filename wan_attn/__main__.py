@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import wan_attn
+from wan_attn.cli import EXIT_CODES, USAGE
 from wan_attn.config import VARIABLES
 from wan_attn.version import __version__
 
@@ -70,7 +71,11 @@ def _epilog() -> str:
     width = max(len(variable.name) for variable in VARIABLES)
     lines = [f"  {v.name:<{width}}  {' '.join(v.values)}" for v in VARIABLES]
     table = "\n".join(["environment variables (README says what they do):", *lines])
-    return f"`wan-attn COMMAND --help` tells more about a command.\n\n{table}"
+    codes = "\n".join(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())
+    return (
+        "`wan-attn COMMAND --help` tells more about a command.\n\n"
+        f"exit codes, but for `run`, whose code is the script's:\n{codes}\n\n{table}"
+    )
 
 
 def split_script(
@@ -110,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     if args.command is None:
         parser.print_help()
-        return 2
+        return USAGE
     if rest is not None:
         args.script_args = rest
     exit_code: int = importlib.import_module(COMMANDS[args.command][0]).main(args)

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wan_attn.request import refuse
-from wan_attn.selection.run import Call
+from wan_attn.request import DTYPES, Call, check_dense, refuse
 from wan_attn.selection.traced import route
 
-_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_INT64_MAX = (1 << 63) - 1
 _VERSIONS = (None, 2, 3)
 
 
@@ -60,15 +59,12 @@ def sdpa(
     torch.compile(fullgraph=True).
     """
     call = Call(
-        _lengths(q_lens),
-        _lengths(k_lens),
-        scale,
-        bool(is_causal),
-        _window(window),
-        0.0,
-        bool(return_lse),
-        None,
-        None,
+        q_lens=None if q_lens is None else _lengths("q_lens", q_lens),
+        k_lens=None if k_lens is None else _lengths("k_lens", k_lens),
+        scale=scale,
+        is_causal=bool(is_causal),
+        window=_window(window),
+        return_lse=bool(return_lse),
     )
     out, lse = route(query, key, value, call)
     return out if lse is None else (out, lse)
@@ -114,12 +110,12 @@ def flash_attention(
     Raises:
         RuntimeError: as wan_attn.sdpa.
     """
-    if dtype not in _COMPUTE_DTYPES:
+    if dtype not in DTYPES:
         refuse("dtype", "torch.float16, torch.bfloat16 or torch.float32", dtype)
     if version not in _VERSIONS:
         refuse("version", "None, 2 or 3", version)
     if not isinstance(q, Tensor):
-        refuse("query", "a torch.Tensor", type(q).__name__)
+        check_dense(q, k, v)
     out_dtype = q.dtype
     if q_scale is not None:
         if isinstance(q_scale, Tensor):
@@ -131,24 +127,26 @@ def flash_attention(
     if dropout_p and not torch.is_grad_enabled():
         dropout_p = 0.0
     call = Call(
-        _lengths(q_lens),
-        _lengths(k_lens),
-        softmax_scale,
-        bool(causal),
-        _window(window_size),
-        dropout_p,
-        False,
-        dtype,
-        version,
+        q_lens=None if q_lens is None else _lengths("q_lens", q_lens),
+        k_lens=None if k_lens is None else _lengths("k_lens", k_lens),
+        scale=softmax_scale,
+        is_causal=bool(causal),
+        window=_window(window_size),
+        dropout_p=dropout_p,
+        dtype=dtype,
+        version=version,
     )
     out, _ = route(q, k, v, call)
     return out if out.dtype == out_dtype else out.to(out_dtype)
 
 
-def _lengths(lengths: Tensor | Sequence[int] | None) -> Tensor | None:
-    if lengths is None or isinstance(lengths, Tensor):
+def _lengths(name: str, lengths: Tensor | Sequence[int]) -> Tensor:
+    if isinstance(lengths, Tensor):
         return lengths
-    return torch.tensor(lengths, dtype=torch.int64)
+    if not hasattr(lengths, "__iter__") or not all(hasattr(n, "__index__") for n in lengths):
+        refuse(name, "a tensor or a list of integers", repr(lengths))
+    # The CPU by name: the program may have another default device.
+    return torch.tensor(lengths, dtype=torch.int64, device="cpu")
 
 
 def _window(window: tuple[int, int]) -> tuple[int, int]:
@@ -158,4 +156,5 @@ def _window(window: tuple[int, int]) -> tuple[int, int]:
         # int() would cut 1.5 to 1, and take True for 1.
         if type(bound) is not int and (isinstance(bound, bool) or not hasattr(bound, "__index__")):
             refuse(name, "an integer", repr(bound))
-    return int(window[0]), int(window[1])
+    # More than C's integers hold bounds nothing either.
+    return min(int(window[0]), _INT64_MAX), min(int(window[1]), _INT64_MAX)

@@ -30,6 +30,7 @@ class Variable:
         default: what holds when the variable is unset or empty.
         meaning: what it does, for the user.
         is_for_development: tests and developers need it; README lists only the others.
+        waits_for: when a change that refresh() sees takes effect; "": at once, with the next call.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Variable:
     default: str
     meaning: str
     is_for_development: bool = False
+    waits_for: str = ""
 
 
 _FLAG = ("0", "1")
@@ -86,6 +88,7 @@ VARIABLES: tuple[Variable, ...] = (
         "0",
         "1 compiles the model's blocks with torch.compile. wan_attn switches it off again if shapes"
         " keep changing or compilation fails.",
+        waits_for="the next patch()",
     ),
     Variable(
         "WAN_ATTN_CHUNK_THRESHOLD",
@@ -131,6 +134,7 @@ VARIABLES: tuple[Variable, ...] = (
         "How torch.ops.wan_attn.sdpa calls the native library: through the shim or through ctypes;"
         " `torch` means not at all.",
         is_for_development=True,
+        waits_for="a new process",
     ),
     Variable(
         "WAN_ATTN_CACHE_DIR",
@@ -159,6 +163,7 @@ VARIABLES: tuple[Variable, ...] = (
         "The NVIDIA driver's library to use instead of the system's: for tests, and for drivers in"
         " unusual places.",
         is_for_development=True,
+        waits_for="a new process",
     ),
     Variable(
         "WAN_ATTN_COMFYUI",
@@ -168,6 +173,7 @@ VARIABLES: tuple[Variable, ...] = (
         "global",
         "In ComfyUI, `global` serves all models, unless a --use-...-attention flag chooses another"
         " attention; `node` serves only the models behind the node.",
+        waits_for="the next start of ComfyUI",
     ),
     Variable(
         "WAN_ATTN_PROFILE",
@@ -280,6 +286,7 @@ def _reject_contradictions(settings: Settings) -> None:
 
 _current: Settings | None = None
 _followers: list[Callable[[Settings], None]] = []
+_memories: list[Callable[[], object]] = []
 
 
 def current() -> Settings:
@@ -289,19 +296,38 @@ def current() -> Settings:
 
 
 def refresh() -> Settings:
-    """Read the environment again, for scripts that change it after the first call."""
+    """Read the environment again, for scripts that change it after the first call.
+
+    A change takes effect with the next call; the log names each variable that has to wait longer
+    (`waits_for` in VARIABLES).
+    """
     global _current
-    _current = Settings.from_env()
-    for follower in _followers:
-        follower(_current)
+    settings = Settings.from_env()
+    if _current is None or settings != _current:
+        _current = settings
+        for follower in _followers:
+            follower(settings)
     return _current
 
 
 def follow(follower: Callable[[Settings], None]) -> None:
-    """Call `follower` with the settings whenever they are read, and now if they have been."""
+    """Call `follower` with the settings whenever they are read and not as before."""
     _followers.append(follower)
     if _current is not None:
         follower(_current)
+
+
+def memory(forget_it: Callable[[], object]) -> None:
+    """Have forget() call this, which drops what a module remembers between calls."""
+    _memories.append(forget_it)
+
+
+def forget() -> None:
+    """Drop all that the engine remembers between calls, settings included, as a new process."""
+    global _current
+    _current = None
+    for forget_it in _memories:
+        forget_it()
 
 
 def put(name: str, value: str) -> Settings:

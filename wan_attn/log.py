@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from wan_attn import config
 from wan_attn.request import Request
 
 LOGGER = logging.getLogger("wan_attn")
@@ -27,7 +28,9 @@ _LEVELS = {
     "error": logging.ERROR,
     "off": logging.CRITICAL + 1,
 }
-_DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# The names that users read and write, and the dtypes in the order in which they are shown.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _lock = threading.Lock()
 _said: set[Hashable] = set()
@@ -47,6 +50,7 @@ _handler = _StderrHandler()
 _handler.setFormatter(logging.Formatter("%(message)s"))
 _level_before: int | None = None
 _owners: set[str] = set()
+_settings: config.Settings | None = None  # those that were seen last
 
 
 def enable(level: str = "info", owner: str = "patch") -> None:
@@ -97,13 +101,49 @@ traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def forget() -> None:
     """Say everything again; for tests and for a new run in the same process."""
+    global _settings
     with _lock:
         _said.clear()
+        _settings = None
+
+
+def _obey(settings: config.Settings) -> None:
+    """Shows as much as they ask for, describes calls again, and names what has to wait."""
+    global _settings
+    before, _settings = _settings, settings
+    if _handler in LOGGER.handlers:
+        LOGGER.setLevel(_LEVELS[settings.log_level])
+    if before is None:
+        return
+    with _lock:
+        _said.clear()
+    for variable in config.VARIABLES:
+        is_changed = getattr(before, variable.field) != getattr(settings, variable.field)
+        if is_changed and variable.waits_for:
+            text = f"{variable.name} has changed, which takes effect with {variable.waits_for}"
+            LOGGER.warning("%s %s", PREFIX, text)
+
+
+config.memory(forget)
+config.follow(_obey)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """fp16, bf16, fp32, as users write them."""
-    return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def dtype_of(word: str) -> torch.dtype:
+    """The dtype that a user names: bf16, bfloat16, fp16, float16, half, fp32, float32.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    long = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+    try:
+        return DTYPES[long.get(word, word)]
+    except KeyError:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {word!r}") from None
 
 
 def describe(

@@ -41,7 +41,7 @@ def merge_states(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tupl
     """
     for name, part in (("out1", out1), ("lse1", lse1), ("out2", out2), ("lse2", lse2)):
         if not isinstance(part, Tensor):
-            refuse(name, "a torch.Tensor", type(part).__name__)
+            refuse(name, "a tensor", type(part).__name__)
         dtypes = _OUT_DTYPES if name.startswith("out") else _LSE_DTYPES
         if part.dtype not in dtypes:
             names = [str(dtype).removeprefix("torch.") for dtype in dtypes]

@@ -58,10 +58,7 @@ def head_dim_for(row: op.KernelInfo, wanted: int) -> int:
 def head_dims(row: op.KernelInfo) -> list[int]:
     """What Wan uses, as far as the row takes it, and the ends of what it takes."""
     wanted = {row.head_dim_min, row.head_dim_max, 64, 80, 128}
-    step = row.head_dim_multiple
-    return sorted(
-        d for d in wanted if row.head_dim_min <= d <= row.head_dim_max and d % step == 0 and d > 1
-    )
+    return sorted(d for d in wanted if max(2, row.head_dim_min) <= d <= row.head_dim_max)
 
 
 def is_refusal(row: op.KernelInfo, error: BaseException) -> bool:
@@ -229,11 +226,7 @@ def check_wan(bench: Bench, row: op.KernelInfo, shape: str) -> dict[str, Any]:
 
 
 def why_not(bench: Bench, row: op.KernelInfo, call: Workload, dtype: torch.dtype) -> str | None:
-    request = Request(
-        call.batch, call.seqlen_q, call.seqlen_k, call.num_heads_q, call.num_heads_k,
-        call.head_dim, dtype, dtype, dtype, bench.device, has_k_lens=True,
-    )  # fmt: skip
-    return op.why_not(request, row.index)
+    return op.why_not(Request.of(call, dtype, bench.device, has_k_lens=True), row.index)
 
 
 def check_offsets(bench: Bench, row: op.KernelInfo, _: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Item:
 
 
 def plan(bench: Bench) -> list[Item]:
-    """Everything, the most telling first: whoever stops early knows the most."""
+    """Everything, the most telling first: a run that stops early then knows the most."""
     names = [row.name for row in bench.rows()]
     shapes = DRY_SHAPES[:2] if bench.is_dry else WAN_SHAPES
     cross = DRY_SHAPES[2:] if bench.is_dry else CROSS_SHAPES
@@ -98,7 +98,7 @@ def work(bench: Bench, items: list[Item], start: int, seconds: float) -> None:
         try:
             detail, problem = STEPS[item.step](bench, row, item.argument), ""
             bench.synchronize()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is this item's result
+        except Exception as error:  # noqa: BLE001 - any error is this item's result
             detail, problem = {}, describe_failure(error)
             if row is not None and gpu_items.is_refusal(row, error):
                 detail, problem = {"skipped": str(error)}, ""

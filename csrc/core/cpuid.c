@@ -15,18 +15,32 @@
 #endif
 #endif
 
-const char *wan_attn_cpu_feature_name(uint32_t features) {
-    static const struct {
-        uint32_t bit;
-        const char *name;
-    } NAMES[] = {{WAN_ATTN_CPU_AVX2, "AVX2 with FMA and F16C"},
-                 {WAN_ATTN_CPU_AVX512, "AVX-512 F, BW, VL and DQ"},
-                 {WAN_ATTN_CPU_AVX512_BF16, "AVX-512 BF16"},
-                 {WAN_ATTN_CPU_AMX_BF16, "AMX BF16"},
-                 {WAN_ATTN_CPU_NEON, "NEON"}};
-    for (unsigned i = 0; i < sizeof(NAMES) / sizeof(NAMES[0]); i++)
-        if (features & NAMES[i].bit)
-            return NAMES[i].name;
+static const struct {
+    const char *name;
+    uint32_t builds_on;
+    const char *words;
+} FEATURES[] = {
+#define FEATURE(macro, bit, name, builds_on, words) [bit] = {name, builds_on, words},
+    WAN_ATTN_CPU_FEATURE_LIST(FEATURE)};
+
+enum { FEATURE_COUNT = sizeof(FEATURES) / sizeof(FEATURES[0]) };
+
+const char *wan_attn_cpu_feature_name(int32_t bit) {
+    return bit >= 0 && bit < FEATURE_COUNT ? FEATURES[bit].name : NULL;
+}
+
+uint32_t wan_attn_cpu_feature_level(int32_t bit) {
+    uint32_t level = bit >= 0 && bit < FEATURE_COUNT ? 1u << bit : 0;
+    for (int32_t below = bit; below >= 0 && level; below--) /* a feature builds on earlier ones */
+        if (level & 1u << below)
+            level |= FEATURES[below].builds_on;
+    return level;
+}
+
+const char *wan_attn_cpu_feature_words(uint32_t features) {
+    for (int32_t bit = 0; bit < FEATURE_COUNT; bit++)
+        if (features & 1u << bit)
+            return FEATURES[bit].words;
     return "nothing";
 }
 
@@ -47,8 +61,8 @@ static cpuid_regs cpuid(uint32_t leaf, uint32_t subleaf) {
         r.edx = (uint32_t)regs[3];
     }
 #else
-    __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx,
-                      &r.edx); /* leaves zeros for a leaf that is not there */
+    /* Leaves the zeros where there is no such leaf. */
+    (void)__get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
 #endif
     return r;
 }
@@ -85,15 +99,15 @@ static uint32_t detect(void) {
     found |= WAN_ATTN_CPU_AVX512;
     if (has(seven_one.eax, 5))
         found |= WAN_ATTN_CPU_AVX512_BF16;
-    if ((saved & TILES) == TILES && has(seven.edx, 22) &&
-        has(seven.edx, 24)) /* AMX-BF16, AMX-TILE */
+    int has_amx_bf16 = has(seven.edx, 22), has_amx_tile = has(seven.edx, 24);
+    if ((saved & TILES) == TILES && has_amx_bf16 && has_amx_tile)
         found |= WAN_ATTN_CPU_AMX_BF16;
     return found;
 }
 
 uint32_t wan_attn_cpu_features(void) {
-    static wan_attn_flags
-        known; /* cpuid traps to the hypervisor in a virtual machine: microseconds, so ask once */
+    /* cpuid traps to the hypervisor in a virtual machine: microseconds, so it is asked once. */
+    static wan_attn_flags known;
     uint32_t features = wan_attn_load(&known);
     if (!features)
         wan_attn_store(&known, features = detect());
@@ -102,9 +116,8 @@ uint32_t wan_attn_cpu_features(void) {
 
 #elif defined(__aarch64__) || defined(_M_ARM64)
 
-uint32_t wan_attn_cpu_features(void) {
-    return WAN_ATTN_CPU_KNOWN | WAN_ATTN_CPU_NEON;
-} /* part of the base architecture */
+/* NEON is part of the base architecture. */
+uint32_t wan_attn_cpu_features(void) { return WAN_ATTN_CPU_KNOWN | WAN_ATTN_CPU_NEON; }
 
 #else
 

@@ -6,14 +6,16 @@
 #include <string.h>
 
 #include "core/cpuid.h"
-#include "core/kernel.h"
+#include "core/util.h"
 
 #define DT(dtype) (1u << WAN_ATTN_##dtype)
-#define ON_CPU WAN_ATTN_CPU, 0, 0
-#define ON_CUDA(arch_min, arch_max) WAN_ATTN_CUDA, arch_min, arch_max
-#define ON_CUDA_FROM(arch_min) WAN_ATTN_CUDA, arch_min, WAN_ATTN_NEWEST_ARCH
-#define HEAD_DIM(min, max, multiple) min, max, multiple
-#define ONE_HEAD_DIM(size) size, size, 1
+
+/* First reading of the list: declare the two functions of each row of the CPU. */
+#define ROW(...)
+#define KERNEL(row, ...)                                                                           \
+    const char *wan_attn_##row##_plan(wan_attn_problem *);                                         \
+    wan_attn_status wan_attn_##row(const wan_attn_problem *, wan_attn_error *);
+#define KERNEL_ELSEWHERE(...)
 
 /* Rows of another architecture are in the table, so that it reads the same everywhere, but not in
  * the library: what they need is never detected here, so they always refuse. */
@@ -27,55 +29,46 @@
 #define KERNEL_X86(...) KERNEL_ELSEWHERE(__VA_ARGS__)
 #define KERNEL_ARM(...) KERNEL_ELSEWHERE(__VA_ARGS__)
 #endif
-
-/* First reading of the list: declare each row's entry point and what it may name under `plan`. */
-#define KERNEL(name, ...)                                                                          \
-    wan_attn_status wan_attn_##name(const wan_attn_problem *, wan_attn_error *);                   \
-    const char *wan_attn_##name##_plan(wan_attn_problem *);
-#define KERNEL_ELSEWHERE(...)
-#define KERNEL_CUDA(...)
 #include "core/kernels.def"
+#undef ROW
 #undef KERNEL
 #undef KERNEL_ELSEWHERE
-#undef KERNEL_CUDA
 
-/* Second reading: the table. The detour through KERNEL_EXPAND lets ON_CPU and HEAD_DIM expand into
- * their fields first. */
-#define KERNEL_INFO(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, description)  \
-    {sizeof(wan_attn_kernel_info),                                                                 \
-     device,                                                                                       \
-     #row,                                                                                         \
-     description,                                                                                  \
-     dtypes,                                                                                       \
-     dmin,                                                                                         \
-     dmax,                                                                                         \
-     dmul,                                                                                         \
-     amin,                                                                                         \
-     amax,                                                                                         \
-     needs,                                                                                        \
-     lossy}
-#define KERNEL_HERE(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, plan,         \
-                    description)                                                                   \
-    {KERNEL_INFO(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, description),    \
-     plan, wan_attn_##row},
-#define KERNEL_ABSENT(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, plan,       \
-                      description)                                                                 \
-    {KERNEL_INFO(row, device, amin, amax, dtypes, dmin, dmax, dmul, needs, lossy, description),    \
-     NULL, NULL},
-/* CUDA rows are data for the code in cuda/host: none has functions of its own. */
-#define KERNEL_ON_CUDA(row, device, amin, amax, dtypes, dmin, dmax, dmul, lossy, description)      \
-    {KERNEL_INFO(row, device, amin, amax, dtypes, dmin, dmax, dmul, 0, lossy, description),        \
-     wan_attn_cuda_plan_call, wan_attn_cuda_run_call},
-#define KERNEL_EXPAND(macro, ...) macro(__VA_ARGS__)
-#define KERNEL(...) KERNEL_EXPAND(KERNEL_HERE, __VA_ARGS__)
-#define KERNEL_ELSEWHERE(...) KERNEL_EXPAND(KERNEL_ABSENT, __VA_ARGS__)
-#define KERNEL_CUDA(...) KERNEL_EXPAND(KERNEL_ON_CUDA, __VA_ARGS__)
+/* Second reading: the table. A CUDA row is data for cuda/host; its family stands for the first
+ * three arguments, hence the detour. */
+#define ROW(...) CUDA_ROW(__VA_ARGS__)
+#define CUDA_ROW(row, min_arch, max_arch, lossy, text, dtype_bits, size)                           \
+    {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
+              .device_type = WAN_ATTN_CUDA,                                                        \
+              .name = #row,                                                                        \
+              .description = text,                                                                 \
+              .dtypes = dtype_bits,                                                                \
+              .head_dim_min = size,                                                                \
+              .head_dim_max = size,                                                                \
+              .head_dim_multiple = 1,                                                              \
+              .arch_min = min_arch,                                                                \
+              .arch_max = max_arch,                                                                \
+              .is_lossy = lossy},                                                                  \
+     .plan = wan_attn_cuda_plan_call,                                                              \
+     .run = wan_attn_cuda_run_call},
+#define CPU_ROW(row, dtype_bits, needs, text, ...)                                                 \
+    {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
+              .device_type = WAN_ATTN_CPU,                                                         \
+              .name = #row,                                                                        \
+              .description = text,                                                                 \
+              .dtypes = dtype_bits,                                                                \
+              .head_dim_min = 1,                                                                   \
+              .head_dim_max = 256,                                                                 \
+              .head_dim_multiple = 1,                                                              \
+              .cpu_features = needs},                                                              \
+     __VA_ARGS__},
+#define KERNEL(row, dtypes, needs, text)                                                           \
+    CPU_ROW(row, dtypes, needs, text, .plan = wan_attn_##row##_plan, .run = wan_attn_##row)
+#define KERNEL_ELSEWHERE(row, dtypes, needs, text)                                                 \
+    CPU_ROW(row, dtypes, needs, text, .plan = NULL, .run = NULL)
 static const wan_attn_kernel KERNELS[] = {
 #include "core/kernels.def"
 };
-#undef KERNEL
-#undef KERNEL_ELSEWHERE
-#undef KERNEL_CUDA
 
 enum { KERNEL_COUNT = sizeof(KERNELS) / sizeof(KERNELS[0]) };
 
@@ -88,11 +81,6 @@ wan_attn_status wan_attn_kernel_at(int32_t row, wan_attn_kernel_info *info) {
     memcpy(info, &KERNELS[row].info, size < sizeof(*info) ? size : sizeof(*info));
     info->struct_size = size;
     return WAN_ATTN_OK;
-}
-
-static const char *dtype_name(wan_attn_dtype dtype) {
-    static const char *const NAMES[] = {"float32", "float16", "bfloat16"};
-    return dtype <= WAN_ATTN_BF16 ? NAMES[dtype] : "other";
 }
 
 static const char *device_name(int32_t device_type) {
@@ -125,49 +113,47 @@ static int refused_by_arch(const wan_attn_kernel_info *info, int32_t device_inde
     return 1;
 }
 
-/* How near a row came to taking a call. */
-typedef enum nearness { OTHER_DEVICE, OTHER_DTYPE, OTHER_HEAD_DIM, CANNOT, TAKES } nearness;
+/* How well a row fits a call; the further to the right, the better. */
+typedef enum fit { OTHER_DEVICE, OTHER_DTYPE, OTHER_HEAD_DIM, CANNOT, TAKES } fit;
 
 /* Whether the row is for such calls at all. No words yet: most rows are not, in every call. */
-static nearness kind_of(const wan_attn_kernel_info *info, const wan_attn_problem *p) {
+static fit kind_of(const wan_attn_kernel_info *info, const wan_attn_problem *p) {
     if ((int32_t)p->device_type != info->device_type)
         return OTHER_DEVICE;
     if (!(info->dtypes & 1u << p->dtype))
         return OTHER_DTYPE;
-    if (p->head_dim < info->head_dim_min || p->head_dim > info->head_dim_max ||
-        p->head_dim % info->head_dim_multiple)
+    if (p->head_dim < info->head_dim_min || p->head_dim > info->head_dim_max)
         return OTHER_HEAD_DIM;
     return TAKES;
 }
 
-static void tell_kind(nearness near, const wan_attn_kernel_info *info, const wan_attn_problem *p,
+static void tell_kind(fit found, const wan_attn_kernel_info *info, const wan_attn_problem *p,
                       char *reason, size_t size) {
-    if (near == OTHER_DEVICE)
+    if (found == OTHER_DEVICE)
         snprintf(reason, size, "runs on %s, the call is on %s", device_name(info->device_type),
                  device_name((int32_t)p->device_type));
-    else if (near == OTHER_DTYPE)
-        snprintf(reason, size, "does not take %s", dtype_name(p->dtype));
+    else if (found == OTHER_DTYPE)
+        snprintf(reason, size, "does not take %s", wan_attn_dtype_name(p->dtype));
     else if (info->head_dim_min == info->head_dim_max)
         snprintf(reason, size, "takes head_dim %d, got %lld", (int)info->head_dim_min,
                  (long long)p->head_dim);
     else
-        snprintf(reason, size, "takes head_dim %d to %d in steps of %d, got %lld",
-                 (int)info->head_dim_min, (int)info->head_dim_max, (int)info->head_dim_multiple,
-                 (long long)p->head_dim);
+        snprintf(reason, size, "takes head_dim %d to %d, got %lld", (int)info->head_dim_min,
+                 (int)info->head_dim_max, (long long)p->head_dim);
 }
 
 /* TAKES, and the row and its plan are in p; or why the row cannot take the call is in reason. */
-static nearness ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
+static fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
     const wan_attn_kernel *kernel = &KERNELS[row];
     const wan_attn_kernel_info *info = &kernel->info;
-    nearness near = kind_of(info, p);
-    if (near != TAKES) {
-        tell_kind(near, info, p, reason, size);
-        return near;
+    fit found = kind_of(info, p);
+    if (found != TAKES) {
+        tell_kind(found, info, p, reason, size);
+        return found;
     }
     uint32_t missing = info->cpu_features & ~allowed_cpu_features(p->params);
     if (missing) {
-        snprintf(reason, size, "needs %s, which this CPU %s", wan_attn_cpu_feature_name(missing),
+        snprintf(reason, size, "needs %s, which this CPU %s", wan_attn_cpu_feature_words(missing),
                  missing & ~wan_attn_cpu_features() ? "does not have"
                                                     : "has but the caller has masked");
         return CANNOT;
@@ -196,7 +182,7 @@ static wan_attn_status take(wan_attn_problem *p, int32_t row, wan_attn_error *er
     char reason[200];
     if (ask(row, p, reason, sizeof(reason)) != TAKES)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", KERNELS[row].info.name, reason);
-    return wan_attn_fail(err, WAN_ATTN_OK, "%s", "");
+    return wan_attn_ok(err);
 }
 
 /* Appends to a text that is cut where the space ends. */
@@ -216,19 +202,18 @@ static int head_dim_was_before(int32_t row, const wan_attn_problem *p) {
     return 0;
 }
 
-/* UNSUPPORTED, where all rows of the device are for calls of another kind. CUDA rows have one dtype
- * and one head_dim each: a line for every row would be a page. */
-static wan_attn_status no_cuda_row_of_the_kind(wan_attn_problem *p, nearness nearest,
-                                               wan_attn_error *err) {
+/* UNSUPPORTED, where all rows of the device are for calls of another kind. CUDA rows have one
+ * head_dim each: a line for every row would be a page. */
+static wan_attn_status no_cuda_row_of_the_kind(wan_attn_problem *p, fit best, wan_attn_error *err) {
     char sizes[100] = "", size[16], reason[200];
     size_t used = 0;
-    if (nearest == OTHER_DTYPE)
+    if (best == OTHER_DTYPE)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
                              "no kernel takes this call: none for cuda takes %s",
-                             dtype_name(p->dtype));
+                             wan_attn_dtype_name(p->dtype));
     for (int32_t r = 0; r < KERNEL_COUNT; r++)
         if (!KERNELS[r].info.is_lossy && !head_dim_was_before(r, p) &&
-            ask(r, p, reason, sizeof(reason)) == nearest) {
+            ask(r, p, reason, sizeof(reason)) == best) {
             snprintf(size, sizeof(size), "%d", (int)KERNELS[r].info.head_dim_max);
             append(sizes, sizeof(sizes), &used, used ? ", %s" : "%s", size);
         }
@@ -237,15 +222,15 @@ static wan_attn_status no_cuda_row_of_the_kind(wan_attn_problem *p, nearness nea
                          sizes, (long long)p->head_dim);
 }
 
-/* UNSUPPORTED, with the reasons of the rows that came nearest: a user of one card is not told of
+/* UNSUPPORTED, with the reasons of the rows that fit best: a user of one card is not told of
  * the rows for other dtypes. Neighbours with the same reason share it: "a, b: reason; c: other". */
-static wan_attn_status no_row(wan_attn_problem *p, nearness nearest, wan_attn_error *err) {
+static wan_attn_status no_row(wan_attn_problem *p, fit best, wan_attn_error *err) {
     char reasons[900] = "", reason[200], before[200] = "";
     size_t used = 0;
-    if (p->device_type == WAN_ATTN_CUDA && (nearest == OTHER_DTYPE || nearest == OTHER_HEAD_DIM))
-        return no_cuda_row_of_the_kind(p, nearest, err);
+    if (p->device_type == WAN_ATTN_CUDA && (best == OTHER_DTYPE || best == OTHER_HEAD_DIM))
+        return no_cuda_row_of_the_kind(p, best, err);
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
-        if (KERNELS[r].info.is_lossy || ask(r, p, reason, sizeof(reason)) != nearest)
+        if (KERNELS[r].info.is_lossy || ask(r, p, reason, sizeof(reason)) != best)
             continue;
         if (strcmp(reason, before) != 0) {
             append(reasons, sizeof(reasons), &used, used ? ": %s; " : "%s", before);
@@ -266,18 +251,18 @@ wan_attn_status wan_attn_choose(wan_attn_problem *p, wan_attn_error *err) {
     if (status != WAN_ATTN_OK || forced >= 0)
         return status == WAN_ATTN_OK ? take(p, forced, err) : status;
     char reason[200];
-    nearness nearest = OTHER_DEVICE;
+    fit best = OTHER_DEVICE;
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
         if (KERNELS[r].info.is_lossy)
             continue;
-        nearness near = kind_of(&KERNELS[r].info, p);
-        if (near == TAKES)
-            near = ask(r, p, reason, sizeof(reason));
-        if (near == TAKES)
+        fit found = kind_of(&KERNELS[r].info, p);
+        if (found == TAKES)
+            found = ask(r, p, reason, sizeof(reason));
+        if (found == TAKES)
             return WAN_ATTN_OK;
-        nearest = near > nearest ? near : nearest;
+        best = found > best ? found : best;
     }
-    return no_row(p, nearest, err);
+    return no_row(p, best, err);
 }
 
 wan_attn_status wan_attn_ask_row(const wan_attn_problem *p, int32_t row, wan_attn_error *err) {

@@ -7,6 +7,12 @@
 
 #include "wan_attn.h"
 
+/* Infinities, NaN and the order of sums carry meaning in every kernel. */
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) ||                                     \
+    (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0)
+#error wan_attn must be built without -ffast-math, -ffinite-math-only and -fassociative-math
+#endif
+
 /* One [batch, seqlen, heads, head_dim] operand; head_dim has stride 1. */
 typedef struct wan_attn_view {
     void *data;
@@ -39,8 +45,8 @@ typedef struct wan_attn_row_plan {
 /* A call that has passed wan_attn_check: everything a row may rely on without looking again. */
 typedef struct wan_attn_problem {
     const wan_attn_params *params; /* for stream, workspace and threads only */
-    /* The row that is asked or run, and what it has worked out: its plan, and the bytes of workspace
-     * that it needs. */
+    /* The row that is asked or run, and what it has worked out: its plan, and the bytes of
+     * workspace that it needs. */
     int32_t kernel;
     const char *kernel_name;
     wan_attn_row_plan plan;
@@ -80,20 +86,26 @@ wan_attn_status wan_attn_cuda_run_call(const wan_attn_problem *problem, wan_attn
 
 /* check.c: params -> problem; INVALID_ARGUMENT with "<argument> must be <rule>, got <value>". The
  * first reads no tensor and leaves out and lse absent; the second reads lengths that lie on the
- * CPU; the third adds out and lse, where they are given; the last wants memory behind the inputs,
- * or behind the outputs. */
+ * CPU; the third adds out and lse, where they are given. */
 wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *problem,
                                wan_attn_error *err);
 wan_attn_status wan_attn_check_lengths(wan_attn_problem *problem, wan_attn_error *err);
 wan_attn_status wan_attn_check_outputs(wan_attn_problem *problem, wan_attn_error *err);
+
+/* memory.c: there is memory behind what has elements, at addresses that suit it: behind lengths
+ * that lie on `device`, behind the inputs, behind out and lse; the workspace that the plan wants.
+ * */
+wan_attn_status wan_attn_check_length_memory(const wan_attn_problem *problem,
+                                             wan_attn_device device, wan_attn_error *err);
 wan_attn_status wan_attn_check_input_memory(const wan_attn_problem *problem, wan_attn_error *err);
 wan_attn_status wan_attn_check_output_memory(const wan_attn_problem *problem, wan_attn_error *err);
+wan_attn_status wan_attn_check_workspace(const wan_attn_problem *problem, wan_attn_error *err);
 
 /* dispatch.c: the choice. Fills the problem's kernel, kernel_name, plan and workspace_size; or
  * UNSUPPORTED, with reasons. */
 wan_attn_status wan_attn_choose(wan_attn_problem *problem, wan_attn_error *err);
 
-/* dispatch.c: why this row cannot take the call, whatever other rows can. */
+/* dispatch.c: why this row cannot take the call; other rows do not matter. */
 wan_attn_status wan_attn_ask_row(const wan_attn_problem *problem, int32_t row, wan_attn_error *err);
 
 /* dispatch.c: a row of the table, which must be one. */
@@ -105,6 +117,9 @@ const wan_attn_kernel *wan_attn_kernel_of(int32_t row);
 __attribute__((format(printf, 3, 4)))
 #endif
 wan_attn_status wan_attn_fail(wan_attn_error *err, wan_attn_status status, const char *format, ...);
+
+/* status.c: writes success into err (if there is one) and returns it. */
+wan_attn_status wan_attn_ok(wan_attn_error *err);
 
 /* What stands there for sample b. Only for lengths that the CPU can read, and that are given. */
 static inline int64_t wan_attn_raw_length_at(const wan_attn_lengths *lengths, int64_t b) {

@@ -27,6 +27,10 @@ wan_attn_status wan_attn_fail(wan_attn_error *err, wan_attn_status status, const
     return status;
 }
 
+wan_attn_status wan_attn_ok(wan_attn_error *err) {
+    return wan_attn_fail(err, WAN_ATTN_OK, "%s", "");
+}
+
 #if defined(__clang__)
 #define COMPILER "clang " __clang_version__
 #elif defined(__GNUC__)

@@ -12,7 +12,7 @@
 #include "cpu/threads.h"
 
 /* Packed K and V of one group. Large enough that a group keeps many cores busy, small enough not to
- * matter beside a model; one pair is the least, whatever it takes (its K and V once more). */
+ * matter beside a model; but always at least one pair, which takes as much as its K and V. */
 #define GROUP_BYTES (128ll << 20)
 
 /* While the keys of all heads stay in the cache, tiles of the same rows follow each other: heads
@@ -26,37 +26,39 @@ enum { TILES_PER_WORKER = 3, CACHE_LINE = 64 };
 
 static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-static int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+static int64_t round_up(int64_t n, int64_t to) { return wan_attn_divide_up(n, to) * to; }
 
 static void choose_tiles(const wan_attn_problem *p, const wan_attn_blocking *blocking,
                          wan_attn_plan *plan) {
-    int64_t heads = p->batch * p->num_heads_q, panels = divide_up(p->seqlen_q, blocking->panel);
+    int64_t heads = p->batch * p->num_heads_q,
+            panels = wan_attn_divide_up(p->seqlen_q, blocking->panel);
     int64_t threads = wan_attn_workers(p->params, INT64_MAX);
     plan->panels_per_tile = WAN_ATTN_MAX_PANELS;
     while (plan->panels_per_tile > 1 &&
-           heads * divide_up(panels, plan->panels_per_tile) < threads * TILES_PER_WORKER)
+           heads * wan_attn_divide_up(panels, plan->panels_per_tile) < threads * TILES_PER_WORKER)
         plan->panels_per_tile /= 2;
     plan->panels_per_tile = max_of(1, min_of(plan->panels_per_tile, panels));
-    plan->tiles_per_head = divide_up(panels, plan->panels_per_tile);
+    plan->tiles_per_head = wan_attn_divide_up(panels, plan->panels_per_tile);
     plan->tiles_per_pair = plan->tiles_per_head * (p->num_heads_q / p->num_heads_k);
 }
 
 static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blocking *blocking) {
     wan_attn_plan plan = {.blocking = blocking};
-    plan.depth = round_up(divide_up(p->head_dim, blocking->unit), blocking->depth_multiple);
+    plan.depth =
+        round_up(wan_attn_divide_up(p->head_dim, blocking->unit), blocking->depth_multiple);
     plan.width = round_up(p->head_dim, blocking->width_multiple);
     plan.q_factor = p->softmax_scale < 0.0 ? -1.0f : p->softmax_scale > 0.0 ? 1.0f : 0.0f;
     /* Finite, or the largest score, 0 times this, would become NaN. */
-    plan.log2_scale = (float)fmin(fabs(p->softmax_scale) * 1.4426950408889634, FLT_MAX);
+    plan.log2_scale = (float)fmin(fabs(p->softmax_scale) * WAN_ATTN_LOG2_E, FLT_MAX);
 
     plan.k_bytes = blocking->block_n * plan.depth * (int64_t)sizeof(float);
     plan.v_bytes = blocking->block_n / blocking->unit * plan.width * (int64_t)sizeof(float);
-    plan.blocks = divide_up(p->seqlen_k, blocking->block_n);
+    plan.blocks = wan_attn_divide_up(p->seqlen_k, blocking->block_n);
     plan.pair_bytes = plan.blocks * (plan.k_bytes + plan.v_bytes);
     plan.pairs = p->batch * p->num_heads_k;
-    int64_t groups = divide_up(plan.pairs, max_of(1, GROUP_BYTES / max_of(1, plan.pair_bytes)));
-    plan.pairs_per_group = divide_up(plan.pairs, max_of(1, groups));
+    int64_t groups =
+        wan_attn_divide_up(plan.pairs, max_of(1, GROUP_BYTES / max_of(1, plan.pair_bytes)));
+    plan.pairs_per_group = wan_attn_divide_up(plan.pairs, max_of(1, groups));
 
     plan.heads_together = plan.pairs * plan.pair_bytes <= CACHED_BYTES;
     choose_tiles(p, blocking, &plan);
@@ -75,11 +77,10 @@ static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blockin
 
 _Static_assert(sizeof(wan_attn_plan) <= sizeof(wan_attn_row_plan), "a problem carries the plan");
 
-const char *wan_attn_blocked_plan(wan_attn_problem *p, const wan_attn_blocking *blocking) {
+void wan_attn_blocked_plan(wan_attn_problem *p, const wan_attn_blocking *blocking) {
     wan_attn_plan plan = make_plan(p, blocking);
     memcpy(&p->plan, &plan, sizeof(plan));
     p->workspace_size = plan.workspace_bytes;
-    return NULL;
 }
 
 wan_attn_packed_block wan_attn_packed_block_at(const wan_attn_plan *plan, int64_t pair_slot,
@@ -102,7 +103,7 @@ static void pack_block(int64_t task, int64_t worker, void *ctx) {
     int64_t slot = task / plan->blocks, pair = plan->first_pair + slot;
     int64_t b = pair / p->num_heads_k, len_q = wan_attn_len_q(p, b), len_k = wan_attn_len_k(p, b);
     wan_attn_packed_block to = wan_attn_packed_block_at(plan, slot, task % plan->blocks, len_k);
-    /* The first and the last row bound what any row sees; without rows nobody looks. */
+    /* The first and the last row bound what any row sees; without rows they are not read. */
     int64_t begin = wan_attn_visible_keys(p, 0, len_q, len_k).begin;
     int64_t end = len_q ? wan_attn_visible_keys(p, len_q - 1, len_q, len_k).end : 0;
     if (to.count > 0 && to.first_key < end && to.first_key + to.count > begin)
@@ -145,7 +146,7 @@ static void prefer_large_pages(const wan_attn_plan *plan) {
     const wan_attn_view *out = &p->out;
     int64_t last = (p->batch - 1) * out->batch_stride + (p->seqlen_q - 1) * out->row_stride +
                    (p->num_heads_q - 1) * out->head_stride + p->head_dim;
-    wan_attn_prefer_large_pages(out->data, last * (out->dtype == WAN_ATTN_F32 ? 4 : 2));
+    wan_attn_prefer_large_pages(out->data, last * wan_attn_dtype_size(out->dtype));
     wan_attn_prefer_large_pages(p->params->workspace, (int64_t)plan->workspace_bytes);
 }
 

@@ -13,7 +13,7 @@
 #ifndef WAN_ATTN_CPU_BLOCKED_H
 #define WAN_ATTN_CPU_BLOCKED_H
 
-#include "core/kernel.h"
+#include "core/util.h"
 
 enum { WAN_ATTN_MAX_PANELS = 4, WAN_ATTN_MAX_PANEL = 64 };
 
@@ -65,8 +65,8 @@ struct wan_attn_plan {
     size_t workspace_bytes;
 };
 
-/* A row's `plan`: with this blocking every call can be taken. Always NULL. */
-const char *wan_attn_blocked_plan(wan_attn_problem *p, const wan_attn_blocking *blocking);
+/* Fills the problem's plan and workspace_size: with this blocking every call can be taken. */
+void wan_attn_blocked_plan(wan_attn_problem *p, const wan_attn_blocking *blocking);
 
 /* Runs the problem, as it was planned. */
 void wan_attn_blocked_run(const wan_attn_problem *p);

@@ -30,15 +30,14 @@ static inline float wan_attn_float_of_bf16(uint16_t h) {
 static inline uint16_t wan_attn_bf16_of_float(float f) {
     uint32_t bits = wan_attn_bits_of_float(f);
     if ((bits & 0x7fffffffu) > 0x7f800000u)
-        return (uint16_t)(bits >> 16 |
-                          0x40u); /* NaN: make it quiet, or rounding could turn it into infinity */
+        return (uint16_t)(bits >> 16 | 0x40u); /* a quiet NaN: rounding could make it infinite */
     return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
 static inline float wan_attn_float_of_f16(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
-    uint32_t magnitude = (uint32_t)(h & 0x7fffu)
-                         << 13; /* exponent and mantissa in float's places, exponent biased by 15 */
+    /* Exponent and mantissa in float's places; the exponent is biased by 15. */
+    uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13;
     /* Multiplying by 2^112 changes the bias to 127 and normalises subnormals; infinities and NaN
      * need the top exponent. */
     float value = wan_attn_float_of_bits(magnitude) * 0x1p112f;
@@ -88,11 +87,6 @@ static inline void wan_attn_store_floats(void *to, const float *from, wan_attn_d
     else
         for (int64_t d = 0; d < n; d++)
             half[d] = wan_attn_f16_of_float(from[d]);
-}
-
-/* Address of element `index` of an array of this dtype. */
-static inline void *wan_attn_element(const void *base, wan_attn_dtype dtype, int64_t index) {
-    return (char *)base + index * (dtype == WAN_ATTN_F32 ? 4 : 2);
 }
 
 #endif /* WAN_ATTN_CPU_HALF_H */

@@ -22,21 +22,13 @@
 
 #include "cpu/amx_permission.h"
 #include "cpu/blocked.h"
+#include "cpu/target.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 
 #include <immintrin.h>
 
-/* For this file alone, and in the source, so that every build and every tool agrees. MSVC needs no
- * permission. */
-#if defined(__clang__)
-#pragma clang attribute push(                                                                      \
-    __attribute__((                                                                                \
-        target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16"))), \
-    apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
-#endif
+TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
 
 #include "cpu/units_x86.h"
 #include "cpu/vector_avx512.h"
@@ -75,7 +67,8 @@ static void pack_k_tiles(const wan_attn_plan *plan, int64_t b, int64_t head_k,
     const wan_attn_view *k = &plan->p->k;
     int64_t padded = (to->count + STEP - 1) / STEP * STEP;
     for (int64_t n = 0; n < padded; n++) {
-        const void *row = n < to->count ? row_address(k, b, to->first_key + n, head_k) : NULL;
+        const void *row =
+            n < to->count ? wan_attn_row_address(k, b, to->first_key + n, head_k) : NULL;
         float *tile_row =
             to->k + n / TILE_ROWS * TILE_ROWS * plan->depth + n % TILE_ROWS * TILE_UNITS;
         for (int64_t u = 0; u < plan->depth; u += UNIT_LANES)
@@ -88,8 +81,8 @@ static void pack_k_tiles(const wan_attn_plan *plan, int64_t b, int64_t head_k,
 static inline units v_row(const wan_attn_plan *plan, int64_t b, int64_t head_k,
                           const wan_attn_packed_block *to, int64_t n, int64_t d) {
     const wan_attn_view *v = &plan->p->v;
-    return n < to->count ? load_floats(row_address(v, b, to->first_key + n, head_k), v->dtype, d,
-                                       plan->p->head_dim)
+    return n < to->count ? load_floats(wan_attn_row_address(v, b, to->first_key + n, head_k),
+                                       v->dtype, d, plan->p->head_dim)
                          : zero_units();
 }
 
@@ -239,27 +232,13 @@ static void compute_tile_with_tiles(const wan_attn_plan *plan, const wan_attn_ti
     _tile_release(); /* or the system saves 8 KiB more at every switch of threads */
 }
 
-static const wan_attn_blocking BLOCKING = {.unit = UNIT,
-                                           .block_n = BLOCK_N,
-                                           .panel = PANEL,
-                                           .depth_multiple = TILE_UNITS,
-                                           .width_multiple = 32,
-                                           .pack = pack_key_tiles,
-                                           .compute = compute_tile_with_tiles};
-
-const char *wan_attn_sdpa_amx_plan(wan_attn_problem *p) {
-    const char *refusal = wan_attn_amx_refusal();
-    return refusal ? refusal : wan_attn_blocked_plan(p, &BLOCKING);
-}
-
-wan_attn_status wan_attn_sdpa_amx(const wan_attn_problem *p, wan_attn_error *err) {
-    (void)err;
-    wan_attn_blocked_run(p);
-    return WAN_ATTN_OK;
-}
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+#define ROW sdpa_amx
+#define REFUSAL wan_attn_amx_refusal()
+#define PACK pack_key_tiles
+#define COMPUTE compute_tile_with_tiles
+#define DEPTH_MULTIPLE TILE_UNITS
+#define WIDTH_MULTIPLE 32
+#include "cpu/row.inc"
+TARGET_END
 
 #endif /* x86-64 */

@@ -52,33 +52,11 @@ static inline float32x4_t exp2_degree5(float32x4_t x) {
 
 #define VECTORS 3
 #define ROWS 8
-#define STEP ROWS
-#define PREFETCHES (BLOCK_N / ROWS)
 #define UNIT 1
 #define BLOCK_N 128
 #define DOT FMA
-#define EXP2 exp2_degree5
 
-#include "cpu/sdpa_tile.inc"
-#include "cpu/sdpa_pack.inc"
-#include "cpu/sdpa_fma.inc"
-
-static const wan_attn_blocking BLOCKING = {.unit = UNIT,
-                                           .block_n = BLOCK_N,
-                                           .panel = PANEL,
-                                           .depth_multiple = 1,
-                                           .width_multiple = ROWS,
-                                           .pack = pack_keys,
-                                           .compute = compute_tile};
-
-const char *wan_attn_sdpa_neon_plan(wan_attn_problem *p) {
-    return wan_attn_blocked_plan(p, &BLOCKING);
-}
-
-wan_attn_status wan_attn_sdpa_neon(const wan_attn_problem *p, wan_attn_error *err) {
-    (void)err;
-    wan_attn_blocked_run(p);
-    return WAN_ATTN_OK;
-}
+#define ROW sdpa_neon
+#include "cpu/row.inc"
 
 #endif /* 64-bit Arm */

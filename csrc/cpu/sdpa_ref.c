@@ -22,15 +22,14 @@
  * Masked keys are left out by loop bounds, never by -inf or by a zero weight, so nothing behind the
  * lengths or outside the mask can leak, NaN included; NaN in a visible key stays NaN.
  */
+#include <float.h>
 #include <math.h>
 
-#include "core/kernel.h"
+#include "core/util.h"
 #include "cpu/half.h"
 #include "cpu/threads.h"
 
 enum { BLOCK_M = 16, BLOCK_N = 32, PART_D = 64, MAX_HEAD_DIM = 256 };
-
-wan_attn_status wan_attn_sdpa_ref(const wan_attn_problem *p, wan_attn_error *err);
 
 /* The 16 rows of one task. */
 typedef struct row_block {
@@ -46,21 +45,16 @@ typedef struct key_block {
     float v[BLOCK_N][MAX_HEAD_DIM];
 } key_block;
 
-static const void *row_address(const wan_attn_view *view, int64_t b, int64_t row, int64_t head) {
-    return wan_attn_element(view->data, view->dtype,
-                            b * view->batch_stride + row * view->row_stride +
-                                head * view->head_stride);
-}
-
 static void load_keys(const wan_attn_problem *p, int64_t b, int64_t head, int64_t first,
                       int64_t count, key_block *block) {
     float row[MAX_HEAD_DIM];
     for (int64_t n = 0; n < count; n++) {
-        wan_attn_load_floats(row, row_address(&p->k, b, first + n, head), p->k.dtype, p->head_dim);
+        wan_attn_load_floats(row, wan_attn_row_address(&p->k, b, first + n, head), p->k.dtype,
+                             p->head_dim);
         for (int64_t d = 0; d < p->head_dim; d++)
             block->k_transposed[d][n] = row[d];
-        wan_attn_load_floats(block->v[n], row_address(&p->v, b, first + n, head), p->v.dtype,
-                             p->head_dim);
+        wan_attn_load_floats(block->v[n], wan_attn_row_address(&p->v, b, first + n, head),
+                             p->v.dtype, p->head_dim);
     }
     for (int64_t n = count; n < BLOCK_N; n++) /* a tail: computed with the rest, never read */
         for (int64_t d = 0; d < p->head_dim; d++)
@@ -111,14 +105,16 @@ static void store_row(const wan_attn_problem *p, row_block *rows, int m, int64_t
     float *o = rows->o[m];
     for (int64_t d = 0; d < p->head_dim; d++)
         o[d] = sees_none ? 0.0f : o[d] / rows->row_sum[m];
-    wan_attn_store_floats((void *)row_address(&p->out, b, i, head), o, p->out.dtype, p->head_dim);
+    wan_attn_store_floats(wan_attn_row_address(&p->out, b, i, head), o, p->out.dtype, p->head_dim);
     if (p->lse)
         p->lse[b * p->lse_batch_stride + head * p->lse_head_stride + i * p->lse_row_stride] =
-            sees_none ? -INFINITY : rows->row_max[m] + logf(rows->row_sum[m]);
+            sees_none                  ? -INFINITY
+            : rows->row_sum[m] == 0.0f ? NAN /* all scores -inf: the softmax is NaN */
+                                       : rows->row_max[m] + logf(rows->row_sum[m]);
 }
 
 static int64_t row_blocks(const wan_attn_problem *p) {
-    return (p->seqlen_q + BLOCK_M - 1) / BLOCK_M;
+    return wan_attn_divide_up(p->seqlen_q, BLOCK_M);
 }
 
 /* Task numbers run over [batch][head][row block]. */
@@ -139,14 +135,14 @@ static void run_row_block(int64_t task, int64_t worker, void *ctx) {
     for (int m = 0; m < count; m++) {
         wan_attn_key_range keys = wan_attn_visible_keys(p, first_row + m, len_q, len_k);
         rows.keys[m] = keys;
-        rows.row_max[m] = -INFINITY;
+        rows.row_max[m] = -FLT_MAX; /* finite: a score of -inf must weigh 0, not NaN */
         rows.row_sum[m] = 0.0f;
         for (int64_t d = 0; d < p->head_dim; d++)
             rows.o[m][d] = 0.0f;
         if (keys.begin >= keys.end)
             continue;
-        wan_attn_load_floats(rows.q[m], row_address(&p->q, b, first_row + m, head), p->q.dtype,
-                             p->head_dim);
+        wan_attn_load_floats(rows.q[m], wan_attn_row_address(&p->q, b, first_row + m, head),
+                             p->q.dtype, p->head_dim);
         begin = keys.begin < begin ? keys.begin : begin;
         end = keys.end > end ? keys.end : end;
     }
@@ -167,6 +163,12 @@ static void run_row_block(int64_t task, int64_t worker, void *ctx) {
     }
     for (int m = 0; m < count; m++)
         store_row(p, &rows, m, b, head, first_row + m);
+}
+
+/* Takes every call, and needs nothing but the stack. */
+const char *wan_attn_sdpa_ref_plan(wan_attn_problem *p) {
+    (void)p;
+    return NULL;
 }
 
 wan_attn_status wan_attn_sdpa_ref(const wan_attn_problem *p, wan_attn_error *err) {

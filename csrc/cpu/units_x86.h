@@ -42,7 +42,7 @@ static inline units load_floats(const void *row, wan_attn_dtype dtype, int64_t f
     float tail[8] = {0}; /* all of it zero in any dtype */
     if (first < length)
         memcpy(tail, wan_attn_element(row, dtype, first),
-               (size_t)(length - first) * (dtype == WAN_ATTN_F32 ? 4 : 2));
+               (size_t)(length - first) * (size_t)wan_attn_dtype_size(dtype));
     return load_eight(tail, dtype);
 }
 
@@ -76,7 +76,7 @@ static inline void store_floats(void *row, wan_attn_dtype dtype, int64_t first, 
         float tail[8];
         store_eight(tail, dtype, x);
         memcpy(wan_attn_element(row, dtype, first), tail,
-               (size_t)(length - first) * (dtype == WAN_ATTN_F32 ? 4 : 2));
+               (size_t)(length - first) * (size_t)wan_attn_dtype_size(dtype));
     }
 }
 

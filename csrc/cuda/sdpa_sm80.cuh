@@ -27,7 +27,7 @@
  * Tiles run backwards, so that the ragged one comes first; it and those that a mask cuts have their
  * own copy of the loop body, and the clean tiles between carry no trace of them.
  * Budget, d128: 16 rows a warp: O 64 + S 32 + Q 32 registers of at most 255; 32 rows: O 128 + S 64,
- * Q in shared memory. Shared memory: sdpa_rows.def. No spills: tests/test_cuda_static.py.
+ * Q in shared memory. Shared memory: args.h. No spills: tests/test_cuda_static.py.
  * Limits: head_dim a multiple of 16, up to 256; alignment as in args.h; seqlen below 2^29, offsets
  * are 64 bits wide. A NaN or infinity in V reaches every row of a tile that a mask cuts, also rows
  * that do not see it (0 * NaN; README.md says why), but never from behind the real lengths.
@@ -81,7 +81,9 @@ static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row 
 static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two K tiles");
 static_assert(V_STEPS % F16_STEPS == 0, "the last f16 sum must be added as well");
 static_assert(!BF16_AS_F16 || Q_IN_REGS, "a row of Q is scaled where all of it is at hand");
-static_assert(BOUNDS_SMEM + 16 == SMEM_BYTES, "sdpa_rows.def must say what is used");
+static_assert(BOUNDS_SMEM + 16 ==
+                  WAN_ATTN_CUDA_SMEM_SM80(HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, Q_IN_REGS),
+              "args.h must say what is used");
 
 /* A operands of Q: registers, or a place for them that is filled on demand. */
 typedef struct q_fragments {
@@ -363,7 +365,7 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked,
                 n * BLOCK_N + thread_index() % 4 * 2);
         const float scale[2] = {BF16_AS_F16 ? q.scale[m][0] : args.scale_log2e,
                                 BF16_AS_F16 ? q.scale[m][1] : args.scale_log2e};
-        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale, is_masked);
+        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale);
     }
 
     cp_async_wait<STAGES - 1>();
@@ -383,7 +385,7 @@ DEVICE void clear(warp_rows &rows) {
             rows.o[m][j / 4][j % 4] = 0.0f;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            rows.row_max[m][r] = minus_infinity();
+            rows.row_max[m][r] = lowest();
             rows.row_sum[m][r] = 0.0f;
         }
     }

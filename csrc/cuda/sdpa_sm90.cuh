@@ -89,7 +89,8 @@ static_assert(HEAD_DIM % 64 == 0, "a panel is 64 columns");
 static_assert(BLOCK_N % 16 == 0 && LOADED_ROWS % 8 == 0, "a swizzle pattern is 8 rows");
 static_assert(CONSUMERS == 2 || CONSUMERS == 3, "ping-pong takes two");
 static_assert(CLUSTER == 1 || CLUSTER == 2, "a tile is loaded whole or in halves");
-static_assert(USED_SMEM == SMEM_BYTES, "sdpa_rows.def must say what is used");
+static_assert(USED_SMEM == WAN_ATTN_CUDA_SMEM_SM90(HEAD_DIM, BLOCK_N, CONSUMERS, STAGES),
+              "args.h must say what is used");
 static_assert(128 * (REGS_PRODUCER + CONSUMERS * REGS_CONSUMER) <= 65536, "registers of an SM");
 
 DEVICE u32 barrier_at(u32 first, u32 stage) { return shared_base() + first + 16 * stage; }
@@ -216,17 +217,14 @@ DEVICE void mask_tile(const wan_attn_cuda_args &args, const block_work &work, co
 
 /* Scores become weights and add to row_sum. factor: by which what has been summed up before has to
  * be multiplied, row_sum being so already. Returns whether any in the warp is not 1. */
-DEVICE bool weigh(consumer &c, float s[S_TILES][4], float factor[2], float scale_log2e,
-                  bool is_masked) {
+DEVICE bool weigh(consumer &c, float s[S_TILES][4], float factor[2], float scale_log2e) {
     const float new_max[2] = {grown_max(s, 0, c.row_max[0], scale_log2e),
                               grown_max(s, 1, c.row_max[1], scale_log2e)};
     bool has_grown = any_lane(new_max[0] > c.row_max[0] || new_max[1] > c.row_max[1]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        /* A row that has still seen no key has nothing to bring: -inf - -inf would be NaN. */
-        bool is_empty = is_masked && new_max[r] == minus_infinity();
-        float shift = is_empty ? 0.0f : -new_max[r], sum = 0.0f;
-        factor[r] = is_empty ? 1.0f : exp2_approx(c.row_max[r] - new_max[r]);
+        float shift = -new_max[r], sum = 0.0f;
+        factor[r] = exp2_approx(c.row_max[r] - new_max[r]);
         c.row_max[r] = new_max[r];
 #pragma unroll
         for (int j = 0; j < S_TILES; j++) {
@@ -314,7 +312,7 @@ DEVICE void first_tile(const sm90_args &args, const assignment &a, consumer &c) 
     release(barrier_at(EMPTY_K, c.k.stage));
     advance(c.k);
     mask_tile(args.call, a.work, c, n, s);
-    weigh(c, s, factor, args.call.scale_log2e, true);
+    weigh(c, s, factor, args.call.scale_log2e);
     pack_weights(c, s);
     int tail = a.work.num_keys - n * BLOCK_N;
     if (tail < BLOCK_N)
@@ -331,14 +329,14 @@ DEVICE void process_tile(const sm90_args &args, const block_work &work, consumer
     start_qk(c, s);
     mbarrier_wait(barrier_at(FULL_V, c.v.stage), c.v.parity);
     start_pv(c);
-    if (n > 0 || c.number < CONSUMERS - 1) /* after the last tile nobody waits for the first turn */
+    if (n > 0 || c.number < CONSUMERS - 1) /* no warp waits for the first turn after tile 0 */
         pass_turn(c);
     wgmma_wait<1>();
     hold_tiles(s, S_TILES);
     release(barrier_at(EMPTY_K, c.k.stage));
     if (is_masked)
         mask_tile(args.call, work, c, n, s);
-    bool has_grown = weigh(c, s, factor, args.call.scale_log2e, is_masked);
+    bool has_grown = weigh(c, s, factor, args.call.scale_log2e);
     hold_tiles(s, S_TILES);
     wgmma_wait<0>();
     hold_tiles(c.o, O_TILES);
@@ -433,7 +431,7 @@ DEVICE void consume(const sm90_args &args, const assignment &a) {
         c.o[i / 4][i % 4] = 0.0f;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        c.row_max[r] = minus_infinity();
+        c.row_max[r] = lowest();
         c.row_sum[r] = 0.0f;
     }
     if (a.work.num_tiles > 0)

@@ -268,6 +268,7 @@ SHIM_API void wan_attn_shim_configure(const wan_attn_shim_functions *functions,
     code_of[WAN_ATTN_BF16] = torch.aoti_torch_dtype_bfloat16();
     code_of[WAN_ATTN_I32] = torch.aoti_torch_dtype_int32();
     code_of[WAN_ATTN_I64] = torch.aoti_torch_dtype_int64();
+    code_of[WAN_ATTN_F64] = torch.aoti_torch_dtype_float64();
 }
 
 /* The row that the last call of this thread ran; -1: there was none. */

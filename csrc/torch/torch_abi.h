@@ -49,6 +49,7 @@ typedef void (*torch_kernel)(torch_value *stack, uint64_t num_inputs, uint64_t n
     F(torch_status, aoti_torch_delete_tensor_object, (torch_tensor))                               \
     F(int32_t, aoti_torch_device_type_cpu, (void))                                                 \
     F(int32_t, aoti_torch_device_type_cuda, (void))                                                \
+    F(int32_t, aoti_torch_dtype_float64, (void))                                                   \
     F(int32_t, aoti_torch_dtype_float32, (void))                                                   \
     F(int32_t, aoti_torch_dtype_float16, (void))                                                   \
     F(int32_t, aoti_torch_dtype_bfloat16, (void))                                                  \

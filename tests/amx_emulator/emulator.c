@@ -8,7 +8,9 @@
  * From Intel's Software Developer's Manual, volume 2, chapters "VEX encoding" and LDTILECFG to
  * TILEZERO: ldtilecfg, tilerelease, tilezero, tileloadd(t1), tilestored, tdpbf16ps.
  */
-#define _GNU_SOURCE
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* NOLINT(bugprone-reserved-identifier): glibc's name */
+#endif
 #include <math.h>
 #include <signal.h>
 #include <stddef.h>
@@ -144,6 +146,7 @@ static void store(const instruction *i) {
 }
 
 /* 0 if it is none of ours, or would fault on real hardware too. */
+/* NOLINTBEGIN(bugprone-branch-clone): the order of the questions is the processor's */
 static int execute(const instruction *i) {
     if (i->opcode == 0x49 && i->prefix == 0 && !i->is_register)
         configure((const uint8_t *)i->base);
@@ -164,6 +167,7 @@ static int execute(const instruction *i) {
     state.executed++;
     return 1;
 }
+/* NOLINTEND(bugprone-branch-clone) */
 
 static void on_illegal_instruction(int number, siginfo_t *info, void *context) {
     ucontext_t *u = (ucontext_t *)context;

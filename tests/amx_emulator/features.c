@@ -3,7 +3,7 @@
  * row needs is there.
  */
 #define wan_attn_cpu_features detected_features
-#include "core/cpuid.c"
+#include "core/cpuid.c" /* NOLINT(bugprone-suspicious-include): under another name */
 #undef wan_attn_cpu_features
 
 uint32_t wan_attn_cpu_features(void) {

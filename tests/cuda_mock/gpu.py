@@ -241,10 +241,10 @@ class _Call:
             return helpers()[image]
         if "_sm90_" in image:
             return next(t for t in tiles_sm90() if t.key == image)
-        return next(t for t in tiles() if t.row == image and t.gpu_class == gpus()[self.arch])
+        return next(t for t in tiles() if t.symbol == image and t.gpu_class == gpus()[self.arch])
 
     def _memory(self, written: tuple[int, int]) -> list[Tensor_]:
-        """What this pass may touch: inputs, outputs, and the workspace but for what it writes."""
+        """What this pass may touch: inputs, outputs, and the workspace without what it writes."""
         found = []
         for tensors, is_output in ((self.inputs, 0), (self.outputs, 1)):
             for name, x in tensors.items():

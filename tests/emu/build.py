@@ -87,7 +87,7 @@ def _machine() -> tuple[str, ...]:
 def definitions(kernel: Tile | TileSm90 | Helper, arch: int | None = None) -> dict[str, str]:
     """The macros that make one kernel of kernel.cpp."""
     return {
-        "SMEM_BYTES": "0",
+        "SMEM_BYTES": str(getattr(kernel, "smem_bytes", 0)),
         **kernel.defines(),
         "KERNEL_ARGS": kernel.args,
         "EMULATED_ARCH": str(arch or emulated_arch(kernel)),

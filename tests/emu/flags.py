@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """flags.py - prints the macros with which kernel.cpp compiles: a line for each body of a kernel.
 
-For clang-tidy, which reads csrc/cuda through kernel.cpp; of the tiles of one body, the first serves.
+For clang-tidy, which reads csrc/cuda through kernel.cpp; of the tiles of a body, the first serves.
 """
 
 from __future__ import annotations

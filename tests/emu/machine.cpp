@@ -102,6 +102,13 @@ bool machine::has_left(int rank) const {
     return left == block_threads;
 }
 
+std::uint32_t machine::own_shared(std::uint32_t address, site at) {
+    if (address >> 24 != static_cast<std::uint32_t>(rank()))
+        fail("line " + std::to_string(at.line) + ": shared address of block " +
+             std::to_string(address >> 24) + " of the cluster, in block " + std::to_string(rank()));
+    return address & 0xffffffu;
+}
+
 // Knuth's linear congruential generator, of which the upper bits are good.
 std::uint32_t machine::random() {
     random_state = random_state * 6364136223846793005u + 1442695040888963407u;

@@ -82,6 +82,14 @@ class machine {
     void report(const std::string &message);
     bool coin() { return (random() & 1) != 0; }
 
+    // Shared memory as its own block sees it: the block's rank in the cluster stands in bits 24 and
+    // up, as on the hardware (%cluster_ctarank is what cvta puts there).
+    std::uint32_t shared_base() const {
+        return shared_memory::BASE | static_cast<std::uint32_t>(rank()) << 24;
+    }
+    // Such an address without the rank; an error if it is another block's.
+    std::uint32_t own_shared(std::uint32_t address, site at);
+
     shared_memory &shared() { return memories[static_cast<std::size_t>(rank())]; }
     shared_memory &shared_of(int block_rank) {
         return memories[static_cast<std::size_t>(block_rank)];

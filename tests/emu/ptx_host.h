@@ -33,7 +33,8 @@ float rough(float x);
 
 DEVICE int thread_index() { return emu::the_machine().thread(); }
 DEVICE int block_index() { return emu::the_machine().block(); }
-DEVICE u32 shared_base() { return emu::shared_memory::BASE; }
+DEVICE u32 shared_base() { return emu::the_machine().shared_base(); }
+DEVICE u32 own_shared(u32 at, emu::site where) { return emu::the_machine().own_shared(at, where); }
 DEVICE void block_barrier(emu::site at = {}) { emu::the_machine().block_barrier(at); }
 DEVICE int uniform(int x, emu::site at = {}) { return emu::reduce_or(x, at); }
 DEVICE bool any_lane(bool condition, emu::site at = {}) { return emu::vote_any(condition, at); }
@@ -82,15 +83,15 @@ DEVICE void store_global_b32x2(void *at, u32 x, u32 y) {
 }
 
 DEVICE void load_shared_b32x4(u32 x[4], u32 at, emu::site where = {}) {
-    emu::load_shared(x, at, where);
+    emu::load_shared(x, own_shared(at, where), where);
 }
 DEVICE void store_shared_b32x4(u32 at, const u32 x[4], emu::site where = {}) {
-    emu::store_shared(at, x, where);
+    emu::store_shared(own_shared(at, where), x, where);
 }
 DEVICE void load_global_b32x4(u32 x[4], const void *at) { emu::load_global(x, at, 16); }
 DEVICE void cp_async_16_or_zero(u32 to, const void *from, bool is_zero, emu::site at = {}) {
 #if EMULATED_ARCH >= 80
-    emu::start_copy(to, from, is_zero, at);
+    emu::start_copy(own_shared(to, at), from, is_zero, at);
 #else
     u32 x[4] = {0, 0, 0, 0};
     if (!is_zero)
@@ -106,10 +107,10 @@ DEVICE void cp_async_commit() { emu::end_group(); }
 template <int pending> DEVICE void cp_async_wait() { emu::wait_for_copies(pending); }
 
 DEVICE void ldmatrix_x4(u32 x[4], u32 row_address, emu::site at = {}) {
-    emu::load_matrices(x, row_address, false, at);
+    emu::load_matrices(x, own_shared(row_address, at), false, at);
 }
 DEVICE void ldmatrix_x4_trans(u32 x[4], u32 row_address, emu::site at = {}) {
-    emu::load_matrices(x, row_address, true, at);
+    emu::load_matrices(x, own_shared(row_address, at), true, at);
 }
 #if HAS_BF16
 DEVICE void mma_m16n8k16_bf16(float d[4], const u32 a[4], u32 b0, u32 b1, emu::site at = {}) {

@@ -51,38 +51,40 @@ template <int registers> DEVICE void give_registers(emu::site at = {}) {
 }
 DEVICE void fence_async_proxy() { emu::the_machine().fence_async_proxy(); }
 DEVICE void stmatrix_x4(u32 row_address, const u32 x[4], emu::site at = {}) {
-    emu::store_matrices(row_address, x, at);
+    emu::store_matrices(own_shared(row_address, at), x, at);
 }
 
 DEVICE void mbarrier_init(u32 barrier, int count, emu::site at = {}) {
-    emu::mbarrier_init(barrier, count, at);
+    emu::mbarrier_init(own_shared(barrier, at), count, at);
 }
 DEVICE void mbarrier_init_fence() { emu::mbarrier_init_fence(); }
 DEVICE void mbarrier_arrive_and_expect(u32 barrier, u32 bytes, emu::site at = {}) {
-    emu::mbarrier_arrive(barrier, emu::the_machine().rank(), bytes, at);
+    emu::mbarrier_arrive(own_shared(barrier, at), emu::the_machine().rank(), bytes, at);
 }
 DEVICE void mbarrier_arrive(u32 barrier, emu::site at = {}) {
-    emu::mbarrier_arrive(barrier, emu::the_machine().rank(), 0, at);
+    emu::mbarrier_arrive(own_shared(barrier, at), emu::the_machine().rank(), 0, at);
 }
 DEVICE void mbarrier_arrive_at(u32 barrier, u32 rank, emu::site at = {}) {
-    emu::mbarrier_arrive(barrier, static_cast<int>(rank), 0, at);
+    emu::mbarrier_arrive(own_shared(barrier, at), static_cast<int>(rank), 0, at);
 }
 DEVICE void mbarrier_wait(u32 barrier, u32 parity, emu::site at = {}) {
-    emu::mbarrier_wait(barrier, parity, at);
+    emu::mbarrier_wait(own_shared(barrier, at), parity, at);
 }
 
 DEVICE void tma_prefetch_map(const void *) {}
 DEVICE void tma_load(u32 to, const void *map, u32 barrier, int column, int row, int head,
                      int sample, emu::site at = {}) {
-    emu::bulk_load(to, map, barrier, 1u << cluster_rank(), {column, row, head, sample}, at);
+    emu::bulk_load(own_shared(to, at), map, own_shared(barrier, at), 1u << cluster_rank(),
+                   {column, row, head, sample}, at);
 }
 DEVICE void tma_load_multicast(u32 to, const void *map, u32 barrier, u32 blocks, int column,
                                int row, int head, int sample, emu::site at = {}) {
-    emu::bulk_load(to, map, barrier, blocks, {column, row, head, sample}, at);
+    emu::bulk_load(own_shared(to, at), map, own_shared(barrier, at), blocks,
+                   {column, row, head, sample}, at);
 }
 DEVICE void tma_store(const void *map, u32 from, int column, int row, int head, int sample,
                       emu::site at = {}) {
-    emu::bulk_store(map, from, {column, row, head, sample}, at);
+    emu::bulk_store(map, own_shared(from, at), {column, row, head, sample}, at);
 }
 DEVICE void tma_store_commit() { emu::bulk_store_commit(); }
 DEVICE void tma_store_wait_read() { emu::bulk_store_wait_read(); }

@@ -10,8 +10,8 @@ __all__ = ["ARCH", "TileSm90", "tile_for", "tiles_sm90"]
 ARCH = 90
 
 
-def tile_for(row: str, *, is_masked: bool, seqlen_q: int) -> TileSm90:
-    """The line of the row that a call gets: the loader's rule."""
+def tile_for(symbol: str, *, is_masked: bool, seqlen_q: int) -> TileSm90:
+    """The tile that a call gets, of those that make this kernel: the loader's rule."""
     uses = ("MASKED", "ANY") if is_masked else ("ANY",)
-    fits = (t for t in tiles_sm90() if t.row == row and t.use in uses and seqlen_q >= t.from_q)
-    return next(fits)
+    mine = (t for t in tiles_sm90() if t.symbol == symbol and t.use in uses)
+    return next(tile for tile in mine if seqlen_q >= tile.from_q)

@@ -62,7 +62,8 @@ def map_fields(x: Tensor, box_rows: int) -> tuple[list[int], list[int], list[int
     """globalDim, globalStrides and boxDim of the map of one [batch, seqlen, heads, head_dim]
     operand: 64 columns of box_rows rows."""
     batch, seqlen, heads, head_dim = x.shape
-    strides = [x.stride(d) * 2 if x.shape[d] > 1 else 16 for d in (1, 2, 0)]
+    of_one = {1: 2 * x.shape[3], 2: 16, 0: 16}
+    strides = [x.stride(d) * 2 if x.shape[d] > 1 else of_one[d] for d in (1, 2, 0)]
     return [head_dim, seqlen, heads, batch], strides, [64, box_rows, 1, 1]
 
 

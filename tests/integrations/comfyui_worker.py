@@ -146,7 +146,7 @@ def main() -> None:
     attention.sdpa = counting
     ours = {kind: run(model, kind, {}) for kind, model in models.items()}
     global_calls = len(calls)
-    comfyui.restore(host)
+    comfyui.unpatch(host)
     restored = {kind: run(model, kind, {}) for kind, model in models.items()}
     calls_after_restore = len(calls) - global_calls
 

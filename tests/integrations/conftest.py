@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""conftest.py - a place to import stub packages from, and a process left as it was found."""
+"""conftest.py - a place to import stub packages from, a process left as it was found, and a list of
+the calls that reach wan_attn."""
 
 from __future__ import annotations
 
@@ -7,10 +8,12 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
-from wan_attn import log
+from wan_attn import attention, log
 from wan_attn.integrations import wan22
 
 STUBS = ("wan", "vendored", "flash_attn", "flash_attn_interface", "someone")
@@ -35,3 +38,17 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     wan22.unpatch()
     _forget()
     assert sys.meta_path == finders, "unpatch() must leave no import hook behind"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(seqlen_q, seqlen_k) of every call that goes to wan_attn from here on."""
+    seen: list[tuple[int, int]] = []
+    sdpa = attention.sdpa
+
+    def counted(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+        seen.append((query.shape[1], key.shape[1]))
+        return sdpa(query, key, value, **options)
+
+    monkeypatch.setattr(attention, "sdpa", counted)
+    return seen

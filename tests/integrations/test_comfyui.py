@@ -300,10 +300,10 @@ class TestGlobal:
         before = host.optimized_attention
         start(root)
         late = importlib.import_module("kijai")
-        comfyui.restore(host)
+        comfyui.unpatch(host)
         for module in (host, early, late):
             assert module.optimized_attention is before, module
-        comfyui.restore(host)
+        comfyui.unpatch(host)
 
     def test_says_so_at_start(self, root: Path, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO, "wan_attn"):
@@ -349,7 +349,7 @@ class TestCommand:
         assert cli.main(["comfyui", "install", str(root / "comfy")]) == 2
         assert "PATH must be ComfyUI's folder" in capsys.readouterr().err
         assert cli.main(["comfyui", "remove", str(root)]) == 2
-        assert "is not there" in capsys.readouterr().err
+        assert "does not exist" in capsys.readouterr().err
         target = root / "custom_nodes" / command.FOLDER
         target.mkdir()
         (target / "__init__.py").write_text("somebody's\n")

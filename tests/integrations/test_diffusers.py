@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wan_attn import attention, log
+from wan_attn import log
 from wan_attn.integrations import _diffusers_backend
 from wan_attn.integrations import diffusers as wan_diffusers
 
@@ -39,20 +39,6 @@ def quiet() -> Iterator[None]:
     yield
     wan_diffusers._enabled.clear()
     log.disable("diffusers")
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(seqlen_q, seqlen_k) of every call that goes to wan_attn from here on."""
-    seen: list[tuple[int, int]] = []
-    sdpa = attention.sdpa
-
-    def counted(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-        seen.append((query.shape[1], key.shape[1]))
-        return sdpa(query, key, value, **options)
-
-    monkeypatch.setattr(attention, "sdpa", counted)
-    return seen
 
 
 @pytest.fixture

@@ -140,38 +140,38 @@ def host(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 class TestWan2GP:
     def test_everywhere_and_back(self, host: Any) -> None:
         before, model = host.pay_attention, sys.modules["models.wan.model"]
-        assert sorted(map(str, wan2gp.enable())) == [
+        assert sorted(map(str, wan2gp.patch())) == [
             "models.wan.model.pay_attention",
             "shared.attention.pay_attention",
         ]
         assert host.pay_attention is model.pay_attention is not before  # type: ignore[attr-defined]
-        assert wan2gp.enable() == ()
-        wan2gp.disable()
-        wan2gp.disable()
+        assert wan2gp.patch() == ()
+        wan2gp.unpatch()
+        wan2gp.unpatch()
         assert host.pay_attention is before is model.pay_attention  # type: ignore[attr-defined]
 
     def test_exact_and_the_list_is_emptied(self, host: Any) -> None:
-        wan2gp.enable()
+        wan2gp.patch()
         q, k, v = operands(2, 21, 40, dtype=BF16)
         given = [q, k, v]
         out = host.pay_attention(given, softmax_scale=0.2, causal=True, recycle_q=True)
         assert given == []
         assert_close_to_oracle(out, q, k, v, scale=0.2, is_causal=True)
-        wan2gp.disable()
+        wan2gp.unpatch()
 
     def test_lengths_and_a_shared_key(self, host: Any) -> None:
-        wan2gp.enable()
+        wan2gp.patch()
         q, k, v = operands(2, 21, 40)
         out = host.pay_attention([q, k[:1], v[:1]], k_lens=torch.tensor([40, 7]))
         shared = (k[:1].expand_as(k), v[:1].expand_as(v))
         assert_close_to_oracle(out, q, *shared, k_lens=[40, 7])
-        wan2gp.disable()
+        wan2gp.unpatch()
 
     def test_a_mask_or_a_forced_mode_stays_theirs(self, host: Any) -> None:
-        wan2gp.enable()
+        wan2gp.patch()
         for option in ({"attention_mask": torch.ones(1)}, {"force_attention": "sdpa"}):
             given = list(operands())
             who, _, kwargs = host.pay_attention(given, k_lens=[33], **option)
             assert who == "theirs" and given == [] and kwargs["k_lens"] == [33]
             assert kwargs | option == kwargs
-        wan2gp.disable()
+        wan2gp.unpatch()

@@ -111,12 +111,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("how", ["raise", "chained", "interrupt", "hook", "3", "none", "text"])
-def test_endings(tmp_path: Path, both: Both, how: str) -> None:
+def test_the_script_ends_as_under_python(tmp_path: Path, both: Both, how: str) -> None:
     (tmp_path / "script.py").write_text(ENDINGS)
     both("script.py", how, cwd=tmp_path)
 
 
-def test_syntax_error(tmp_path: Path, both: Both) -> None:
+def test_a_syntax_error_is_shown_as_by_python(tmp_path: Path, both: Both) -> None:
     (tmp_path / "script.py").write_text("a = 1\nb = (\n")
     both("script.py", cwd=tmp_path)
 

@@ -117,7 +117,7 @@ class TestMask:
             ),
             (torch.ones(5, 1, 1, 17, 33, dtype=torch.bool), "broadcastable to"),
             (torch.ones(17, 33, dtype=torch.int64), "of dtype bool or floating, got torch.int64"),
-            ([[True]], "a torch.Tensor or None, got list"),
+            ([[True]], "a tensor or None, got list"),
         ],
     )
     def test_refused_by_name(self, mask: Any, message: str) -> None:

@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from wan_attn import attention, config, log
+from wan_attn import config, log
 from wan_attn.backends import fa2
 from wan_attn.integrations import _transformers_choice
 from wan_attn.integrations import transformers as wan_transformers
-from wan_attn.selection import run as execute
 
 transformers = pytest.importorskip("transformers", reason="needs the packages of the extra `demo`")
 
@@ -34,20 +33,6 @@ def registered() -> Iterator[None]:
     wan_transformers.register()
     yield
     wan_transformers.unregister()
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(seqlen_q, seqlen_k) of every call that goes to wan_attn from here on."""
-    seen: list[tuple[int, int]] = []
-    sdpa = attention.sdpa
-
-    def counted(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-        seen.append((query.shape[1], key.shape[1]))
-        return sdpa(query, key, value, **options)
-
-    monkeypatch.setattr(attention, "sdpa", counted)
-    return seen
 
 
 @pytest.fixture
@@ -115,7 +100,7 @@ def test_generated_tokens(
 
 
 def test_decoding_is_described_once(lines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "_plans", {})  # which remember that they were described
+    config.forget()  # plans remember that they were described
     ids, mask = (x[:1, :9] for x in models.tokens("none"))
     model = models.make_language_model("llama", "wan_attn")
     model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
@@ -201,7 +186,9 @@ def test_compiled_models(lines: Any) -> None:
 
 
 @pytest.mark.parametrize("name", models.ENCODERS)
-def test_encoders(name: str, calls: list[tuple[int, int]], lines: Any) -> None:
+def test_an_encoder_gives_the_same_through_wan_attn(
+    name: str, calls: list[tuple[int, int]], lines: Any
+) -> None:
     model = models.make(*models.ENCODERS[name], "sdpa")
     theirs = models.encode(model, name)
     assert not calls

@@ -47,8 +47,7 @@ def head_dim_for(row: op.KernelInfo | None, wanted: int) -> int:
     """The head_dim nearest to `wanted` that the row takes."""
     if row is None:
         return wanted
-    step = row.head_dim_multiple
-    return min(max(wanted // step * step, row.head_dim_min), row.head_dim_max)
+    return min(max(wanted, row.head_dim_min), row.head_dim_max)
 
 
 def dtypes_for(row: op.KernelInfo | None) -> tuple[torch.dtype, ...]:

@@ -19,21 +19,16 @@ from torch import Tensor
 
 import oracle
 from wan_attn import config, log
-from wan_attn.backends import _common, _flash_attention, fa2, fa3, torch_sdpa
-from wan_attn.selection import run
-from wan_attn.selection.choose import select
+from wan_attn.backends import _flash_attention, fa2, fa3, torch_sdpa
+from wan_attn.selection import choose
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 def reset() -> None:
     """Forget everything that the package keeps between calls."""
-    for cached in (fa2._load, fa3._load, fa3._parameters, select, _common.capability):
-        getattr(cached, "cache_clear", lambda: None)()  # a test may have put a plain function there
-    run._plans.clear()
-    log.forget()
+    config.forget()
     log.disable()
-    config._current = None
 
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -192,6 +187,5 @@ def pretend_card(monkeypatch: pytest.MonkeyPatch, arch: tuple[int, int] | None) 
     def capability(device: torch.device) -> tuple[int, int] | None:
         return arch if device.type == "cuda" else None
 
-    for module in (_flash_attention, fa2, fa3, torch_sdpa, sys.modules[select.__module__]):
+    for module in (_flash_attention, fa2, fa3, torch_sdpa, choose):
         monkeypatch.setattr(module, "capability", capability)
-    select.cache_clear()

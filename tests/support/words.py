@@ -129,7 +129,7 @@ OURS_ON_PYPI = re.compile(r"^[\"']?wan[-_]attn(?:\[.*\])?(?:[=<>~!]=?.*)?[\"']?$
 NAME = re.compile(r"\bwan_attn(?:\.[A-Za-z_]\w*)+(?![\w*/{-])")
 _FOLDERS = r"(?:csrc|tests|benchmarks|wan_attn|docs|\.ci|\.github)"
 PATH = re.compile(
-    rf"(?<![\w./*<{{%-])(?:(?:\.\./)*[\w.*-]+/)*[\w*.-]*[\w*]\.(?:{'|'.join(SUFFIXES)})(?![\w*({{-]|\.\w)"
+    rf"(?<![\w./*<{{%$-])(?:(?:\.\./)*[\w.*-]+/)*[\w*.-]*[\w*]\.(?:{'|'.join(SUFFIXES)})(?![\w*({{-]|\.\w)"
     rf"|(?<![\w./*<{{-]){_FOLDERS}/[\w./*-]*"
 )
 

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from wan_attn.backends import chunked, fa2, fa3, native, torch_sdpa
-from wan_attn.request import Request
+from wan_attn.request import Call, Request
 
 __all__ = ["REGISTRY", "Backend", "chunked", "fa2", "fa3", "native", "torch_sdpa"]
 
@@ -28,20 +28,19 @@ class Backend(Protocol):
         """Why it cannot take the call; None: it can. Asks no tensor, starts no device."""
 
     def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        q_lens: Tensor | None = None,
-        k_lens: Tensor | None = None,
-        scale: float | None = None,
-        is_causal: bool = False,
-        window: tuple[int, int] = (-1, -1),
-        dropout_p: float = 0.0,
-        return_lse: bool = False,
+        self, query: Tensor, key: Tensor, value: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None]:
-        """(out in query's dtype, lse or None) for a call that why_not does not refuse."""
+        """(out in query's dtype, lse or None) for a call that why_not does not refuse.
+
+        Args:
+            query: [batch, seqlen_q, num_heads_q, head_dim]; key, value: [batch, seqlen_k,
+                num_heads_k, head_dim]; head_dim has stride 1.
+            call: the other arguments; its dtype and version have done their work by now.
+
+        Returns:
+            out [batch, seqlen_q, num_heads_q, head_dim], and with call.return_lse lse [batch,
+            num_heads_q, seqlen_q] float32.
+        """
 
 
 # Best first. A new backend is a module here and a line there (and its name in config.VARIABLES).

@@ -10,6 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from wan_attn import config
+
 SCORE_ELEMENTS = 1 << 22  # elements of one block of fp32 scores, for the log-sum-exp: 16 MiB
 
 
@@ -19,6 +21,9 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability(device)
+
+
+config.memory(capability.cache_clear)
 
 
 def positive_scale(query: Tensor, scale: float | None) -> tuple[Tensor, float]:

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from wan_attn.backends._common import capability, empty_result, in_graph
-from wan_attn.request import Request, host_lengths
+from wan_attn.request import MAX_HEAD_DIM, Call, Request, host_lengths
 
 NOT_INSTALLED = "not installed"
-MAX_HEAD_DIM = 256
 
 
 def load(*names: str) -> tuple[ModuleType | None, str]:
@@ -142,13 +141,7 @@ def unpack(
 
 
 def attend(
-    library: Library,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    q_lens: Tensor | None,
-    k_lens: Tensor | None,
-    return_lse: bool,
+    library: Library, query: Tensor, key: Tensor, value: Tensor, call: Call
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention by `library`, giving it real tokens only.
 
@@ -159,25 +152,27 @@ def attend(
         out like query, and lse [batch, num_heads_q, seqlen_q] float32 or None.
     """
     batch, seqlen_q = query.shape[:2]
-    q_host = host_lengths("q_lens", q_lens, batch, seqlen_q)
-    k_host = host_lengths("k_lens", k_lens, batch, key.shape[1])
+    q_host = host_lengths("q_lens", call.q_lens, batch, seqlen_q)
+    k_host = host_lengths("k_lens", call.k_lens, batch, key.shape[1])
     sees_nothing = 0 in query.shape or 0 in key.shape
     if sees_nothing or (q_host and not any(q_host)) or (k_host and not any(k_host)):
-        out, lse = empty_result(query, query.dtype, return_lse)
+        out, lse = empty_result(query, query.dtype, call.return_lse)
         return in_graph(out, query, key, value), lse
     if q_host and k_host and len(set(q_host)) == 1 and len(set(k_host)) == 1:
         q_len, k_len = q_host[0], k_host[0]
-        out, lse = library.dense(query[:, :q_len], key[:, :k_len], value[:, :k_len], return_lse)
+        out, lse = library.dense(
+            query[:, :q_len], key[:, :k_len], value[:, :k_len], call.return_lse
+        )
         if q_len < seqlen_q:
             out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, seqlen_q - q_len))
             if lse is not None:
                 lse = torch.nn.functional.pad(lse, (0, seqlen_q - q_len), value=-math.inf)
     else:
-        q, k = pack("q_lens", query, q_lens), pack("k_lens", key, k_lens)
-        v = pack("k_lens", value, k_lens)
+        q, k = pack("q_lens", query, call.q_lens), pack("k_lens", key, call.k_lens)
+        v = pack("k_lens", value, call.k_lens)
         max_q = seqlen_q if q_host is None else max(q_host)
         max_k = key.shape[1] if k_host is None else max(k_host)
-        out, lse = library.packed(q, k, v, max_q, max_k, return_lse)
+        out, lse = library.packed(q, k, v, max_q, max_k, call.return_lse)
         out, lse = unpack(q, out, None if lse is None else by_total(lse, q), query.shape)
     # FlashAttention 2 reports +inf for a row without a key; the contract says -inf.
     return out, None if lse is None else lse.masked_fill(lse == math.inf, -math.inf)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wan_attn.request import Call
+
 
 @dataclass(frozen=True, slots=True)
 class HostMask:
@@ -24,10 +26,10 @@ class HostMask:
     right: int | None
 
     @classmethod
-    def make(cls, q_len: int, k_len: int, is_causal: bool, window: tuple[int, int]) -> HostMask:
+    def make(cls, q_len: int, k_len: int, call: Call) -> HostMask:
         """From the contract: a window side of -1 is unlimited, causal is a right side of 0."""
-        left = window[0]
-        right = 0 if is_causal else window[1]
+        left = call.window[0]
+        right = 0 if call.is_causal else call.window[1]
         return cls(
             q_len,
             k_len,
@@ -107,17 +109,10 @@ class DeviceMask:
 
     @classmethod
     def make(
-        cls,
-        q_lens: Tensor | None,
-        k_lens: Tensor | None,
-        query: Tensor,
-        seqlen_k: int,
-        is_causal: bool,
-        window: tuple[int, int],
-        seqlen_q: int | None = None,
+        cls, call: Call, query: Tensor, seqlen_k: int, seqlen_q: int | None = None
     ) -> DeviceMask:
         """From the contract; query is [batch, seqlen_q, heads, head_dim] or a share of that."""
-        batch = query.shape[0]
+        batch, window = query.shape[0], call.window
         seqlen_q = query.shape[1] if seqlen_q is None else seqlen_q
 
         def column(lengths: Tensor | None, seqlen: int) -> Tensor:
@@ -128,12 +123,12 @@ class DeviceMask:
 
         # A bound that cuts nothing is none: added to an index, a huge one would wrap.
         left = window[0] if 0 <= window[0] < seqlen_k else None
-        right: int | None = 0 if is_causal else window[1]
+        right: int | None = 0 if call.is_causal else window[1]
         if right is not None and not 0 <= right < seqlen_q:
             right = None
         return cls(
-            column(q_lens, seqlen_q),
-            column(k_lens, seqlen_k),
+            column(call.q_lens, seqlen_q),
+            column(call.k_lens, seqlen_k),
             seqlen_q,
             seqlen_k,
             left,

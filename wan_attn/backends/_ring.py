@@ -24,21 +24,7 @@ from torch import Tensor
 from wan_attn.backends._common import in_graph
 from wan_attn.backends._masks import DeviceMask, HostMask
 from wan_attn.merge import merge_states
-from wan_attn.request import host_lengths, refuse
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """A call's arguments beside its operands; see windows_flash_attention_wrapper."""
-
-    q_lens: Tensor | None
-    k_lens: Tensor | None
-    scale: float | None
-    is_causal: bool
-    window: tuple[int, int]
-    return_lse: bool
-    max_elements: int
-    group: dist.ProcessGroup | None
+from wan_attn.request import Call, host_lengths, refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +58,13 @@ State = tuple[Tensor, Tensor]
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, options: Options, rows: int, keys: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    rows: int,
+    keys: int,
+    group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Exact attention by blocks of at most `rows` queries and `keys` keys.
 
@@ -81,16 +73,16 @@ def attend(
         seqlen_q] float32 or None.
     """
     batch, seqlen_q, heads, head_dim = query.shape
-    rank, ranks = _place(query, options.group)
-    visible = _see(query, key, options, ranks)
-    scale = 1.0 / math.sqrt(head_dim) if options.scale is None else options.scale
+    rank, ranks = _place(query, group)
+    visible = _see(query, key, call, ranks)
+    scale = 1.0 / math.sqrt(head_dim) if call.scale is None else call.scale
     first = rank * seqlen_q
     is_real = visible.device.real_rows()[:, first : first + seqlen_q]
-    if options.q_lens is not None:  # NaN beyond a length would reach key's and value's gradients
+    if call.q_lens is not None:  # NaN beyond a length would reach key's and value's gradients
         query = query.masked_fill(~is_real, 0)
     members = [(b, min(b + rows, seqlen_q)) for b in range(0, seqlen_q, rows)]
     states: list[State | None] = [None] * len(members)
-    for held in _turns(_Shard(rank * key.shape[1], key, value), len(members), keys, options.group):
+    for held in _turns(_Shard(rank * key.shape[1], key, value), len(members), keys, group):
         for m, (begin, end) in enumerate(members):
             block = query[:, begin:end]
             position = (first + begin, first + end)
@@ -103,7 +95,7 @@ def attend(
             out[:, begin:end].copy_(state[0].masked_fill(dead, 0))
             lse[:, :, begin:end].copy_(state[1].masked_fill(dead.squeeze(-1).mT, -math.inf))
     out, lse = in_graph(out, query, key, value), in_graph(lse, query, key, value)
-    return out, lse if options.return_lse else None
+    return out, lse if call.return_lse else None
 
 
 def _place(query: Tensor, group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -115,20 +107,16 @@ def _place(query: Tensor, group: dist.ProcessGroup | None) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def _see(query: Tensor, key: Tensor, options: Options, ranks: int) -> _Visible:
+def _see(query: Tensor, key: Tensor, call: Call, ranks: int) -> _Visible:
     """The masks of the whole problem, of which query and key may be one rank's share."""
     batch, seqlen_q, seqlen_k = query.shape[0], query.shape[1] * ranks, key.shape[1] * ranks
-    q_host = host_lengths("q_lens", options.q_lens, batch, seqlen_q)
-    k_host = host_lengths("k_lens", options.k_lens, batch, seqlen_k)
-    mask = DeviceMask.make(
-        options.q_lens, options.k_lens, query, seqlen_k, options.is_causal, options.window, seqlen_q
-    )
+    q_host = host_lengths("q_lens", call.q_lens, batch, seqlen_q)
+    k_host = host_lengths("k_lens", call.k_lens, batch, seqlen_k)
+    mask = DeviceMask.make(call, query, seqlen_k, seqlen_q)
     if q_host is None or k_host is None:
         return _Visible(mask, None, False)
-    hosts = tuple(
-        HostMask.make(q_len, k_len, options.is_causal, options.window)
-        for q_len, k_len in zip(q_host, k_host, strict=True)
-    )
+    lengths = zip(q_host, k_host, strict=True)
+    hosts = tuple(HostMask.make(q_len, k_len, call) for q_len, k_len in lengths)
     return _Visible(mask, hosts, all(m.is_full and m.k_len == seqlen_k for m in hosts))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wan_attn import config
 from wan_attn.backends._errors import is_device_error
 
 # cuDNN is ahead of flash where PyTorch itself prefers it: sm_90 and sm_100 with cuDNN newer than
@@ -41,6 +42,8 @@ _refused: set[tuple[SDPBackend, tuple[object, ...]]] = set()
 # which costs a lock and a switch of flags, changes nothing.
 _settled: set[tuple[object, ...]] = set()
 _MEMORY_MAX = 4096  # shapes that never repeat must not grow these for ever
+config.memory(_refused.clear)
+config.memory(_settled.clear)
 
 
 def _ask(function: str) -> bool:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """chunked.py - backend `chunked`: exact attention whose memory does not grow with Lq*Lk.
 
-Four ways, from the cheapest: `direct` (PyTorch's SDPA), `xformers` (blocks of queries over all
-    keys, as its memory_efficient_attention is used), `chunked` (all queries over blocks of keys,
-    joined by their log-sum-exp) and `ring` (_ring.py: blocks of both).
+Four ways, from the cheapest: `direct` (PyTorch's SDPA), `rows` (blocks of queries over all keys),
+`chunked` (all queries over blocks of keys, joined by their log-sum-exp) and `ring` (_ring.py:
+blocks of both).
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from torch import Tensor
 from wan_attn import config
 from wan_attn.backends import _ring, _torch_kernels, torch_sdpa
 from wan_attn.backends._common import empty_result, outside_autocast
-from wan_attn.request import Request, check_arguments, refuse
+from wan_attn.request import Call, Request, check, refuse
 
 if TYPE_CHECKING:  # not every torch is built with it
     from torch.distributed import ProcessGroup
 
+Result = tuple[Tensor, Tensor | None]
+
 NAME = "chunked"
 TITLE = "memory-bounded SDPA"
 
-METHODS = ("auto", "direct", "xformers", "chunked", "ring")
+METHODS = ("auto", "direct", "rows", "chunked", "ring")
+_OLD_NAMES = {"xformers": "rows"}  # which never used xformers
 MAX_ELEMENTS = 1 << 25  # fp32 scores in one block: 128 MiB, some three times that with temporaries
 MIN_BLOCK = 64  # rows or keys below which a block is too thin to be worth its launches
 FUSED_ROWS = 1 << 14  # rows per call where a fused kernel stores no scores
@@ -80,8 +83,9 @@ def windows_flash_attention_wrapper(
         scale: of the scores; None: 1/sqrt(head_dim).
         is_causal, window: as in wan_attn.sdpa, aligned bottom-right.
         return_lse: also return the log-sum-exp.
-        method: "direct", "xformers", "chunked", "ring", or "auto": direct up to `threshold` pairs,
-            xformers where a fused kernel or enough memory serves it, else chunked, else ring.
+        method: "direct", "rows", "chunked", "ring", or "auto": direct up to `threshold` pairs, rows
+            where a fused kernel or enough memory serves it, else chunked, else ring. "xformers",
+            the name of "rows" until 0.1, is still taken: it never used that library.
         threshold: query-key pairs; None: WAN_ATTN_CHUNK_THRESHOLD.
         max_elements: the most scores of one block, over batch and heads.
         group: with "ring", a torch.distributed group whose every rank holds an equal share of the
@@ -95,28 +99,30 @@ def windows_flash_attention_wrapper(
     Raises:
         RuntimeError: an argument breaks the contract; the message names it.
     """
-    check_arguments(query, key, value, q_lens, k_lens, window, 0.0)
+    call = Call(
+        q_lens=q_lens,
+        k_lens=k_lens,
+        scale=scale,
+        is_causal=is_causal,
+        window=window,
+        return_lse=return_lse,
+    )
+    method = _OLD_NAMES.get(method, method)
+    check(query, key, value, call)
     if method not in METHODS:
         refuse("method", f"one of {', '.join(METHODS)}", repr(method))
     if max_elements < 1:
         refuse("max_elements", "at least 1", max_elements)
     if group is not None and method not in ("auto", "ring"):
         refuse("method", "ring where a group is given", repr(method))
-    request = Request.from_tensors(
-        query, key, value, q_lens=q_lens, k_lens=k_lens, is_causal=is_causal, window=window
-    )
     if threshold is None:
         threshold = config.current().chunk_threshold
     if group is not None:
         method = "ring"
     elif method == "auto":
+        request = Request.from_tensors(query, key, value, call)
         method = choose_method(request, threshold, max_elements)
-    out, lse = _METHODS[method](
-        query,
-        key,
-        value,
-        _ring.Options(q_lens, k_lens, scale, is_causal, window, return_lse, max_elements, group),
-    )
+    out, lse = _attend(method, query, key, value, call, max_elements, group)
     return out if lse is None else (out, lse)
 
 
@@ -127,115 +133,59 @@ def choose_method(request: Request, threshold: int, max_elements: int) -> str:
     heads = max(1, request.batch * request.num_heads_q)
     has_masks = request.is_causal or request.window != (-1, -1)
     if torch_sdpa.needs_square_memory(request) is None:
-        return "xformers"
+        return "rows"
     if not has_masks and max_elements >= heads * request.seqlen_k * MIN_BLOCK:
-        return "xformers"
+        return "rows"
     return "chunked" if max_elements >= heads * request.seqlen_q * MIN_BLOCK else "ring"
 
 
-def run(
+def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+    """windows_flash_attention_wrapper as a backend; see there and wan_attn.sdpa."""
+    if call.dropout_p > 0:
+        refuse("dropout_p", "0 for the memory-bounded wrapper", call.dropout_p)
+    request = Request.from_tensors(query, key, value, call)
+    method = choose_method(request, config.current().chunk_threshold, MAX_ELEMENTS)
+    return _attend(method, query, key, value, call)
+
+
+def _attend(
+    method: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    q_lens: Tensor | None = None,
-    k_lens: Tensor | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """windows_flash_attention_wrapper as a backend; see there and wan_attn.sdpa."""
-    if dropout_p > 0:
-        refuse("dropout_p", "0 for the memory-bounded wrapper", dropout_p)
-    result = windows_flash_attention_wrapper(
-        query,
-        key,
-        value,
-        q_lens=q_lens,
-        k_lens=k_lens,
-        scale=scale,
-        is_causal=is_causal,
-        window=window,
-        return_lse=return_lse,
-    )
-    return result if isinstance(result, tuple) else (result, None)
+    call: Call,
+    max_elements: int = MAX_ELEMENTS,
+    group: ProcessGroup | None = None,
+) -> Result:
+    if method == "direct":
+        return torch_sdpa.run(query, key, value, call)
+    if method == "rows":
+        return _by_rows(query, key, value, call, max_elements)
+    batch, seqlen_q, heads, _ = query.shape
+    per_head = max_elements // max(1, batch * heads)
+    rows = max(1, seqlen_q) if method == "chunked" else max(1, int(per_head**0.5))
+    keys = max(1, per_head // max(1, seqlen_q)) if method == "chunked" else rows
+    with outside_autocast(query.device):
+        return _ring.attend(query, key, value, call, rows, keys, group)
 
 
-def _direct(
-    query: Tensor, key: Tensor, value: Tensor, options: _ring.Options
-) -> tuple[Tensor, Tensor | None]:
-    return torch_sdpa.run(
-        query,
-        key,
-        value,
-        q_lens=options.q_lens,
-        k_lens=options.k_lens,
-        scale=options.scale,
-        is_causal=options.is_causal,
-        window=options.window,
-        return_lse=options.return_lse,
-    )
-
-
-def _xformers(
-    query: Tensor, key: Tensor, value: Tensor, options: _ring.Options
-) -> tuple[Tensor, Tensor | None]:
+def _by_rows(query: Tensor, key: Tensor, value: Tensor, call: Call, max_elements: int) -> Result:
     """Rows are independent of each other: blocks of them, each over all keys, need no merging."""
     batch, seqlen_q, heads, _ = query.shape
-    if options.is_causal or options.window != (-1, -1):
-        return _direct(query, key, value, options)  # cuts masked calls into blocks of rows itself
+    if call.is_causal or call.window != (-1, -1):
+        return torch_sdpa.run(query, key, value, call)  # cuts masked calls into blocks itself
     request = Request.from_tensors(query, key, value, needs_grad=False)
     if torch_sdpa.needs_square_memory(request) is None:
         step = FUSED_ROWS
     else:
-        step = max(1, options.max_elements // max(1, batch * heads * key.shape[1]))
-    out, lse = empty_result(query, query.dtype, options.return_lse)
+        step = max(1, max_elements // max(1, batch * heads * key.shape[1]))
+    out, lse = empty_result(query, query.dtype, call.return_lse)
     for begin in range(0, seqlen_q, step):
         end = min(begin + step, seqlen_q)
-        lens = None if options.q_lens is None else (options.q_lens - begin).clamp(0, end - begin)
-        part, part_lse = torch_sdpa.run(
-            query[:, begin:end],
-            key,
-            value,
-            q_lens=lens,
-            k_lens=options.k_lens,
-            scale=options.scale,
-            return_lse=options.return_lse,
-        )
+        lens = None if call.q_lens is None else (call.q_lens - begin).clamp(0, end - begin)
+        rows = query[:, begin:end]
+        part, part_lse = torch_sdpa.run(rows, key, value, call._replace(q_lens=lens))
         out[:, begin:end].copy_(part)
         if lse is not None and part_lse is not None:
             lse[:, :, begin:end].copy_(part_lse)
     return out, lse
-
-
-def _blocks(
-    query: Tensor, key: Tensor, value: Tensor, options: _ring.Options, rows: int, keys: int
-) -> tuple[Tensor, Tensor | None]:
-    with outside_autocast(query.device):
-        return _ring.attend(query, key, value, options, rows, keys)
-
-
-def _chunked(
-    query: Tensor, key: Tensor, value: Tensor, options: _ring.Options
-) -> tuple[Tensor, Tensor | None]:
-    batch, seqlen_q, heads, _ = query.shape
-    keys = max(1, options.max_elements // max(1, batch * heads * seqlen_q))
-    return _blocks(query, key, value, options, max(1, seqlen_q), keys)
-
-
-def _ring_blocks(
-    query: Tensor, key: Tensor, value: Tensor, options: _ring.Options
-) -> tuple[Tensor, Tensor | None]:
-    heads = max(1, query.shape[0] * query.shape[2])
-    side = max(1, int((options.max_elements // heads) ** 0.5))
-    return _blocks(query, key, value, options, side, side)
-
-
-_METHODS = {
-    "direct": _direct,
-    "xformers": _xformers,
-    "chunked": _chunked,
-    "ring": _ring_blocks,
-}

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from wan_attn import config
 from wan_attn.backends import _flash_attention as fa
 from wan_attn.backends._common import capability, positive_scale
-from wan_attn.request import Request, wants_grad
+from wan_attn.request import Call, Request, wants_grad
 
 NAME = "fa2"
 TITLE = "Flash Attention 2"
@@ -40,6 +41,9 @@ def _load() -> tuple[Any, str]:
     return module, ""
 
 
+config.memory(_load.cache_clear)
+
+
 def why_not(request: Request) -> str | None:
     """Why FlashAttention 2 cannot take this call; None: it can."""
     reason = fa.common_why_not(request)
@@ -51,39 +55,25 @@ def why_not(request: Request) -> str | None:
     return _load()[1] or None
 
 
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    q_lens: Tensor | None = None,
-    k_lens: Tensor | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Compute attention by FlashAttention 2; see wan_attn.sdpa for the contract.
+def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """Compute attention by FlashAttention 2; see Backend.run and wan_attn.sdpa.
 
-    Returns:
-        out [batch, seqlen_q, num_heads_q, head_dim] in query's dtype, and lse [batch, num_heads_q,
-        seqlen_q] float32 or None. The backward pass is the deterministic one.
+    The backward pass is the deterministic one.
     """
     module, reason = _load()
     if module is None:
         raise RuntimeError(f"FlashAttention 2: {reason}")
     out_dtype = query.dtype
-    query, positive = positive_scale(query.to(value.dtype), scale)
+    query, positive = positive_scale(query.to(value.dtype), call.scale)
     options = {
-        "dropout_p": dropout_p,
+        "dropout_p": call.dropout_p,
         "softmax_scale": positive,
-        "causal": is_causal,
-        "window_size": window,
+        "causal": call.is_causal,
+        "window_size": call.window,
         "deterministic": wants_grad(query, key, value),
     }
     library = _Library(module, options)
-    out, lse = fa.attend(library, query, key.to(value.dtype), value, q_lens, k_lens, return_lse)
+    out, lse = fa.attend(library, query, key.to(value.dtype), value, call)
     return out.to(out_dtype), lse
 
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from wan_attn import config
 from wan_attn.backends import _flash_attention as fa
 from wan_attn.backends._common import capability, positive_scale
-from wan_attn.request import Request, wants_grad
+from wan_attn.request import Call, Request, wants_grad
 
 NAME = "fa3"
 TITLE = "Flash Attention 3"
@@ -44,6 +45,10 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
+config.memory(_load.cache_clear)
+config.memory(_parameters.cache_clear)
+
+
 def why_not(request: Request) -> str | None:
     """Why FlashAttention 3 cannot take this call; None: it can."""
     reason = fa.common_why_not(request)
@@ -63,40 +68,26 @@ def why_not(request: Request) -> str | None:
     return None
 
 
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    q_lens: Tensor | None = None,
-    k_lens: Tensor | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Compute attention by FlashAttention 3; see wan_attn.sdpa for the contract.
+def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """Compute attention by FlashAttention 3; see Backend.run and wan_attn.sdpa.
 
-    Returns:
-        out [batch, seqlen_q, num_heads_q, head_dim] in query's dtype, and lse [batch, num_heads_q,
-        seqlen_q] float32 or None. The backward pass is the deterministic one.
+    The backward pass is the deterministic one.
     """
     module, reason = _load()
     if module is None:
         raise RuntimeError(f"FlashAttention 3: {reason}")
-    if dropout_p > 0:
+    if call.dropout_p > 0:
         raise RuntimeError("FlashAttention 3 has no dropout")
     out_dtype = query.dtype
-    query, positive = positive_scale(query.to(value.dtype), scale)
-    options: dict[str, Any] = {"softmax_scale": positive, "causal": is_causal}
+    query, positive = positive_scale(query.to(value.dtype), call.scale)
+    options: dict[str, Any] = {"softmax_scale": positive, "causal": call.is_causal}
     # The first releases know neither of these: name them only where they say something.
-    if window != (-1, -1):
-        options["window_size"] = window
+    if call.window != (-1, -1):
+        options["window_size"] = call.window
     if wants_grad(query, key, value):
         options["deterministic"] = True
     library = _Library(module, options)
-    out, lse = fa.attend(library, query, key.to(value.dtype), value, q_lens, k_lens, return_lse)
+    out, lse = fa.attend(library, query, key.to(value.dtype), value, call)
     return out.to(out_dtype), lse
 
 

@@ -9,7 +9,6 @@ Padding never reaches a kernel: real lengths known here are sliced off, lengths 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from wan_attn.backends._common import (
     positive_scale,
 )
 from wan_attn.backends._masks import DeviceMask, HostMask
-from wan_attn.request import Request, host_lengths
+from wan_attn.request import MAX_HEAD_DIM, Call, Request, host_lengths
 
 NAME = "torch"
 TITLE = "PyTorch SDPA"
@@ -54,7 +53,7 @@ def needs_square_memory(request: Request) -> str | None:
     if request.dtype == torch.bfloat16 and major < 8:
         return f"PyTorch has no fused kernel for bfloat16 on compute capability {major}.x"
     is_half = request.dtype in (torch.float16, torch.bfloat16)
-    if is_half and major >= 8 and _torch_kernels.has_flash() and request.head_dim <= 256:
+    if is_half and major >= 8 and _torch_kernels.has_flash() and request.head_dim <= MAX_HEAD_DIM:
         return None
     multiple = 8 if is_half and major >= 8 else 4
     if request.head_dim % multiple:
@@ -64,78 +63,30 @@ def needs_square_memory(request: Request) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    scale: float
-    dropout_p: float
-    return_lse: bool
+def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """Compute attention in value's dtype; see Backend.run and wan_attn.sdpa.
 
-
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    q_lens: Tensor | None = None,
-    k_lens: Tensor | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Compute attention in value's dtype; see wan_attn.sdpa for the contract.
-
-    Args:
-        query: [batch, seqlen_q, num_heads_q, head_dim]; key, value: [batch, seqlen_k, num_heads_k,
-            head_dim].
-        q_lens, k_lens: [batch] int32 or int64, on the CPU or the device; those on a device are not
-            read here.
-
-    Returns:
-        out [batch, seqlen_q, num_heads_q, head_dim] in query's dtype, and lse [batch, num_heads_q,
-        seqlen_q] float32 or None. lse is computed on its own from fp32 scores, because PyTorch does
-        not give it out.
+    Lengths on a device are not read here. lse is computed on its own from fp32 scores, because
+    PyTorch does not give it out.
 
     Raises:
         RuntimeError: a length on the CPU is out of range.
     """
     batch, seqlen_q = query.shape[:2]
-    q_host = host_lengths("q_lens", q_lens, batch, seqlen_q)
-    k_host = host_lengths("k_lens", k_lens, batch, key.shape[1])
+    q_host = host_lengths("q_lens", call.q_lens, batch, seqlen_q)
+    k_host = host_lengths("k_lens", call.k_lens, batch, key.shape[1])
     if q_host is None or k_host is None:
-        return run_unread(
-            query,
-            key,
-            value,
-            q_lens=q_lens,
-            k_lens=k_lens,
-            scale=scale,
-            is_causal=is_causal,
-            window=window,
-            dropout_p=dropout_p,
-            return_lse=return_lse,
-        )
+        return run_unread(query, key, value, call)
     out_dtype = query.dtype
     with outside_autocast(query.device):
-        query, scale = positive_scale(query.to(value.dtype), scale)
-        key, call = key.to(value.dtype), _Call(scale, dropout_p, return_lse)
-        out, lse = _known_lengths(query, key, value, q_host, k_host, is_causal, window, call)
+        query, scale = positive_scale(query.to(value.dtype), call.scale)
+        key = key.to(value.dtype)
+        out, lse = _known_lengths(query, key, value, q_host, k_host, scale, call)
     return _finish(out.to(out_dtype), lse, query, key, value)
 
 
 def run_unread(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    q_lens: Tensor | None = None,
-    k_lens: Tensor | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, call: Call
 ) -> tuple[Tensor, Tensor | None]:
     """`run` without looking at the lengths: for those on a device, and for torch.compile's tracer.
 
@@ -143,10 +94,10 @@ def run_unread(
     """
     out_dtype = query.dtype
     with outside_autocast(query.device):
-        query, scale = positive_scale(query.to(value.dtype), scale)
-        key, call = key.to(value.dtype), _Call(scale, dropout_p, return_lse)
-        mask = DeviceMask.make(q_lens, k_lens, query, key.shape[1], is_causal, window)
-        out, lse = _batched(query, key, value, mask, call)
+        query, scale = positive_scale(query.to(value.dtype), call.scale)
+        key = key.to(value.dtype)
+        mask = DeviceMask.make(call, query, key.shape[1])
+        out, lse = _batched(query, key, value, mask, scale, call)
     return _finish(out.to(out_dtype), lse, query, key, value)
 
 
@@ -160,13 +111,12 @@ def _known_lengths(
     value: Tensor,
     q_host: list[int],
     k_host: list[int],
-    is_causal: bool,
-    window: tuple[int, int],
-    call: _Call,
+    scale: float,
+    call: Call,
 ) -> tuple[Tensor, Tensor | None]:
     batch, seqlen_q = query.shape[:2]
     lengths = list(zip(q_host, k_host, strict=True))
-    masks = [HostMask.make(q_len, k_len, is_causal, window) for q_len, k_len in lengths]
+    masks = [HostMask.make(q_len, k_len, call) for q_len, k_len in lengths]
     is_uniform = len(set(lengths)) == 1
     if (
         is_uniform
@@ -176,9 +126,8 @@ def _known_lengths(
     ):
         mask = masks[0]
         if mask.k_len and (mask.is_full or mask.is_plain_causal):
-            return _one_kernel(
-                query, key[:, : mask.k_len], value[:, : mask.k_len], mask, call
-            ), None
+            key, value = key[:, : mask.k_len], value[:, : mask.k_len]
+            return _one_kernel(query, key, value, mask, scale, call.dropout_p), None
     pairs = sum(q_len * k_len for q_len, k_len in lengths)
     rows_matter = any(not mask.is_full for mask in masks)
     if (
@@ -186,9 +135,9 @@ def _known_lengths(
         and not rows_matter
         and pairs >= PER_SAMPLE_RATIO * batch * seqlen_q * key.shape[1]
     ):
-        q_lens, k_lens = torch.tensor(q_host), torch.tensor(k_host)
-        padded = DeviceMask.make(q_lens, k_lens, query, key.shape[1], is_causal, window)
-        return _batched(query, key, value, padded, call)
+        lens = call._replace(q_lens=torch.tensor(q_host), k_lens=torch.tensor(k_host))
+        padded = DeviceMask.make(lens, query, key.shape[1])
+        return _batched(query, key, value, padded, scale, call)
     out, lse = empty_result(query, query.dtype, call.return_lse)
     groups = (
         [(slice(0, batch), masks[0])]
@@ -203,18 +152,19 @@ def _known_lengths(
             key[samples, : mask.k_len],
             value[samples, : mask.k_len],
             mask,
-            call,
+            scale,
+            call.dropout_p,
         )
     return out, lse
 
 
-def _one_kernel(query: Tensor, key: Tensor, value: Tensor, mask: HostMask, call: _Call) -> Tensor:
+def _one_kernel(
+    query: Tensor, key: Tensor, value: Tensor, mask: HostMask, scale: float, dropout_p: float
+) -> Tensor:
     """The common call: no mask, one kernel, nothing copied. [batch, seqlen_q, heads, head_dim]."""
     q, k, v = heads_first(query, key, value)
     is_causal = mask.is_plain_causal and not mask.is_full
-    return _torch_kernels.attend(q, k, v, None, is_causal, call.scale, call.dropout_p).transpose(
-        1, 2
-    )
+    return _torch_kernels.attend(q, k, v, None, is_causal, scale, dropout_p).transpose(1, 2)
 
 
 def _fill(
@@ -224,13 +174,14 @@ def _fill(
     key: Tensor,
     value: Tensor,
     mask: HostMask,
-    call: _Call,
+    scale: float,
+    dropout_p: float,
 ) -> None:
     """Write rows that see a key: out [batch, q_len, heads, head_dim], lse [batch, heads, q_len]."""
     if mask.first_row >= mask.q_len or query.shape[0] == 0:
         return
     if lse is None and (mask.is_full or mask.is_plain_causal):
-        out.copy_(_one_kernel(query, key, value, mask, call))
+        out.copy_(_one_kernel(query, key, value, mask, scale, dropout_p))
         return
     q, k, v = heads_first(query, key, value)
     step = block_rows(mask)
@@ -239,12 +190,11 @@ def _fill(
         low, high = mask.keys(begin, end)
         rows, keys = q[:, :, begin:end], k[:, :, low:high]
         keep = mask.block(begin, end, low, high, query.device)
-        part = _torch_kernels.attend(
-            rows, keys, v[:, :, low:high], keep, False, call.scale, call.dropout_p
-        )
+        values = v[:, :, low:high]
+        part = _torch_kernels.attend(rows, keys, values, keep, False, scale, dropout_p)
         out[:, begin:end].copy_(part.transpose(1, 2))
         if lse is not None:
-            lse[:, :, begin:end].copy_(log_sum_exp(rows, keys, keep, call.scale))
+            lse[:, :, begin:end].copy_(log_sum_exp(rows, keys, keep, scale))
 
 
 def block_rows(mask: HostMask) -> int:
@@ -257,7 +207,7 @@ def block_rows(mask: HostMask) -> int:
 
 
 def _batched(
-    query: Tensor, key: Tensor, value: Tensor, mask: DeviceMask, call: _Call
+    query: Tensor, key: Tensor, value: Tensor, mask: DeviceMask, scale: float, call: Call
 ) -> tuple[Tensor, Tensor | None]:
     """The whole padded batch at once, lengths used only in device arithmetic."""
     batch, seqlen_q = query.shape[:2]
@@ -282,9 +232,9 @@ def _batched(
         # nothing is NaN, which would reach the gradients.
         keep[..., :1] |= ~sees
         rows = q[:, :, begin:end]
-        part = _torch_kernels.attend(rows, k, v, keep, False, call.scale, call.dropout_p)
+        part = _torch_kernels.attend(rows, k, v, keep, False, scale, call.dropout_p)
         out[:, begin:end].copy_(part.masked_fill(~alive, 0).transpose(1, 2))
         if lse is not None:
-            part_lse = log_sum_exp(rows, k, keep, call.scale).masked_fill(~alive[..., 0], -math.inf)
+            part_lse = log_sum_exp(rows, k, keep, scale).masked_fill(~alive[..., 0], -math.inf)
             lse[:, :, begin:end].copy_(part_lse)
     return out, lse

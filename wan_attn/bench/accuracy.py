@@ -18,7 +18,7 @@ SCORE_BYTES_MAX = 256 << 20  # of one head's float64 scores, held at once
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Rows of the exact result.
+    """Some rows of the exact result.
 
     Attributes:
         rows: their numbers.
@@ -31,7 +31,7 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Against a Reference: the largest, and the root mean square over that of the result."""
+    """The error against a Reference: the largest, and the root mean square over the result's."""
 
     max: float
     relative_rms: float
@@ -62,7 +62,7 @@ def reference(
 
 
 def error(result: Tensor, exact: Reference) -> Error:
-    """Of those rows; NaN where the result holds one."""
+    """Returns the error of those rows; NaN where the result holds one."""
     gap = result.index_select(1, exact.rows).double() - exact.out
     size = float(exact.out.square().mean().sqrt())
     if not gap.numel():
@@ -71,7 +71,7 @@ def error(result: Tensor, exact: Reference) -> Error:
 
 
 def extra_bytes(call: Callable[[], Tensor], device: torch.device) -> int | None:
-    """The most memory a call holds beside its inputs and output; None where nobody counts.
+    """The most memory a call holds beside its inputs and output; None where no allocator counts it.
 
     torch's CUDA allocator counts by itself. On the CPU its profiler reports each allocation, and
     only those made through torch: threads' stacks and other libraries' own memory are not seen.
@@ -96,7 +96,7 @@ def extra_bytes(call: Callable[[], Tensor], device: torch.device) -> int | None:
 
 
 def _cpu_allocations(call: Callable[[], Tensor]) -> tuple[list[int], Tensor]:
-    """Bytes taken (above 0) and given back (below 0), in order."""
+    """Returns bytes taken (above 0) and given back (below 0), in order."""
     from torch.profiler import ProfilerActivity, profile
 
     with _no_chatter(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -107,7 +107,7 @@ def _cpu_allocations(call: Callable[[], Tensor]) -> tuple[list[int], Tensor]:
 
 @contextlib.contextmanager
 def _no_chatter() -> Iterator[None]:
-    """The profiler's C++ half greets on stderr, past Python."""
+    """Hides the greeting that the profiler's C++ half writes to stderr, past Python."""
     try:
         kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     except OSError:  # no stderr: nothing to hear

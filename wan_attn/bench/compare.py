@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compare.py - `bench compare`: is the new build slower, faster, or can nobody tell?
+"""compare.py - `bench compare`: is a build slower or faster than another?
 
 Both files hold, for each row, the time of every round, and beside it what a yardstick took in that
 same round: the step with the model's own attention, or a fixed matrix product. A row's figure is
@@ -46,7 +46,7 @@ COLUMNS = (
 
 
 class CompareError(Exception):
-    """A file is no suite, or the two have nothing in common."""
+    """A file is not one of `bench suite`, or the two have nothing in common."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of one row: the change of time over yardstick, how large it must be to count, the word."""
+    """The verdict on one row: the change of time over yardstick, how large it must be to count."""
 
     change: float
     threshold: float
@@ -127,7 +127,7 @@ def uncertainty(series: Series) -> float:
 
 
 def judge(base: Series, new: Series) -> Verdict:
-    """Compare two measurements of the same thing."""
+    """Compares two measurements of the same thing."""
     change = statistics.median(new.logs) - statistics.median(base.logs)
     error = math.hypot(uncertainty(base), uncertainty(new))
     needed = max(math.log1p(LEAST), SIGMAS * error)

@@ -105,7 +105,7 @@ def device_name(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class State:
-    """How the machine is doing at one moment; what cannot be asked is absent."""
+    """The state of the machine at one moment; facts that cannot be asked for are absent."""
 
     values: dict[str, float]
     throttled: tuple[str, ...] = ()
@@ -164,7 +164,7 @@ def warnings_of(before: State, after: State, device: torch.device) -> list[str]:
 
 
 def datasheet_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Of the card's data sheet, for half types; None: not known."""
+    """Returns TFLOP/s of the card's data sheet, for half types; None: not known."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return None
     return datasheet_by_name(torch.cuda.get_device_name(device))

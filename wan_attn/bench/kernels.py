@@ -105,7 +105,7 @@ def operands(
 
 
 def run(options: Options, bar: progress.Progress | None = None) -> Report:
-    """Measure everything; never raises for one peer's sake.
+    """Measures everything; a peer that fails is listed, and nothing is raised.
 
     Raises:
         RuntimeError: the device itself failed.

@@ -68,7 +68,7 @@ ARCHS = {
 
 
 def reduced(arch: Arch) -> Arch:
-    """The same with CPU_HEADS heads and a feed-forward layer of the same proportion."""
+    """Returns the same with CPU_HEADS heads and a feed-forward layer of the same proportion."""
     share = CPU_HEADS / arch.call.num_heads
     ffn = max(64, round(arch.ffn * share / 64) * 64)
     return replace(arch, call=replace(arch.call, num_heads=CPU_HEADS), ffn=ffn)
@@ -76,7 +76,7 @@ def reduced(arch: Arch) -> Arch:
 
 @dataclass(frozen=True)
 class Video:
-    """What is denoised."""
+    """The video that is denoised."""
 
     width: int
     height: int
@@ -97,7 +97,7 @@ class Video:
 
 
 class ModelError(Exception):
-    """The model cannot be had here; the message says what to do."""
+    """The model is not available here; the message says what to do."""
 
 
 class DiffusersStack:
@@ -146,7 +146,7 @@ class DiffusersStack:
         self.k_lens = _lengths(tokens, batch, fill)
 
     def use(self, attend: Attend | None) -> None:
-        """Compute attention by this; None: as diffusers does."""
+        """Computes attention by this function; None: as diffusers does."""
         diffusers_host.restore_processors(self.model)
         if attend is None:
             return
@@ -161,7 +161,7 @@ class DiffusersStack:
         self.model(*self.inputs, return_dict=False)
 
     def close(self) -> None:
-        """Nothing outlives it."""
+        """Does nothing: this model leaves nothing behind."""
 
 
 class Wan22Stack:
@@ -210,7 +210,7 @@ class Wan22Stack:
         self.tokens = tokens
 
     def use(self, attend: Attend | None) -> None:
-        """Compute attention by this; None: by its own function, which needs flash_attn."""
+        """Computes attention by this function; None: by the model's own, which needs flash_attn."""
         self.attend = attend
 
     def forward(self) -> None:
@@ -220,7 +220,7 @@ class Wan22Stack:
             self.model(self.videos, self.time, self.text, self.tokens)
 
     def close(self) -> None:
-        """Give the names back, and forget the modules."""
+        """Restores the names, and forgets the modules."""
         wan22.unpatch()
         for name in [n for n in sys.modules if n.split(".")[0] == ALIAS]:
             del sys.modules[name]
@@ -300,7 +300,7 @@ def _prepare(model: Any) -> None:
 
 
 def _lengths(tokens: int, batch: int, fill: tuple[float, ...]) -> Tensor | None:
-    """Real lengths; None where every sample is full."""
+    """Returns the real lengths; None if every sample is full."""
     if all(share == 1.0 for share in fill):
         return None
     return torch.tensor([max(1, round(tokens * fill[b % len(fill)])) for b in range(batch)])

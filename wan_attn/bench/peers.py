@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wan_attn.backends import REGISTRY
 from wan_attn.backends.chunked import NAME as CHUNKED
 from wan_attn.native import op
-from wan_attn.request import Request
+from wan_attn.request import PLAIN, Request
 
 BASELINE = "torch"
 """PyTorch's SDPA by its own choice of kernel: 1.0 in every table and picture."""
@@ -134,7 +134,7 @@ def _torch_kernel(name: str, kernel: SDPBackend, device: torch.device) -> Peer:
 
 
 def _why_not_math(request: Request) -> str | None:
-    """It stores all scores, about three times; asking for that much can end a program."""
+    """Refuses calls whose scores do not fit: math stores them about three times."""
     scores = request.batch * request.num_heads_q * request.seqlen_q * request.seqlen_k
     needed = 3 * scores * 4
     free = free_bytes(request.device)
@@ -144,7 +144,7 @@ def _why_not_math(request: Request) -> str | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had now; None: not known."""
+    """Bytes of memory that are free now; None: not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -161,7 +161,7 @@ def _backend(name: str) -> Peer:
     backend = REGISTRY[name]
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return backend.run(query, key, value)[0]
+        return backend.run(query, key, value, PLAIN)[0]
 
     return Peer(name, backend.TITLE, run, backend.why_not)
 
@@ -209,10 +209,10 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def choose(peers: list[Peer], wanted: list[str] | None) -> list[Peer]:
-    """Those to measure: the named ones, or all that are worth it.
+    """Returns the peers to measure: the named ones, or all that are worth it.
 
     Raises:
-        ValueError: a name that nobody has.
+        ValueError: no peer has this name.
     """
     if wanted is None:
         return [peer for peer in peers if not peer.is_quiet]

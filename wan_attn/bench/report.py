@@ -51,7 +51,7 @@ class Report:
     seconds: float = 0.0
 
     def note(self, sentences: Iterable[str]) -> None:
-        """Each once."""
+        """Adds notes; each is said once."""
         self.notes += [text for text in sentences if text not in self.notes]
 
 
@@ -70,7 +70,7 @@ def _cells(report: Report) -> list[list[str]]:
 
 
 def as_text(report: Report) -> str:
-    """For a terminal."""
+    """The report for a terminal."""
     lines = [console.heading(report.title)]
     body = _cells(report)
     if body:
@@ -95,7 +95,7 @@ def as_text(report: Report) -> str:
 
 
 def _grouped(skipped: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
-    """(what, reason and where), the same reason told once."""
+    """Returns (what, reason and where); the same reason is told once."""
     places: dict[tuple[str, str], list[str]] = {}
     for where, what, reason in skipped:
         places.setdefault((what, reason), []).append(where)
@@ -109,7 +109,7 @@ def _grouped(skipped: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
 
 
 def as_markdown(report: Report) -> str:
-    """To paste into an issue."""
+    """The report as Markdown, to paste into an issue."""
     lines = [f"### {report.title}", ""]
     lines.append("| " + " | ".join(c.heading for c in report.columns) + " |")
     lines.append("|" + "|".join("---:" if c.style else "---" for c in report.columns) + "|")
@@ -153,7 +153,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_csv(report: Report) -> str:
-    """Every key of every row; lists of rounds as numbers with spaces between."""
+    """Returns CSV with every key of every row; rounds are numbers with spaces between."""
     keys = list(dict.fromkeys(key for row in report.rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, keys, lineterminator="\n")
@@ -167,7 +167,7 @@ def as_csv(report: Report) -> str:
 
 
 def write(report: Report, stem: Path) -> list[Path]:
-    """STEM.csv, STEM.json, STEM.md; the paths."""
+    """Writes STEM.csv, STEM.json and STEM.md; returns their paths."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix, text in (

@@ -43,6 +43,7 @@ from wan_attn.bench.timing import (
 )
 from wan_attn.log import dtype_name
 from wan_attn.request import Request
+from wan_attn.workloads import Workload
 
 FORWARDS = 2
 STOCK = "stock"
@@ -132,12 +133,12 @@ class Options:
     cpu_time: bool = False
 
     def clock(self) -> Clock:
-        """Nothing of a step fits a cache, and a buffer to flush one would count in its memory."""
+        """Flushes nothing: a step does not fit a cache, and a buffer would count in its memory."""
         return clock_for(self.device, flush_bytes=0, cpu_time=self.cpu_time)
 
 
 def default_arch(name: str, device: torch.device, full: bool) -> tuple[Arch, bool]:
-    """(the model, whether its dimensions are reduced)."""
+    """Returns the model, and whether its dimensions are reduced."""
     arch = ARCHS[name]
     return (arch, False) if full or device.type == "cuda" else (reduced(arch), True)
 
@@ -243,7 +244,7 @@ def measure_case(
     with torch.inference_mode():
         found = interleave(calls, clock, seconds=seconds, rounds=options.rounds)
         report.skipped += [(where, name, reason) for name, reason in found.skipped.items()]
-        calls.clear()  # the yardstick's memory is nobody's peak
+        calls.clear()  # the yardstick's memory counts for no backend
         base = 0.0
         for route in usable:
             times = found.times.get(route.name)
@@ -278,10 +279,10 @@ def _usable(
     report: Report, options: Options, tokens: int, dtype: torch.dtype, where: str
 ) -> list[Route]:
     call = options.arch.call
-    request = Request(
-        options.batch, tokens, tokens, call.num_heads, call.num_heads, call.head_dim,
-        dtype, dtype, dtype, options.device, has_k_lens=options.fill != (1.0,),
-    )  # fmt: skip
+    heads = (call.num_heads, call.num_heads)
+    sizes = (options.batch, tokens, tokens, *heads, call.head_dim)
+    has_k_lens = options.fill != (1.0,)
+    request = Request.of(Workload("", "", *sizes), dtype, options.device, has_k_lens=has_k_lens)
     usable = []
     for route in routes(options.device):
         if options.wanted is not None and route.name not in options.wanted:

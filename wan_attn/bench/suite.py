@@ -51,17 +51,17 @@ SETTINGS = {
 
 
 def default_setting(device: torch.device) -> str:
-    """The name that suits this device."""
+    """Returns the name of the settings that suit this device."""
     return "ti2v-5b-720p" if device.type == "cuda" else "cpu-small"
 
 
 def default_frames(device: torch.device) -> tuple[int, ...]:
-    """Lengths of video where none are named."""
+    """Returns the lengths of video to take if none are named."""
     return (25, 49, 81) if device.type == "cuda" else (CPU_FRAMES, 13, 25)
 
 
 def step_options(name: str, frames: tuple[int, ...], device: torch.device) -> step.Options:
-    """The step benchmark that a setting and its lengths mean.
+    """Returns the step benchmark for a setting and its lengths.
 
     Raises:
         ValueError: no setting has this name, or no video of the model has so many frames.
@@ -134,7 +134,7 @@ def run(
 
 
 KEYS = ("settings", "model", "video", "batch", "layers", "dtype", "backend", "yardstick")
-"""What makes two rows the same measurement."""
+"""The key that makes two rows the same measurement."""
 
 
 def _merge(rows: dict[tuple[Any, ...], dict[str, Any]], row: dict[str, Any]) -> None:

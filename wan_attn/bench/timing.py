@@ -44,13 +44,13 @@ class Clock(Protocol):
     def end(self, begun: Any) -> Any: ...
 
     def wait(self) -> None:
-        """Until everything between marks has run."""
+        """Waits until everything between marks has run."""
 
     def read(self, mark: Any) -> float:
-        """Milliseconds of what end() returned; after wait()."""
+        """Returns the milliseconds of a mark that end() returned; call wait() before."""
 
     def flush(self) -> None:
-        """Forget what caches hold, where that can be asked for."""
+        """Empties the caches, where that is possible."""
 
 
 class WallClock:
@@ -63,13 +63,13 @@ class WallClock:
         return time.perf_counter() - begun
 
     def wait(self) -> None:
-        """Nothing runs behind our back."""
+        """Does nothing: on a CPU a call has run when it returns."""
 
     def read(self, mark: float) -> float:
         return mark * 1e3
 
     def flush(self) -> None:
-        """A CPU's caches are left as they are: a model's calls find theirs like that too."""
+        """Does nothing: a model's calls find a CPU's caches as they are, too."""
 
 
 class CpuTimeClock(WallClock):
@@ -145,7 +145,7 @@ CPU_TIME_NOTE = (
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """With linear interpolation between neighbours; NaN of nothing."""
+    """Interpolates linearly between neighbours; NaN if there are no values."""
     ordered = sorted(values)
     if not ordered:
         return math.nan
@@ -156,7 +156,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def summary(milliseconds: Sequence[float]) -> StepTiming:
-    """avg, p50, p90 and how many; NaN of nothing."""
+    """Returns avg, p50, p90 and how many; NaN if there are no times."""
     average = statistics.fmean(milliseconds) if milliseconds else math.nan
     return StepTiming(
         average, percentile(milliseconds, 50), percentile(milliseconds, 90), len(milliseconds)
@@ -208,7 +208,7 @@ def measure_step(
 
 @contextmanager
 def no_collection() -> Any:
-    """Python's garbage collector waits: its pauses are nobody's time."""
+    """Python's garbage collector waits, so that its pauses count for no candidate."""
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -233,7 +233,7 @@ class Rounds:
 
 
 def describe_failure(error: BaseException) -> str:
-    """One line of what a call raised."""
+    """Returns one line that says what a call raised."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         return "out of memory"
@@ -241,7 +241,7 @@ def describe_failure(error: BaseException) -> str:
 
 
 def is_fatal(error: BaseException) -> bool:
-    """The device itself is in trouble: no later time would mean anything."""
+    """Whether the device itself is in trouble: no later time would mean anything."""
     return is_device_error(error) and describe_failure(error) != "out of memory"
 
 
@@ -256,14 +256,14 @@ def interleave(
 ) -> Rounds:
     """Time all calls in rounds, each call once a round, so that a slow minute is slow for all.
 
-    The order rotates and turns round by round: nobody always runs first, or behind the same one.
+    The order rotates and turns round by round: none always runs first, or after the same one.
 
     Args:
         calls: by name. One that fails is left out with its reason; one that breaks the device is
             raised.
         warmup: untimed rounds, whose last one tells how many rounds `seconds` are enough for.
         seconds: about how long all rounds take; never fewer than ROUNDS_MIN (or ROUNDS_SLOW).
-        rounds: how many, whatever `seconds` says.
+        rounds: how many; `seconds` is then ignored.
         on_round: told (rounds done, rounds in all).
     """
     found = Rounds()
@@ -306,7 +306,7 @@ def _order(names: list[str], number: int) -> Iterable[str]:
 
 
 def _warm_up(alive: dict[str, Callable[[], object]], clock: Clock, found: Rounds) -> float:
-    """Call each once; how many seconds the round took."""
+    """Calls each once; returns how many seconds the round took."""
     began = time.perf_counter()
     for name in list(alive):
         clock.flush()

@@ -19,11 +19,10 @@ import torch
 from wan_attn import config, console
 from wan_attn.bench import compare, kernels, peers, plots, progress, report, step, suite
 from wan_attn.bench.model import ARCHS, CPU_FRAMES, Arch, ModelError, Video
-from wan_attn.cli import bench_options
+from wan_attn.cli import FINE, WRONG, bench_options, refuse
 from wan_attn.cli.bench_options import BadOption
 from wan_attn.workloads import WORKLOADS, parse_shape
 
-DONE, FOUND, BAD = 0, 1, 2
 DEFAULT_FOLDER = "wan-attn-bench"
 
 
@@ -54,16 +53,10 @@ def main(args: argparse.Namespace) -> int:
         config.refresh()
         return action(args)
     except (BadOption, ModelError, compare.CompareError, config.ConfigError) as error:
-        return _refuse(str(error))
+        return refuse("bench", error)
     except RuntimeError as error:
         text = " ".join(str(error).split())[:300]
-        print(f"wan-attn bench: the device failed: {text}", file=sys.stderr)
-        return FOUND
-
-
-def _refuse(text: str) -> int:
-    print(f"wan-attn bench: error: {text}", file=sys.stderr)
-    return BAD
+        return refuse("bench", f"the device failed: {text}", WRONG)
 
 
 # --- kernels ----------------------------------------------------------------------------------
@@ -283,14 +276,14 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 def _compare(args: argparse.Namespace) -> int:
     result = compare.compare(args.baseline, args.new)
     _show(args, [result])
-    return FOUND if compare.has_regression(result.rows) else DONE
+    return WRONG if compare.has_regression(result.rows) else FINE
 
 
 # --- without an action ------------------------------------------------------------------------
 
 
 def _short(args: argparse.Namespace) -> int:
-    """Kernels and a step, each in half of the time; files for an issue."""
+    """Measures kernels and a step, each in half of the time; writes files for an issue."""
     args.seconds /= 2
     first = _kernels_options(args)
     second = _step_options(args)
@@ -309,7 +302,7 @@ def _short(args: argparse.Namespace) -> int:
     for result in results:
         _save(args, result, folder / result.kind)
     print(f"\nTo share: paste {folder / 'kernels.md'} into an issue.", file=sys.stderr)
-    return DONE if any(result.rows for result in results) else FOUND
+    return FINE if any(result.rows for result in results) else WRONG
 
 
 def _finish(args: argparse.Namespace, result: report.Report, stem: Path | None = None) -> int:
@@ -318,7 +311,7 @@ def _finish(args: argparse.Namespace, result: report.Report, stem: Path | None =
         stem = Path(args.out) / result.kind
     if stem is not None:
         _save(args, result, stem)
-    return DONE if result.rows else FOUND
+    return FINE if result.rows else WRONG
 
 
 def _show(args: argparse.Namespace, results: list[report.Report]) -> None:
@@ -331,7 +324,7 @@ def _show(args: argparse.Namespace, results: list[report.Report]) -> None:
 
 
 def _save(args: argparse.Namespace, result: report.Report, stem: Path) -> None:
-    """Files and pictures; what is not drawn is said once, and is no failure."""
+    """Writes files and pictures. A picture that cannot be drawn is said once, and is no failure."""
     try:
         paths = report.write(result, stem)
     except OSError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bench_options.py - the options that bench's actions share, and words to values, with the rule in
+"""bench_options.py - options that bench's actions share, and words to values, with the rule in
 the message where a word is none."""
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import re
 
 import torch
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from wan_attn.log import DTYPES
+
 SECONDS = 60.0
 
 
@@ -18,7 +19,7 @@ class BadOption(Exception):
 
 
 def common(parser: argparse.ArgumentParser, *, is_action: bool) -> None:
-    """What every measuring action takes; also before the action's name, where defaults are set."""
+    """Adds the options of every measuring action; before the action's name they set defaults."""
 
     def default(value: object) -> object:
         return argparse.SUPPRESS if is_action else value
@@ -42,7 +43,7 @@ def common(parser: argparse.ArgumentParser, *, is_action: bool) -> None:
         type=int,
         default=default(None),
         metavar="N",
-        help="how often each is timed, whatever --seconds says",
+        help="how often each is timed; --seconds is then ignored",
     )
     parser.add_argument(
         "--threads", type=int, default=default(None), metavar="N", help="of the CPU"
@@ -75,12 +76,12 @@ def common(parser: argparse.ArgumentParser, *, is_action: bool) -> None:
 
 
 def words(texts: list[str]) -> list[str]:
-    """What stands between commas."""
+    """Splits texts at commas."""
     return [word.strip() for text in texts for word in text.split(",") if word.strip()]
 
 
 def device(args: argparse.Namespace) -> torch.device:
-    """The one to measure; also checks and applies the other common numbers."""
+    """Returns the device to measure; also checks and applies the other common numbers."""
     if not args.seconds > 0:
         raise BadOption(f"--seconds must be above 0, got {args.seconds:g}")
     if args.rounds is not None and args.rounds < 2:
@@ -99,21 +100,21 @@ def device(args: argparse.Namespace) -> torch.device:
         raise BadOption(f"--cpu-time must come with the CPU, got the device {name!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (found.index or 0) >= count:
-        raise BadOption(f"--device must be there, got {name!r} and torch sees {count} CUDA devices")
+        raise BadOption(f"--device must exist, got {name!r} and torch sees {count} CUDA devices")
     found = torch.device("cuda", found.index or 0)
     torch.cuda.set_device(found)
     return found
 
 
 def dtype(option: str, word: str) -> torch.dtype:
-    """One of DTYPES."""
+    """Returns one of DTYPES."""
     if word not in DTYPES:
         raise BadOption(f"{option} must be one of {', '.join(DTYPES)}; got {word!r}")
     return DTYPES[word]
 
 
 def dtypes(args: argparse.Namespace, default: str) -> tuple[torch.dtype, ...]:
-    """Those of --dtype."""
+    """Returns the dtypes of --dtype."""
     found = tuple(dtype("--dtype", word) for word in words([args.dtype or default]))
     if not found:
         raise BadOption(f"--dtype must be one of {', '.join(DTYPES)}; got {args.dtype!r}")
@@ -121,7 +122,7 @@ def dtypes(args: argparse.Namespace, default: str) -> tuple[torch.dtype, ...]:
 
 
 def integer(option: str, word: str, least: int, most: int | None = None) -> int:
-    """A number within bounds."""
+    """Returns a number within bounds."""
     rule = f"an integer of at least {least}" + (f" and at most {most}" if most else "")
     if not (word.isascii() and word.isdigit()):
         raise BadOption(f"{option} must be {rule}, got {word!r}")
@@ -132,7 +133,7 @@ def integer(option: str, word: str, least: int, most: int | None = None) -> int:
 
 
 def integers(option: str, text: str, least: int) -> list[int]:
-    """Some, with commas."""
+    """Returns some numbers, separated by commas."""
     found = [integer(option, word, least) for word in words([text])]
     if not found:
         raise BadOption(f"{option} must name at least one number, got {text!r}")
@@ -140,7 +141,7 @@ def integers(option: str, text: str, least: int) -> list[int]:
 
 
 def size(word: str) -> tuple[int, int]:
-    """WxH, or W*H as Wan2.2 writes it."""
+    """Parses WxH, or W*H as Wan2.2 writes it."""
     match = re.fullmatch(r"(\d+)[x*](\d+)", word, re.ASCII)
     if match is None:
         raise BadOption(f"--size must be WxH (896x512), got {word!r}")
@@ -148,7 +149,7 @@ def size(word: str) -> tuple[int, int]:
 
 
 def shares(text: str, batch: int) -> tuple[float, ...]:
-    """One share in (0, 1] for all samples, or one for each."""
+    """Parses one share in (0, 1] for all samples, or one for each."""
     try:
         found = tuple(float(word) for word in words([text]))
     except ValueError:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import wan_attn
+from wan_attn.cli import FINE, refuse
 
 FOLDER = "ComfyUI-wan-attn"
 """What the node folder is called under custom_nodes."""
@@ -32,29 +33,26 @@ def main(args: argparse.Namespace) -> int:
     """Copy or delete; returns the exit code."""
     nodes = args.path / "custom_nodes"
     if not nodes.is_dir():
-        return _refuse(f"PATH must be ComfyUI's folder, with custom_nodes in it, got {args.path}")
+        return refuse(
+            "comfyui", f"PATH must be ComfyUI's folder, with custom_nodes in it, got {args.path}"
+        )
     target = nodes / FOLDER
     if target.exists() and not _is_ours(target):
-        return _refuse(f"{target} is there and not wan_attn's: left alone")
+        return refuse("comfyui", f"{target} exists and is not wan_attn's; it is left alone")
     if args.action == "remove":
         if not target.exists():
-            return _refuse(f"{target} is not there")
+            return refuse("comfyui", f"{target} does not exist")
         shutil.rmtree(target)
         print(f"removed {target}; restart ComfyUI")
-        return 0
+        return FINE
     target.mkdir(exist_ok=True)
     for name in FILES:
         shutil.copyfile(source() / name, target / name)
     print(f'installed {target}; restart ComfyUI: it says "Using wan_attn attention"')
-    print(f"ComfyUI's own Python must have wan_attn; this one, {sys.executable}, has it")
-    return 0
+    print(f"ComfyUI must run with a Python that has wan_attn. This one has it: {sys.executable}")
+    return FINE
 
 
 def _is_ours(folder: Path) -> bool:
     init = folder / "__init__.py"
     return init.is_file() and _MARK in init.read_text(encoding="utf-8", errors="replace")
-
-
-def _refuse(message: str) -> int:
-    print(f"wan-attn comfyui: {message}", file=sys.stderr)
-    return 2

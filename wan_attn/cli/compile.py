@@ -13,11 +13,9 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from wan_attn import console
+from wan_attn.cli import FINE, WRONG, refuse
 from wan_attn.cuda import images, rows
 from wan_attn.doctor.facts import cuda_devices
-
-NOTHING_TO_DO = 2
-"""Exit code where the arguments name nothing that could be compiled, as argparse's own."""
 
 Line: TypeAlias = tuple[str, str, str, str, str]
 HEAD: Line = ("row", "arch", "seconds", "bytes", "from")
@@ -33,7 +31,7 @@ class CannotCompile(Exception):
 
 
 def architecture(text: str) -> int:
-    """86 of 86, 8.6 and sm_86."""
+    """Reads 86, 8.6 or sm_86 as 86."""
     match = re.fullmatch(r"(?:sm_)?(\d{2,3})|(\d{1,2})\.(\d)", text.strip().lower())
     if match is None:
         raise argparse.ArgumentTypeError(
@@ -52,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"GPUs by compute capability, default: those of this machine ({CARDS})",
     )
-    which.add_argument("--all", action="store_true", help="every GPU that there are kernels for")
+    which.add_argument("--all", action="store_true", help="all GPUs that our kernels support")
     parser.add_argument("--row", nargs="+", metavar="NAME", help="only these kernels")
     parser.add_argument(
         "--force",
         action="store_true",
-        help="compile again what is cached; what the package brings ready stays as it is",
+        help="compile cached kernels again; ready kernels of the package stay as they are",
     )
-    parser.add_argument("--list", action="store_true", help="show what there is, compile nothing")
+    parser.add_argument("--list", action="store_true", help="show what is ready, compile nothing")
     parser.epilog = (
         "Exit code: 0 every kernel is ready; 1 one cannot be compiled or the cache cannot be"
         " written; 2 nothing to do. WAN_ATTN_CACHE_DIR names another cache."
@@ -71,8 +69,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         jobs = chosen(args)
     except CannotCompile as error:
-        console.emit(console.wrap(f"compile: {error}", ""))
-        return NOTHING_TO_DO
+        return refuse("compile", error)
     width = max(len(job.name) for job in jobs)
     console.emit(_line(HEAD, width))
     failures: list[str] = []
@@ -82,11 +79,11 @@ def main(args: argparse.Namespace) -> int:
     console.emit(f"\ncache: {where or 'none, this user has no home directory'}")
     for failure in dict.fromkeys(failures):
         console.emit("\n" + console.wrap(failure, "", "  "))
-    return int(bool(failures))
+    return WRONG if failures else FINE
 
 
 def chosen(args: argparse.Namespace) -> list[rows.Job]:
-    """What the arguments name: architecture by architecture.
+    """Returns what the arguments name, architecture by architecture.
 
     Raises:
         CannotCompile: nothing.
@@ -135,7 +132,7 @@ def _compiled(jobs: list[rows.Job], force: bool, failures: list[str]) -> Iterato
             yield name, job.target, "", "", "FAILED, see below"
             continue
         if made.not_kept:
-            failures.append(f"compiled, but not kept: {made.not_kept}")
+            failures.append(f"compiled, but not saved: {made.not_kept}")
         yield name, job.target, f"{made.seconds:.3f}", str(len(made.data)), made.origin
 
 

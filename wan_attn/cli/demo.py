@@ -6,17 +6,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 from wan_attn import config
+from wan_attn.cli import FINE, WRONG, refuse
 from wan_attn.demo import wan22
 from wan_attn.demo.options import DTYPES, DemoError, Options, resolve, writable_folder
 
-SAME, DIFFERENT, CANNOT = 0, 1, 2  # exit codes
 FPS, FPS_RANDOM = 16, 8  # Wan's; slower where the forms mean nothing and the video is short
 
 
@@ -49,14 +48,14 @@ def main(args: argparse.Namespace) -> int:
             raise DemoError("--task goes with --ckpt-dir: pass both or neither")
         return _diffusers(_options(args))
     except (DemoError, config.ConfigError) as error:
-        print(f"wan-attn demo: {error}", file=sys.stderr)
+        return refuse("demo", error)
     except torch.cuda.OutOfMemoryError:
-        print(
-            "wan-attn demo: the GPU's memory is too small for this: take fewer --frames, or a "
-            "smaller --height and --width",
-            file=sys.stderr,
+        return refuse(
+            "demo",
+            "the GPU's memory is too small for this: take fewer --frames, or a smaller --height "
+            "and --width",
+            WRONG,
         )
-    return CANNOT
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -115,7 +114,7 @@ def _diffusers(options: Options) -> int:
     _write_json(options.output, report.as_dict(found))
     (options.output / "report.md").write_text(text.markdown(found), encoding="utf-8")
     print(text.closing(found))
-    return SAME if found.is_same else DIFFERENT
+    return FINE if found.is_same else WRONG
 
 
 def _say(label: str, seconds: float, note: str) -> None:

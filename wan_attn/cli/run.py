@@ -23,21 +23,19 @@ from types import ModuleType
 from typing import Any
 
 from wan_attn import config
+from wan_attn.cli import FINE, WRONG, refuse
 from wan_attn.integrations import wan22
 
 BACKEND_VARIABLE = "USE_ATTENTION_BACKEND"
 PROFILE_VARIABLE = "WAN_ATTN_PROFILE"
 
-CANNOT_START = 2
-"""Exit code where there is nothing to run, as Python's own."""
-
 
 class CannotRun(Exception):
-    """SCRIPT is nothing that can be run; the message says why."""
+    """SCRIPT cannot be run; the message says why."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Our options, then SCRIPT; whatever follows SCRIPT belongs to it."""
+    """Our options, then SCRIPT; everything after SCRIPT belongs to it."""
     (backends,) = (v.values for v in config.VARIABLES if v.name == BACKEND_VARIABLE)
     parser.add_argument(
         "--backend",
@@ -60,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "script_args",
         metavar="ARGUMENT",
         nargs=argparse.REMAINDER,
-        help="everything after SCRIPT goes to it unread",
+        help="everything after SCRIPT is passed to it unchanged",
     )
 
 
@@ -74,8 +72,7 @@ def main(args: argparse.Namespace) -> int:
             config.put(PROFILE_VARIABLE, os.path.abspath(args.profile))
         wan22.patch()
     except config.ConfigError as error:
-        print(f"wan_attn run: {error}", file=sys.stderr)
-        return CANNOT_START
+        return refuse("run", error)
     _patch_spawned_processes()
     sys.argv[:] = [args.script, *args.script_args]
     try:
@@ -86,16 +83,15 @@ def main(args: argparse.Namespace) -> int:
     except SystemExit:
         raise
     except CannotRun as error:
-        print(f"wan_attn run: {error}", file=sys.stderr)
-        return CANNOT_START
+        return refuse("run", error)
     except BaseException as error:  # noqa: BLE001 - this is where Python's own last resort would be
         _print_traceback(error)
         if isinstance(error, KeyboardInterrupt):
             # Python ends by the signal itself, after its exit handlers; it has been reported.
             sys.excepthook = lambda *_: None
             raise
-        return 1
-    return 0
+        return WRONG
+    return FINE
 
 
 def _set_path0(directory: str) -> None:
@@ -158,7 +154,7 @@ def _fresh_main() -> dict[str, Any]:
 
 
 def _print_traceback(error: BaseException) -> None:
-    """What Python prints, beginning with the script's first frame: ours are nobody's business."""
+    """What Python prints, beginning with the script's first frame, without ours."""
     traceback = error.__traceback__
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename

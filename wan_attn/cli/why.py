@@ -5,30 +5,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 import torch
 
 from wan_attn import console
 from wan_attn.backends import REGISTRY
+from wan_attn.cli import FINE, WRONG, refuse
 from wan_attn.config import ConfigError, Settings, refresh
 from wan_attn.console import heading, pairs, table, wrap
+from wan_attn.log import dtype_name, dtype_of
 from wan_attn.native import op
 from wan_attn.request import Request
 from wan_attn.selection.choose import compute_dtype, order, select, why_not
 from wan_attn.workloads import WORKLOADS, Workload, parse_shape
-
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "half": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,22 +31,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        default="bf16",
-        choices=DTYPES,
+        default=torch.bfloat16,
+        type=_dtype,
         metavar="DTYPE",
         help="of value: bf16, fp16, fp32",
     )
     parser.add_argument(
         "--qk-dtype",
-        choices=DTYPES,
+        type=_dtype,
         metavar="DTYPE",
         help="of query and key, if another: Wan2.2 passes fp32",
     )
     parser.add_argument(
-        "--lk", type=int, metavar="N", help="number of keys, where it is not that of queries"
+        "--lk",
+        type=int,
+        metavar="N",
+        help="number of keys, if not that of queries",
     )
     parser.add_argument(
-        "--kv-heads", type=int, metavar="N", help="heads of key and value, where fewer (GQA)"
+        "--kv-heads",
+        type=int,
+        metavar="N",
+        help="heads of key and value, if fewer (GQA)",
     )
     parser.add_argument("--causal", dest="is_causal", action="store_true")
     parser.add_argument(
@@ -73,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--k-lens", action="store_true", help="the call comes with real key lengths"
     )
     parser.add_argument(
-        "--device", type=_device, help="cpu, cuda or cuda:N (default: cuda where there is one)"
+        "--device", type=_device, help="cpu, cuda or cuda:N (default: cuda if there is one)"
     )
     parser.add_argument("--grad", action="store_true", help="a gradient is wanted")
     parser.add_argument("--lse", action="store_true", help="the log-sum-exp is wanted")
@@ -87,38 +83,27 @@ def main(args: argparse.Namespace) -> int:
         call = parse_shape(args.shape, args.lk, args.kv_heads)
         settings = refresh()
     except ConfigError as error:
-        return _refuse(str(error))
+        return refuse("why", error)
     except ValueError as error:
-        return _refuse(f"--{error}" if str(error).startswith("shape ") else str(error))
+        return refuse("why", f"--{error}" if str(error).startswith("shape ") else error)
     answer = explain(make_request(args, call, settings), call, settings)
     console.emit(json.dumps(answer, indent=2) if args.json else render(answer))
-    return 0 if answer["backend"] else 1
-
-
-def _refuse(text: str) -> int:
-    print(f"wan-attn why: error: {text}", file=sys.stderr)
-    return 2
+    return FINE if answer["backend"] else WRONG
 
 
 def make_request(args: argparse.Namespace, call: Workload, settings: Settings) -> Request:
     """The call that the arguments describe, after the dtype policy, as wan_attn.sdpa makes it."""
     device = args.device or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    dtype = compute_dtype(DTYPES[args.dtype], None, device, settings.force_fp16)
-    qk_dtype = DTYPES[args.qk_dtype or args.dtype]
+    dtype = compute_dtype(args.dtype, None, device, settings.force_fp16)
+    qk_dtype = args.qk_dtype or args.dtype
     # Only float32 is read beside another dtype; the rest is converted.
     if qk_dtype != torch.float32:
         qk_dtype = dtype
-    return Request(
-        batch=call.batch,
-        seqlen_q=call.seqlen_q,
-        seqlen_k=call.seqlen_k,
-        num_heads_q=call.num_heads_q,
-        num_heads_k=call.num_heads_k,
-        head_dim=call.head_dim,
-        dtype=dtype,
-        query_dtype=qk_dtype,
-        key_dtype=qk_dtype,
-        device=device,
+    return Request.of(
+        call,
+        dtype,
+        device,
+        qk_dtype=qk_dtype,
         is_causal=args.is_causal,
         window=args.window,
         has_q_lens=args.q_lens,
@@ -179,8 +164,8 @@ def _describe(request: Request, call: Workload) -> dict[str, Any]:
         "title": call.title,
         "query": [request.batch, request.seqlen_q, request.num_heads_q, request.head_dim],
         "key": [request.batch, request.seqlen_k, request.num_heads_k, request.head_dim],
-        "dtype": _NAMES[request.dtype],
-        "qk_dtype": _NAMES[request.query_dtype],
+        "dtype": dtype_name(request.dtype),
+        "qk_dtype": dtype_name(request.query_dtype),
         "device": str(request.device),
         "is_causal": request.is_causal,
         "window": list(request.window),
@@ -248,7 +233,7 @@ def _state(reason: str | None, chosen: bool, asked: bool = True) -> str:
         return "chosen"
     if reason is not None:
         return "no"
-    return "could" if asked else "not asked"
+    return "available" if asked else "not asked"
 
 
 def _flop(number: int) -> str:
@@ -287,6 +272,13 @@ def _window(text: str) -> tuple[int, int]:
     if min(left, right) < -1:
         raise argparse.ArgumentTypeError(f"must not be below -1, got {text!r}")
     return left, right
+
+
+def _dtype(text: str) -> torch.dtype:
+    try:
+        return dtype_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("dtype ")) from None
 
 
 def _device(text: str) -> torch.device:

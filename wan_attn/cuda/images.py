@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""images.py - the machine code of a CUDA kernel for one GPU: ready, kept from before, or made now.
+"""images.py - the machine code of a CUDA kernel for one GPU: shipped, cached, or compiled now.
 
     1. shipped   the package brings it, made when it was built
     2. cached    it was compiled on this machine before
@@ -55,7 +55,7 @@ def image(kernel: str, arch: int) -> bytes:
 
 
 def images(kernels: Sequence[str], arch: int, force: bool = False) -> dict[str, Image]:
-    """The same for several: what has to be compiled is announced in one line.
+    """Returns several cubins. One log line announces what has to be compiled.
 
     Args:
         force: compile what is not shipped, and replace what is cached.
@@ -78,7 +78,7 @@ def images(kernels: Sequence[str], arch: int, force: bool = False) -> dict[str, 
 
 
 def state(kernel: str, arch: int) -> str:
-    """Where it would come from: "shipped", "cached" or "to compile".
+    """Says where a cubin would come from: "shipped", "cached" or "to compile".
 
     Raises:
         ImageError: nothing of that name runs there.
@@ -95,7 +95,7 @@ def cache_folder() -> Path | None:
 
 
 def forget() -> None:
-    """Look again, as a new process would."""
+    """Forgets what was found, so that the next call looks again."""
     with _lock:
         _made.clear()
         _failed.clear()
@@ -118,7 +118,7 @@ def _jobs(kernels: Sequence[str], arch: int) -> tuple[Job, ...]:
 
 
 def _ready(job: Job) -> Image | None:
-    """What needs no compiler."""
+    """Returns the image if no compiler is needed."""
     if job in _made:
         return _made[job]
     if (shipped := _shipped(job)) is not None:
@@ -141,7 +141,7 @@ def _shipped(job: Job) -> Image | None:
 
 
 def _cached_names(job: Job, folder: Path) -> list[str]:
-    """How the cache may call it: by the compilers that are here; without one, by any."""
+    """Returns its possible names in the cache: of the compilers here; without one, of any."""
     versions = []
     for found in nvrtc.found():
         try:
@@ -208,7 +208,7 @@ def _make(job: Job) -> Image:
 
 
 def _keep(job: Job, version: tuple[int, int], data: bytes) -> str:
-    """Puts it into the cache; "" or why it could not."""
+    """Puts the image into the cache; returns "" or why it could not."""
     folder = cache_folder()
     if folder is None:
         why = "this user has no home directory"

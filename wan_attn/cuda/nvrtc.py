@@ -49,7 +49,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
 
 
 class NvrtcError(RuntimeError):
-    """NVRTC is not there, cannot be used, or refuses a source: what, why, and where that helps,
+    """NVRTC is missing, cannot be used, or refuses a source: what, why, and where that helps,
     what to do."""
 
 
@@ -135,7 +135,7 @@ def found() -> tuple[Found, ...]:
 
 
 def not_found() -> str:
-    """What was looked for, and what to do."""
+    """Says what was looked for, and what to do."""
     where = r"nvidia\*\bin\nvrtc64_*.dll" if _WINDOWS else "nvidia/*/lib/libnvrtc.so.*"
     return (
         f"no NVRTC {' or '.join(f'{major}.x' for major in MAJORS)} here (looked for {where} in"
@@ -184,7 +184,7 @@ class Nvrtc:
     def compile_and_tell(
         self, arch: int, texts: Mapping[str, bytes], options: Sequence[str]
     ) -> tuple[bytes, str]:
-        """The same, and what the compiler remarked."""
+        """Returns machine code, and what the compiler remarked."""
         if arch not in self.archs:
             known = f"{self.archs[0]} to {self.archs[-1]}"
             raise UnknownArch(f"{self} does not know sm_{arch} (it knows {known})")

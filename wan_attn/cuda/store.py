@@ -19,7 +19,7 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 class StoreError(OSError):
-    """The folder cannot be used or the file cannot be believed; says why."""
+    """The folder cannot be used, or the file must not be trusted; says why."""
 
 
 def _digest(name: str, data: bytes) -> bytes:
@@ -27,7 +27,7 @@ def _digest(name: str, data: bytes) -> bytes:
 
 
 def problem(folder: Path) -> str:
-    """Why what lies in `folder` is not to be believed; "" if it may be. Changes nothing."""
+    """Why the contents of `folder` must not be trusted; "" if they may. Changes nothing."""
     try:
         state = folder.lstat()
     except OSError as error:
@@ -41,7 +41,7 @@ def problem(folder: Path) -> str:
             f"{folder} belongs to another user (uid {state.st_uid}, this process is {os.geteuid()})"
         )
     if state.st_mode & 0o022:
-        return f"{folder} can be written to by other users (chmod 700 mends it)"
+        return f"{folder} can be written to by other users (fix: chmod 700 {folder})"
     return ""
 
 
@@ -49,7 +49,7 @@ def make_private(folder: Path) -> None:
     """Creates `folder` for this user alone.
 
     Raises:
-        StoreError: it is there, and somebody else may write to it: what lies in it will run.
+        StoreError: another user may write to the folder, and its contents will run.
         OSError: it cannot be created.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def make_private(folder: Path) -> None:
 
 
 def read(folder: Path, name: str) -> bytes | None:
-    """The cubin of this name; None: not there.
+    """Returns the cubin of this name; None if there is none.
 
     Raises:
         StoreError: the file is truncated, changed or of another name.
@@ -76,7 +76,7 @@ def read(folder: Path, name: str) -> bytes | None:
 
 
 def write(folder: Path, name: str, data: bytes, mode: int = 0o600) -> None:
-    """Puts the cubin there, whole or not at all.
+    """Writes the cubin, whole or not at all.
 
     Raises:
         OSError: the folder cannot be written to, or is full.
@@ -89,18 +89,18 @@ def write(folder: Path, name: str, data: bytes, mode: int = 0o600) -> None:
         os.replace(partial, folder / f"{name}{SUFFIX}")
     except BaseException as error:
         Path(partial).unlink(missing_ok=True)
-        # Windows replaces no file that somebody reads; then it is one that somebody has made.
+        # Windows does not replace a file that is being read. Then its contents are the same.
         if not (isinstance(error, PermissionError) and read(folder, name) == data):
             raise
 
 
 def names(folder: Path) -> dict[str, int]:
-    """{name: size in bytes} of all that is there."""
+    """Returns {name: size in bytes} of every file."""
     if not folder.is_dir():
         return {}
     return {file.stem: file.stat().st_size for file in sorted(folder.glob(f"[!.]*{SUFFIX}"))}
 
 
 def remove(folder: Path, name: str) -> None:
-    """Takes it away, if it is there."""
+    """Removes the file, if it exists."""
     (folder / f"{name}{SUFFIX}").unlink(missing_ok=True)

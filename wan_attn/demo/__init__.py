@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """demo - a short video by diffusers' Wan pipeline, with and without wan_attn, compared.
 
-options.py  what was asked for, and whether it can be had
+options.py  what was asked for, and whether it is possible
 weights.py  random weights of which something can be seen
 pipeline.py the WanPipeline, of random or of real weights
 runs.py     one denoising run: stock, wan_attn, or stock with another rounding

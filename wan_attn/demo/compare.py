@@ -58,7 +58,7 @@ def difference(a: Tensor, b: Tensor) -> Difference:
 
 
 def compare(stock: Run, ours: Run, rounding: Run, dtype: torch.dtype) -> tuple[Comparison, ...]:
-    """Latents early and late, and what is seen."""
+    """Compares latents early and late, and the frames."""
     three = (stock, ours, rounding)
     first, last = [run.first for run in three], [run.last for run in three]
     frames = [torch.from_numpy(run.frames) for run in three]

@@ -106,14 +106,14 @@ def resolve(
 
 
 def require_packages() -> None:
-    """The demo's own packages are optional: name the first that is missing."""
+    """Refuses if one of the demo's own packages is missing, and names it."""
     for module, package in PACKAGES.items():
         if importlib.util.find_spec(module) is None:
             raise DemoError(f"{package} is not installed; install what the demo needs: {INSTALL}")
 
 
 def check_model(folder: Path) -> Path:
-    """A folder with a text-to-video Wan pipeline in diffusers' format."""
+    """Checks that a folder has a text-to-video Wan pipeline in diffusers' format."""
     if not folder.is_dir():
         raise DemoError(f"--model must be a folder, got {folder}, which is none")
     index = folder / "model_index.json"
@@ -178,7 +178,7 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DemoError(
-            f"--device {name} is not there: torch {torch.__version__} sees "
+            f"--device {name} does not exist: torch {torch.__version__} sees "
             f"{torch.cuda.device_count()} GPUs; try --device cpu; `wan-attn doctor` says why"
         )
     return device
@@ -197,7 +197,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def writable_folder(folder: Path) -> Path:
-    """Make the folder, and find out now, not after the last step, whether it takes files."""
+    """Makes the folder, and tries now, not after the last step, whether it takes files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

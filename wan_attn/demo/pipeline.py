@@ -55,7 +55,7 @@ def make(options: Options) -> Subject:
 
 
 def quiet_libraries() -> None:
-    """Their advice at import is not about this program."""
+    """Hides advice that packages give at import, which is not about this program."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="CUDA initialization")
     for name in ("diffusers", "transformers"):
@@ -137,7 +137,7 @@ def _random_text_encoder(seed: int) -> tuple[Any, Any]:
 
 
 def _cast(transformer: Any, dtype: torch.dtype) -> None:
-    """To `dtype`, but for what from_pretrained(torch_dtype=...) keeps in float32 too."""
+    """Converts to `dtype`, except what from_pretrained(torch_dtype=...) keeps in float32, too."""
     kept = transformer._keep_in_fp32_modules or ()
     for name, weight in transformer.named_parameters():
         if not any(part in kept for part in name.split(".")):

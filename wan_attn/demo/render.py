@@ -22,7 +22,7 @@ SHARE_VISIBLE = 99.9  # percentile of the difference that amplification brings n
 
 
 def write_video(frames: Frames, folder: Path, fps: int) -> Path:
-    """video.mp4 if imageio-ffmpeg is there, else video.gif; the other, of an earlier run, goes."""
+    """Writes video.mp4 with imageio-ffmpeg, else video.gif; removes an earlier run's other file."""
     pixels = _to_bytes(frames)
     mp4, gif = folder / "video.mp4", folder / "video.gif"
     try:

@@ -16,6 +16,7 @@ from wan_attn.demo.compare import Comparison, Difference
 from wan_attn.demo.options import Options
 from wan_attn.demo.probe import Probe, Recorder
 from wan_attn.demo.runs import Run
+from wan_attn.doctor.facts import cpu_name
 from wan_attn.version import __version__
 
 PACKAGES = ("diffusers", "transformers", "numpy", "pillow", "imageio-ffmpeg")
@@ -23,7 +24,7 @@ PACKAGES = ("diffusers", "transformers", "numpy", "pillow", "imageio-ffmpeg")
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Everything there is to report."""
+    """Everything that the demo reports."""
 
     options: Options
     stock: Run
@@ -46,12 +47,12 @@ class Findings:
 
     @property
     def speed_ratio(self) -> float:
-        """Above 1, wan_attn is faster."""
+        """Time of stock over time of wan_attn: above 1, wan_attn is faster."""
         return self.stock.median_step_seconds / self.ours.median_step_seconds
 
     @property
     def tokens(self) -> int:
-        """Length of self-attention."""
+        """The length of self-attention in tokens."""
         return self.recorder.largest[0].seqlen_q
 
 
@@ -59,7 +60,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Names and versions; no paths, no user names: people paste this into issues."""
     facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "python": platform.python_version(),
@@ -72,16 +73,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             facts[package] = None
     return facts
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("model name", "Model\t")):
-                return line.split(":", 1)[1].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or "unknown"
 
 
 def as_dict(found: Findings) -> dict[str, Any]:

@@ -30,7 +30,7 @@ SCORES_MAX = 1 << 26  # scores that OtherRounding holds at once: 256 MiB in floa
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run left: times, latents after the first and the last step, frames in 0..1."""
+    """What one run returns: times, latents after the first and the last step, frames in 0..1."""
 
     step_seconds: tuple[float, ...]
     first: Tensor
@@ -39,19 +39,19 @@ class Run:
 
     @property
     def median_step_seconds(self) -> float:
-        """Without the first step, which also warms up."""
+        """The median without the first step, which also warms up."""
         return statistics.median(self.step_seconds[1:] or self.step_seconds)
 
 
 def stock(subject: Subject, options: Options, label: str) -> Run:
-    """diffusers as it is."""
+    """Runs diffusers as it is."""
     return _denoise(subject, options, label)
 
 
 def through_wan_attn(
     subject: Subject, options: Options, label: str, recorder: Recorder
 ) -> tuple[Run, int, list[logging.LogRecord]]:
-    """The same with wan_attn's attention; also how many layers used it, and what was logged."""
+    """Runs with wan_attn's attention; also returns how many layers used it, and the log."""
     layers = 0
     with _logged() as records:
         try:
@@ -65,7 +65,7 @@ def through_wan_attn(
 
 
 def other_rounding(subject: Subject, options: Options, label: str) -> Run:
-    """diffusers as it is on torch's unfused SDPA: the same mathematics, in another order."""
+    """Runs diffusers on torch's unfused SDPA: the same mathematics, in another order."""
     with _OtherRounding():
         return _denoise(subject, options, label)
 

@@ -16,7 +16,7 @@ ADVICE = "run `wan-attn doctor`, and please report this with report.json"
 
 
 def opening(options: Options) -> str:
-    """What is about to run."""
+    """Says what is about to run."""
     size = options.size
     return (
         f"wan_attn demo: diffusers' WanPipeline, {options.title}, seed {options.seed}\n"
@@ -66,7 +66,7 @@ def closing(found: Findings) -> str:
 
 
 def too_far(found: Findings) -> list[str]:
-    """What broke its bound."""
+    """Says what broke its bound."""
     probe, lines = found.probe, []
     if not probe.is_ok:
         lines.append(
@@ -173,13 +173,13 @@ def _max_rms(difference: Difference) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Three digits, in a unit that people read."""
+    """Writes three digits, in a unit that people read."""
     if seconds >= 1:
         return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar in a cell would end it."""
+    """Makes a Markdown table; a bar in a cell would end the cell."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in lines)

@@ -19,7 +19,7 @@ TASKS = {"ti2v-5B": ("ti2v", "1280*704"), "t2v-A14B": ("t2v", "1280*720")}
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What goes to generate.py; None leaves its own default."""
+    """What was asked of generate.py; None leaves its own default."""
 
     weights: Path
     task: str | None
@@ -57,8 +57,8 @@ def command(asked: Asked, checkout: str | None) -> list[str]:
         raise DemoError(f"--frames must be 4n + 1, got {asked.frames}")
     if not torch.cuda.is_available():
         raise DemoError(
-            "stock Wan2.2 needs a GPU that torch can use, and here is none (`wan-attn doctor` says "
-            "why); without --ckpt-dir the demo runs anywhere"
+            "stock Wan2.2 needs a GPU that torch can use, and there is none here (`wan-attn doctor`"
+            " says why); without --ckpt-dir the demo runs anywhere"
         )
     size = TASKS[task][1] if asked.width is None else f"{asked.width}*{asked.height}"
     words = [sys.executable, "-m", "wan_attn", "run", str(script), "--task", task]
@@ -80,13 +80,13 @@ def _guess_task(weights: Path) -> str:
         if part in name:
             return task
     raise DemoError(
-        f"which model {weights.name} holds is not in its name: pass --task {' or '.join(TASKS)} "
-        "(other tasks: python -m wan_attn run generate.py ...)"
+        f"the folder's name, {weights.name}, does not say which model it holds: pass --task"
+        f" {' or '.join(TASKS)} (other tasks: python -m wan_attn run generate.py ...)"
     )
 
 
 def run(words: list[str]) -> int:
-    """Run it in this terminal; its exit code."""
+    """Runs the command in this terminal; returns its exit code."""
     return subprocess.run(words, check=False).returncode
 
 

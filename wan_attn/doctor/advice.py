@@ -63,7 +63,7 @@ def advice(report: dict[str, Any], machine: Machine) -> list[dict[str, Any]]:
 
 
 def _around(result: dict[str, Any], portable: str) -> tuple[str, str]:
-    """How to work without a path that is wrong, until somebody has mended it."""
+    """How to work without a path that is wrong, until it is fixed."""
     name, device = result["name"], result["device"]
     where = f"{result['kind']} {name} is wrong on {device}"
     report = "and report it with the output of doctor --json"

@@ -100,7 +100,7 @@ def packages() -> dict[str, str]:
 
 
 def nvidia_driver() -> tuple[str, list[str]]:
-    """(driver version, names of the GPUs), from nvidia-smi or the kernel module; ("", []): none."""
+    """Returns (driver version, GPU names) from nvidia-smi or the kernel module; ("", []): none."""
     tool = shutil.which("nvidia-smi")
     if tool:
         query = [tool, "--query-gpu=driver_version,name", "--format=csv,noheader"]
@@ -150,7 +150,7 @@ def _why_no_cuda(said: list[str]) -> str:
 
 
 def machine(guard: Guard) -> Machine:
-    """This machine."""
+    """Looks at this machine."""
     found = Machine(
         system=platform.system(),
         python=sys.version_info[:2],

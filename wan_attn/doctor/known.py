@@ -45,7 +45,7 @@ def version(text: str) -> tuple[int, ...]:
 
 
 def cudnn_name(number: int) -> str:
-    """91002 as people write it, 9.10.2; versions before 9 had a digit less."""
+    """Writes 91002 as 9.10.2; versions before 9 had a digit less."""
     major = 10_000 if number >= 90_000 else 1_000
     return f"{number // major}.{number % major // 100}.{number % 100}"
 
@@ -115,7 +115,7 @@ def _conv3d(m: Machine) -> str | None:
         cudnn = cudnn_name(m.cudnn)
         return (
             f"torch {m.torch} with cuDNN {cudnn}: Conv3d in half precision takes a path that needs "
-            "several times the memory; the VAE runs out of it, and attention gets the blame"
+            "several times the memory; the VAE runs out of it, and users suspect attention"
         )
     return None
 
@@ -163,7 +163,7 @@ def _triton_headers(m: Machine) -> str | None:
 def _broken(m: Machine) -> str | None:
     if not m.broken:
         return None
-    return f"{'; '.join(m.broken.values())}; stock Wan2.2 dies of it at `import wan`"
+    return f"{'; '.join(m.broken.values())}; stock Wan2.2 fails at `import wan` because of it"
 
 
 def _numpy(m: Machine) -> str | None:
@@ -187,7 +187,7 @@ def _transformers(m: Machine) -> str | None:
 
 
 _GET_TORCH = "choose a build for this system at pytorch.org/get-started/locally"
-_WAN_ENV = "only for stock Wan2.2: give it an environment of its own"
+_WAN_ENV = "nothing, unless you run stock Wan2.2; then give it its own environment"
 
 RULES: tuple[Rule, ...] = (
     Rule("torch-missing", "problem", _torch_missing, f"install it: {_GET_TORCH}", "wan_attn"),
@@ -219,9 +219,7 @@ RULES: tuple[Rule, ...] = (
         f"newer cards need a newer torch; Pascal and Volta need a CUDA 12.6 build: {_GET_TORCH}",
         "CUDA 13.0 release notes; flash-attention issues 1540, 1763",
     ),
-    Rule(
-        "rocm", "note", _rocm, "nothing to do: USE_ATTENTION_BACKEND=torch is what runs", "wan_attn"
-    ),
+    Rule("rocm", "note", _rocm, "nothing: PyTorch's attention runs here", "wan_attn"),
     Rule(
         "conv3d-memory",
         "problem",

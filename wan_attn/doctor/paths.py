@@ -10,37 +10,14 @@ import torch
 from wan_attn.backends import REGISTRY
 from wan_attn.config import Settings
 from wan_attn.console import without_name
+from wan_attn.log import DTYPES, dtype_name
 from wan_attn.native import op
 from wan_attn.request import Request
 from wan_attn.selection.choose import compute_dtype, select
 from wan_attn.workloads import WORKLOADS, Workload
 
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # The calls that decide how long a video takes, and the one with another head_dim.
 SHOWN = ("ti2v-5b-720p", "ti2v-5b-720p-cross", "a14b-480p", "a14b-720p", "clip-vit-h")
-
-
-def request(
-    call: Workload,
-    dtype: torch.dtype,
-    device: str,
-    qk_dtype: torch.dtype | None = None,
-    **flags: Any,
-) -> Request:
-    """A workload as the selection sees it."""
-    return Request(
-        batch=call.batch,
-        seqlen_q=call.seqlen_q,
-        seqlen_k=call.seqlen_k,
-        num_heads_q=call.num_heads_q,
-        num_heads_k=call.num_heads_k,
-        head_dim=call.head_dim,
-        dtype=dtype,
-        query_dtype=qk_dtype or dtype,
-        key_dtype=qk_dtype or dtype,
-        device=torch.device(device),
-        **flags,
-    )
 
 
 def backends(devices: list[str]) -> list[dict[str, Any]]:
@@ -49,10 +26,10 @@ def backends(devices: list[str]) -> list[dict[str, Any]]:
     for device in devices:
         for name, backend in REGISTRY.items():
             reasons = {
-                dtype: backend.why_not(request(WORKLOADS["ti2v-5b-720p"], dtype, device))
-                for dtype in DTYPE_NAMES
+                dtype: backend.why_not(Request.of(WORKLOADS["ti2v-5b-720p"], dtype, device))
+                for dtype in DTYPES.values()
             }
-            taken = [DTYPE_NAMES[dtype] for dtype, reason in reasons.items() if reason is None]
+            taken = [dtype_name(dtype) for dtype, reason in reasons.items() if reason is None]
             rows.append(
                 {
                     "device": device,
@@ -76,9 +53,8 @@ def kernels(devices: list[str]) -> list[dict[str, Any]]:
             reason = f"the native library is not used: {op.binding_reason()}"
         elif device is not None:
             head_dim = min(max(128, row.head_dim_min), row.head_dim_max)
-            head_dim -= head_dim % max(1, row.head_dim_multiple)
             probe = Workload("probe", "", 1, 257, 257, 2, 2, head_dim)
-            told = op.why_not(request(probe, row.dtypes[0], device), row.index)
+            told = op.why_not(Request.of(probe, row.dtypes[0], device), row.index)
             reason = without_name(told, row.name)
         rows.append(
             {
@@ -87,7 +63,7 @@ def kernels(devices: list[str]) -> list[dict[str, Any]]:
                 "description": row.description,
                 "device": device or row.device,
                 "device_is_here": device is not None,
-                "dtypes": [DTYPE_NAMES.get(dtype, str(dtype)) for dtype in row.dtypes],
+                "dtypes": [dtype_name(dtype) for dtype in row.dtypes],
                 "usable": reason is None,
                 "reason": reason,
             }
@@ -109,14 +85,15 @@ def _choice(device: str, call: Workload, settings: Settings) -> dict[str, Any]:
         "workload": call.name,
         "title": call.title,
         "shape": call.shape,
-        "dtype": DTYPE_NAMES[dtype],
+        "dtype": dtype_name(dtype),
         "backend": None,
         "kernel": None,
         "refusals": [],
         "error": None,
     }
     try:
-        choice = select(request(call, dtype, device, torch.float32, has_k_lens=is_self), settings)
+        request = Request.of(call, dtype, device, qk_dtype=torch.float32, has_k_lens=is_self)
+        choice = select(request, settings)
     except (
         RuntimeError
     ) as error:  # nothing takes it, or WAN_ATTN_STRICT=1 and the named one does not

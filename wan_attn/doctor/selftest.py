@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from wan_attn.log import DTYPES
 from wan_attn.selfcheck.reference import MASKS, UNIT, Case, Truth, cases, make_inputs, reference
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TF32_UNIT = 2.0**-11  # float32 matrix products on a GPU where the user allows TF32
 LARGE = 1e30
 MAX_FAILURES = 5  # shown per path; the rest are counted
@@ -95,7 +95,7 @@ def _judge(
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """On a busy machine torch's threads spend most of these small calls waiting for each other."""
+    """Uses few threads: on a busy machine they would mostly wait for each other in small calls."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -160,7 +160,7 @@ def _try(
 
 
 def check(path: Path, prepared: Prepared) -> Result:
-    """Run one path over every case it takes. Never raises for what the path does."""
+    """Runs one path over every case that it takes. A path that fails raises nothing here."""
     result = Result(path.kind, path.name, path.device)
     start, threads = time.perf_counter(), torch.get_num_threads()
     with torch.no_grad(), _threads(1):
@@ -179,7 +179,7 @@ def _first_line(error: BaseException) -> str:
 def check_all(
     paths: Iterable[Path], started: Callable[[Path], None] = lambda path: None
 ) -> Iterator[Result]:
-    """Results one by one; `started` is told before each, to pin a crash on its path."""
+    """Yields results one by one; calls `started` before each, so that a crash names its path."""
     prepared = prepare()
     for path in paths:
         started(path)

@@ -12,8 +12,9 @@ from torch import Tensor
 from wan_attn.backends import REGISTRY
 from wan_attn.doctor.selftest import Answer, Path
 from wan_attn.native import op
-from wan_attn.request import Request
+from wan_attn.request import Call, Request
 from wan_attn.selfcheck import reference
+from wan_attn.workloads import Workload
 
 
 def request(
@@ -21,17 +22,12 @@ def request(
 ) -> Request:
     """The case as the selection sees it."""
     is_causal, window = reference.MASKS[case.mask]
-    return Request(
-        batch=reference.BATCH,
-        seqlen_q=case.seqlen_q,
-        seqlen_k=case.seqlen_k,
-        num_heads_q=reference.HEADS_Q,
-        num_heads_k=reference.HEADS_K,
-        head_dim=case.head_dim,
-        dtype=dtype,
-        query_dtype=dtype,
-        key_dtype=dtype,
-        device=torch.device(device),
+    heads = (reference.HEADS_Q, reference.HEADS_K)
+    sizes = (reference.BATCH, case.seqlen_q, case.seqlen_k, *heads, case.head_dim)
+    return Request.of(
+        Workload("selftest", str(case), *sizes),
+        dtype,
+        device,
         is_causal=is_causal,
         window=window,
         has_q_lens=case.q_lens is not None,
@@ -55,14 +51,12 @@ def devices() -> list[str]:
 def _backend_path(name: str, device: str) -> Path:
     backend = REGISTRY[name]
 
-    def run(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Answer:
+    def run(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Answer:
         # The lse is judged too wherever the backend can return it.
-        wants_lse = (
-            backend.why_not(Request.from_tensors(query, key, value, return_lse=True, **call))
-            is None
-        )
-        out, lse = backend.run(query, key, value, return_lse=wants_lse, **call)
-        return out, lse if wants_lse else None
+        call = Call(**options, return_lse=True)
+        if backend.why_not(Request.from_tensors(query, key, value, call)) is not None:
+            call = call._replace(return_lse=False)
+        return backend.run(query, key, value, call)
 
     return Path(
         "backend",

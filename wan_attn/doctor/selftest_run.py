@@ -33,7 +33,7 @@ MAX_CHILDREN = 12  # paths that may each kill a child before the rest is given u
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The calls below are not the user's: their once-only log lines would only confuse."""
+    """Hides log lines: the calls inside are not the user's, and the lines would confuse."""
     logger = logging.getLogger("wan_attn")
     before = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -44,13 +44,13 @@ def _quiet() -> Iterator[None]:
 
 
 def run_here(skip: Collection[str] = ()) -> Iterator[Result]:
-    """The self-test in this process."""
+    """Runs the self-test in this process."""
     with _quiet():
         yield from selftest.check_all(path for path in paths() if path.key not in skip)
 
 
 def child(argv: Sequence[str]) -> int:
-    """The child's whole life: announce a path, report it, next."""
+    """The program of the child: announces a path, reports it, takes the next."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--skip", action="append", default=[])
     skip = set(parser.parse_args(argv).skip)
@@ -90,7 +90,7 @@ class Outcome:
 def run_isolated(
     make_command: Any = _command, timeout: float = TIMEOUT, max_children: int = MAX_CHILDREN
 ) -> Outcome:
-    """The self-test in child processes."""
+    """Runs the self-test in child processes."""
     outcome = Outcome([])
     for _ in range(max_children):
         done = [result.key for result in outcome.results]
@@ -111,7 +111,7 @@ def run_isolated(
 def _run_one(
     command: list[str], timeout: float, results: list[Result]
 ) -> tuple[list[str] | None, str | None]:
-    """One child: (the path it had begun, how it died), or (None, None) after a proper end."""
+    """Runs one child: (the path it had begun, how it died), or (None, None) after a proper end."""
     current: list[str] | None = None
     with tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
@@ -138,7 +138,7 @@ def _run_one(
 
 
 def _lines(process: subprocess.Popen[str], timeout: float) -> Iterator[str]:
-    """The child's marked lines until it closes its output; queue.Empty after a long silence."""
+    """Yields the child's marked lines until its output closes; queue.Empty after a long silence."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:

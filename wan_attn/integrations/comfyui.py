@@ -20,6 +20,8 @@ from torch import Tensor
 from wan_attn import attention, config, log
 from wan_attn.integrations import _rebind
 from wan_attn.integrations._rebind import Binding
+from wan_attn.request import DTYPES
+from wan_attn.signatures._masked import REASON
 
 NAME = "wan_attn"
 """What the function is registered as, and chosen by."""
@@ -44,17 +46,16 @@ _KNOWN = frozenset(
         *("preferred_attention", "_inside_attn_wrapper"),
     )
 )
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Any) -> str | None:
     """Why wan_attn leaves this call to another function; None: it takes it."""
     if mask is not None:
-        return "a mask is given, and wan_attn's kernels know lengths, causal and window only"
+        return REASON
     unknown = sorted(set(options) - _KNOWN)
     if unknown:
         return f"wan_attn does not know the option {unknown[0]!r}"
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in _DTYPES:
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in DTYPES:
         names = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v))
         return f"q, k and v must share float16, bfloat16 or float32, got {names}"
     if k.shape != v.shape or k.shape[0] != q.shape[0]:
@@ -156,7 +157,7 @@ def register(host: Any) -> Attention:
     return cast(Attention, host.get_attention_function(NAME))
 
 
-def use_globally(host: Any) -> tuple[Binding, ...]:
+def patch(host: Any) -> tuple[Binding, ...]:
     """Put the registered function wherever ComfyUI's choice for all models is bound.
 
     Every module imports that by name, so it is replaced by identity, in modules that are loaded and
@@ -173,8 +174,8 @@ def use_globally(host: Any) -> tuple[Binding, ...]:
     return tuple(done)
 
 
-def restore(host: Any) -> None:
-    """Undo use_globally(), where the function is still ours."""
+def unpatch(host: Any) -> None:
+    """Undo patch(), where the function is still ours."""
     ours = register(host)
     replaced = dict(_replaced)
     _replaced.clear()
@@ -209,7 +210,7 @@ def start(host: Any) -> dict[str, type]:
     elif chosen:
         log.LOGGER.info("wan_attn: for the models behind its node (%s stays)", chosen[0])
     else:
-        use_globally(host)
+        patch(host)
         log.LOGGER.info("Using wan_attn attention")
     return {NODE_ID: make_node(host)}
 
@@ -221,7 +222,9 @@ def make_node(host: Any) -> type:
         """Chooses the attention function of one model."""
 
         CATEGORY = "model/patch"
-        DESCRIPTION = "What computes this model's attention. Bypass the node to have it as before."
+        DESCRIPTION = (
+            "What computes this model's attention. Bypass the node to restore the previous one."
+        )
         FUNCTION = "apply"
         RETURN_TYPES: ClassVar[tuple[str, ...]] = ("MODEL",)
 
@@ -232,7 +235,7 @@ def make_node(host: Any) -> type:
             return {"required": {"model": ("MODEL",), "backend": (backends(host), options)}}
 
         def apply(self, model: Any, backend: str) -> tuple[Any]:
-            return (patch_model(host, model, backend),)
+            return (enable(host, model, backend),)
 
     return WanAttention
 
@@ -242,7 +245,7 @@ def backends(host: Any) -> list[str]:
     return [NAME, *(n for n in HOST_BACKENDS if host.get_attention_function(n, None) is not None)]
 
 
-def patch_model(host: Any, model: Any, backend: str) -> Any:
+def enable(host: Any, model: Any, backend: str) -> Any:
     """A clone of `model` whose attention is computed by `backend`.
 
     Raises:
@@ -269,3 +272,7 @@ def _title(function: Any) -> str:
     """A function by its name; of a partial, the function it calls."""
     function = getattr(function, "func", function)
     return str(getattr(function, "__name__", type(function).__name__))
+
+
+# Their names in 0.1.
+use_globally, restore, patch_model = patch, unpatch, enable

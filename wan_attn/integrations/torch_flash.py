@@ -21,7 +21,7 @@ from torch import Tensor
 
 from wan_attn import log
 from wan_attn.backends import native
-from wan_attn.request import Request
+from wan_attn.request import Call, Request
 
 NAME = "wan_attn"
 OPERATOR = "_scaled_dot_product_flash_attention"
@@ -118,14 +118,16 @@ def _why_not(
         return "it is causal with another number of queries than keys"
     if value.shape[-1] != query.shape[-1]:
         return "its value has another head_dim than its query"
-    operands = (x.transpose(1, 2) for x in (query, key, value))
-    return native.why_not(Request.from_tensors(*operands, is_causal=is_causal, return_lse=True))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    call = Call(is_causal=is_causal, return_lse=True)
+    return native.why_not(Request.from_tensors(query, key, value, call))
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Result:
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    out, lse = native.run(query, key, value, scale=scale, is_causal=is_causal, return_lse=True)
+    call = Call(scale=scale, is_causal=is_causal, return_lse=True)
+    out, lse = native.run(query, key, value, call)
     # What a backward pass would need for dropout, of which there is none here.
     state = torch.zeros(2, dtype=torch.uint64, device=query.device)
     nothing = query.new_empty(0)

@@ -21,11 +21,9 @@ from torch import Tensor
 from wan_attn import attention, config, log
 from wan_attn.integrations import _mask_plan
 from wan_attn.integrations._transformers_choice import choose, model_parts
+from wan_attn.request import DTYPES, MAX_HEAD_DIM
 
 NAME = "wan_attn"
-MAX_HEAD_DIM = 256
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _planner = _mask_plan.Planner()
 
 
@@ -93,7 +91,7 @@ def _why_not(
         return f"its head_dim {query.shape[-1]} is above {MAX_HEAD_DIM}"
     if query.shape[0] != key.shape[0]:
         return "its query has another batch than its key"
-    if query.dtype not in _DTYPES:
+    if query.dtype not in DTYPES:
         return f"it is {str(query.dtype).removeprefix('torch.')}"
     return None
 

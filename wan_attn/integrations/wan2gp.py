@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""wan2gp.py - Wan2GP's pay_attention by wan_attn: enable() and disable().
+"""wan2gp.py - Wan2GP's pay_attention by wan_attn: patch() and unpatch().
 
 Interface: shared/attention.py of deepbeepmeep/Wan2GP. Its modes are a closed list, so the function
 itself is replaced, wherever it is bound. Importing this file imports nothing of it.
@@ -22,7 +22,7 @@ from wan_attn.integrations._rebind import Binding
 MODULE, FUNCTION = "shared.attention", "pay_attention"
 
 
-def enable(module: ModuleType | None = None) -> tuple[Binding, ...]:
+def patch(module: ModuleType | None = None) -> tuple[Binding, ...]:
     """Replace pay_attention in every module that has it; twice is once.
 
     Args:
@@ -41,8 +41,8 @@ def enable(module: ModuleType | None = None) -> tuple[Binding, ...]:
     return _rebind.rebind(original, ours)
 
 
-def disable(module: ModuleType | None = None) -> None:
-    """Put Wan2GP's own function back; without enable(), do nothing."""
+def unpatch(module: ModuleType | None = None) -> None:
+    """Put Wan2GP's own function back; without patch(), do nothing."""
     module = importlib.import_module(MODULE) if module is None else module
     ours = getattr(module, FUNCTION)
     if hasattr(ours, "wan_attn_replaced"):
@@ -105,3 +105,7 @@ def make_pay_attention(original: Any) -> Any:
         )
 
     return pay_attention
+
+
+# Their names in 0.1.
+enable, disable = patch, unpatch

@@ -15,27 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wan_attn.request import Call
+
 # Elements of one [batch, heads, rows, seqlen_k] block of weights: 256 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 26
 
 
-def setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    """Keeps what backward needs; called by torch after forward."""
-    query, key, value, q_lens, k_lens = inputs
-    ctx.save_for_backward(query, key, value, q_lens, k_lens)
-    ctx.options = dict(keyword_only_inputs)
+def remember(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> None:
+    """Keeps what backward needs. Tensors go where torch looks after them."""
+    ctx.save_for_backward(query, key, value, call.q_lens, call.k_lens)
+    ctx.call = call._replace(q_lens=None, k_lens=None)
 
 
-def _visible(
-    ctx: Any,
-    rows: Tensor,
-    seqlen_q: int,
-    seqlen_k: int,
-    q_lens: Tensor | None,
-    k_lens: Tensor | None,
-) -> Tensor:
+def _visible(rows: Tensor, seqlen_q: int, seqlen_k: int, call: Call) -> Tensor:
     """[batch or 1, 1, rows, seqlen_k] bool: the mask of csrc/wan_attn.h for these query rows."""
     device = rows.device
+    q_lens, k_lens = call.q_lens, call.k_lens
     len_q = torch.full((1,), seqlen_q, device=device) if q_lens is None else q_lens.to(device)
     len_k = torch.full((1,), seqlen_k, device=device) if k_lens is None else k_lens.to(device)
     len_q, len_k = len_q.view(-1, 1, 1, 1), len_k.view(-1, 1, 1, 1)
@@ -43,8 +38,8 @@ def _visible(
     column = torch.arange(seqlen_k, device=device).view(1, 1, 1, -1)
     offset = column - (row + len_k - len_q)
     visible = (row < len_q) & (column < len_k)
-    left, right = ctx.options["window_left"], ctx.options["window_right"]
-    if ctx.options["is_causal"]:
+    left, right = call.window
+    if call.is_causal:
         right = 0
     if left >= 0:
         visible = visible & (offset >= -left)
@@ -65,11 +60,11 @@ def _rows_or_zero(x: Tensor, lengths: Tensor | None) -> Tensor:
 def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     """(grad_query, grad_key, grad_value, None, None), in the inputs' dtypes, from float32."""
     query, key, value, q_lens, k_lens = ctx.saved_tensors
+    call: Call = ctx.call._replace(q_lens=q_lens, k_lens=k_lens)
     batch, seqlen_q, heads_q, head_dim = query.shape
     seqlen_k, heads_k = key.shape[1], key.shape[2]
     groups = heads_q // heads_k
-    scale = ctx.options["scale"]
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    scale = 1.0 / math.sqrt(head_dim) if call.scale is None else call.scale
     with torch.autocast(query.device.type, enabled=False):
         q, do = _rows_or_zero(query, q_lens), _rows_or_zero(grad_out, q_lens)
         k = _rows_or_zero(key, k_lens).repeat_interleave(groups, dim=1)
@@ -79,7 +74,7 @@ def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | Non
         for first in range(0, seqlen_q, block):
             rows = torch.arange(first, min(first + block, seqlen_q), device=query.device)
             part = slice(first, first + block)
-            visible = _visible(ctx, rows, seqlen_q, seqlen_k, q_lens, k_lens)
+            visible = _visible(rows, seqlen_q, seqlen_k, call)
             scores = (q[:, :, part] @ k.transpose(2, 3)) * scale
             # A row that sees no key has only -inf here and NaN after softmax: its weights are 0.
             weights = torch.softmax(scores.masked_fill(~visible, -math.inf), dim=-1)
@@ -87,7 +82,7 @@ def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | Non
             dv = dv + weights.transpose(2, 3) @ do[:, :, part]
             dweights = do[:, :, part] @ v.transpose(2, 3)
             dscores = dweights - (dweights * weights).sum(-1, keepdim=True)
-            if ctx.options["return_lse"]:
+            if call.return_lse:
                 dscores = dscores + grad_lse[:, :, part].unsqueeze(-1)
             dscores = dscores * weights * scale
             dq.append(dscores @ k)

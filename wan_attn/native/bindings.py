@@ -24,20 +24,12 @@ DTYPES = {
     torch.bfloat16: native.BF16,
     torch.int32: native.I32,
     torch.int64: native.I64,
+    torch.float64: native.F64,
 }
 DEVICES = {"cpu": native.CPU, "cuda": native.CUDA}
 
-# Bits that each value of WAN_ATTN_CPU_ISA allows; every level includes the ones below it.
-_AVX2, _AVX512, _AVX512_BF16, _AMX, _NEON = (1 << bit for bit in range(5))
-_ISA_FEATURES = {
-    "auto": 0,
-    "portable": 0,
-    "avx2": _AVX2,
-    "avx512": _AVX2 | _AVX512,
-    "avx512_bf16": _AVX2 | _AVX512 | _AVX512_BF16,
-    "amx": _AVX2 | _AVX512 | _AVX512_BF16 | _AMX,
-    "neon": _NEON,
-}
+# Values of WAN_ATTN_CPU_ISA that are not the name of a feature of wan_attn.h.
+_ISA_NAMES = {"amx": "amx_bf16"}
 
 
 _here = threading.local()
@@ -57,7 +49,11 @@ def allowed_cpu_features() -> int:
 def set_cpu_features(settings: config.Settings) -> None:
     """Lets every binding obey these settings from its next call on."""
     isa = settings.cpu_isa
-    CPU_FEATURES.value = 0 if isa == "auto" else native.CPU_KNOWN | _ISA_FEATURES[isa]
+    if isa == "auto" or native.load() is None:
+        CPU_FEATURES.value = 0
+        return
+    allowed = 0 if isa == "portable" else native.cpu_feature_level(_ISA_NAMES.get(isa, isa))
+    CPU_FEATURES.value = native.CPU_KNOWN | allowed
 
 
 config.follow(set_cpu_features)

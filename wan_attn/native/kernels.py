@@ -7,15 +7,12 @@ import ctypes
 import functools
 from ctypes import c_int32
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from wan_attn.native import library
 from wan_attn.native.bindings import DEVICES, DTYPES, allowed_cpu_features
-
-if TYPE_CHECKING:
-    from wan_attn.request import Request
+from wan_attn.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +26,6 @@ class KernelInfo:
     dtypes: tuple[torch.dtype, ...]
     head_dim_min: int
     head_dim_max: int
-    head_dim_multiple: int
     arch_min: int
     arch_max: int
     cpu_features: tuple[str, ...]
@@ -56,7 +52,6 @@ def kernels() -> tuple[KernelInfo, ...]:
                 dtypes=tuple(dtype for dtype, bit in DTYPES.items() if info.dtypes >> bit & 1),
                 head_dim_min=info.head_dim_min,
                 head_dim_max=info.head_dim_max,
-                head_dim_multiple=info.head_dim_multiple,
                 arch_min=info.arch_min,
                 arch_max=info.arch_max,
                 cpu_features=library.feature_names(info.cpu_features),

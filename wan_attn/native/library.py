@@ -25,11 +25,9 @@ from wan_attn.version import REINSTALL
 ABI_VERSION = 1
 
 OK, INVALID_ARGUMENT, UNSUPPORTED, DEVICE_ERROR, INTERNAL = range(5)
-F32, F16, BF16, I32, I64, DTYPE_OTHER = range(6)
+F32, F16, BF16, I32, I64, F64, DTYPE_OTHER = range(7)
 CPU, CUDA, DEVICE_OTHER = range(3)
 
-# Bit of cpu_features -> the name used by WAN_ATTN_CPU_ISA, doctor and kernels().
-CPU_FEATURES = {0: "avx2", 1: "avx512", 2: "avx512_bf16", 3: "amx_bf16", 4: "neon"}
 CPU_KNOWN = 1 << 31
 
 MAX_NDIM = 4
@@ -154,6 +152,8 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "wan_attn_build_info": (c_char_p, []),
     "wan_attn_status_name": (c_char_p, [c_int32]),
     "wan_attn_cpu_features": (c_uint32, []),
+    "wan_attn_cpu_feature_name": (c_char_p, [c_int32]),
+    "wan_attn_cpu_feature_level": (c_uint32, [c_int32]),
     "wan_attn_kernel_count": (c_int32, []),
     "wan_attn_kernel_at": (c_int32, [c_int32, ctypes.POINTER(KernelInfo)]),
     "wan_attn_why_not": (c_int32, [_P, c_int32, _E]),
@@ -240,6 +240,24 @@ def lib() -> ctypes.CDLL:
     return library
 
 
+@functools.cache
+def cpu_features() -> dict[str, int]:
+    """Name -> bit of a cpu_features word, for every feature that some row could use."""
+    found: dict[str, int] = {}
+    while (name := lib().wan_attn_cpu_feature_name(len(found))) is not None:
+        found[name.decode()] = len(found)
+    return found
+
+
+def cpu_feature_level(name: str) -> int:
+    """The bits of this feature and of all that it builds on: what who names it allows.
+
+    Raises:
+        KeyError: there is no such feature.
+    """
+    return int(lib().wan_attn_cpu_feature_level(cpu_features()[name]))
+
+
 def feature_names(bits: int) -> tuple[str, ...]:
     """Names of the set bits of a cpu_features word."""
-    return tuple(name for bit, name in CPU_FEATURES.items() if bits >> bit & 1)
+    return tuple(name for name, bit in cpu_features().items() if bits >> bit & 1)

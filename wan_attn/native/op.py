@@ -10,14 +10,17 @@ torch   no native library: computed by torch's operators, so the op exists where
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from wan_attn.config import current
-from wan_attn.contract import check_call
 from wan_attn.native import autograd, cuda_driver, library, shim
 from wan_attn.native.bindings import ctypes_sdpa
 from wan_attn.native.kernels import KernelInfo, build_info, cpu_features, kernels, select, why_not
+from wan_attn.request import Call, check, empty_lse
 
 __all__ = [
     "SCHEMA",
@@ -27,6 +30,7 @@ __all__ = [
     "build_info",
     "cpu_features",
     "kernels",
+    "register",
     "select",
     "why_not",
 ]
@@ -39,8 +43,13 @@ SCHEMA = (
 
 # Torch frees an operator with the last reference to its Library: keep it as long as the module.
 _LIBRARY = torch.library.Library("wan_attn", "FRAGMENT")
+_is_defined = False
+_is_registered = False
 _binding: str = "torch"
 _reason: str = ""
+
+# fallback(query, key, value, call) -> out, lse or None: attention by torch's operators.
+Fallback = Callable[[Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor | None]]
 
 
 def binding() -> str:
@@ -53,10 +62,7 @@ def binding_reason() -> str:
     return _reason
 
 
-def _sdpa_by_torch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def _call(
     q_lens: Tensor | None = None,
     k_lens: Tensor | None = None,
     *,
@@ -66,29 +72,30 @@ def _sdpa_by_torch(
     window_right: int = -1,
     return_lse: bool = False,
     kernel: int = -1,
-) -> tuple[Tensor, Tensor]:
-    from wan_attn.backends import torch_sdpa
+) -> tuple[Call, int]:
+    """The schema's arguments behind query, key and value: a call, and the row that is forced."""
+    window = (window_left, window_right)
+    call = Call(q_lens, k_lens, scale, is_causal, window, return_lse=return_lse)
+    return call, kernel
 
-    if kernel != -1:
-        raise RuntimeError(
-            f"wan_attn: kernel must be -1, as there is no kernel table here ({_reason}),"
-            f" got {kernel}"
-        )
-    check_call(query, key, value, q_lens, k_lens, scale, window_left, window_right)
-    out, lse = torch_sdpa.run(
-        query,
-        key,
-        value,
-        q_lens=q_lens,
-        k_lens=k_lens,
-        scale=scale,
-        is_causal=is_causal,
-        window=(window_left, window_right),
-        return_lse=return_lse,
-    )
-    if lse is None:
-        lse = query.new_empty((0, query.shape[2], query.shape[1]), dtype=torch.float32)
-    return out.contiguous(), lse
+
+def _by_torch(fallback: Fallback) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The op without the native library."""
+
+    def sdpa(
+        query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        call, kernel = _call(*args, **options)
+        if kernel != -1:
+            raise RuntimeError(
+                f"wan_attn: kernel must be -1, as there is no kernel table here ({_reason}),"
+                f" got {kernel}"
+            )
+        check(query, key, value, call)
+        out, lse = fallback(query, key, value, call)
+        return out.contiguous(), empty_lse(query, return_lse=False) if lse is None else lse
+
+    return sdpa
 
 
 def _sdpa_elsewhere(
@@ -104,32 +111,47 @@ def _sdpa_elsewhere(
 
 
 def _sdpa_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    q_lens: Tensor | None = None,
-    k_lens: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    window_left: int = -1,
-    window_right: int = -1,
-    return_lse: bool = False,
-    kernel: int = -1,
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    check_call(query, key, value, q_lens, k_lens, scale, window_left, window_right)
-    batch, seqlen_q, heads, _ = query.shape
-    lse = query.new_empty((batch if return_lse else 0, heads, seqlen_q), dtype=torch.float32)
-    return query.new_empty(query.shape), lse
+    call, _ = _call(*args, **options)
+    check(query, key, value, call)
+    return query.new_empty(query.shape), empty_lse(query, call.return_lse)
 
 
-def _register() -> None:
-    global _binding, _reason
-    wanted = current().binding  # before anything is registered: this may raise, and be tried again
+def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    query, key, value, *lens = inputs
+    call, _ = _call(*lens, **keyword_only_inputs)
+    autograd.remember(ctx, query, key, value, call)
+
+
+def _define() -> None:
+    global _is_defined
     # Else inductor may hand over other strides than eager does; the contract wants a last one of 1.
     _LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _is_defined = True
     torch.library.register_fake("wan_attn::sdpa", _sdpa_fake, lib=_LIBRARY)
     _LIBRARY.impl("sdpa", _sdpa_elsewhere, "CompositeExplicitAutograd")
+    torch.library.register_autograd(
+        "wan_attn::sdpa", autograd.backward, setup_context=_setup_context, lib=_LIBRARY
+    )
+
+
+def register(fallback: Fallback) -> None:
+    """Register torch.ops.wan_attn.sdpa; twice is once.
+
+    Args:
+        fallback: what computes where the native library is not used.
+
+    Raises:
+        RuntimeError: WAN_ATTN_BINDING=shim, and there is none. ConfigError: a variable is wrong.
+            Either may be put right, and this called again.
+    """
+    global _is_registered, _binding, _reason
+    wanted = current().binding
+    if _is_registered:
+        return
+    if not _is_defined:
+        _define()
     if wanted == "torch" or library.load() is None:
         _binding = "torch"
         _reason = library.load_error() or "WAN_ATTN_BINDING=torch"
@@ -140,12 +162,7 @@ def _register() -> None:
             raise RuntimeError(f"wan_attn: WAN_ATTN_BINDING=shim is not available: {why_no_shim}")
         _binding, _reason = ("ctypes", why_no_shim) if why_no_shim is not None else ("shim", "")
     if _binding != "shim":
-        function = ctypes_sdpa if _binding == "ctypes" else _sdpa_by_torch
+        function = ctypes_sdpa if _binding == "ctypes" else _by_torch(fallback)
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl("sdpa", function, key)
-    torch.library.register_autograd(
-        "wan_attn::sdpa", autograd.backward, setup_context=autograd.setup_context, lib=_LIBRARY
-    )
-
-
-_register()
+    _is_registered = True

@@ -2,13 +2,13 @@
 """choose.py - Request + Settings -> Choice: what runs a call, and why not what came before it.
 
 Pure: the same request and settings give the same choice on the same machine. Python chooses the
-    library here, C chooses the kernel (csrc/core/dispatch.c).
+library here, C chooses the kernel (csrc/core/dispatch.c).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +17,40 @@ from wan_attn.backends._common import capability
 from wan_attn.backends._flash_attention import NOT_INSTALLED
 from wan_attn.config import FLASH_ATTENTION_BACKENDS, Settings
 from wan_attn.request import Request
+from wan_attn.workloads import WORKLOADS
 
 DISABLED = "disabled by DISABLE_FLASH_ATTN=1"
+
+
+class Card(NamedTuple):
+    """What selection knows about the cards of one compute capability.
+
+    Attributes:
+        title: for people.
+        is_float16_better: for float32 inputs, where the caller did not say: float16 has three more
+            bits of mantissa than bfloat16 at the same speed on the consumer cards. Data-centre
+            cards, and newer ones, get the range of bfloat16.
+        is_torch_first: its tensor cores reach their full rate by wgmma or tcgen05 alone: PyTorch's
+            cuDNN has such kernels, and what mma.sync can reach is some 62 % on Hopper (Luo et al.,
+            arXiv 2402.13499). Until ours are measured there, PyTorch's go first.
+    """
+
+    title: str
+    is_float16_better: bool = False
+    is_torch_first: bool = False
+
+
+CARDS = {
+    (8, 6): Card("GeForce RTX 30", is_float16_better=True),
+    (8, 9): Card("GeForce RTX 40", is_float16_better=True),
+    (9, 0): Card("Hopper", is_torch_first=True),
+    (10, 0): Card("B200", is_torch_first=True),
+    (10, 1): Card("Thor, as CUDA 12 calls it", is_torch_first=True),
+    (10, 3): Card("B300", is_torch_first=True),
+    (11, 0): Card("Thor, as CUDA 13 calls it", is_torch_first=True),
+}
+_ANY_CARD = Card("any other card")
+_FIRST_WITH_BF16 = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +59,28 @@ class Choice:
 
     Attributes:
         backend: key of REGISTRY.
-        kernel_name: row of our kernel table, for backend `sdpa`; else None.
+        request: the call.
         refusals: (backend, reason) for each one that came before it in the order, in that order.
         forced_by: the variable that named a backend, as the user wrote it; "" for auto.
     """
 
     backend: str
-    kernel_name: str | None
+    request: Request
     refusals: tuple[tuple[str, str], ...]
     forced_by: str = ""
 
     @property
+    def kernel_name(self) -> str | None:
+        """The row that would take a contiguous call of this kind, for backend `sdpa`; else None.
+
+        An answer of the kernel table, asked now. What ran is what the backend says after a run.
+        """
+        return native.kernel_name(self.request) if self.backend == native.NAME else None
+
+    @property
     def title(self) -> str:
-        """What runs, as the log calls it."""
-        title = REGISTRY[self.backend].TITLE
-        return title if self.kernel_name is None else f"{title} ({self.kernel_name})"
+        """What would run, as the log calls it."""
+        return title(self.backend, self.kernel_name)
 
     @property
     def is_fallback(self) -> bool:
@@ -66,35 +105,15 @@ class Choice:
         return "; ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A kind of call for which our kernel was measured faster than FlashAttention on a GPU.
-
-    Attributes:
-        capability: of the GPU; dtype, head_dim: of the call; seqlen_k_min: from here up.
-        source: the file of benchmarks/results that shows it.
-    """
-
-    capability: tuple[int, int]
-    dtype: torch.dtype
-    head_dim: int
-    seqlen_k_min: int
-    source: str
+def title(backend: str, kernel_name: str | None) -> str:
+    """A backend, and the row of the kernel table that it runs, as the log calls them."""
+    name = REGISTRY[backend].TITLE
+    return name if kernel_name is None else f"{name} ({kernel_name})"
 
 
-MEASURED_FASTER: tuple[Measured, ...] = ()
-
-# Cards whose tensor cores reach their full rate by wgmma or tcgen05 alone: PyTorch's cuDNN has such
-# kernels, and what mma.sync can reach is some 62 % on Hopper (Luo et al., arXiv 2402.13499). Until
-# ours are measured there, PyTorch's go first.
-# (Thor is 10.1 to CUDA 12 and 11.0 to CUDA 13.)
-_BEYOND_MMA_SYNC = ((9, 0), (10, 0), (10, 1), (10, 3), (11, 0))
-
-# For fp32 inputs, where the caller did not say: fp16 has three more bits of mantissa than bf16 at
-# the same speed on the consumer cards RTX 30 and 40, and is all that cards before those have; the
-# data-centre cards, and what is newer, get the range of bf16.
-_FP16_CARDS = ((8, 6), (8, 9))
-_FIRST_WITH_BF16 = (8, 0)
+def _card(device: torch.device) -> Card:
+    arch = capability(device)
+    return _ANY_CARD if arch is None else CARDS.get(arch, _ANY_CARD)
 
 
 def compute_dtype(
@@ -113,29 +132,17 @@ def compute_dtype(
         return asked
     # bfloat16 is the default of the signature: what the card does best, rather than a wish.
     arch = capability(device)
-    if arch is not None and (arch < _FIRST_WITH_BF16 or arch in _FP16_CARDS):
+    if arch is not None and (arch < _FIRST_WITH_BF16 or _card(device).is_float16_better):
         return torch.float16
     return torch.bfloat16
 
 
-def measured_faster(request: Request, table: tuple[Measured, ...]) -> bool:
-    """Whether our kernel goes before FlashAttention for this call."""
-    arch = capability(request.device)
-    return any(
-        (row.capability, row.dtype, row.head_dim) == (arch, request.dtype, request.head_dim)
-        and request.seqlen_k >= row.seqlen_k_min
-        for row in table
-    )
-
-
-def order(
-    request: Request, settings: Settings, table: tuple[Measured, ...] = MEASURED_FASTER
-) -> tuple[str, ...]:
+def order(request: Request, settings: Settings) -> tuple[str, ...]:
     """The backends in the order in which they are asked.
 
-    auto: FA3 > FA2 > ours > PyTorch > memory-bounded; ours first where measured faster, and off
-        CUDA, where FlashAttention has nothing; PyTorch before ours on the cards of
-        _BEYOND_MMA_SYNC. A named backend comes first and the ones behind it follow.
+    auto: FA3 > FA2 > ours > PyTorch > memory-bounded; off CUDA without FlashAttention, which has
+        nothing there; PyTorch before ours on the cards where CARDS says so. A named backend comes
+        first and the ones behind it follow.
     """
     names = tuple(REGISTRY)
     forced = settings.forced_backend
@@ -144,9 +151,7 @@ def order(
         return (forced, *behind) if forced != chunked.NAME else (forced, torch_sdpa.NAME)
     if request.device.type != "cuda":
         return tuple(name for name in names if name not in FLASH_ATTENTION_BACKENDS)
-    if measured_faster(request, table):
-        return (native.NAME, *(name for name in names if name != native.NAME))
-    if capability(request.device) in _BEYOND_MMA_SYNC:
+    if _card(request.device).is_torch_first:
         before = FLASH_ATTENTION_BACKENDS + (torch_sdpa.NAME,)
         return (*before, *(name for name in names if name not in before))
     return names
@@ -167,7 +172,6 @@ def why_not(
     return REGISTRY[name].why_not(request)
 
 
-@lru_cache(maxsize=1024)
 def select(
     request: Request,
     settings: Settings,
@@ -183,8 +187,7 @@ def select(
 
     Raises:
         RuntimeError: no backend takes the call, or, under WAN_ATTN_STRICT=1, the named one does
-            not;
-            the message has every reason.
+            not; the message has every reason.
     """
     refusals: list[tuple[str, str]] = []
     gone = dict(failed)
@@ -193,8 +196,7 @@ def select(
             name, request, settings, version, wrapper_failed=chunked.NAME in gone
         )
         if reason is None:
-            kernel_name = native.kernel_name(request) if name == native.NAME else None
-            return Choice(name, kernel_name, tuple(refusals), settings.forced_by)
+            return Choice(name, request, tuple(refusals), settings.forced_by)
         refusals.append((name, reason))
         if settings.strict and settings.forced_backend == name:
             raise RuntimeError(
@@ -203,3 +205,24 @@ def select(
             )
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
     raise RuntimeError(f"wan_attn: no backend takes this call: {reasons}")
+
+
+def available(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, str | None]:
+    """Every backend, in the order of the selection, with why it cannot run here; None: it can.
+
+    Asked for Wan2.2's plain self-attention (TI2V-5B at 1280x704); `python -m wan_attn why` asks for
+    any other call. Allocates nothing.
+
+    Args:
+        device: None: the current CUDA device where there is one, else the CPU.
+        dtype: what would be computed in.
+
+    Returns:
+        name, as in USE_ATTENTION_BACKEND -> reason or None.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    request = Request.of(WORKLOADS["ti2v-5b-720p"], dtype, device)
+    return {name: backend.why_not(request) for name, backend in REGISTRY.items()}

@@ -16,19 +16,22 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from wan_attn.request import Request
-    from wan_attn.selection.choose import Choice
+from wan_attn import config
+from wan_attn.request import Request
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _HOME = os.path.expanduser("~").rstrip(os.sep) + os.sep
 DRAIN_EVERY = 512  # calls between two looks at marks that have passed
+
+
+OnExit = Callable[["Recorder", float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,12 @@ class Recorder:
     Args:
         path: the JSON file.
         api: torch.cuda, or a stand-in.
+        on_exit: gets the recorder, all its times read, and the seconds since it began: it writes
+            the file and the summary.
     """
 
-    def __init__(self, path: str, api: Any = torch.cuda) -> None:
-        self.path, self.api = path, api
+    def __init__(self, path: str, api: Any = torch.cuda, on_exit: OnExit | None = None) -> None:
+        self.path, self.api, self.on_exit = path, api, on_exit
         self.marks: list[Mark] = []
         self.began = time.perf_counter()
         self.date = time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime())
@@ -104,8 +109,8 @@ class Recorder:
         event.record(self.api.current_stream(device))
         return event
 
-    def stop(self, begun: Any, request: Request, choice: Choice) -> None:
-        """After it."""
+    def stop(self, begun: Any, request: Request, title: str) -> None:
+        """After it; `title` is what ran."""
         if begun is None:
             return
         end: Any = time.perf_counter()
@@ -120,7 +125,7 @@ class Recorder:
             + f" {str(request.dtype).removeprefix('torch.')}"
         )
         with self._lock:
-            self.marks.append(Mark(site, kind, choice.title, request.device, begun, end, host))
+            self.marks.append(Mark(site, kind, title, request.device, begun, end, host))
             if self.rank is None:
                 self.rank = _rank()
             is_time = len(self.marks) % DRAIN_EVERY == 0
@@ -187,14 +192,14 @@ class Recorder:
             self._unread += 1
 
     def finish(self) -> None:
-        """Read what is left, write the file, print the summary; at exit."""
+        """Read what is left, and hand all to on_exit; at exit, or where recording ends before."""
         global _recorder
+        atexit.unregister(self.finish)
         if _recorder is self:
             _recorder = None
-        from wan_attn.bench import profile  # above us, and not needed before
-
         self.drain(wait=True)
-        profile.finish(self, time.perf_counter() - self.began)
+        if self.on_exit is not None:
+            self.on_exit(self, time.perf_counter() - self.began)
 
 
 def _modules(frame: FrameType) -> tuple[Any, list[Any]]:
@@ -225,6 +230,13 @@ def _rank() -> int:
 
 _recorder: Recorder | None = None
 _start_lock = threading.Lock()
+_report: OnExit | None = None
+
+
+def report_with(on_exit: OnExit) -> None:
+    """What each recorder of this process hands its times to; it lies above us, in bench/."""
+    global _report
+    _report = on_exit
 
 
 def recorder(path: str) -> Recorder:
@@ -232,6 +244,15 @@ def recorder(path: str) -> Recorder:
     global _recorder
     with _start_lock:
         if _recorder is None:
-            _recorder = Recorder(path)
+            _recorder = Recorder(path, on_exit=_report)
             atexit.register(_recorder.finish)
         return _recorder
+
+
+def _obey(settings: config.Settings) -> None:
+    """Ends the recording to a file that WAN_ATTN_PROFILE no longer names."""
+    if _recorder is not None and _recorder.path != settings.profile:
+        _recorder.finish()
+
+
+config.follow(_obey)

@@ -4,21 +4,28 @@
 from __future__ import annotations
 
 import logging
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wan_attn import config, log
-from wan_attn.backends import REGISTRY
+from wan_attn.backends import REGISTRY, native
 from wan_attn.backends._errors import is_device_error
-from wan_attn.request import Request, host_lengths, refuse, wants_grad
+from wan_attn.request import (
+    Call,
+    Request,
+    check_dense,
+    check_scale,
+    host_lengths,
+    refuse,
+    wants_grad,
+)
 from wan_attn.selection import profile
-from wan_attn.selection.choose import Choice, compute_dtype, select
+from wan_attn.selection.choose import Choice, compute_dtype, select, title
 
 # What a backend may raise for reasons of its own: a missing symbol, a changed signature, a shape it
 # did not expect.
@@ -32,29 +39,6 @@ _BACKEND_FAILURES = (
     ImportError,
     OSError,
 )
-
-
-class Call(NamedTuple):
-    """One call's arguments beside its operands; see attention.py for what they mean.
-
-    The first three are values that change from call to call; all others decide what is run, and
-    _kind() takes them by position.
-
-    Attributes:
-        dropout_p: already 0 where grad is disabled.
-        dtype: what to compute in where value is not half; None: in value's, whatever it is.
-        version: of FlashAttention.
-    """
-
-    q_lens: Tensor | None
-    k_lens: Tensor | None
-    scale: float | None
-    is_causal: bool
-    window: tuple[int, int]
-    dropout_p: float
-    return_lse: bool
-    dtype: torch.dtype | None
-    version: int | None
 
 
 @dataclass(slots=True)
@@ -71,7 +55,7 @@ class _Plan:
     settings: config.Settings
     request: Request
     choice: Choice
-    run: Callable[..., tuple[Tensor, Tensor | None]]
+    run: Callable[[Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor | None]]
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
     failed: tuple[tuple[str, str], ...] = ()
     is_said: bool = False
@@ -79,6 +63,7 @@ class _Plan:
 
 _plans: dict[tuple[Any, ...], _Plan] = {}
 _PLANS_MAX = 4096  # kinds of calls; shapes that never repeat must not grow this for ever
+config.memory(_plans.clear)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -87,7 +72,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
     Raises:
         RuntimeError: a bad argument; no backend takes the call; or the device is in trouble.
     """
-    query, key, value = readable(query), readable(key), readable(value)
+    query, key, value = _readable(query, key, value)
     settings = config.current()
     kind = _kind(query, key, value, call)
     plan = _plans.get(kind)
@@ -105,18 +90,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
     while True:
         begun = None if recorder is None else recorder.start(query.device)
         try:
-            result = plan.run(
-                query,
-                key,
-                value,
-                q_lens=call.q_lens,
-                k_lens=call.k_lens,
-                scale=call.scale,
-                is_causal=call.is_causal,
-                window=call.window,
-                dropout_p=call.dropout_p,
-                return_lse=call.return_lse,
-            )
+            result = plan.run(query, key, value, call)
         except _BACKEND_FAILURES as error:
             if is_device_error(error):
                 raise
@@ -124,16 +98,30 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
             _keep(kind, plan)
         else:
             if recorder is not None:
-                recorder.stop(begun, plan.request, plan.choice)
+                recorder.stop(begun, plan.request, _what_ran(plan.choice))
             if not plan.is_said:
                 plan.is_said = True
                 _say(plan, call.version, pairs)
             return result
 
 
-def readable(x: Tensor) -> Tensor:
+def _what_ran(choice: Choice) -> str:
+    """As the log calls it: the row is the one that the op says it has run."""
+    return title(choice.backend, native.last_kernel() if choice.backend == native.NAME else None)
+
+
+def _readable(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The contract wants head_dim to have stride 1; callers of Wan2.2's function need not know."""
-    return x if x.dim() != 4 or x.stride(3) == 1 else x.contiguous()
+    try:
+        if query.stride(-1) == 1 and key.stride(-1) == 1 and value.stride(-1) == 1:
+            return query, key, value
+    except (RuntimeError, IndexError):  # a layout without strides, or no dimension
+        pass
+    check_dense(query, key, value)
+    query, key, value = (
+        x if x.dim() != 4 or x.stride(3) == 1 else x.contiguous() for x in (query, key, value)
+    )
+    return query, key, value
 
 
 def _kind(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Any, ...]:
@@ -152,7 +140,12 @@ def _kind(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Any, .
         None if q_lens is None else (q_lens.shape, q_lens.dtype, q_lens.device),
         None if k_lens is None else (k_lens.shape, k_lens.dtype, k_lens.device),
         wants_grad(query, key, value),
-        call[3:],  # is_causal and what follows it
+        call.is_causal,
+        call.window,
+        call.dropout_p,
+        call.return_lse,
+        call.dtype,
+        call.version,
     )
 
 
@@ -169,12 +162,12 @@ def _dtypes(
 
     float32 beside a half value stays: some backends read it as it is, and the others convert it.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not tensor.is_floating_point():
-            refuse(name, "of a floating-point dtype", tensor.dtype)
     dtype = compute_dtype(value.dtype, call.dtype, query.device, settings.force_fp16)
     if call.dtype is None and not settings.force_fp16:
         return query.dtype, key.dtype, dtype
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not tensor.is_floating_point():
+            refuse(name, "of a floating-point dtype", tensor.dtype)
     query_dtype, key_dtype = (t.dtype if t.dtype == torch.float32 else dtype for t in (query, key))
     return query_dtype, key_dtype, dtype
 
@@ -182,17 +175,7 @@ def _dtypes(
 def _make_plan(
     query: Tensor, key: Tensor, value: Tensor, call: Call, settings: config.Settings
 ) -> _Plan:
-    request = Request.from_tensors(
-        query,
-        key,
-        value,
-        q_lens=call.q_lens,
-        k_lens=call.k_lens,
-        is_causal=call.is_causal,
-        window=call.window,
-        dropout_p=call.dropout_p,
-        return_lse=call.return_lse,
-    )
+    request = Request.from_tensors(query, key, value, call)
     choice = select(request, settings, version=call.version)
     dtypes = (query.dtype, key.dtype, value.dtype)
     return _Plan(settings, request, choice, REGISTRY[choice.backend].run, dtypes)
@@ -200,12 +183,20 @@ def _make_plan(
 
 def _check_values(request: Request, call: Call) -> int | None:
     """Check what a plan cannot: values. Returns query-key pairs, None for lengths on a device."""
-    if call.scale is not None and not math.isfinite(call.scale):
-        refuse("scale", "finite", call.scale)
+    if call.scale is not None:
+        check_scale(call.scale)
     if call.q_lens is None and call.k_lens is None:
         return request.batch * request.seqlen_q * request.seqlen_k
-    q_host = host_lengths("q_lens", call.q_lens, request.batch, request.seqlen_q)
-    k_host = host_lengths("k_lens", call.k_lens, request.batch, request.seqlen_k)
+    q_host: list[int] | None
+    k_host: list[int] | None
+    if call.q_lens is None:
+        q_host = [request.seqlen_q] * request.batch
+    else:
+        q_host = host_lengths("q_lens", call.q_lens, request.batch, request.seqlen_q)
+    if call.k_lens is None:
+        k_host = [request.seqlen_k] * request.batch
+    else:
+        k_host = host_lengths("k_lens", call.k_lens, request.batch, request.seqlen_k)
     if q_host is None or k_host is None:
         return None
     pairs: int = sum(map(operator.mul, q_host, k_host))
@@ -218,28 +209,28 @@ def _next_plan(plan: _Plan, error: Exception, version: int | None) -> _Plan:
     Raises:
         RuntimeError: WAN_ATTN_STRICT=1. Exception: `error` itself, if no other backend is left.
     """
-    backend, title = plan.choice.backend, plan.choice.title
+    backend, failing = plan.choice.backend, REGISTRY[plan.choice.backend].TITLE
     said = " ".join(str(error).split())[:300] or "no message"
     reason = f"failed at run time ({type(error).__name__}: {said})"
     if plan.settings.strict:
         raise RuntimeError(
-            f"wan_attn: {title} {reason} (WAN_ATTN_STRICT=1: nothing else is tried)"
+            f"wan_attn: {failing} {reason} (WAN_ATTN_STRICT=1: nothing else is tried)"
         ) from error
     failed = (*plan.failed, (backend, reason))
     try:
         choice = select(plan.request, plan.settings, version=version, failed=failed)
     except RuntimeError as nothing_left:
         raise error from nothing_left
-    log.once((backend, reason), logging.WARNING, f"{title} {reason}; the next one takes over")
-    run = REGISTRY[choice.backend].run
-    return _Plan(plan.settings, plan.request, choice, run, plan.dtypes, failed)
+    following = REGISTRY[choice.backend]
+    log.once((backend, reason), logging.WARNING, f"{failing} {reason}; trying {following.TITLE}")
+    return _Plan(plan.settings, plan.request, choice, following.run, plan.dtypes, failed)
 
 
 def _say(plan: _Plan, version: int | None, pairs: int | None) -> None:
     """Log what just ran, once per configuration; louder where it is not what was asked for."""
     choice, request = plan.choice, plan.request
     level = logging.WARNING if choice.is_fallback else logging.INFO
-    log.configuration(choice.title, choice.backend, choice.reasons(), request, pairs, level)
+    log.configuration(_what_ran(choice), choice.backend, choice.reasons(), request, pairs, level)
     why_not_fa3 = dict(choice.refusals).get("fa3")
     if version == 3 and why_not_fa3 is not None:
         log.once(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """traced.py - torch.ops.wan_attn.attention: the whole selection as one op, for compilers.
 
-What traces or wraps tensors gets this op, inside which a call runs as it does without a tracer;
-plain tensors go straight to run.py, which costs less.
+torch.compile, export and tensor subclasses see attention as one opaque op, whose body runs the call
+as eager mode does: choosing and falling back happen when the graph runs. Plain tensors skip the op.
+(torch.ops.wan_attn.sdpa is another op: our kernels alone, which the body may choose.)
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_attn import config
+from wan_attn import config, log
 from wan_attn.backends import torch_sdpa
-from wan_attn.contract import check_call
 from wan_attn.native import autograd
-from wan_attn.request import refuse
+from wan_attn.request import Call, check, check_dense, empty_lse
 from wan_attn.selection.choose import compute_dtype
-from wan_attn.selection.run import Call, attend, readable
+from wan_attn.selection.run import attend
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -29,13 +29,11 @@ def route(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor
         is_plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN
         if is_plain and not query.is_meta:
             return attend(query, key, value, call)
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if not isinstance(x, Tensor):
-                refuse(name, "a torch.Tensor", type(x).__name__)
-    query, key, value = readable(query), readable(key), readable(value)
+        check_dense(query, key, value)
     if call.dropout_p > 0:
         # A backward pass must see the forward's dropout: no op of ours, but PyTorch's, traced.
-        return _traced_with_dropout(query, key, value, call)
+        dtype = _traced_dtype(value.dtype, call.dtype, query.device)
+        return torch_sdpa.run_unread(query, key, value.to(dtype), call)
     out, lse = torch.ops.wan_attn.attention(
         query,
         key,
@@ -44,8 +42,7 @@ def route(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor
         call.k_lens,
         call.scale,
         call.is_causal,
-        call.window[0],
-        call.window[1],
+        *call.window,
         call.return_lse,
         call.dtype,
         call.version,
@@ -57,29 +54,27 @@ def _traced_dtype(
     value_dtype: torch.dtype, asked: torch.dtype | None, device: torch.device
 ) -> torch.dtype:
     """compute_dtype for a tracer, which follows neither the environment nor the device's driver."""
-    return compute_dtype(value_dtype, asked, device, config.current().force_fp16)
+    force_fp16 = config.current().force_fp16
+    _built_in.add(force_fp16)
+    return compute_dtype(value_dtype, asked, device, force_fp16)
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import the whole compiler.
 _traced_dtype._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
+_built_in: set[bool] = set()  # values of WAN_FORCE_FP16 that graphs were traced with
 
-def _traced_with_dropout(
-    query: Tensor, key: Tensor, value: Tensor, call: Call
-) -> tuple[Tensor, Tensor | None]:
-    dtype = _traced_dtype(value.dtype, call.dtype, query.device)
-    return torch_sdpa.run_unread(
-        query,
-        key,
-        value.to(dtype),
-        q_lens=call.q_lens,
-        k_lens=call.k_lens,
-        scale=call.scale,
-        is_causal=call.is_causal,
-        window=call.window,
-        dropout_p=call.dropout_p,
-        return_lse=call.return_lse,
-    )
+
+def _warn_of_graphs(settings: config.Settings) -> None:
+    if _built_in - {settings.force_fp16}:
+        log.LOGGER.warning(
+            "%s WAN_FORCE_FP16: graphs that torch.compile has traced with dropout keep their dtype"
+            " until torch.compiler.reset()",
+            log.PREFIX,
+        )
+
+
+config.follow(_warn_of_graphs)
 
 
 # No keyword-only arguments: torch 2.4's register_autograd would hand them over differently.
@@ -90,10 +85,7 @@ _SCHEMA = (
 )
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def _call(
     q_lens: Tensor | None,
     k_lens: Tensor | None,
     scale: float | None,
@@ -103,46 +95,30 @@ def _attention(
     return_lse: bool,
     dtype: torch.dtype | None,
     version: int | None,
-) -> tuple[Tensor, Tensor]:
+) -> Call:
+    """The schema's arguments behind query, key and value."""
     window = (window_left, window_right)
-    call = Call(q_lens, k_lens, scale, is_causal, window, 0.0, return_lse, dtype, version)
-    out, lse = attend(query, key, value, call)
-    if lse is None:
-        lse = query.new_empty((0, query.shape[2], query.shape[1]), dtype=torch.float32)
-    return out.to(query.dtype).contiguous(), lse.contiguous()
+    return Call(q_lens, k_lens, scale, is_causal, window, 0.0, return_lse, dtype, version)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    out, lse = attend(query, key, value, _call(*arguments))
+    lse = empty_lse(query, return_lse=False) if lse is None else lse.contiguous()
+    return out.to(query.dtype).contiguous(), lse
 
 
 def _attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    q_lens: Tensor | None,
-    k_lens: Tensor | None,
-    scale: float | None,
-    is_causal: bool,
-    window_left: int,
-    window_right: int,
-    return_lse: bool,
-    dtype: torch.dtype | None,
-    version: int | None,
+    query: Tensor, key: Tensor, value: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    if dtype is None:
-        check_call(query, key, value, q_lens, k_lens, scale, window_left, window_right)
-    batch, seqlen_q, heads, _ = query.shape
-    lse = query.new_empty((batch if return_lse else 0, heads, seqlen_q), dtype=torch.float32)
-    return query.new_empty(query.shape), lse
+    call = _call(*arguments)
+    if call.dtype is None:  # else operands are converted first
+        check(query, key, value, call, takes_any_strides=True)
+    return query.new_empty(query.shape), empty_lse(query, call.return_lse)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    query, key, value, q_lens, k_lens, scale, is_causal, left, right, return_lse, *_ = inputs
-    ctx.save_for_backward(query, key, value, q_lens, k_lens)
-    ctx.options = {
-        "scale": scale,
-        "is_causal": is_causal,
-        "window_left": left,
-        "window_right": right,
-        "return_lse": return_lse,
-    }
+    query, key, value, *arguments = inputs
+    autograd.remember(ctx, query, key, value, _call(*arguments))
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wan_attn.config import current
+from wan_attn import config
 from wan_attn.selfcheck.reference import MASKS, UNIT, Case, Truth, make_inputs, reference
 
 MASKED = ("full", "causal")
@@ -25,6 +25,7 @@ SEQLEN_Q, SEQLEN_K = 149, 331
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]]
 
 _verdicts: dict[tuple[torch.device, torch.dtype, int], str | None] = {}
+_NOT_ASKED = "not asked yet"
 _lock = threading.Lock()
 
 
@@ -62,17 +63,33 @@ def _difference(case: Case, truth: Truth, out: Tensor, lse: Tensor, unit: float)
     return None
 
 
-def verdict(run: Run, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def verdict(
+    run: Run,
+    name: Callable[[], str | None],
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> str | None:
     """wrong(), asked once for each kind of call; None also while a CUDA graph is being captured,
-    when the device may not be waited for, and under WAN_ATTN_SELF_CHECK=0."""
+    when the device may not be waited for, and under WAN_ATTN_SELF_CHECK=0.
+
+    Args:
+        name: what the last run ran on, for the words of the verdict.
+    """
     key = (device, dtype, head_dim)
-    if key in _verdicts:
-        return _verdicts[key]
-    if not current().self_check or torch.cuda.is_current_stream_capturing():
+    found = _verdicts.get(key, _NOT_ASKED)
+    if found is None:
+        return None
+    if not config.current().self_check:
+        return None
+    if found is not _NOT_ASKED:
+        return found
+    if torch.cuda.is_current_stream_capturing():
         return None
     with _lock:
         if key not in _verdicts:
-            _verdicts[key] = wrong(run, device, dtype, head_dim)
+            words = wrong(run, device, dtype, head_dim)
+            _verdicts[key] = None if words is None else f"{name()}: {words}"
     return _verdicts[key]
 
 
@@ -80,3 +97,6 @@ def forget() -> None:
     """Check again, as a new process would."""
     with _lock:
         _verdicts.clear()
+
+
+config.memory(forget)

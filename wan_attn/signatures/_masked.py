@@ -36,7 +36,7 @@ def attend(
         RuntimeError: the mask's dtype or shape does not fit.
     """
     if not isinstance(mask, Tensor):
-        refuse(argument, "a torch.Tensor or None", type(mask).__name__)
+        refuse(argument, "a tensor or None", type(mask).__name__)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         refuse(argument, "of dtype bool or floating", mask.dtype)
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])

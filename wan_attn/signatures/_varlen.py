@@ -25,8 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wan_attn.request import refuse
-from wan_attn.selection.run import Call
+from wan_attn.request import Call, refuse
 from wan_attn.selection.traced import route
 
 # More runs than this are padded instead, if that no more than doubles the memory: a call costs some
@@ -43,7 +42,7 @@ class Sequences:
         begins: [batch + 1] int32 or int64, on the CPU or on the tokens' device.
         batch: how many there are; a field, as torch 2.4's tracer cannot branch on a property.
         longest: no sequence is longer.
-        lengths: the real lengths, None where nobody may look at them.
+        lengths: the real lengths, None where they may not be read.
     """
 
     tokens: Tensor
@@ -62,11 +61,11 @@ class Sequences:
         name, limit = f"cu_seqlens_{side}", f"max_seqlen_{side}"
         operand = "query" if side == "q" else "key"
         if not isinstance(tokens, Tensor):
-            refuse(operand, "a torch.Tensor", type(tokens).__name__)
+            refuse(operand, "a tensor", type(tokens).__name__)
         if tokens.dim() != 3:
             refuse(operand, "[total, heads, head_dim]", list(tokens.shape))
         if not isinstance(cu_seqlens, Tensor):
-            refuse(name, "a torch.Tensor", type(cu_seqlens).__name__)
+            refuse(name, "a tensor", type(cu_seqlens).__name__)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
             refuse(name, "[batch + 1]", list(cu_seqlens.shape))
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -77,7 +76,7 @@ class Sequences:
         if longest < 0:
             refuse(limit, "at least 0", longest)
         lengths = None
-        if _may_look_at(cu_seqlens):
+        if _may_read(cu_seqlens):
             lengths = _lengths(name, limit, cu_seqlens, tokens.shape[0], longest)
         return cls(tokens, cu_seqlens, cu_seqlens.shape[0] - 1, longest, lengths)
 
@@ -197,7 +196,7 @@ def _no_key(query: Tensor, total: int) -> Tensor:
     return query.new_full((query.shape[1], total), -math.inf, dtype=torch.float32)
 
 
-def _may_look_at(cu_seqlens: Tensor) -> bool:
+def _may_read(cu_seqlens: Tensor) -> bool:
     """Whether the numbers can be read at no cost: on the CPU, and nothing traces or wraps them."""
     return (
         not torch.compiler.is_compiling()
@@ -215,7 +214,7 @@ def _lengths(name: str, limit: str, cu_seqlens: Tensor, total: int, longest: int
     lengths = [end - begin for begin, end in itertools.pairwise(begins)]
     for index, length in enumerate(lengths):
         if length < 0:
-            refuse(name, "a list that never falls", f"{begins[index]}, {begins[index + 1]}")
+            refuse(name, "non-decreasing", f"{begins[index]}, {begins[index + 1]}")
         if length > longest:
             refuse(limit, f"at least the length of sequence {index}, {length}", longest)
     return lengths

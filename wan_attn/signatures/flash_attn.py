@@ -14,8 +14,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from wan_attn.request import refuse
-from wan_attn.selection.run import Call
+from wan_attn.request import Call, refuse
 from wan_attn.selection.traced import route
 from wan_attn.signatures import _varlen
 
@@ -309,15 +308,11 @@ def _call(
     return_lse: bool,
 ) -> Call:
     return Call(
-        None,
-        None,
-        softmax_scale,
-        bool(causal),
-        bounds(window_size),
-        float(dropout_p),
-        bool(return_lse),
-        None,
-        None,
+        scale=softmax_scale,
+        is_causal=bool(causal),
+        window=bounds(window_size),
+        dropout_p=float(dropout_p),
+        return_lse=bool(return_lse),
     )
 
 

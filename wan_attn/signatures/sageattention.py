@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wan_attn.request import refuse
-from wan_attn.selection.run import Call
+from wan_attn.request import Call, refuse
 from wan_attn.selection.traced import route
 from wan_attn.signatures import _masked
 
@@ -103,5 +102,5 @@ def _attend(
         k, v = k[:, :seqlen_q], v[:, :seqlen_q]
     elif is_causal and seqlen_k < seqlen_q:  # the diagonal of sdpa is so much further left
         is_causal, right = False, seqlen_q - seqlen_k
-    call = Call(None, None, scale, is_causal, (-1, right), 0.0, return_lse, None, None)
+    call = Call(scale=scale, is_causal=is_causal, window=(-1, right), return_lse=return_lse)
     return route(q, k, v, call)

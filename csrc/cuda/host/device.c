@@ -105,7 +105,7 @@ wan_attn_status wan_attn_cuda_device_at(int32_t index, wan_attn_cuda_device *dev
     uint32_t size = device->struct_size;
     memcpy(device, found, size < sizeof(*found) ? size : sizeof(*found));
     device->struct_size = size;
-    return wan_attn_fail(err, WAN_ATTN_OK, "%s", "");
+    return wan_attn_ok(err);
 }
 
 wan_attn_status wan_attn_cuda_enter(const wan_attn_cuda_driver *d, int32_t index,
@@ -124,6 +124,7 @@ wan_attn_status wan_attn_cuda_enter(const wan_attn_cuda_driver *d, int32_t index
 }
 
 void wan_attn_cuda_leave(const wan_attn_cuda_driver *d) {
+    /* It takes off what enter has pushed, which cannot fail; and there would be nothing to do. */
     wan_attn_cu_context context;
-    (void)d->context_pop(&context); /* what was pushed can be popped */
+    (void)d->context_pop(&context);
 }

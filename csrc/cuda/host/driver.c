@@ -64,7 +64,7 @@ static address find(void *library, const char *name) {
 }
 #endif
 
-static int bind(void *library) {
+static int bind_functions(void *library) {
 #define BIND(field, name, parameters)                                                              \
     {                                                                                              \
         address found = find(library, name);                                                       \
@@ -93,7 +93,7 @@ const char *wan_attn_cuda_words(const wan_attn_cuda_driver *d, wan_attn_cu_resul
 
 static int open_and_init(void) {
     void *library = open_library(configured_path);
-    if (!library || !bind(library))
+    if (!library || !bind_functions(library))
         return 0;
     wan_attn_cu_result error = driver.init(0);
     if (error != 0) {
@@ -149,5 +149,5 @@ wan_attn_status wan_attn_cuda_configure(const wan_attn_cuda_config *config, wan_
     if (is_late)
         return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT,
                              "config.driver must be set before the driver is opened, got %s", path);
-    return wan_attn_fail(err, WAN_ATTN_OK, "%s", "");
+    return wan_attn_ok(err);
 }

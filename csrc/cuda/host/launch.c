@@ -10,8 +10,6 @@
 #include "cuda/args_sm90.h"
 #include "cuda/host/plan.h"
 
-#define LOG2_E 1.4426950408889634
-
 enum { WARP = 32 };
 
 /* One call on its way. */
@@ -38,17 +36,17 @@ static wan_attn_status launch(const call *c, const wan_attn_cuda_program *progra
     wan_attn_cu_result error =
         c->driver->launch(function, (unsigned)blocks, 1, 1, program->num_threads, 1, 1,
                           program->smem_bytes, c->p->params->stream, params, NULL);
-    return error == 0
-               ? WAN_ATTN_OK
-               : wan_attn_cuda_fail(c->driver, error, "when launching", program->name, c->err);
+    return error == 0 ? WAN_ATTN_OK
+                      : wan_attn_cuda_fail(c->driver, error, "when launching",
+                                           wan_attn_cuda_symbol_of(program).text, c->err);
 }
 
 /* A helper pass in which each warp does one piece of the work. */
 static wan_attn_status launch_warps(const call *c, wan_attn_cuda_helper helper, int64_t warps,
                                     void *args) {
-    const wan_attn_cuda_program *program = wan_attn_cuda_helper_program(helper);
-    int64_t per_block = program->num_threads / WARP;
-    return launch(c, program, (warps + per_block - 1) / per_block, args);
+    const wan_attn_cuda_program program = wan_attn_cuda_helper_program(helper);
+    int64_t per_block = program.num_threads / WARP;
+    return launch(c, &program, wan_attn_divide_up(warps, per_block), args);
 }
 
 static wan_attn_cuda_view view_of(const wan_attn_view *v) {
@@ -79,6 +77,7 @@ static wan_attn_cuda_lengths lengths_of(const call *c, const wan_attn_lengths *l
 
 static wan_attn_status put_lengths(const call *c, const wan_attn_lengths *lengths, int64_t padded,
                                    wan_attn_cuda_place place) {
+    const wan_attn_cuda_program program = wan_attn_cuda_helper_program(HELPER_wan_attn_put_lengths);
     wan_attn_status status = WAN_ATTN_OK;
     for (int64_t first = 0; place >= 0 && first < c->p->batch && status == WAN_ATTN_OK;
          first += WAN_ATTN_CUDA_MOST_LENGTHS) {
@@ -89,7 +88,7 @@ static wan_attn_status put_lengths(const call *c, const wan_attn_lengths *length
         for (int n = 0; n < WAN_ATTN_CUDA_MOST_LENGTHS; n++)
             args.lengths[n] =
                 n < args.count ? (int)wan_attn_length_at(lengths, first + n, padded) : 0;
-        status = launch(c, wan_attn_cuda_helper_program(HELPER_wan_attn_put_lengths), 1, &args);
+        status = launch(c, &program, 1, &args);
     }
     return status;
 }
@@ -139,9 +138,9 @@ static wan_attn_status pack_all(const call *c, wan_attn_cuda_lengths seqused_q,
     const packing operands[3] = {
         {&p->q, p->seqlen_q, p->num_heads_q, seqused_q, plan->q, -1, -1, 0},
         {&p->k, p->seqlen_k, p->num_heads_k, seqused_k, plan->k, plan->k_largest, plan->k_scale,
-         plan->tile->k_limit},
+         plan->k_limit},
         {&p->v, p->seqlen_k, p->num_heads_k, seqused_k, plan->v, plan->v_largest, plan->v_scale,
-         plan->tile->v_limit}};
+         plan->v_limit}};
     wan_attn_status status = WAN_ATTN_OK;
     for (int n = 0; n < 3 && status == WAN_ATTN_OK; n++)
         status = pack(c, &operands[n]);
@@ -160,7 +159,7 @@ static void fill_numbers(const wan_attn_problem *p, wan_attn_cuda_args *args) {
     args->seqlen_k = (int)p->seqlen_k;
     args->window_left = bound_of(p->window_left);
     args->window_right = bound_of(p->window_right);
-    double scale = fabs(p->softmax_scale) * LOG2_E;
+    double scale = fabs(p->softmax_scale) * WAN_ATTN_LOG2_E;
     args->scale_log2e =
         scale > WAN_ATTN_CUDA_SMALLEST_SCALE ? (float)scale : WAN_ATTN_CUDA_SMALLEST_SCALE;
     args->q_sign = p->softmax_scale < 0 ? 0x80008000u : 0;
@@ -207,8 +206,9 @@ static wan_attn_cu_result encode(const call *c, wan_attn_cuda_tensor_map *map,
     const wan_attn_problem *p = c->p;
     const uint64_t size[4] = {(uint64_t)p->head_dim, (uint64_t)seqlen, (uint64_t)heads,
                               (uint64_t)p->batch};
-    /* In bytes. A dimension of size 1 is never walked along, but its stride must be a legal one. */
-    const uint64_t strides[3] = {seqlen > 1 ? (uint64_t)v->row_stride * 2 : 16,
+    /* In bytes. A dimension of size 1 is never walked along, but its stride must be a legal one;
+     * for heads and samples others pass 16 as well, for rows nobody passes less than a row. */
+    const uint64_t strides[3] = {(uint64_t)(seqlen > 1 ? v->row_stride : p->head_dim) * 2,
                                  heads > 1 ? (uint64_t)v->head_stride * 2 : 16,
                                  p->batch > 1 ? (uint64_t)v->batch_stride * 2 : 16};
     const uint32_t box[4] = {64, (uint32_t)box_rows, 1, 1}, ones[4] = {1, 1, 1, 1};
@@ -219,13 +219,12 @@ static wan_attn_cu_result encode(const call *c, wan_attn_cuda_tensor_map *map,
 
 /* Whether TMA can store out: the row's dtype, and what it asks of base and strides. */
 static int can_store_by_tma(const wan_attn_problem *p) {
-    int64_t strides = (p->batch > 1 ? p->out.batch_stride : 0) |
-                      (p->seqlen_q > 1 ? p->out.row_stride : 0) |
-                      (p->num_heads_q > 1 ? p->out.head_stride : 0);
-    return p->out.dtype == p->dtype && ((int64_t)(intptr_t)p->out.data | strides * 2) % 16 == 0;
+    return p->out.dtype == p->dtype &&
+           wan_attn_cuda_is_aligned(&p->out, p->batch, p->seqlen_q, p->num_heads_q, 16);
 }
 
-static wan_attn_status launch_sm90(const call *c, const wan_attn_cuda_args *args, int64_t blocks) {
+static wan_attn_status launch_sm90(const call *c, const wan_attn_cuda_program *program,
+                                   const wan_attn_cuda_args *args, int64_t blocks) {
     const wan_attn_problem *p = c->p;
     const wan_attn_cuda_tile *tile = c->plan.tile;
     wan_attn_cuda_sm90_args with_maps;
@@ -243,8 +242,8 @@ static wan_attn_status launch_sm90(const call *c, const wan_attn_cuda_args *args
         error = encode(c, &with_maps.out, &args->out, p->seqlen_q, p->num_heads_q, 64);
     if (error != 0)
         return wan_attn_cuda_fail(c->driver, error, "when describing tensors to",
-                                  tile->program.name, c->err);
-    return launch(c, &tile->program, blocks, &with_maps);
+                                  wan_attn_cuda_symbol_of(program).text, c->err);
+    return launch(c, program, blocks, &with_maps);
 }
 
 static wan_attn_status attend(const call *c, wan_attn_cuda_lengths seqused_q,
@@ -259,9 +258,9 @@ static wan_attn_status attend(const call *c, wan_attn_cuda_lengths seqused_q,
     args.split_tiles = c->plan.split_tiles;
     args.m_blocks = c->plan.m_blocks;
     int64_t blocks = (int64_t)args.m_blocks * args.num_splits * args.num_heads_q * args.batch;
-    if (c->plan.tile->cluster)
-        return launch_sm90(c, &args, blocks);
-    return launch(c, &c->plan.tile->program, blocks, &args);
+    const wan_attn_cuda_program program = wan_attn_cuda_tile_program(c->plan.tile, c->p->dtype);
+    return c->plan.tile->body == WAN_ATTN_CUDA_SM90 ? launch_sm90(c, &program, &args, blocks)
+                                                    : launch(c, &program, blocks, &args);
 }
 
 static wan_attn_status merge(const call *c) {
@@ -307,7 +306,7 @@ wan_attn_status wan_attn_cuda_run_call(const wan_attn_problem *p, wan_attn_error
         p, wan_attn_cuda_open_driver(reason, sizeof(reason)), {0}, p->params->q.device_index, err};
     if (!c.driver)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s", reason);
-    const char *why = wan_attn_cuda_refuse_out(p); /* nobody knew out when the plan was made */
+    const char *why = wan_attn_cuda_refuse_out(p); /* out was not known when the plan was made */
     if (why)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", p->kernel_name, why);
     memcpy(&c.plan, &p->plan, sizeof(c.plan));

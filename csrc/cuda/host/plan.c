@@ -13,18 +13,16 @@ enum {
     MAX_PARTS = 64
 };
 
-static int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 /* `bytes` more of the workspace, aligned for every use. */
 static wan_attn_cuda_place reserve(wan_attn_cuda_plan *plan, int64_t bytes) {
     wan_attn_cuda_place place = plan->workspace_bytes;
-    plan->workspace_bytes += ceil_div(bytes, 256) * 256;
+    plan->workspace_bytes += wan_attn_divide_up(bytes, 256) * 256;
     return place;
 }
 
 int wan_attn_cuda_is_aligned(const wan_attn_view *v, int64_t batch, int64_t rows, int64_t heads,
                              int64_t bytes) {
-    int64_t size = v->dtype == WAN_ATTN_F32 ? 4 : 2;
+    int64_t size = wan_attn_dtype_size(v->dtype);
     int64_t strides = (batch > 1 ? v->batch_stride : 0) | (rows > 1 ? v->row_stride : 0) |
                       (heads > 1 ? v->head_stride : 0);
     return ((int64_t)(intptr_t)v->data | strides * size) % bytes == 0;
@@ -51,27 +49,29 @@ static int is_spread(const wan_attn_view *v, int64_t batch, int64_t rows, int64_
 /* Whether the kernel must not read this operand where it is. bytes: the alignment it wants. */
 static int must_be_copied(const wan_attn_cuda_tile *tile, const wan_attn_view *v, int64_t batch,
                           int64_t rows, int64_t heads, int64_t bytes) {
-    if (tile->cluster && (v->dtype == WAN_ATTN_F32 || !is_spread(v, batch, rows, heads)))
+    if (tile->body == WAN_ATTN_CUDA_SM90 &&
+        (v->dtype == WAN_ATTN_F32 || !is_spread(v, batch, rows, heads)))
         return 1;
-    return !wan_attn_cuda_is_aligned(v, batch, rows, heads, tile->cluster ? 16 : bytes);
+    return !wan_attn_cuda_is_aligned(v, batch, rows, heads,
+                                     tile->body == WAN_ATTN_CUDA_SM90 ? 16 : bytes);
 }
 
 static void plan_copies(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
     int64_t q_bytes = p->batch * p->seqlen_q * p->num_heads_q * p->head_dim * 2;
     int64_t k_bytes = p->batch * p->seqlen_k * p->num_heads_k * p->head_dim * 2;
-    int64_t q_pair = p->q.dtype == WAN_ATTN_F32 ? 8 : 4;
-    int64_t parts = ceil_div(p->seqlen_k, ROWS_MEASURED_BY_A_WARP);
+    int64_t q_pair = 2 * wan_attn_dtype_size(p->q.dtype);
+    int64_t parts = wan_attn_divide_up(p->seqlen_k, ROWS_MEASURED_BY_A_WARP);
     plan->measured_parts = (int)(parts < 1 ? 1 : parts < MAX_PARTS ? parts : MAX_PARTS);
-    if (plan->tile->k_limit)
+    if (plan->k_limit)
         plan_scale(p, plan, &plan->k_largest, &plan->k_scale);
-    if (plan->tile->v_limit)
+    if (plan->v_limit)
         plan_scale(p, plan, &plan->v_largest, &plan->v_scale);
     if (must_be_copied(plan->tile, &p->q, p->batch, p->seqlen_q, p->num_heads_q, q_pair))
         plan->q = reserve(plan, q_bytes);
-    if (plan->tile->k_limit || p->k.dtype == WAN_ATTN_F32 ||
+    if (plan->k_limit || p->k.dtype == WAN_ATTN_F32 ||
         must_be_copied(plan->tile, &p->k, p->batch, p->seqlen_k, p->num_heads_k, 16))
         plan->k = reserve(plan, k_bytes);
-    if (plan->tile->v_limit ||
+    if (plan->v_limit ||
         must_be_copied(plan->tile, &p->v, p->batch, p->seqlen_k, p->num_heads_k, 16))
         plan->v = reserve(plan, k_bytes);
 }
@@ -81,15 +81,16 @@ int wan_attn_cuda_is_split(const wan_attn_problem *p) {
 }
 
 static void plan_split(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
-    int64_t k_tiles = ceil_div(p->seqlen_k, plan->tile->block_n);
+    int64_t k_tiles = wan_attn_divide_up(p->seqlen_k, plan->tile->block_n);
     plan->num_splits = 1;
     plan->split_tiles = (int)(k_tiles > 1 ? k_tiles : 1);
-    if (plan->tile->cluster)
+    int is_sm90 = plan->tile->body == WAN_ATTN_CUDA_SM90;
+    if (is_sm90)
         plan->split_tiles = WAN_ATTN_CUDA_UNBOUNDED / plan->tile->block_n; /* as args_sm90.h asks */
-    if (plan->tile->cluster || !wan_attn_cuda_is_split(p))
+    if (is_sm90 || !wan_attn_cuda_is_split(p))
         return;
     plan->split_tiles = SPLIT_KEYS / plan->tile->block_n;
-    plan->num_splits = (int)ceil_div(k_tiles, plan->split_tiles);
+    plan->num_splits = (int)wan_attn_divide_up(k_tiles, plan->split_tiles);
     int64_t rows = plan->num_splits * p->batch * p->seqlen_q * p->num_heads_q;
     plan->part_out = reserve(plan, rows * p->head_dim * 4);
     plan->part_lse = reserve(plan, rows * 4);
@@ -101,9 +102,12 @@ wan_attn_cuda_plan wan_attn_cuda_make_plan(const wan_attn_problem *p,
     plan.seqused_q = plan.seqused_k = plan.q = plan.k = plan.v = -1;
     plan.k_largest = plan.k_scale = plan.v_largest = plan.v_scale = -1;
     plan.part_out = plan.part_lse = -1;
-    plan.m_blocks = (int)ceil_div(p->seqlen_q, tile->block_m);
-    if (tile->cluster)
-        plan.m_blocks = (int)ceil_div(plan.m_blocks, tile->cluster) * tile->cluster;
+    plan.m_blocks = (int)wan_attn_divide_up(p->seqlen_q, tile->block_m * tile->cluster);
+    plan.m_blocks *= tile->cluster;
+    if (tile->has_f16_alone && p->dtype == WAN_ATTN_BF16)
+        plan.k_limit = plan.v_limit = WAN_ATTN_CUDA_LIMIT_F16;
+    if (tile->pv_sum_f16)
+        plan.v_limit = WAN_ATTN_CUDA_LIMIT_SUM_F16;
     if (must_be_put(&p->seqused_q))
         plan.seqused_q = reserve(&plan, p->batch * 4);
     if (must_be_put(&p->seqused_k))

@@ -4,6 +4,7 @@
 #ifndef WAN_ATTN_CUDA_HOST_PLAN_H
 #define WAN_ATTN_CUDA_HOST_PLAN_H
 
+#include "core/util.h"
 #include "cuda/args.h"
 #include "cuda/host/programs.h"
 
@@ -16,10 +17,11 @@ typedef struct wan_attn_cuda_plan {
     wan_attn_cuda_place seqused_q, seqused_k;
     /* Dense 16-bit copies of operands that the kernel cannot read as they are. */
     wan_attn_cuda_place q, k, v;
-    /* Where the tile has a limit for K or V: the largest of each part of a head, the head's scale.
-     */
+    /* Where K or V has a limit: the largest of each part of a head, the head's scale. */
     wan_attn_cuda_place k_largest, k_scale, v_largest, v_scale;
     int measured_parts;
+    int k_limit, v_limit; /* they have to be f16, scaled by the head so that the largest value is
+                             below 2^limit; 0: as they are */
     /* Split over keys: parts of the result in f32. One part: none, straight to out and lse. */
     wan_attn_cuda_place part_out, part_lse;
     int num_splits, split_tiles;

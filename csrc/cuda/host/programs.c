@@ -3,90 +3,99 @@
  */
 #include "cuda/host/programs.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "core/lock.h"
 
-enum { CLASS_TURING, CLASS_WIDE, CLASS_SLIM, CLASS_HOPPER_ALONE };
-enum { HOPPER = 90 };
-enum { USE_ANY, USE_MASKED, USE_SPARE };
+enum { CLASS_TURING, CLASS_WIDE, CLASS_SLIM };
+enum { USE_ANY, USE_MASKED };
 
-static const struct {
+typedef struct gpu {
     int32_t arch;
     int gpu_class;
-} GPUS[] = {
-#define GPU(arch, gpu_class) {arch, CLASS_##gpu_class},
+    wan_attn_cuda_body body;
+} gpu;
+
+static const gpu GPUS[] = {
+#define GPU(arch, gpu_class, body) {arch, CLASS_##gpu_class, WAN_ATTN_CUDA_##body},
 #include "cuda/sdpa_rows.def"
 };
 
-/* Turing's tensor cores know f16 alone: what is bf16 has to fit it. */
-#define IS_BF16 1
-#define IS_F16 0
-#define F16_LIMIT(gpu_class, dtype)                                                                \
-    (CLASS_##gpu_class == CLASS_TURING && IS_##dtype ? WAN_ATTN_CUDA_LIMIT_F16 : 0)
-
-#define SMEM_SM80(head_dim, block_m, block_n, stages, q_in_regs)                                   \
-    (2 * (head_dim) * ((block_n) * ((stages) + 1) + ((q_in_regs) ? 0 : (block_m))) + 16)
-#define SMEM_SM90(head_dim, block_n, consumers, stages)                                            \
-    (2 * (head_dim) * (64 * (consumers) + 2 * (stages) * (block_n)) + 64 * (stages) + 16)
+/* ROW_HEAD_DIM_<row>. */
+enum {
+#define ROW(...) HEAD_DIM_OF(__VA_ARGS__)
+#define HEAD_DIM_OF(row, arch_min, arch_max, lossy, text, dtypes, size) ROW_HEAD_DIM_##row = (size),
+#include "cuda/sdpa_rows.def"
+};
 
 static const wan_attn_cuda_tile TILES[] = {
-/* Rows of sm_90a first, in the order in which a call looks for its tile. */
-#define TILE_SM90(row, use, from, dtype, head_dim, bn, consumers, stages, blocks, rp, rc)          \
-    {.program = {#row, #row "_n" #bn "_w" #consumers "_s" #stages "_c" #blocks,                    \
-                 128 * (1 + (consumers)), SMEM_SM90(head_dim, bn, consumers, stages)},             \
-     .gpu_class = USE_##use == USE_SPARE ? -1 : CLASS_HOPPER_ALONE,                                \
+#define TILE(name, class, bm, bn, num_warps, stages, q_in_regs, ctas, pv16)                        \
+    {.row = #name,                                                                                 \
+     .suffix = "",                                                                                 \
+     .body = WAN_ATTN_CUDA_SM80,                                                                   \
+     .gpu_class = CLASS_##class,                                                                   \
+     .num_threads = 32 * (num_warps),                                                              \
+     .smem_bytes = WAN_ATTN_CUDA_SMEM_SM80(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs),        \
+     .block_m = (bm),                                                                              \
+     .block_n = (bn),                                                                              \
+     .cluster = 1,                                                                                 \
+     .pv_sum_f16 = (pv16),                                                                         \
+     .has_f16_alone = CLASS_##class == CLASS_TURING},
+#define TILE_SM90(name, use, from, bn, consumers, stages, blocks, regs_producer, regs_consumer)    \
+    {.row = #name,                                                                                 \
+     .suffix = "_n" #bn "_w" #consumers "_s" #stages "_c" #blocks,                                 \
+     .body = WAN_ATTN_CUDA_SM90,                                                                   \
+     .num_threads = 128 * (1 + (consumers)),                                                       \
+     .smem_bytes = WAN_ATTN_CUDA_SMEM_SM90(ROW_HEAD_DIM_##name, bn, consumers, stages),            \
      .block_m = 64 * (consumers),                                                                  \
      .block_n = (bn),                                                                              \
      .cluster = (blocks),                                                                          \
      .is_for_masks = USE_##use == USE_MASKED,                                                      \
      .from_q = (from)},
 #include "cuda/sdpa_rows.def"
-#define TILE(row, class, body, dtype, head_dim, bm, bn, num_warps, stages, q_in_regs, ctas, pv16)  \
-    {.program = {#row, #row, 32 * (num_warps), SMEM_SM80(head_dim, bm, bn, stages, q_in_regs)},    \
-     .gpu_class = CLASS_##class,                                                                   \
-     .block_m = (bm),                                                                              \
-     .block_n = (bn),                                                                              \
-     .pv_sum_f16 = (pv16),                                                                         \
-     .k_limit = F16_LIMIT(class, dtype),                                                           \
-     .v_limit = (pv16) ? WAN_ATTN_CUDA_LIMIT_SUM_F16 : F16_LIMIT(class, dtype)},
-#include "cuda/sdpa_rows.def"
 };
 
-static const wan_attn_cuda_program HELPERS[] = {
-#define HELPER(name, body, threads, step) {#name, #name, threads, 0},
+static const struct {
+    const char *name;
+    unsigned num_threads;
+} HELPERS[] = {
+#define HELPER(name, body, threads, step) {#name, threads},
 #include "cuda/sdpa_rows.def"
 };
 
 enum {
     GPU_COUNT = sizeof(GPUS) / sizeof(GPUS[0]),
     TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]),
-    PROGRAM_COUNT = TILE_COUNT + WAN_ATTN_CUDA_HELPERS
+    FIRST_HELPER = 2 * TILE_COUNT, /* a tile has a program for each dtype */
+    PROGRAM_COUNT = FIRST_HELPER + WAN_ATTN_CUDA_HELPERS
 };
 
 static wan_attn_lock lock = WAN_ATTN_UNLOCKED;
 static wan_attn_cu_function functions[WAN_ATTN_CUDA_MAX_DEVICES][PROGRAM_COUNT];
 
-/* The class of tiles of sdpa_sm80.cuh. */
-static int class_of(int32_t arch) {
-    int newest = -1, gpu_class = -1;
+/* The newest GPU of the list that is no newer than this one, or NULL. */
+static const gpu *gpu_of(int32_t arch) {
+    const gpu *found = NULL;
     for (int n = 0; n < GPU_COUNT; n++)
-        if (GPUS[n].arch <= arch && GPUS[n].arch > newest) {
-            newest = GPUS[n].arch;
-            gpu_class = GPUS[n].gpu_class;
-        }
-    return gpu_class;
+        if (GPUS[n].arch <= arch && (!found || GPUS[n].arch > found->arch))
+            found = &GPUS[n];
+    return found;
+}
+
+/* Whether the tile is for such GPUs. Those of SM90 are for one architecture alone. */
+static int is_for(const wan_attn_cuda_tile *tile, const gpu *known, int32_t arch) {
+    return tile->body == WAN_ATTN_CUDA_SM90 ? known->body == tile->body && known->arch == arch
+                                            : known->gpu_class == tile->gpu_class;
 }
 
 const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch, int is_masked,
                                                 int64_t seqlen_q) {
-    int gpu_class = class_of(arch);
-    for (int n = 0; n < TILE_COUNT; n++) {
+    const gpu *known = gpu_of(arch);
+    for (int n = 0; known && n < TILE_COUNT; n++) {
         const wan_attn_cuda_tile *tile = &TILES[n];
-        int is_ours =
-            tile->gpu_class == CLASS_HOPPER_ALONE ? arch == HOPPER : tile->gpu_class == gpu_class;
-        if (is_ours && (is_masked || !tile->is_for_masks) && seqlen_q >= tile->from_q &&
-            strcmp(tile->program.name, row) == 0)
+        if (is_for(tile, known, arch) && (is_masked || !tile->is_for_masks) &&
+            seqlen_q >= tile->from_q && strcmp(tile->row, row) == 0)
             return tile;
     }
     return NULL;
@@ -94,20 +103,40 @@ const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch, i
 
 int wan_attn_cuda_sums_f16(const char *row) {
     for (int n = 0; n < TILE_COUNT; n++)
-        if (strcmp(TILES[n].program.name, row) == 0)
+        if (strcmp(TILES[n].row, row) == 0)
             return TILES[n].pv_sum_f16;
     return 0;
 }
 
-const wan_attn_cuda_program *wan_attn_cuda_helper_program(wan_attn_cuda_helper helper) {
-    return &HELPERS[helper];
+wan_attn_cuda_program wan_attn_cuda_tile_program(const wan_attn_cuda_tile *tile,
+                                                 wan_attn_dtype dtype) {
+    int is_bf16 = dtype == WAN_ATTN_BF16;
+    wan_attn_cuda_program program = {.number = 2 * (int)(tile - TILES) + is_bf16,
+                                     .name = tile->row,
+                                     .dtype = is_bf16 ? "bf16" : "f16",
+                                     .suffix = tile->suffix,
+                                     .num_threads = tile->num_threads,
+                                     .smem_bytes = tile->smem_bytes};
+    return program;
 }
 
-static int place_of(const wan_attn_cuda_program *program) {
-    for (int n = 0; n < TILE_COUNT; n++)
-        if (program == &TILES[n].program)
-            return n;
-    return TILE_COUNT + (int)(program - HELPERS);
+wan_attn_cuda_program wan_attn_cuda_helper_program(wan_attn_cuda_helper helper) {
+    wan_attn_cuda_program program = {.number = FIRST_HELPER + (int)helper,
+                                     .name = HELPERS[helper].name,
+                                     .suffix = "",
+                                     .num_threads = HELPERS[helper].num_threads};
+    return program;
+}
+
+wan_attn_cuda_name wan_attn_cuda_symbol_of(const wan_attn_cuda_program *program) {
+    wan_attn_cuda_name symbol;
+    const char *head_dim = strrchr(program->name, '_');
+    if (program->dtype && head_dim)
+        snprintf(symbol.text, sizeof(symbol.text), "%.*s_%s%s", (int)(head_dim - program->name),
+                 program->name, program->dtype, head_dim);
+    else
+        snprintf(symbol.text, sizeof(symbol.text), "%s", program->name);
+    return symbol;
 }
 
 /* Whether the device cannot run this image, or not with so much shared memory, which says nothing
@@ -128,21 +157,33 @@ static wan_attn_status failed_to_load(const wan_attn_cuda_driver *d, wan_attn_cu
                          error_name, text);
 }
 
-static wan_attn_status load(const wan_attn_cuda_driver *d, const wan_attn_cuda_program *program,
-                            const void *image, wan_attn_cu_function *function,
-                            wan_attn_error *err) {
-    /* Somebody may be capturing a graph, in this thread or in another: loading is no part of it. */
-    int mode = WAN_ATTN_CU_CAPTURE_MODE_RELAXED;
-    (void)d->capture_mode(&mode);
+/* Loads the image, and makes its function ready to be launched. */
+static wan_attn_cu_result load_image(const wan_attn_cuda_driver *d,
+                                     const wan_attn_cuda_program *program, const char *symbol,
+                                     const void *image, wan_attn_cu_function *function) {
     wan_attn_cu_module module; /* lives as long as its context */
     wan_attn_cu_result error = d->module_load(&module, image);
     if (error == 0)
-        error = d->module_function(function, module, program->name);
+        error = d->module_function(function, module, symbol);
     if (error == 0 && program->smem_bytes > 48 * 1024)
         error = d->function_set(*function, WAN_ATTN_CU_FUNCTION_MAX_DYNAMIC_SMEM,
                                 (int)program->smem_bytes);
-    (void)d->capture_mode(&mode);
-    return error == 0 ? WAN_ATTN_OK : failed_to_load(d, error, program->name, err);
+    return error;
+}
+
+static wan_attn_status load(const wan_attn_cuda_driver *d, const wan_attn_cuda_program *program,
+                            const char *symbol, const void *image, wan_attn_cu_function *function,
+                            wan_attn_error *err) {
+    /* Somebody may be capturing a graph, in this thread or in another: loading is no part of it.
+     * The call exchanges the thread's mode and ours, so that a second one puts it back. */
+    int mode = WAN_ATTN_CU_CAPTURE_MODE_RELAXED;
+    wan_attn_cu_result error = d->capture_mode(&mode);
+    if (error != 0)
+        return failed_to_load(d, error, symbol, err);
+    error = load_image(d, program, symbol, image, function);
+    wan_attn_cu_result not_put_back = d->capture_mode(&mode);
+    error = error == 0 ? not_put_back : error;
+    return error == 0 ? WAN_ATTN_OK : failed_to_load(d, error, symbol, err);
 }
 
 static wan_attn_status find_image(int32_t device_index, const char *name, const void **image,
@@ -155,16 +196,28 @@ static wan_attn_status find_image(int32_t device_index, const char *name, const 
     int32_t arch = wan_attn_cuda_arch(device_index, reason, sizeof(reason));
     size_t size = 0;
     *image = NULL;
-    if (arch == 0 || find(name, arch, image, &size, reason, sizeof(reason)) != 0 || !*image)
+    int found = arch != 0 && find(name, arch, image, &size, reason, sizeof(reason)) == 0 && *image;
+    reason[sizeof(reason) - 1] = '\0'; /* whatever the callback has written */
+    if (!found)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "no machine code for %s: %s", name,
                              reason[0] ? reason : "none was given");
     return WAN_ATTN_OK;
 }
 
+static wan_attn_status find_and_load(const wan_attn_cuda_driver *d, int32_t device_index,
+                                     const wan_attn_cuda_program *program,
+                                     wan_attn_cu_function *function, wan_attn_error *err) {
+    const void *image = NULL;
+    wan_attn_cuda_name symbol = wan_attn_cuda_symbol_of(program), asked;
+    snprintf(asked.text, sizeof(asked.text), "%s%s", symbol.text, program->suffix);
+    wan_attn_status status = find_image(device_index, asked.text, &image, err);
+    return status == WAN_ATTN_OK ? load(d, program, symbol.text, image, function, err) : status;
+}
+
 wan_attn_status wan_attn_cuda_function(const wan_attn_cuda_driver *d, int32_t device_index,
                                        const wan_attn_cuda_program *program,
                                        wan_attn_cu_function *function, wan_attn_error *err) {
-    wan_attn_cu_function *place = &functions[device_index][place_of(program)];
+    wan_attn_cu_function *place = &functions[device_index][program->number];
     wan_attn_acquire(&lock);
     *function = *place;
     wan_attn_release(&lock);
@@ -172,10 +225,7 @@ wan_attn_status wan_attn_cuda_function(const wan_attn_cuda_driver *d, int32_t de
         return WAN_ATTN_OK;
     /* Without the lock: finding may compile, and may need locks of its caller's. Two threads may
      * both come here; the second to load finds the place taken, and its module goes unused. */
-    const void *image = NULL;
-    wan_attn_status status = find_image(device_index, program->image, &image, err);
-    if (status == WAN_ATTN_OK)
-        status = load(d, program, image, function, err);
+    wan_attn_status status = find_and_load(d, device_index, program, function, err);
     if (status != WAN_ATTN_OK)
         return status;
     wan_attn_acquire(&lock);

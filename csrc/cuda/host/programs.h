@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * programs.h - sdpa_rows.def for the host: which program a row is on which GPU, and that program
- * loaded. Knows nothing of a call.
+ * programs.h - sdpa_rows.def for the host: which tile a row has for a call, and the programs
+ * loaded. Knows nothing else of a call.
  */
 #ifndef WAN_ATTN_CUDA_HOST_PROGRAMS_H
 #define WAN_ATTN_CUDA_HOST_PROGRAMS_H
@@ -8,23 +8,22 @@
 #include "cuda/args.h"
 #include "cuda/host/device.h"
 
-/* A kernel that can be launched. */
-typedef struct wan_attn_cuda_program {
-    const char *name;  /* of the function in its machine code; a row's own */
-    const char *image; /* what that machine code is asked for by */
-    unsigned num_threads, smem_bytes;
-} wan_attn_cuda_program;
+/* The file that a tile's kernel is made of, and so how it is launched. */
+typedef enum wan_attn_cuda_body {
+    WAN_ATTN_CUDA_SM80, /* sdpa_sm80.cuh */
+    WAN_ATTN_CUDA_SM90  /* sdpa_sm90.cuh */
+} wan_attn_cuda_body;
 
 typedef struct wan_attn_cuda_tile {
-    wan_attn_cuda_program program;
-    int gpu_class;
+    const char *row, *suffix; /* suffix: tells the tiles of a row apart, where it has several */
+    wan_attn_cuda_body body;
+    int gpu_class; /* SM80: the class of GPU that it is for */
+    unsigned num_threads, smem_bytes;
     int block_m, block_n;
-    int cluster; /* 0: a tile of sdpa_sm80.cuh; else of sdpa_sm90.cuh: blocks of a cluster */
-    int is_for_masks, from_q;
+    int cluster;              /* blocks that share tiles; 1: each for itself */
+    int is_for_masks, from_q; /* which calls it is for */
     int pv_sum_f16;
-    /* K and V have to be f16, scaled by the head so that the largest value is below 2^limit; 0: as
-     * they are. */
-    int k_limit, v_limit;
+    int has_f16_alone; /* the products: bf16 operands must come as f16 */
 } wan_attn_cuda_tile;
 
 /* The helper passes, named as in sdpa_rows.def. */
@@ -34,16 +33,34 @@ typedef enum wan_attn_cuda_helper {
     WAN_ATTN_CUDA_HELPERS
 } wan_attn_cuda_helper;
 
+/* A kernel that can be launched. Its symbol is `name`, with the dtype before the last underscore if
+ * there is one; its machine code is asked for by the symbol and `suffix`. */
+typedef struct wan_attn_cuda_program {
+    int number; /* of this program, among all */
+    const char *name, *dtype, *suffix;
+    unsigned num_threads, smem_bytes;
+} wan_attn_cuda_program;
+
+/* A program's symbol, or what its machine code is asked for by. */
+typedef struct wan_attn_cuda_name {
+    char text[80];
+} wan_attn_cuda_name;
+
 /* The tile of this row for GPUs of compute capability arch / 10, or NULL: it has none. A GPU newer
  * than the list is taken for the newest one that is older. is_masked, seqlen_q: what the call is;
  * some rows have several tiles. */
 const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch, int is_masked,
                                                 int64_t seqlen_q);
 
-/* Whether the row sums P V in f16, on whatever GPU. */
+/* Whether the row sums P V in f16; the GPU does not matter. */
 int wan_attn_cuda_sums_f16(const char *row);
 
-const wan_attn_cuda_program *wan_attn_cuda_helper_program(wan_attn_cuda_helper helper);
+/* dtype: the row's, f16 or bf16. */
+wan_attn_cuda_program wan_attn_cuda_tile_program(const wan_attn_cuda_tile *tile,
+                                                 wan_attn_dtype dtype);
+wan_attn_cuda_program wan_attn_cuda_helper_program(wan_attn_cuda_helper helper);
+
+wan_attn_cuda_name wan_attn_cuda_symbol_of(const wan_attn_cuda_program *program);
 
 /* The program's function in the device's context, which must be this thread's; loaded at its first
  * use. UNSUPPORTED: there is no machine code for this device, so that something else may run the

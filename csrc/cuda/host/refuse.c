@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * refuse.c - which calls a CUDA row takes on the call's device, and with which tile. Asks the driver
- * what the device is, and nothing else of it.
+ * refuse.c - which calls a CUDA row takes on the call's device, and with which tile. Asks the
+ * driver what the device is, and nothing else of it.
  */
 #include <string.h>
 
@@ -28,7 +28,7 @@ static const char *refuse_tile(const wan_attn_problem *p, const wan_attn_cuda_ti
                                const wan_attn_cuda_driver *driver) {
     if (!tile)
         return "has no tile for this GPU";
-    if (!tile->cluster)
+    if (tile->body != WAN_ATTN_CUDA_SM90)
         return NULL;
     if (!driver->encode_map)
         return "needs a driver of CUDA 12 or newer";
@@ -39,7 +39,7 @@ static const char *refuse_tile(const wan_attn_problem *p, const wan_attn_cuda_ti
 }
 
 const char *wan_attn_cuda_refuse_out(const wan_attn_problem *p) {
-    int64_t four = p->q.dtype == WAN_ATTN_F32 ? 16 : 8;
+    int64_t four = 4 * wan_attn_dtype_size(p->q.dtype);
     return wan_attn_cuda_is_aligned(&p->out, p->batch, p->seqlen_q, p->num_heads_q, four)
                ? NULL
                : "needs out and its strides to be multiples of four elements";

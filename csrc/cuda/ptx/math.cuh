@@ -31,7 +31,7 @@ DEVICE float reciprocal(float x) {
     return y;
 }
 
-/* The exact product-sum with one rounding, whatever the compiler's flags. */
+/* The exact product-sum with one rounding; the compiler's flags do not matter. */
 DEVICE float fused_multiply_add(float x, float y, float z) {
     float r;
     asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(x), "f"(y), "f"(z));

@@ -57,7 +57,9 @@ DEVICE void mma_m16n8k16_f16(float d[4], const u32 a[4], u32 b0, u32 b1) {
 }
 
 /* d += A B, accumulated in f16: d[0] is row g, d[1] row g + 8, columns 2t and 2t+1 packed. Twice as
- * fast as an f32 sum on GeForce; every 16 products end in a rounding to 11 bits. */
+ * fast as an f32 sum on GeForce. A sum is rounded to 11 bits after every 8 products on Ampere and
+ * Ada, after all 16 on Blackwell, as bit-accurate models of them have it (MMA-Sim, by Microsoft);
+ * the emulator of the tests rounds after 16. */
 DEVICE void mma_m16n8k16_f16_sum_f16(u32 d[2], const u32 a[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, "
         "{%0, %1};"

@@ -19,7 +19,7 @@ DEVICE int thread_index() {
     return x;
 }
 
-/* volatile: whoever asks again wants to compute again what follows from it. */
+/* volatile: code that asks again wants to compute again what follows from it. */
 DEVICE int block_index() {
     int x;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));

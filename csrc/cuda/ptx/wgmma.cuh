@@ -10,8 +10,9 @@
  * bytes, swizzled as TMA does it. ss: A is K-major (a row of Q), B is K-major (a row is a key of
  * K). rs: A is in registers, B is MN-major (a row is a key of V, its columns are N).
  *
- * Between wgmma_commit and the wgmma_wait that ends the group, nobody may touch d, a, or the tiles.
- * The compiler does not know: hold() at the end of the wait stops it from using a value earlier.
+ * Between wgmma_commit and the wgmma_wait that ends the group, d, a and the tiles must stay
+ * untouched. The compiler does not know that: hold() at the end of the wait stops it from using a
+ * value earlier.
  */
 #ifndef WAN_ATTN_CUDA_PTX_WGMMA_H
 #define WAN_ATTN_CUDA_PTX_WGMMA_H

@@ -20,10 +20,16 @@ DEVICE void advance(ring &r) {
     }
 }
 
+/* Addresses and strides as the fields of a descriptor take them: PTX manual, "wgmma", matrix
+ * descriptor. The mask is needed: in a cluster the rank of the block stands in bits 24 and up of
+ * its shared addresses, and would end in the field next to this one. */
+DEVICE u64 matrix_field(u32 x) { return (u64)((x & 0x3ffff) >> 4); }
+
 /* The descriptor of an operand in panels: rows of 128 bytes with SWIZZLE_128B, groups of 8 rows
  * 1024 bytes apart. panel_bytes: from 64 columns to the next, where columns are M or N. */
 DEVICE u64 matrix_descriptor(u32 at, u32 panel_bytes) {
-    return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)(panel_bytes >> 4) << 16 | (at >> 4);
+    return (u64)1 << 62 | matrix_field(1024) << 32 | matrix_field(panel_bytes) << 16 |
+           matrix_field(at);
 }
 
 #endif /* WAN_ATTN_CUDA_TILE_RING_H */
