@@ -297,7 +297,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--python", nargs="+", metavar="3.x", help="default: all that are here")
     parser.add_argument("--torch", nargs="+", default=TORCH, metavar="VERSION")
-    parser.add_argument("--way", nargs="+", metavar="WORDS", help="only ways with these words")
+    names = sorted({way.name for way in WAYS})
+    parser.add_argument("--way", nargs="+", choices=names, metavar="WAY", help="; ".join(names))
     parser.add_argument("--quick", action="store_true", help="one torch per Python: its newest")
     parser.add_argument("--tests", action="store_true", help="the op's tests, with the wheel")
     parser.add_argument("--cache", type=Path, default=ROOT / "build/install-matrix")
@@ -315,7 +316,7 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, Path, str, Way]]:
         torches = [t for t in args.torch if minor <= NEWEST_PYTHON.get(t, minor)]
         for torch in torches[-1:] if args.quick else torches:
             for way in WAYS:
-                if not args.way or any(word in way.name for word in args.way):
+                if not args.way or way.name in args.way:
                     yield version, here[version], torch, way
 
 

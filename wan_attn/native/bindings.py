@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bindings.py - the two roads from torch tensors to libwan_attn: the C++ shim, and ctypes.
+"""bindings.py - the two ways from torch tensors to libwan_attn: the shim in C, and ctypes.
 
 Both describe the same tensors in the same C structs, so checks, kernels and messages are the same;
 the shim costs less per call (benchmarks/bench_overhead.py) but needs a newer torch.
