@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -196,34 +195,35 @@ def fingerprint(packages: Path) -> str:
 class Sources:
     """What is installed: a checkout without anything built, its sdist and its wheel."""
 
-    def __init__(self, folder: Path, uv: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.pristine = folder / "pristine"
         for file in files():
             (self.pristine / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, self.pristine / file)
-        # The packager's own environment, as `python -m build` has it anywhere.
-        run([sys.executable, "-m", "venv", folder / "packager"], folder)
-        packager = python_of(folder / "packager")
-        run([packager, "-m", "pip", "install", "--quiet", "build"], folder)
-        print("  sdist and wheel ...", flush=True)
-        checkout = self.checkout("wan_attn")
-        run([packager, "-m", "build", "--outdir", folder / "dist", checkout], folder)
-        (self.sdist,) = (folder / "dist").glob("*.tar.gz")
-        (self.wheel,) = (folder / "dist").glob("*.whl")
-        if not re.match(r"wan_attn-[^-]+-py3-none-", self.wheel.name):
-            raise RuntimeError(f"the tag must be py3-none-<platform>, got {self.wheel.name}")
 
-    def checkout(self, name: str) -> Path:
+    def checkout(self) -> Path:
         """A fresh one."""
-        target = self.folder / name
+        target = self.folder / "wan_attn"
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(self.pristine, target)
         return target
 
+    def built(self, pattern: str) -> Path:
+        """The sdist or the wheel, made by `python -m build` in an environment of its own, once."""
+        dist = self.folder / "dist"
+        if not dist.exists():
+            run([sys.executable, "-m", "venv", self.folder / "packager"], self.folder)
+            packager = python_of(self.folder / "packager")
+            run([packager, "-m", "pip", "install", "--quiet", "build"], self.folder)
+            run([packager, "-m", "build", "--outdir", dist, self.checkout()], self.folder)
+        (found,) = dist.glob(pattern)
+        return found
+
     def find(self, way: Way) -> Path:
-        found = {"sdist": self.sdist, "wheel": self.wheel}.get(way.what)
-        return found or self.checkout("cell_checkout")
+        if way.what == "sdist":
+            return self.built("wan_attn-*.tar.gz")
+        return self.built("wan_attn-*-py3-none-*.whl") if way.what == "wheel" else self.checkout()
 
 
 @contextmanager
@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run([sys.executable, "-m", "venv", Path(folder, "uv")], Path(folder))
             run([python_of(Path(folder, "uv")), "-m", "pip", "install", "-q", "uv"], Path(folder))
             args.uv = python_of(Path(folder, "uv")).with_name("uv")
-        sources = Sources(Path(folder), args.uv)
+        sources = Sources(Path(folder))
         print(HEAD, flush=True)
         for version, python, torch, way in cells(args):
             row = Row(version, torch, "", way.name)
