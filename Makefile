@@ -19,6 +19,7 @@ help:
 	@echo 'make test          the tests'
 	@echo 'make check         formatters, linters, types, warnings as errors, sanitizers, tables of the docs'
 	@echo 'make check-fast    the part of it that takes seconds; pre-commit runs the same'
+	@echo 'make fuzz          the campaign against faults; ARGS="--seconds 600 --seed 7"'
 	@echo 'make format        put C and Python sources into their format'
 	@echo 'make tables        write the generated tables of the documentation'
 	@echo 'make bench         the benchmarks that need no GPU (an idle machine tells more)'
@@ -43,6 +44,12 @@ test:
 	@echo '== environment for the tests'
 	@$(setup) test,demo$${WAN22_DIR:+,wan22-tests}
 	@sh .ci/step tests $(python) -m pytest -q -n $(JOBS) $(ARGS)
+
+fuzz:
+	@echo '== environment for the tests'
+	@$(setup) test,demo
+	@echo '== fuzz'
+	@$(python) tests/fuzz/run.py $(ARGS)
 
 # What each of these runs is said once, in .ci/check-fast and .ci/check-c.
 check: check-fast check-warnings check-analyzers check-sanitizers check-tables
@@ -111,7 +118,7 @@ clean:
 	@rm -rf wan_attn/cuda/cubin
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help demo test check check-environment check-fast check-format check-lint check-types \
+.PHONY: help demo test fuzz check check-environment check-fast check-format check-lint check-types \
 	check-spelling check-scripts check-files check-rules check-commits check-warnings \
 	check-analyzers check-sanitizers check-tables format tables build bench wheel install-matrix \
 	host-matrix clean

@@ -67,7 +67,8 @@ typedef enum wan_attn_device {
 
 #define WAN_ATTN_MAX_NDIM 4
 
-/* One operand, as its owner describes it. data == NULL with ndim == 0: the operand is absent. */
+/* One operand, as its owner describes it. data == NULL with ndim == 0: the operand is absent. Where
+ * data is read or written it is a multiple of the element's size. */
 typedef struct wan_attn_tensor {
     void *data;
     int32_t dtype;        /* wan_attn_dtype */
@@ -95,7 +96,7 @@ typedef struct wan_attn_params {
     wan_attn_tensor q;
     wan_attn_tensor k;
     wan_attn_tensor v;
-    wan_attn_tensor out;
+    wan_attn_tensor out; /* no two elements in one place; lse neither */
     wan_attn_tensor lse; /* [batch, num_heads_q, seqlen_q] f32, natural log; absent: not wanted */
 
     /* Real lengths, [batch] i32 or i64; absent: all. On the CPU they are checked against [0,

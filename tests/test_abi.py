@@ -135,6 +135,17 @@ def test_the_header_compiles_alone(dialect: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("flag", ("-ffast-math", "-ffinite-math-only"))
+def test_fast_math_is_refused(flag: str) -> None:
+    """Results would be wrong by 0.1, and the process would lose its subnormal numbers."""
+    source = ROOT / "csrc/core/check.c"
+    command = [compiler(), "-std=c11", "-fsyntax-only", f"-I{ROOT / 'csrc'}", source]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    done = subprocess.run([*command, flag], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "must be built without -ffast-math" in done.stderr
+
+
 def layout() -> dict[str, int]:
     """Sizes and offsets as ctypes sees them."""
     found = {}

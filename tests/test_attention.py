@@ -109,7 +109,7 @@ def test_the_signature_is_stock_wan22s() -> None:
         ((torch.float64,) * 3, BF16, False, (BF16, BF16, BF16)),
     ],
 )
-def test_computes_in_one_dtype_and_answers_in_querys_own(
+def test_computes_in_one_dtype_and_answers_in_the_dtype_of_query(
     dtypes: Any, asked: Any, force: bool, computed: Any, ran: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if force:

@@ -305,6 +305,19 @@ def test_no_machine_code(tmp_path: Path) -> None:
         gpu.sdpa(*normal())
 
 
+def test_a_reason_that_fills_its_place_has_an_end(tmp_path: Path) -> None:
+    """The library ends the text itself: it would read on behind its own buffer."""
+
+    def find_image(kernel, arch, image, size, message, message_size):  # type: ignore[no-untyped-def]
+        ctypes.memset(message, ord("x"), message_size)
+        return 1
+
+    gpu = Gpu(tmp_path, CARDS[80], find_image=find_image)
+    with pytest.raises(RuntimeError, match="^2: no machine code for sdpa_.*: x+$") as caught:
+        gpu.sdpa(*normal())
+    assert str(caught.value).count("x") < 1000
+
+
 def test_no_driver(gpu: Gpu, tmp_path: Path) -> None:
     empty = Gpu(tmp_path)
     with pytest.raises(RuntimeError, match="the driver has 0 devices, there is no cuda:0"):

@@ -182,9 +182,9 @@ BUGS = (
     Bug("the bounds of the mask are not waited for", KERNEL, "store_bounds(work);\n", "\n", ""),
     Bug(
         "rows without a key",
-        SOFTMAX,
-        "float shift = is_empty ? 0.0f : -new_max[r]",
-        "float shift = -new_max[r]",
+        KERNEL,
+        "row_max[m][r] = lowest();",
+        "row_max[m][r] = minus_infinity();",
         "",
     ),
     Bug(

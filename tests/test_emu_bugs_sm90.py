@@ -108,7 +108,7 @@ BUGS = (
     Bug("only one row's maximum rescales", " || new_max[1] > c.row_max[1]);", ");", ""),
     Bug("P forgets a tile", "&s[2 * (i / 4) + i % 4 / 2]", "&s[2 * (i / 4)]", "is wrong"),
     Bug("no swizzle on the way out", "(chunk ^ line % 8) * 16", "chunk * 16", ""),
-    Bug("rows without a key", "float shift = is_empty ? 0.0f : -new_max[r]", "float shift = -new_max[r]", ""),
+    Bug("rows without a key", "c.row_max[r] = lowest();", "c.row_max[r] = minus_infinity();", ""),
     Bug("wrong head of K", "a.place.head / args.call.heads_per_key_head, a.place.sample);\n    advance(r);\n}\n\nDEVICE void load_v", "a.place.head, a.place.sample);\n    advance(r);\n}\n\nDEVICE void load_v", ""),
     Bug("both warpgroups have the same rows", "return c.number * 64 + thread_index() % 128 / 32 * 16", "return thread_index() % 128 / 32 * 16", ""),
 )  # fmt: skip

@@ -7,6 +7,8 @@ tiles and their edges, not lengths, are what can go wrong.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from emu import cases
 from emu.build import compiler
 from emu.rows import Tile, tiles
 from emu.run import DTYPES, Schedule, run
+from tolerances import assert_close_to_oracle
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
@@ -89,6 +92,19 @@ def test_offsets_beyond_two_to_the_31(dim: int) -> None:
         views.append(view.copy_(torch.randn(shape)))
     out = run(tile, *views).out
     assert torch.equal(out, run(tile, *(view.contiguous() for view in views)).out)
+
+
+@each_tile
+def test_keys_whose_scores_are_minus_infinity(tile: Tile) -> None:
+    """Whole tiles that weigh nothing, the one that comes first and those without a mask among
+    them."""
+    n = tile.block_n
+    for hidden in ((3 * n, 4 * n), (0, 3 * n), (n, 2 * n)):
+        query, key, value = cases.operands(cases.Case(20, 4 * n), tile)
+        query[..., 0], key[..., 0] = 1.0, 0.0
+        key[:, hidden[0] : hidden[1], :, 0] = -math.inf
+        got = run(tile, query, key, value)
+        assert_close_to_oracle(got.out, query, key, value, lse=got.lse)
 
 
 @each_tile

@@ -17,6 +17,7 @@ from emu.cases import Case
 from emu.rows_sm90 import TileSm90, tiles_sm90
 from emu.run import DTYPES, Schedule
 from emu.run_sm90 import run_sm90
+from tolerances import assert_close_to_oracle
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
@@ -85,6 +86,19 @@ def test_out_of_any_kind(tile: TileSm90) -> None:
     wide = torch.full(query.shape, math.nan)
     run_sm90(tile, query, key, value, out=wide, **case.call())
     assert torch.equal(wide.to(query.dtype), by_tma)
+
+
+@each_shape
+def test_keys_whose_scores_are_minus_infinity(tile: TileSm90) -> None:
+    """Whole tiles that weigh nothing, the one that comes first and those without a mask among
+    them."""
+    n = tile.block_n
+    for hidden in ((3 * n, 4 * n), (0, 3 * n), (n, 2 * n)):
+        query, key, value = cases.operands(cases.Case(20, 4 * n), tile)  # type: ignore[arg-type]
+        query[..., 0], key[..., 0] = 1.0, 0.0
+        key[:, hidden[0] : hidden[1], :, 0] = -math.inf
+        got = run_sm90(tile, query, key, value)
+        assert_close_to_oracle(got.out, query, key, value, lse=got.lse)
 
 
 @each_shape

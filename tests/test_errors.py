@@ -458,6 +458,90 @@ def test_c_abi_missing_pointers(c_call: tuple[library.Params, list[Tensor]]) -> 
     assert "out" in error.text()
 
 
+@pytest.mark.parametrize("field", ("lse", "seqused_q", "seqused_k"))
+def test_c_abi_described_without_memory(
+    c_call: tuple[library.Params, list[Tensor]], field: str
+) -> None:
+    """data == NULL means absent with ndim == 0 alone."""
+    params, tensors = c_call
+    described = describe(zeros(1, 2, 17) if field == "lse" else i64(1))
+    described.data = None
+    setattr(params, field, described)
+    error = library.Error()
+    assert library.lib().wan_attn_forward(params, error) == library.INVALID_ARGUMENT
+    name = {"lse": "lse", "seqused_q": "q_lens", "seqused_k": "k_lens"}[field]
+    assert error.text() == f"{name} must point to memory, got NULL"
+    assert tensors[-1].isnan().all(), "out was touched"
+
+
+@pytest.mark.parametrize("field", ("q", "k", "v", "out", "lse", "seqused_k"))
+def test_c_abi_misaligned_operands(c_call: tuple[library.Params, list[Tensor]], field: str) -> None:
+    params, tensors = c_call
+    if field in ("lse", "seqused_k"):
+        setattr(params, field, describe(zeros(1, 2, 17) if field == "lse" else i64(1)))
+    getattr(params, field).data += 2
+    error = library.Error()
+    assert library.lib().wan_attn_forward(params, error) == library.INVALID_ARGUMENT
+    names = {"q": "query", "k": "key", "v": "value", "seqused_k": "k_lens"}
+    bytes_ = 8 if field == "seqused_k" else 4
+    assert error.text().startswith(
+        f"{names.get(field, field)} must lie at a multiple of its element's {bytes_} bytes, got "
+    )
+    assert tensors[-1].isnan().all(), "out was touched"
+
+
+def test_c_abi_misaligned_workspace(c_call: tuple[library.Params, list[Tensor]]) -> None:
+    params, _ = c_call
+    if not params.workspace_size:
+        pytest.skip("this machine's best row needs none")
+    params.workspace += 32
+    error = library.Error()
+    assert library.lib().wan_attn_forward(params, error) == library.INVALID_ARGUMENT
+    assert error.text().startswith("workspace must lie at a multiple of 64 bytes, got ")
+
+
+OVERLAPPING: dict[str, tuple[str, tuple[int, ...]]] = {
+    "out for all rows in one place": ("out", (2176, 0, 64, 1)),
+    "rows of out that overlap": ("out", (2176, 127, 64, 1)),
+    "heads of out that overlap": ("out", (2176, 128, 63, 1)),
+    "strides that are equal": ("out", (2176, 64, 64, 1)),
+    "strides that go back": ("out", (2176, -128, 64, 1)),
+    "strides that no number holds": ("out", (2176, 2**62, 64, 1)),
+    "lse for all heads in one place": ("lse", (34, 0, 1)),
+    "heads of lse that overlap": ("lse", (34, 16, 1)),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_c_abi_overlapping_outputs(c_call: tuple[library.Params, list[Tensor]], name: str) -> None:
+    params, tensors = c_call
+    field, strides = OVERLAPPING[name]
+    memory = zeros(1, 2, 17)
+    if field == "lse":
+        params.lse = describe(memory)
+    for dim, stride in enumerate(strides):
+        getattr(params, field).stride[dim] = stride
+    error = library.Error()
+    assert library.lib().wan_attn_forward(params, error) == library.INVALID_ARGUMENT
+    assert error.text().startswith(
+        f"{field} must have each element in a place of its own, got [1, "
+    )
+    assert tensors[-1].isnan().all(), "out was touched"
+
+
+def test_questions_read_no_lengths(c_call: tuple[library.Params, list[Tensor]]) -> None:
+    """why_not and select take a call that need not exist; whoever sizes a workspace reads."""
+    params, _ = c_call
+    lib, row, size = library.lib(), ctypes.c_int32(), ctypes.c_size_t()
+    last = lib.wan_attn_kernel_count() - 1
+    for lens in (i64(99), None):
+        params.seqused_k = describe(i64(1))
+        params.seqused_k.data = lens.data_ptr() if lens is not None else None
+        assert lib.wan_attn_why_not(params, last, None) == library.OK
+        assert lib.wan_attn_select(params, ctypes.byref(row), None) == library.OK
+        assert lib.wan_attn_workspace_size(params, size, None) == library.INVALID_ARGUMENT
+
+
 def test_c_abi_strided_out_and_lse(c_call: tuple[library.Params, list[Tensor]]) -> None:
     """Any strides, as for inputs; nothing beside the views is written."""
     params, (query, key, value, _) = c_call

@@ -193,6 +193,20 @@ def test_real_nan_stays_visible(row: op.KernelInfo | None) -> None:
         assert out[0, :, 1, 0].isposinf().all()
 
 
+@pytest.mark.parametrize("hidden", ((0, 600), (600, 1200), (100, 133), (0, 1199)), ids=str)
+def test_keys_whose_scores_are_minus_infinity(
+    row: op.KernelInfo | None, hidden: tuple[int, int]
+) -> None:
+    """A key mask that travels in a channel of K, as people smuggle one: whole blocks weigh nothing,
+    whichever come first."""
+    for dtype in row_dtypes(row):
+        query, key, value = some(row, seqlen_q=20, seqlen_k=1200, dtype=dtype)
+        query[..., 0], key[..., 0] = 1.0, 0.0
+        key[:, hidden[0] : hidden[1], :, 0] = -math.inf
+        out, lse = check(row, query, key, value)
+        assert out.isfinite().all() and lse.isfinite().all()
+
+
 @pytest.mark.parametrize("bits", (0x7FC00001, 0x7FC0017F, 0x7FC001FF))
 def test_any_nan_stays_visible(row: op.KernelInfo | None, bits: int) -> None:
     """A float32 NaN has 2^22 spellings; arithmetic on its bits must not make a number of one."""

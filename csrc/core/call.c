@@ -28,22 +28,13 @@ static wan_attn_status check_and_choose(const wan_attn_params *params, wan_attn_
     return status == WAN_ATTN_OK ? wan_attn_choose(p, err) : status;
 }
 
-static wan_attn_status check_workspace(const wan_attn_problem *p, wan_attn_error *err) {
-    const wan_attn_params *a = p->params;
-    if (p->workspace_size && (!a->workspace || a->workspace_size < p->workspace_size))
-        return wan_attn_fail(
-            err, WAN_ATTN_INVALID_ARGUMENT, "workspace must be at least %zu bytes for %s, got %zu",
-            p->workspace_size, p->kernel_name, a->workspace ? a->workspace_size : (size_t)0);
-    return WAN_ATTN_OK;
-}
-
 /* The second half: where the results go, and the row. */
 static wan_attn_status check_and_run(wan_attn_problem *p, wan_attn_error *err) {
     wan_attn_status status = wan_attn_check_outputs(p, err);
     if (status == WAN_ATTN_OK)
         status = wan_attn_check_output_memory(p, err);
     if (status == WAN_ATTN_OK)
-        status = check_workspace(p, err);
+        status = wan_attn_check_workspace(p, err);
     if (status != WAN_ATTN_OK || !p->batch || !p->seqlen_q)
         return status; /* nothing to write; rows may divide by these */
     return wan_attn_kernel_of(p->kernel)->run(p, err);

@@ -140,7 +140,7 @@ static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t,
     lengths->data = t->data;
     lengths->dtype = (wan_attn_dtype)t->dtype;
     lengths->device_type = (wan_attn_device)t->device_type;
-    lengths->stride = t->stride[0];
+    lengths->stride = t->shape[0] > 1 ? t->stride[0] : 0;
     return WAN_ATTN_OK;
 }
 
@@ -176,9 +176,15 @@ static wan_attn_status check_numbers(const wan_attn_params *a, wan_attn_error *e
     return WAN_ATTN_OK;
 }
 
+/* 0 for a dimension that is never walked along: its stride may be any number, also one that no
+ * address could be computed with. */
+static int64_t stride_of(const wan_attn_tensor *t, int dim) {
+    return t->shape[dim] > 1 ? t->stride[dim] : 0;
+}
+
 static wan_attn_view view_of(const wan_attn_tensor *t) {
-    wan_attn_view view = {t->data, (wan_attn_dtype)t->dtype, t->stride[0], t->stride[1],
-                          t->stride[2]};
+    wan_attn_view view = {t->data, (wan_attn_dtype)t->dtype, stride_of(t, 0), stride_of(t, 1),
+                          stride_of(t, 2)};
     return view;
 }
 
@@ -226,9 +232,44 @@ wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *
 }
 
 wan_attn_status wan_attn_check_lengths(wan_attn_problem *p, wan_attn_error *err) {
-    wan_attn_status status = read_lengths("q_lens", &p->seqused_q, p->batch, p->seqlen_q, err);
+    wan_attn_status status = wan_attn_check_length_memory(p, WAN_ATTN_CPU, err);
+    if (status == WAN_ATTN_OK)
+        status = read_lengths("q_lens", &p->seqused_q, p->batch, p->seqlen_q, err);
     return status == WAN_ATTN_OK ? read_lengths("k_lens", &p->seqused_k, p->batch, p->seqlen_k, err)
                                  : status;
+}
+
+/* Whether two elements may lie in one place: each stride has to reach beyond all that the smaller
+ * ones span. Strides that interleave without a collision are refused with the others. */
+static int may_overlap(const wan_attn_tensor *t) {
+    int64_t reach = 0; /* the last element, as far as strides have been looked at */
+    int is_done[WAN_ATTN_MAX_NDIM] = {0};
+    for (int d = 0; d < t->ndim; d++)
+        if (t->shape[d] == 0)
+            return 0;
+    for (int n = 0; n < t->ndim; n++) {
+        int next = -1; /* of those that are left, the smallest stride that is walked along */
+        for (int d = 0; d < t->ndim; d++)
+            if (!is_done[d] && t->shape[d] > 1 && (next < 0 || t->stride[d] < t->stride[next]))
+                next = d;
+        if (next < 0)
+            return 0;
+        if (t->stride[next] <= reach ||
+            t->stride[next] > (INT64_MAX - reach) / (t->shape[next] - 1))
+            return 1;
+        reach += (t->shape[next] - 1) * t->stride[next];
+        is_done[next] = 1;
+    }
+    return 0;
+}
+
+static wan_attn_status check_overlap(const char *name, const wan_attn_tensor *t,
+                                     wan_attn_error *err) {
+    return may_overlap(t)
+               ? INVALID(err,
+                         "%s must have each element in a place of its own, got %s with strides %s",
+                         name, shape_of(t->shape, t->ndim).text, shape_of(t->stride, t->ndim).text)
+               : WAN_ATTN_OK;
 }
 
 static wan_attn_status check_out(const wan_attn_tensor *out, const wan_attn_tensor *q,
@@ -241,7 +282,7 @@ static wan_attn_status check_out(const wan_attn_tensor *out, const wan_attn_tens
     if (status == WAN_ATTN_OK && out->dtype != q->dtype)
         status = INVALID(err, "out must have query's dtype %s, got %s",
                          wan_attn_dtype_name(q->dtype), wan_attn_dtype_name(out->dtype));
-    return status;
+    return status == WAN_ATTN_OK ? check_overlap("out", out, err) : status;
 }
 
 static wan_attn_status check_lse(const wan_attn_tensor *lse, const wan_attn_tensor *q,
@@ -253,7 +294,8 @@ static wan_attn_status check_lse(const wan_attn_tensor *lse, const wan_attn_tens
             "lse must be float32 [batch, num_heads_q, seqlen_q] = [%lld, %lld, %lld], got %s %s",
             (long long)q->shape[0], (long long)q->shape[2], (long long)q->shape[1],
             wan_attn_dtype_name(lse->dtype), shape_of(lse->shape, lse->ndim).text);
-    return check_device("lse", lse, q, err);
+    wan_attn_status status = check_device("lse", lse, q, err);
+    return status == WAN_ATTN_OK ? check_overlap("lse", lse, err) : status;
 }
 
 wan_attn_status wan_attn_check_outputs(wan_attn_problem *p, wan_attn_error *err) {
@@ -265,26 +307,8 @@ wan_attn_status wan_attn_check_outputs(wan_attn_problem *p, wan_attn_error *err)
         return status;
     p->out = view_of(out);
     p->lse = (float *)lse->data;
-    p->lse_batch_stride = lse->stride[0];
-    p->lse_head_stride = lse->stride[1];
-    p->lse_row_stride = lse->stride[2];
+    p->lse_batch_stride = stride_of(lse, 0);
+    p->lse_head_stride = stride_of(lse, 1);
+    p->lse_row_stride = stride_of(lse, 2);
     return WAN_ATTN_OK;
-}
-
-static wan_attn_status check_memory(const char *name, const void *data, int64_t rows,
-                                    wan_attn_error *err) {
-    return data || rows == 0 ? WAN_ATTN_OK
-                             : INVALID(err, "%s must point to memory, got NULL", name);
-}
-
-wan_attn_status wan_attn_check_input_memory(const wan_attn_problem *p, wan_attn_error *err) {
-    wan_attn_status status = check_memory("query", p->q.data, p->batch * p->seqlen_q, err);
-    if (status == WAN_ATTN_OK)
-        status = check_memory("key", p->k.data, p->batch * p->seqlen_k, err);
-    return status == WAN_ATTN_OK ? check_memory("value", p->v.data, p->batch * p->seqlen_k, err)
-                                 : status;
-}
-
-wan_attn_status wan_attn_check_output_memory(const wan_attn_problem *p, wan_attn_error *err) {
-    return check_memory("out", p->out.data, p->batch * p->seqlen_q, err);
 }

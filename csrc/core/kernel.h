@@ -7,6 +7,12 @@
 
 #include "wan_attn.h"
 
+/* Infinities, NaN and the order of sums carry meaning in every kernel. */
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) ||                                     \
+    (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0)
+#error wan_attn must be built without -ffast-math, -ffinite-math-only and -fassociative-math
+#endif
+
 /* One [batch, seqlen, heads, head_dim] operand; head_dim has stride 1. */
 typedef struct wan_attn_view {
     void *data;
@@ -80,14 +86,20 @@ wan_attn_status wan_attn_cuda_run_call(const wan_attn_problem *problem, wan_attn
 
 /* check.c: params -> problem; INVALID_ARGUMENT with "<argument> must be <rule>, got <value>". The
  * first reads no tensor and leaves out and lse absent; the second reads lengths that lie on the
- * CPU; the third adds out and lse, where they are given; the last wants memory behind the inputs,
- * or behind the outputs. */
+ * CPU; the third adds out and lse, where they are given. */
 wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *problem,
                                wan_attn_error *err);
 wan_attn_status wan_attn_check_lengths(wan_attn_problem *problem, wan_attn_error *err);
 wan_attn_status wan_attn_check_outputs(wan_attn_problem *problem, wan_attn_error *err);
+
+/* memory.c: there is memory behind what has elements, at addresses that suit it: behind lengths
+ * that lie on `device`, behind the inputs, behind out and lse; the workspace that the plan wants.
+ * */
+wan_attn_status wan_attn_check_length_memory(const wan_attn_problem *problem,
+                                             wan_attn_device device, wan_attn_error *err);
 wan_attn_status wan_attn_check_input_memory(const wan_attn_problem *problem, wan_attn_error *err);
 wan_attn_status wan_attn_check_output_memory(const wan_attn_problem *problem, wan_attn_error *err);
+wan_attn_status wan_attn_check_workspace(const wan_attn_problem *problem, wan_attn_error *err);
 
 /* dispatch.c: the choice. Fills the problem's kernel, kernel_name, plan and workspace_size; or
  * UNSUPPORTED, with reasons. */

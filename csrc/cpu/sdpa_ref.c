@@ -22,6 +22,7 @@
  * Masked keys are left out by loop bounds, never by -inf or by a zero weight, so nothing behind the
  * lengths or outside the mask can leak, NaN included; NaN in a visible key stays NaN.
  */
+#include <float.h>
 #include <math.h>
 
 #include "core/util.h"
@@ -107,7 +108,9 @@ static void store_row(const wan_attn_problem *p, row_block *rows, int m, int64_t
     wan_attn_store_floats(wan_attn_row_address(&p->out, b, i, head), o, p->out.dtype, p->head_dim);
     if (p->lse)
         p->lse[b * p->lse_batch_stride + head * p->lse_head_stride + i * p->lse_row_stride] =
-            sees_none ? -INFINITY : rows->row_max[m] + logf(rows->row_sum[m]);
+            sees_none                  ? -INFINITY
+            : rows->row_sum[m] == 0.0f ? NAN /* all scores -inf: the softmax is NaN */
+                                       : rows->row_max[m] + logf(rows->row_sum[m]);
 }
 
 static int64_t row_blocks(const wan_attn_problem *p) {
@@ -132,7 +135,7 @@ static void run_row_block(int64_t task, int64_t worker, void *ctx) {
     for (int m = 0; m < count; m++) {
         wan_attn_key_range keys = wan_attn_visible_keys(p, first_row + m, len_q, len_k);
         rows.keys[m] = keys;
-        rows.row_max[m] = -INFINITY;
+        rows.row_max[m] = -FLT_MAX; /* finite: a score of -inf must weigh 0, not NaN */
         rows.row_sum[m] = 0.0f;
         for (int64_t d = 0; d < p->head_dim; d++)
             rows.o[m][d] = 0.0f;

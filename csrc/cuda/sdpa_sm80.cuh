@@ -365,7 +365,7 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked,
                 n * BLOCK_N + thread_index() % 4 * 2);
         const float scale[2] = {BF16_AS_F16 ? q.scale[m][0] : args.scale_log2e,
                                 BF16_AS_F16 ? q.scale[m][1] : args.scale_log2e};
-        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale, is_masked);
+        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale);
     }
 
     cp_async_wait<STAGES - 1>();
@@ -385,7 +385,7 @@ DEVICE void clear(warp_rows &rows) {
             rows.o[m][j / 4][j % 4] = 0.0f;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            rows.row_max[m][r] = minus_infinity();
+            rows.row_max[m][r] = lowest();
             rows.row_sum[m][r] = 0.0f;
         }
     }

@@ -217,17 +217,14 @@ DEVICE void mask_tile(const wan_attn_cuda_args &args, const block_work &work, co
 
 /* Scores become weights and add to row_sum. factor: by which what has been summed up before has to
  * be multiplied, row_sum being so already. Returns whether any in the warp is not 1. */
-DEVICE bool weigh(consumer &c, float s[S_TILES][4], float factor[2], float scale_log2e,
-                  bool is_masked) {
+DEVICE bool weigh(consumer &c, float s[S_TILES][4], float factor[2], float scale_log2e) {
     const float new_max[2] = {grown_max(s, 0, c.row_max[0], scale_log2e),
                               grown_max(s, 1, c.row_max[1], scale_log2e)};
     bool has_grown = any_lane(new_max[0] > c.row_max[0] || new_max[1] > c.row_max[1]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        /* A row that has still seen no key has nothing to bring: -inf - -inf would be NaN. */
-        bool is_empty = is_masked && new_max[r] == minus_infinity();
-        float shift = is_empty ? 0.0f : -new_max[r], sum = 0.0f;
-        factor[r] = is_empty ? 1.0f : exp2_approx(c.row_max[r] - new_max[r]);
+        float shift = -new_max[r], sum = 0.0f;
+        factor[r] = exp2_approx(c.row_max[r] - new_max[r]);
         c.row_max[r] = new_max[r];
 #pragma unroll
         for (int j = 0; j < S_TILES; j++) {
@@ -315,7 +312,7 @@ DEVICE void first_tile(const sm90_args &args, const assignment &a, consumer &c) 
     release(barrier_at(EMPTY_K, c.k.stage));
     advance(c.k);
     mask_tile(args.call, a.work, c, n, s);
-    weigh(c, s, factor, args.call.scale_log2e, true);
+    weigh(c, s, factor, args.call.scale_log2e);
     pack_weights(c, s);
     int tail = a.work.num_keys - n * BLOCK_N;
     if (tail < BLOCK_N)
@@ -339,7 +336,7 @@ DEVICE void process_tile(const sm90_args &args, const block_work &work, consumer
     release(barrier_at(EMPTY_K, c.k.stage));
     if (is_masked)
         mask_tile(args.call, work, c, n, s);
-    bool has_grown = weigh(c, s, factor, args.call.scale_log2e, is_masked);
+    bool has_grown = weigh(c, s, factor, args.call.scale_log2e);
     hold_tiles(s, S_TILES);
     wgmma_wait<0>();
     hold_tiles(c.o, O_TILES);
@@ -434,7 +431,7 @@ DEVICE void consume(const sm90_args &args, const assignment &a) {
         c.o[i / 4][i % 4] = 0.0f;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        c.row_max[r] = minus_infinity();
+        c.row_max[r] = lowest();
         c.row_sum[r] = 0.0f;
     }
     if (a.work.num_tiles > 0)

@@ -41,7 +41,7 @@ static size_t buffer_size(const wan_attn_tensor *t) {
     for (int d = 0; d < t->ndim; d++) {
         if (t->shape[d] == 0)
             return 0;
-        last += (t->shape[d] - 1) * t->stride[d];
+        last += t->shape[d] > 1 ? (t->shape[d] - 1) * t->stride[d] : 0;
     }
     return (size_t)(last + 1) * element_size(t->dtype);
 }
@@ -64,6 +64,9 @@ static wan_attn_tensor operand(int32_t dtype, const int64_t shape[4], int layout
     t.stride[0] = layout == EXPANDED ? 0
                   : layout == FUSED  ? length * t.stride[1] + GAP
                                      : length * heads * head_dim;
+    for (int d = 0; d < 3; d++) /* never walked along: any number is right */
+        if (shape[d] <= 1 && pick(2))
+            t.stride[d] = pick(2) ? INT64_MAX - 7 : INT64_MIN;
     return t;
 }
 

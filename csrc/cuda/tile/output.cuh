@@ -42,7 +42,7 @@ DEVICE float finish_row(const wan_attn_cuda_args &args, const block_place &place
     i64 lse_at = place.sample * args.lse_batch_stride + place.head * args.lse_head_stride +
                  place.split * args.lse_split_stride;
     float sum = quad_sum(row_sum);
-    bool sees_none = row >= used_q || (row_max == minus_infinity() && sum == 0.0f);
+    bool sees_none = row >= used_q || (row_max == lowest() && sum == 0.0f);
     if (args.lse && has_row && thread_index() % 4 == 0)
         store_global_f32(args.lse + lse_at + row * args.lse_row_stride,
                          sees_none ? minus_infinity()

@@ -16,6 +16,10 @@ enum { S_TILES = BLOCK_N / 8, O_TILES = HEAD_DIM / 8 };
 
 DEVICE float minus_infinity() { return float_from_bits(0xff800000u); }
 
+/* The maximum of no scores. Finite: less it, a score of -inf weighs 0, where -inf - -inf would be
+ * NaN. */
+DEVICE float lowest() { return float_from_bits(0xff7fffffu); }
+
 /* Over the four lanes that share a row; all get the result. */
 DEVICE float quad_max(float x) {
     x = larger(x, shfl_xor(x, 1));
@@ -48,18 +52,16 @@ DEVICE float grown_max(const float s[S_TILES][4], int r, float row_max, float sc
 }
 
 /* Scores become weights; o and row_sum are brought to the new maximum. scale: of scores in base 2,
- * for each of the lane's two rows. is_masked: a row may have seen no key yet. */
+ * for each of the lane's two rows. A row that has still seen no key keeps its maximum, `lowest`. */
 DEVICE void softmax_tile(float s[S_TILES][4], float o[O_TILES][4], float row_max[2],
-                         float row_sum[2], const float scale[2], bool is_masked) {
+                         float row_sum[2], const float scale[2]) {
     const float new_max[2] = {grown_max(s, 0, row_max[0], scale[0]),
                               grown_max(s, 1, row_max[1], scale[1])};
     /* Almost never after the first tiles. Skipping is exact: the factor would be 1. */
     if (any_lane(new_max[0] > row_max[0] || new_max[1] > row_max[1])) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            /* A row that has still seen no key has nothing to bring: -inf - -inf would be NaN. */
-            bool is_empty = is_masked && new_max[r] == minus_infinity();
-            float factor = is_empty ? 1.0f : exp2_approx(row_max[r] - new_max[r]);
+            float factor = exp2_approx(row_max[r] - new_max[r]);
             row_max[r] = new_max[r];
             row_sum[r] *= factor;
 #pragma unroll
@@ -71,8 +73,7 @@ DEVICE void softmax_tile(float s[S_TILES][4], float o[O_TILES][4], float row_max
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        bool is_empty = is_masked && new_max[r] == minus_infinity();
-        float shift = is_empty ? 0.0f : -new_max[r], sum = 0.0f;
+        float shift = -new_max[r], sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < S_TILES; j++) {
             float *weight = &s[j][2 * r];

@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * memory.c - what a call's pointers have to be before anything is read or written there. Knows no
+ * kernel.
+ */
+#include "core/util.h"
+
+#define INVALID(err, ...) wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, __VA_ARGS__)
+
+enum { WORKSPACE_ALIGNMENT = 64 };
+
+/* An operand that is described, unless it has no element, lies at a multiple of its element's
+ * size. */
+static wan_attn_status check(const char *name, const wan_attn_tensor *t, wan_attn_error *err) {
+    int64_t size = wan_attn_dtype_size(t->dtype);
+    for (int d = 0; d < t->ndim && d < WAN_ATTN_MAX_NDIM; d++)
+        if (t->shape[d] == 0)
+            return WAN_ATTN_OK;
+    if (!t->data)
+        return INVALID(err, "%s must point to memory, got NULL", name);
+    if ((uintptr_t)t->data % (uintptr_t)size)
+        return INVALID(err, "%s must lie at a multiple of its element's %d bytes, got address %p",
+                       name, (int)size, t->data);
+    return WAN_ATTN_OK;
+}
+
+static wan_attn_status check_if_given(const char *name, const wan_attn_tensor *t,
+                                      wan_attn_error *err) {
+    return t->ndim || t->data ? check(name, t, err) : WAN_ATTN_OK;
+}
+
+wan_attn_status wan_attn_check_length_memory(const wan_attn_problem *p, wan_attn_device device,
+                                             wan_attn_error *err) {
+    const wan_attn_tensor *q_lens = &p->params->seqused_q, *k_lens = &p->params->seqused_k;
+    wan_attn_status status = WAN_ATTN_OK;
+    if (q_lens->device_type == (int32_t)device)
+        status = check_if_given("q_lens", q_lens, err);
+    if (status == WAN_ATTN_OK && k_lens->device_type == (int32_t)device)
+        status = check_if_given("k_lens", k_lens, err);
+    return status;
+}
+
+wan_attn_status wan_attn_check_input_memory(const wan_attn_problem *p, wan_attn_error *err) {
+    const wan_attn_params *a = p->params;
+    wan_attn_status status = check("query", &a->q, err);
+    if (status == WAN_ATTN_OK)
+        status = check("key", &a->k, err);
+    if (status == WAN_ATTN_OK)
+        status = check("value", &a->v, err);
+    /* Those on the CPU have been read. */
+    return status == WAN_ATTN_OK && p->device_type != WAN_ATTN_CPU
+               ? wan_attn_check_length_memory(p, p->device_type, err)
+               : status;
+}
+
+wan_attn_status wan_attn_check_output_memory(const wan_attn_problem *p, wan_attn_error *err) {
+    const wan_attn_params *a = p->params;
+    wan_attn_status status = p->batch * p->seqlen_q > 0 ? check("out", &a->out, err) : WAN_ATTN_OK;
+    return status == WAN_ATTN_OK ? check_if_given("lse", &a->lse, err) : status;
+}
+
+wan_attn_status wan_attn_check_workspace(const wan_attn_problem *p, wan_attn_error *err) {
+    const wan_attn_params *a = p->params;
+    if (!p->workspace_size)
+        return WAN_ATTN_OK;
+    if (!a->workspace || a->workspace_size < p->workspace_size)
+        return INVALID(err, "workspace must be at least %zu bytes for %s, got %zu",
+                       p->workspace_size, p->kernel_name,
+                       a->workspace ? a->workspace_size : (size_t)0);
+    if ((uintptr_t)a->workspace % WORKSPACE_ALIGNMENT)
+        return INVALID(err, "workspace must lie at a multiple of %d bytes, got address %p",
+                       WORKSPACE_ALIGNMENT, a->workspace);
+    return WAN_ATTN_OK;
+}

@@ -1,0 +1,213 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * broken_call.h - a good call of the C ABI, and every way to break one of its arguments.
+ */
+#ifndef WAN_ATTN_TESTS_BROKEN_CALL_H
+#define WAN_ATTN_TESTS_BROKEN_CALL_H
+
+#include "elements.h"
+#include "fuzz.h"
+
+enum { UNTOUCHED = 0xa5, OUTPUTS = 3 };
+
+typedef struct good_call {
+    wan_attn_params p;
+    buffer *outputs[OUTPUTS]; /* out, lse, workspace */
+} good_call;
+
+static wan_attn_tensor dense(int32_t dtype, int ndim, int64_t a, int64_t b, int64_t c, int64_t d) {
+    wan_attn_tensor t = {NULL, dtype, WAN_ATTN_CPU, 0, ndim, {a, b, c, d}, {0}};
+    int64_t step = 1;
+    for (int n = ndim - 1; n >= 0; n--) {
+        t.stride[n] = step;
+        step *= t.shape[n];
+    }
+    return t;
+}
+
+static buffer *give_memory(wan_attn_tensor *t, int fill) {
+    size_t count = 1;
+    for (int n = 0; n < t->ndim; n++)
+        count *= (size_t)t->shape[n];
+    buffer *b = make_buffer(count * element_size(t->dtype), 64, 0, fill);
+    t->data = b->at;
+    return b;
+}
+
+/* No size is 1, so that every stride is walked along; q, k and v are 0. */
+static good_call make_good_call(void) {
+    good_call c;
+    wan_attn_params *p = &c.p;
+    size_t size = 0;
+    memset(&c, 0, sizeof(c));
+    p->struct_size = sizeof(*p);
+    p->kernel = -1;
+    p->q = dense(WAN_ATTN_F32, 4, 2, 5, 4, 16);
+    p->k = p->v = dense(WAN_ATTN_F32, 4, 2, 7, 2, 16);
+    p->seqused_q = p->seqused_k = dense(WAN_ATTN_I32, 1, 2, 0, 0, 0);
+    wan_attn_tensor *const inputs[] = {&p->q, &p->k, &p->v, &p->seqused_q, &p->seqused_k};
+    for (int n = 0; n < 5; n++) {
+        buffer *memory = give_memory(inputs[n], 0);
+        if (n < 3)
+            make_read_only(memory);
+    }
+    for (int n = 3; n < 5; n++)
+        for (int64_t b = 0; b < 2; b++)
+            write_element(element(inputs[n], b, 0, 0, 0), WAN_ATTN_I32, 3.0);
+    p->out = dense(WAN_ATTN_F32, 4, 2, 5, 4, 16);
+    p->lse = dense(WAN_ATTN_F32, 3, 2, 4, 5, 0);
+    p->window_size_left = p->window_size_right = -1;
+    p->num_threads = 2;
+    if (wan_attn_workspace_size(p, &size, NULL) != WAN_ATTN_OK)
+        abort();
+    c.outputs[0] = give_memory(&p->out, UNTOUCHED);
+    c.outputs[1] = give_memory(&p->lse, UNTOUCHED);
+    c.outputs[2] = make_buffer(size + 64, 64, 0, UNTOUCHED);
+    p->workspace = c.outputs[2]->at;
+    p->workspace_size = size;
+    return c;
+}
+
+/* Ways to break a tensor's description. FLOATS, LENGTHS, RESULTS: of those alone. */
+#define TENSOR_FAULTS(X)                                                                           \
+    X(data_null, ALL, t->data = NULL)                                                              \
+    X(data_misaligned, ALL, t->data = (char *)t->data + 1)                                         \
+    X(dtype_negative, ALL, t->dtype = -1)                                                          \
+    X(dtype_other, ALL, t->dtype = WAN_ATTN_DTYPE_OTHER)                                           \
+    X(dtype_beyond, ALL, t->dtype = INT32_MAX)                                                     \
+    X(dtype_lengths, FLOATS, t->dtype = WAN_ATTN_I64)                                              \
+    X(dtype_float, LENGTHS, t->dtype = WAN_ATTN_F32)                                               \
+    X(dtype_half, RESULTS, t->dtype = WAN_ATTN_F16)                                                \
+    X(device_cuda, ALL, t->device_type = WAN_ATTN_CUDA)                                            \
+    X(device_other, ALL, t->device_type = WAN_ATTN_DEVICE_OTHER)                                   \
+    X(device_negative, ALL, t->device_type = -1)                                                   \
+    X(device_beyond, ALL, t->device_type = INT32_MAX)                                              \
+    X(device_index, ALL, t->device_index = 1)                                                      \
+    X(ndim_0, ALL, t->ndim = 0)                                                                    \
+    X(ndim_negative, ALL, t->ndim = -1)                                                            \
+    X(ndim_min, ALL, t->ndim = INT32_MIN)                                                          \
+    X(ndim_more, ALL, t->ndim += 1)                                                                \
+    X(ndim_less, ALL, t->ndim -= 1)                                                                \
+    X(ndim_max, ALL, t->ndim = INT32_MAX)                                                          \
+    X(size_negative, ALL, t->shape[d] = -1)                                                        \
+    X(size_min, ALL, t->shape[d] = INT64_MIN)                                                      \
+    X(size_max, ALL, t->shape[d] = INT64_MAX)                                                      \
+    X(size_more, ALL, t->shape[d] += 1)                                                            \
+    X(size_zero, ALL, t->shape[d] = 0)                                                             \
+    X(size_wraps, ALL, t->shape[d] += (int64_t)1 << 32)                                            \
+    X(sizes_overflow, ALL,                                                                         \
+      t->shape[0] = t->shape[1] = t->shape[2] = t->shape[3] = (int64_t)1 << 32)                    \
+    X(last_stride_2, FLOATS, t->stride[3] = 2)                                                     \
+    X(last_stride_0, FLOATS, t->stride[3] = 0)                                                     \
+    X(last_stride_negative, FLOATS, t->stride[3] = -1)                                             \
+    X(stride_overflows, ALL, t->stride[d < t->ndim - 1 || t->ndim == 1 ? d : 0] = INT64_MAX / 2)   \
+    X(stride_min, ALL, t->stride[d < t->ndim - 1 || t->ndim == 1 ? d : 0] = INT64_MIN)             \
+    X(elements_are_one, RESULTS, t->stride[d < 3 && d < t->ndim ? d : 0] = 0)                      \
+    X(elements_overlap, RESULTS, t->stride[d < 3 && d < t->ndim ? d : 0] -= 1)                     \
+    X(length_negative, LENGTHS, ((int32_t *)t->data)[d % 2] = -1)                                  \
+    X(length_beyond, LENGTHS, ((int32_t *)t->data)[d % 2] = 8)                                     \
+    X(length_huge, LENGTHS, ((int32_t *)t->data)[d % 2] = INT32_MAX)
+
+/* Ways to break the rest: X(name, the word that the message must have, code). */
+#define OTHER_FAULTS(X)                                                                            \
+    X(struct_size_0, "struct_size", p->struct_size = 0)                                            \
+    X(struct_size_less, "struct_size", p->struct_size -= 8)                                        \
+    X(struct_size_more, "struct_size", p->struct_size += 8)                                        \
+    X(struct_size_beyond, "struct_size", p->struct_size = UINT32_MAX)                              \
+    X(kernel_below, "kernel", p->kernel = -2)                                                      \
+    X(kernel_min, "kernel", p->kernel = INT32_MIN)                                                 \
+    X(kernel_beyond, "kernel", p->kernel = wan_attn_kernel_count())                                \
+    X(kernel_max, "kernel", p->kernel = INT32_MAX)                                                 \
+    X(scale_nan, "scale", p->has_softmax_scale = 1, p->softmax_scale = NAN)                        \
+    X(scale_inf, "scale", p->has_softmax_scale = -1, p->softmax_scale = INFINITY)                  \
+    X(scale_minus_inf, "scale", p->has_softmax_scale = 1, p->softmax_scale = -INFINITY)            \
+    X(window_left, "window_left", p->window_size_left = -2)                                        \
+    X(window_left_min, "window_left", p->window_size_left = INT64_MIN)                             \
+    X(window_right, "window_right", p->window_size_right = -2)                                     \
+    X(window_right_min, "window_right", p->window_size_right = INT64_MIN)                          \
+    X(workspace_null, "workspace", p->workspace = NULL)                                            \
+    X(workspace_less, "workspace", p->workspace_size -= 1)                                         \
+    X(workspace_none, "workspace", p->workspace_size = 0)                                          \
+    X(workspace_misaligned_1, "workspace", p->workspace = (char *)p->workspace + 1)                \
+    X(workspace_misaligned_32, "workspace", p->workspace = (char *)p->workspace + 32)              \
+    X(out_is_query, "out", p->out.data = p->q.data)                                                \
+    X(out_is_key, "out", p->out = p->q, p->out.data = p->k.data)                                   \
+    X(out_is_a_row_of_query, "out", p->out.data = (char *)p->q.data + 4 * p->q.stride[1])          \
+    X(lse_is_out, "lse", p->lse.data = p->out.data)                                                \
+    X(lse_is_in_query, "lse", p->lse.data = (char *)p->q.data + 64)                                \
+    X(workspace_is_out, "workspace", p->workspace = p->out.data)                                   \
+    X(workspace_is_value, "workspace", p->workspace = p->v.data)
+
+typedef enum whose { ALL, FLOATS, LENGTHS, RESULTS } whose;
+
+#define NUMBER(name, ...) TENSOR_##name,
+enum { TENSOR_FAULTS(NUMBER) TENSOR_FAULT_COUNT };
+#undef NUMBER
+#define NUMBER(name, ...) OTHER_##name,
+enum { OTHER_FAULTS(NUMBER) OTHER_FAULT_COUNT };
+#undef NUMBER
+
+enum { TENSORS = 7, FAULTS = TENSORS * TENSOR_FAULT_COUNT + OTHER_FAULT_COUNT };
+
+/* A fault that was put in: what it is called, and the argument that the message must name. Two
+ * operands that do not fit each other may both be meant. */
+typedef struct fault {
+    char name[60];
+    const char *argument;
+    int is_misfit;
+} fault;
+
+static int break_tensor(wan_attn_tensor *t, int what, int64_t d, whose kind, int is_result) {
+#define CASE(name, of, ...)                                                                        \
+    case TENSOR_##name:                                                                            \
+        if ((of) == ALL || (of) == kind || ((of) == RESULTS && is_result)) {                       \
+            __VA_ARGS__;                                                                           \
+            return 1;                                                                              \
+        }                                                                                          \
+        return 0;
+    switch (what) {
+        TENSOR_FAULTS(CASE)
+    default: return 0;
+    }
+#undef CASE
+}
+
+/* Puts fault `number` into the call; 0: there is no such fault. */
+static int break_call(wan_attn_params *p, int number, int64_t d, fault *f) {
+    static const char *const NAMES[TENSORS] = {"query", "key",    "value", "out",
+                                               "lse",   "q_lens", "k_lens"};
+    static const char *const TENSOR_FAULT[] = {
+#define NAME(name, ...) #name,
+        TENSOR_FAULTS(NAME)
+#undef NAME
+    };
+    wan_attn_tensor *const tensors[TENSORS] = {&p->q,   &p->k,         &p->v,        &p->out,
+                                               &p->lse, &p->seqused_q, &p->seqused_k};
+    int which = number / TENSOR_FAULT_COUNT, what = number % TENSOR_FAULT_COUNT;
+    if (which < TENSORS) {
+        wan_attn_tensor *t = tensors[which];
+        int is_used = t->data != NULL && t->ndim >= 1 && t->ndim <= 4; /* not broken before */
+        int64_t dim = is_used ? d % t->ndim : 0;
+        snprintf(f->name, sizeof(f->name), "%s.%s[%d]", NAMES[which], TENSOR_FAULT[what], (int)dim);
+        f->argument = NAMES[which];
+        f->is_misfit = 1;
+        return is_used && break_tensor(t, what, dim,
+                                       which > 4   ? LENGTHS
+                                       : which < 4 ? FLOATS
+                                                   : ALL,
+                                       which == 3 || which == 4);
+    }
+#define CASE(name_of, word, ...)                                                                   \
+    case OTHER_##name_of:                                                                          \
+        snprintf(f->name, sizeof(f->name), #name_of);                                              \
+        f->argument = (word);                                                                      \
+        f->is_misfit = 0;                                                                          \
+        __VA_ARGS__;                                                                               \
+        return 1;
+    switch (number - TENSORS * TENSOR_FAULT_COUNT) {
+        OTHER_FAULTS(CASE)
+    default: return 0;
+    }
+#undef CASE
+}
+
+#endif /* WAN_ATTN_TESTS_BROKEN_CALL_H */

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""driver_faults.py - every call to the CUDA driver fails, the first time or later, with every kind
+of error, on the mock driver: what is said, whether something else takes over, whether anything is
+left behind, whether it is tried again for ever, and whether calls are right once all is well.
+
+    python tests/fuzz/driver_faults.py [--short]      prints a table, then what is wrong
+"""
+
+from __future__ import annotations
+
+import _ctypes
+import ctypes
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cuda_mock.gpu import CARDS, LAUNCH, Gpu
+from tolerances import assert_close_to_oracle
+from wan_attn.backends._errors import is_device_error
+
+# Errors of cuda.h; after those of TROUBLE the device or its context is lost, and nothing else may
+# hide it by computing.
+CODES = {
+    1: "INVALID_VALUE",
+    2: "OUT_OF_MEMORY",
+    3: "NOT_INITIALIZED",
+    4: "DEINITIALIZED",
+    100: "NO_DEVICE",
+    101: "INVALID_DEVICE",
+    200: "INVALID_IMAGE",
+    201: "INVALID_CONTEXT",
+    209: "NO_BINARY_FOR_GPU",
+    218: "INVALID_PTX",
+    222: "UNSUPPORTED_PTX_VERSION",
+    304: "OPERATING_SYSTEM",
+    400: "INVALID_HANDLE",
+    500: "NOT_FOUND",
+    700: "ILLEGAL_ADDRESS",
+    701: "LAUNCH_OUT_OF_RESOURCES",
+    702: "LAUNCH_TIMEOUT",
+    709: "CONTEXT_IS_DESTROYED",
+    719: "LAUNCH_FAILED",
+    800: "NOT_PERMITTED",
+    801: "NOT_SUPPORTED",
+    802: "SYSTEM_NOT_READY",
+    803: "SYSTEM_DRIVER_MISMATCH",
+    900: "STREAM_CAPTURE_UNSUPPORTED",
+    999: "UNKNOWN",
+}
+TROUBLE = (700, 702, 709, 719)
+SHORT_CODES = (2, 209, 700, 702, 709, 800)
+
+# What fails -> the calls of it that a call of ours makes: after so many, the next one fails.
+FUNCTIONS = {
+    "cuInit": (0,),
+    "cuDriverGetVersion": (0,),
+    "cuDeviceGetCount": (0,),
+    "cuDeviceGet": (0,),
+    "cuDeviceGetName": (0,),
+    "cuDeviceGetAttribute": (0, 1, 2),
+    "cuDevicePrimaryCtxRetain": (0,),
+    "cuCtxPushCurrent_v2": (0,),
+    "cuCtxPopCurrent_v2": (0,),
+    "cuModuleLoadData": (0, 1, 2),
+    "cuModuleGetFunction": (0, 1, 2),
+    "cuFuncSetAttribute": (0,),  # of Hopper's kernel, which needs more than 48 KiB
+    "cuLaunchKernel": (0, 1, 2),
+    "cuTensorMapEncodeTiled": (0, 3),
+}
+ASKING = tuple(FUNCTIONS)[:6]  # they only ask what there is: without an answer, another backend
+TIMES = 3  # calls while the driver fails
+
+
+@dataclass
+class Row:
+    """What came of one fault."""
+
+    function: str
+    after: int
+    code: int
+    said: str = ""
+    is_fallback: bool = False  # whether another backend would compute the call
+    attempts: int = 0  # calls of the failing function in TIMES calls of ours
+    loads: int = 0  # modules loaded meanwhile
+    is_well_again: bool = False
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        name = f"{self.function}+{self.after}"
+        what = "falls back" if self.is_fallback else "raises"
+        again = "right again" if self.is_well_again else "NOT WELL AGAIN"
+        return (
+            f"{name:27} {CODES[self.code]:26} {what:10} {self.attempts:3} attempts"
+            f" {self.loads:2} loads  {again:15} {self.said[:110]}"
+        )
+
+
+def _operands(function: str) -> tuple[int, dict[str, Any]]:
+    """A card, and a call on it with three passes: lengths, conversion of key, attention."""
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, n, 1, 64, generator=generator) for n in (5, 20, 20))
+    value = value.to(torch.bfloat16)
+    if function in ("cuTensorMapEncodeTiled", "cuFuncSetAttribute"):
+        query, key = query.to(torch.bfloat16), key.to(torch.bfloat16)
+        return 90, {"query": query, "key": key, "value": value}
+    return 80, {"query": query, "key": key, "value": value, "k_lens": torch.tensor([13])}
+
+
+def _check_result(arguments: dict[str, Any], out: torch.Tensor, lse: torch.Tensor) -> str:
+    """Why the result is wrong; ""."""
+    call = {n: x for n, x in arguments.items() if n not in ("query", "key", "value")}
+    operands = [arguments[n].to(torch.bfloat16) for n in ("query", "key", "value")]
+    try:
+        assert_close_to_oracle(out.to(torch.bfloat16), *operands, lse=lse, **call)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def _close(gpu: Gpu) -> None:
+    """Thousands of machines in one process would not fit."""
+    for library in (gpu.lib, gpu.driver):
+        _ctypes.dlclose(library._handle)
+
+
+def _attempt(gpu: Gpu, arguments: dict[str, Any]) -> str:
+    try:
+        gpu.sdpa(**arguments)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def try_fault(
+    function: str, after: int, code: int, folder: Path, is_emulated: bool = True
+) -> Row | None:
+    """One fault on a machine of its own; None: the call never gets there.
+
+    is_emulated: afterwards the call is computed and held against the oracle; else only launched.
+    """
+    row = Row(function, after, code)
+    arch, arguments = _operands(function)
+    gpu = Gpu(folder, CARDS[arch])
+    for copy in folder.iterdir():
+        copy.unlink()  # it is loaded
+    gpu.fail(function, code, after)
+    first = _attempt(gpu, arguments)
+    log = gpu.log()
+    for _ in range(TIMES - 1):
+        _attempt(gpu, arguments)
+    log += gpu.log()
+    row.attempts = sum(line.startswith(f"{function} fails") for line in log)
+    row.loads = sum(line.startswith("load ") for line in log)
+    unloads = sum(line.startswith("unload") for line in log)
+    if row.loads - unloads > len(set(gpu.asked)):
+        images = len(set(gpu.asked))
+        row.problems.append(f"{row.loads - unloads} modules of {images} images: one a call leaks")
+    gpu.fail("", 0)
+    if not is_emulated:
+        gpu.driver.mock_on_launch(ctypes.cast(None, LAUNCH))
+    if row.attempts == 0:
+        _close(gpu)
+        return None
+    status, _, said = first.partition(": ")
+    row.said = said
+    row.is_fallback = bool(first) and not is_device_error(RuntimeError(f"wan_attn: {said}"))
+    _judge_refusal(row, status)
+    if gpu.driver.mock_depth() != 0:
+        row.problems.append("a context is left on the stack")
+    try:
+        out, lse = gpu.sdpa(**arguments)
+        wrong = _check_result(arguments, out, lse) if is_emulated else ""
+        row.is_well_again = not wrong
+        if wrong:
+            row.problems.append(f"a wrong result afterwards: {wrong}")
+    except RuntimeError as error:
+        if function != "cuInit":  # asked once for a process
+            row.problems.append(f"not well again: {error}")
+    _close(gpu)
+    return row
+
+
+def _judge_refusal(row: Row, status: str) -> None:
+    """What must be true of any refusal, whatever failed."""
+    name = f"CUDA_ERROR_{CODES[row.code]}"
+    is_known_to_mock = row.code in (2, 209, 700)
+    if not row.said:
+        if row.function != "cuCtxPopCurrent_v2":  # what was pushed can be popped
+            row.problems.append("the failure is not reported")
+        return
+    if status not in ("2", "3"):
+        row.problems.append(f"status {status}")
+    if is_known_to_mock and name not in row.said:
+        row.problems.append("the message does not name the driver's error")
+    if row.code in TROUBLE and row.function not in ASKING and row.is_fallback:
+        row.problems.append("the device is lost, and another backend would compute on it")
+    if row.function in ASKING and row.code not in TROUBLE and not row.is_fallback:
+        row.problems.append("a device that cannot be asked stops the call")
+
+
+def campaign(short: bool) -> Iterator[Row]:
+    """Every function, every place, every code."""
+    with tempfile.TemporaryDirectory() as folder:
+        for function, places in FUNCTIONS.items():
+            for after in places[:1] if short else places:
+                for code in SHORT_CODES if short else CODES:
+                    is_emulated = code == SHORT_CODES[0]  # the same for all, and it takes time
+                    row = try_fault(function, after, code, Path(folder), is_emulated)
+                    if row is not None:
+                        yield row
+
+
+def main(arguments: list[str]) -> int:
+    wrong = 0
+    for row in campaign("--short" in arguments):
+        print(row)
+        for problem in row.problems:
+            print(f"    WRONG: {problem}")
+            wrong += 1
+    print(f"{wrong} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,141 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * expected.h - what a call must give, in double precision straight from the formula in wan_attn.h,
+ * and how far float32 arithmetic may be from it: the bounds follow from the numbers of each row, so
+ * that they hold for values near the limits of a dtype, too. Shares no code with csrc/.
+ */
+#ifndef WAN_ATTN_TESTS_EXPECTED_H
+#define WAN_ATTN_TESTS_EXPECTED_H
+
+#include <float.h>
+
+#include "elements.h"
+
+enum { MOST_KEYS = 512, MOST_HEAD_DIM = 256 };
+
+static const double UNIT_F32 = 0x1p-24, UNIT_BF16 = 0x1p-8, EXP_ERROR = 0x1p-20;
+
+/* Dense copies: [batch, seqlen, heads, head_dim]. */
+typedef struct decoded {
+    double *q, *k, *v;
+} decoded;
+
+static double *decode(const wan_attn_tensor *t, double *to) {
+    for (int64_t a = 0; a < t->shape[0]; a++)
+        for (int64_t b = 0; b < t->shape[1]; b++)
+            for (int64_t c = 0; c < t->shape[2]; c++)
+                for (int64_t d = 0; d < t->shape[3]; d++)
+                    *to++ = value_at(t, a, b, c, d);
+    return to;
+}
+
+/* One row of the result. */
+typedef struct row_truth {
+    double out[MOST_HEAD_DIM], out_bound[MOST_HEAD_DIM];
+    double lse, lse_bound;
+    int sees_none;
+    int is_anything[MOST_HEAD_DIM]; /* an infinity or NaN of next to no weight: not compared */
+} row_truth;
+
+/* Scores of the visible keys, the others -inf, and what each may be off by. */
+static void score_row(const wan_attn_params *p, const decoded *x, int64_t b, int64_t h, int64_t i,
+                      int is_bf16_row, double *score, double *off, int *is_visible) {
+    int64_t head_dim = p->q.shape[3], heads_k = p->k.shape[2], keys = p->k.shape[1];
+    double scale = p->has_softmax_scale ? p->softmax_scale : 1.0 / sqrt((double)head_dim);
+    const double *q = x->q + ((b * p->q.shape[1] + i) * p->q.shape[2] + h) * head_dim;
+    double relative = (double)(head_dim + 16) * UNIT_F32 + (is_bf16_row ? 2 * UNIT_BF16 : 0.0);
+    for (int64_t j = 0; j < keys; j++) {
+        score[j] = -INFINITY, off[j] = 0.0;
+        is_visible[j] = sees(p, b, i, j);
+        if (!is_visible[j])
+            continue;
+        const double *k =
+            x->k + ((b * keys + j) * heads_k + h / (p->q.shape[2] / heads_k)) * head_dim;
+        double sum = 0.0, sizes = 0.0, flushed = 0.0;
+        for (int64_t d = 0; d < head_dim; d++) {
+            sum += q[d] * k[d];
+            sizes += fabs(q[d] * k[d]);
+            flushed += FLT_MIN * (fabs(q[d]) + fabs(k[d]) + 1.0);
+        }
+        score[j] = sum * scale;
+        off[j] = fabs(scale) * (relative * sizes + flushed) + 8 * UNIT_F32 * fabs(score[j]) +
+                 EXP_ERROR + (is_bf16_row ? 1.01 * UNIT_BF16 : 0.0);
+    }
+}
+
+/* The most by which the logarithm of a weight that counts can be off. */
+static double worst_of(const double *score, const double *off, int64_t keys, double top) {
+    double worst = 0.0, off_top = 0.0;
+    for (int64_t j = 0; j < keys; j++)
+        if (score[j] == top)
+            off_top = off[j] > off_top ? off[j] : off_top;
+    for (int64_t j = 0; j < keys; j++)
+        if (score[j] > -INFINITY && score[j] + off[j] > top - off_top - 80.0)
+            worst = off[j] > worst ? off[j] : worst;
+    return worst + 8 * UNIT_F32 * fabs(top);
+}
+
+static double unit_of(int32_t dtype) {
+    return dtype == WAN_ATTN_F16 ? 0x1p-11 : dtype == WAN_ATTN_BF16 ? UNIT_BF16 : UNIT_F32;
+}
+
+static double tiniest(int32_t dtype) { return dtype == WAN_ATTN_F16 ? 0x1p-24 : 2 * FLT_MIN; }
+
+/* out[d] = sum p v, and its bound: weights that are off by a factor of e^off move the mean by that
+ * much of the values' spread, and never beyond them. */
+static void weigh(const wan_attn_params *p, const double *v, int64_t v_stride, const double *weight,
+                  const int *is_visible, int64_t d, double off, row_truth *row) {
+    int64_t keys = p->k.shape[1], seen = 0;
+    double sum = 0.0, sizes = 0.0, spread = 0.0, farthest = 0.0, special = 0.0;
+    for (int64_t j = 0; j < keys; j++)
+        if (is_visible[j]) {
+            double value = v[j * v_stride + d];
+            seen++;
+            sum += weight[j] * value;
+            sizes += weight[j] * fabs(value);
+            if (!isfinite(value) && (special == 0.0 || weight[j] < special))
+                special = weight[j] + 1e-300;
+        }
+    row->out[d] = sum;
+    row->is_anything[d] = special > 0.0 && special < 1e-30;
+    for (int64_t j = 0; j < keys; j++)
+        if (is_visible[j] && (weight[j] > 0.0 || off > 1.0)) {
+            double distance = fabs(v[j * v_stride + d] - sum);
+            spread += weight[j] * distance;
+            farthest = distance > farthest ? distance : farthest;
+        }
+    double moved = off > 300.0 ? INFINITY : expm1(off) * exp(off) * spread;
+    row->out_bound[d] = (moved < farthest ? moved : farthest) +
+                        (double)(seen + 16) * UNIT_F32 * sizes +
+                        1.01 * unit_of(p->q.dtype) * fabs(sum) + tiniest(p->q.dtype);
+}
+
+static void expect_row(const wan_attn_params *p, const decoded *x, int64_t b, int64_t h, int64_t i,
+                       int is_bf16_row, row_truth *row) {
+    static double score[MOST_KEYS], off[MOST_KEYS];
+    static int is_visible[MOST_KEYS];
+    int64_t keys = p->k.shape[1], head_dim = p->q.shape[3], heads_k = p->k.shape[2];
+    int64_t head_k = h / (p->q.shape[2] / heads_k);
+    double top = -INFINITY, sum = 0.0;
+    score_row(p, x, b, h, i, is_bf16_row, score, off, is_visible);
+    row->sees_none = 1;
+    for (int64_t j = 0; j < keys; j++) {
+        row->sees_none &= !is_visible[j];
+        top = score[j] > top || score[j] != score[j] ? score[j] : top;
+        if (top != top)
+            break;
+    }
+    double worst = worst_of(score, off, keys, top);
+    for (int64_t j = 0; j < keys; j++) {
+        score[j] = is_visible[j] ? exp(score[j] - top) : 0.0;
+        sum += score[j];
+    }
+    row->lse = top + log(sum);
+    row->lse_bound = worst + 16 * UNIT_F32 * (fabs(row->lse) + fabs(top)) + 0x1p-19;
+    for (int64_t j = 0; j < keys; j++)
+        score[j] /= sum;
+    for (int64_t d = 0; d < head_dim; d++)
+        weigh(p, x->v + (b * keys * heads_k + head_k) * head_dim, heads_k * head_dim, score,
+              is_visible, d, worst, row);
+}
+
+#endif /* WAN_ATTN_TESTS_EXPECTED_H */

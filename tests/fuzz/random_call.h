@@ -1,0 +1,241 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * random_call.h - one random call that the contract of wan_attn.h allows: shapes, strides, dtypes,
+ * values, lengths and masks. What may not be read holds NaN, and inputs cannot be written to.
+ */
+#ifndef WAN_ATTN_TESTS_RANDOM_CALL_H
+#define WAN_ATTN_TESTS_RANDOM_CALL_H
+
+#include "elements.h"
+#include "fuzz.h"
+
+enum { POISON = 0xff, UNTOUCHED = 0xa5 }; /* 0xff..ff is NaN in f32, f16 and bf16 */
+enum { MOST_WORK = 1 << 21, MOST_ELEMENTS = 1 << 22 };
+
+static int one_in(int64_t n) { return pick(n) == 0; }
+
+/* What the numbers of a call are like. The last four put something special into keys or values. */
+typedef enum numbers {
+    ORDINARY,
+    WIDE,
+    LARGE,
+    DENORMAL,
+    EQUAL,
+    ONE_HOT,
+    MINUS_INFINITY,
+    INFINITE_VALUE,
+    NAN_KEY,
+    NUMBERS
+} numbers;
+
+typedef struct exponents {
+    int low, high;
+} exponents;
+
+/* Exactly +-1.random * 2^exponent, or the nearest that the dtype has; denormal at the bottom. */
+static void put(void *at, int32_t dtype, int exponent) {
+    int mantissa_bits = dtype == WAN_ATTN_F32 ? 23 : dtype == WAN_ATTN_F16 ? 10 : 7;
+    int bias = dtype == WAN_ATTN_F16 ? 15 : 127, biased = exponent + bias;
+    biased = biased < 0 ? 0 : biased > 2 * bias ? 2 * bias : biased;
+    uint64_t random = random_bits();
+    uint32_t bits = (uint32_t)(random & ((1u << mantissa_bits) - 1));
+    bits |= (uint32_t)biased << mantissa_bits;
+    bits |= (uint32_t)(random >> 63) << (dtype == WAN_ATTN_F32 ? 31 : 15);
+    uint16_t half = (uint16_t)bits;
+    memcpy(at, dtype == WAN_ATTN_F32 ? (void *)&bits : (void *)&half, element_size(dtype));
+}
+
+static void put_infinity(void *at, int32_t dtype, int is_negative) {
+    static const uint32_t BITS[] = {0x7f800000, 0x7c00, 0x7f80};
+    uint32_t bits = BITS[dtype] | (uint32_t)is_negative << (dtype == WAN_ATTN_F32 ? 31 : 15);
+    uint16_t half = (uint16_t)bits;
+    memcpy(at, dtype == WAN_ATTN_F32 ? (void *)&bits : (void *)&half, element_size(dtype));
+}
+
+static int64_t count_of(const wan_attn_tensor *t) {
+    int64_t count = 1;
+    for (int d = 0; d < t->ndim; d++)
+        count *= t->shape[d];
+    return count;
+}
+
+static int64_t huge_stride(void) {
+    int64_t stride = INT64_MAX >> pick(24);
+    return one_in(2) ? stride : -stride;
+}
+
+/* Dense in a random order of the dimensions, with gaps; inputs may overlap or be broadcast, and any
+ * stride that is never walked along may be anything. */
+static void choose_strides(wan_attn_tensor *t, int is_output) {
+    int order[3] = {0, 1, 2};
+    for (int n = 2; n > 0; n--) {
+        int other = (int)pick(n + 1), moved = order[n];
+        order[n] = order[other], order[other] = moved;
+    }
+    int has_gaps = one_in(3);
+    int64_t step = t->ndim == 4 ? t->shape[3] : 1;
+    for (int n = 0; n < 3 && n < t->ndim; n++) {
+        int d = t->ndim == 1 ? 0 : order[n];
+        step += has_gaps ? pick(9) : 0;
+        t->stride[d] = step;
+        step *= t->shape[d] > 1 ? t->shape[d] : 1;
+        if (!is_output && one_in(12))
+            t->stride[d] = 0;
+        else if (!is_output && one_in(20))
+            t->stride[d] = 1 + pick(t->stride[d]);
+        if (one_in(16))
+            t->stride[d] = -t->stride[d];
+        if ((t->shape[d] <= 1 || count_of(t) == 0) && one_in(3))
+            t->stride[d] = huge_stride();
+    }
+    if (t->ndim == 4)
+        t->stride[3] = t->shape[3] == 1 && one_in(3) ? huge_stride() : 1;
+}
+
+/* Memory for the tensor, which begins or ends where its first or last element does. */
+static buffer *give_memory(wan_attn_tensor *t, int fill) {
+    int64_t lowest = 0, highest = 0, size = (int64_t)element_size(t->dtype);
+    int is_empty = count_of(t) == 0;
+    for (int d = 0; d < t->ndim && !is_empty; d++) {
+        int64_t last = t->shape[d] > 1 ? (t->shape[d] - 1) * t->stride[d] : 0;
+        *(last < 0 ? &lowest : &highest) += last;
+    }
+    if (highest - lowest >= MOST_ELEMENTS)
+        abort();
+    size_t bytes = is_empty ? 0 : (size_t)((highest - lowest + 1) * size);
+    buffer *b = make_buffer(bytes, (size_t)size, !one_in(4), fill);
+    t->data = is_empty && t->ndim == 4 && one_in(2) ? NULL : b->at - lowest * size;
+    return b;
+}
+
+static wan_attn_tensor describe(int32_t dtype, int32_t ndim, int64_t a, int64_t b, int64_t c,
+                                int64_t d) {
+    wan_attn_tensor t = {NULL, dtype, WAN_ATTN_CPU, 0, ndim, {a, b, c, d}, {0}};
+    return t;
+}
+
+static wan_attn_tensor random_lengths(int64_t batch, int64_t padded) {
+    wan_attn_tensor t = describe(one_in(2) ? WAN_ATTN_I32 : WAN_ATTN_I64, 1, batch, 0, 0, 0);
+    choose_strides(&t, 0);
+    buffer *b = give_memory(&t, POISON);
+    for (int64_t n = 0; n < batch; n++)
+        write_element(element(&t, n, 0, 0, 0), t.dtype,
+                      (double)(one_in(4) ? padded : pick(padded + 1)));
+    make_read_only(b);
+    return t;
+}
+
+static buffer *random_operand(wan_attn_tensor *t, const wan_attn_tensor *lengths, exponents range) {
+    choose_strides(t, 0);
+    buffer *b = give_memory(t, POISON);
+    for (int64_t n = 0; n < t->shape[0]; n++)
+        for (int64_t i = 0; i < real_length(lengths, n, t->shape[1]); i++)
+            for (int64_t h = 0; h < t->shape[2]; h++)
+                for (int64_t d = 0; d < t->shape[3]; d++)
+                    put(element(t, n, i, h, d), t->dtype,
+                        range.low + (int)pick(range.high - range.low + 1));
+    return b;
+}
+
+static void choose_shape(wan_attn_params *p) {
+    static const int64_t EDGES[] = {1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65};
+    static const int64_t HEAD_DIMS[] = {1, 2, 7, 8, 16, 40, 64, 80, 96, 128, 160, 255, 256};
+    static const int32_t DTYPES[] = {WAN_ATTN_F32, WAN_ATTN_F16, WAN_ATTN_BF16};
+    int64_t batch = one_in(40) ? 0 : 1 + pick(3), heads_k = 1 + pick(3), group = 1 + pick(4);
+    int64_t seqlen_q = one_in(3) ? PICK(EDGES) : 1 + pick(70);
+    int64_t seqlen_k = one_in(3) ? PICK(EDGES) : one_in(8) ? 1 + pick(300) : 1 + pick(70);
+    int64_t head_dim = one_in(2) ? PICK(HEAD_DIMS) : 1 + pick(256), most = 1 << (12 + pick(10));
+    seqlen_q = one_in(40) ? 0 : one_in(6) ? 1 + pick(3) : seqlen_q;
+    seqlen_k = one_in(40) ? 0 : seqlen_k;
+    /* Many small calls find more than a few large ones. */
+    while (batch * heads_k * group * seqlen_q * seqlen_k * head_dim > most) {
+        int64_t *sizes[] = {&group, &heads_k, &batch, &head_dim, &seqlen_k, &seqlen_q};
+        int64_t *size = sizes[pick(6)];
+        *size = *size > 1 ? 1 + pick(*size) : 1;
+    }
+    int32_t dtype = PICK(DTYPES);
+    p->q =
+        describe(one_in(4) ? WAN_ATTN_F32 : dtype, 4, batch, seqlen_q, heads_k * group, head_dim);
+    p->k = describe(one_in(4) ? WAN_ATTN_F32 : dtype, 4, batch, seqlen_k, heads_k, head_dim);
+    p->v = describe(dtype, 4, batch, seqlen_k, heads_k, head_dim);
+}
+
+/* A run of keys, often longer than any row's block of keys. */
+static void put_special_keys(wan_attn_params *p, numbers kind) {
+    int64_t first = pick(p->k.shape[1]), count = one_in(3) ? 1 + pick(4) : 32 + pick(64);
+    int64_t dim = pick(p->k.shape[3]);
+    first = one_in(2) ? 0 : first;
+    wan_attn_tensor *t = kind == INFINITE_VALUE ? &p->v : &p->k;
+    for (int64_t b = 0; b < t->shape[0]; b++)
+        for (int64_t h = 0; h < t->shape[2]; h++)
+            for (int64_t j = first; j < t->shape[1] && j < first + count; j++) {
+                void *at = element(t, b, j, h, dim);
+                if (kind == NAN_KEY)
+                    memset(at, POISON, element_size(t->dtype));
+                else
+                    put_infinity(at, t->dtype, kind == MINUS_INFINITY || one_in(2));
+                if (kind == NAN_KEY || kind == INFINITE_VALUE)
+                    j += pick(8); /* some of them */
+            }
+    for (int64_t b = 0; kind == MINUS_INFINITY && b < p->q.shape[0]; b++)
+        for (int64_t i = 0; i < real_length(&p->seqused_q, b, p->q.shape[1]); i++)
+            for (int64_t h = 0; h < p->q.shape[2]; h++)
+                write_element(element(&p->q, b, i, h, dim), p->q.dtype, 1.0);
+}
+
+static void put_one_hot_key(wan_attn_params *p) {
+    int64_t j = pick(p->k.shape[1]);
+    for (int64_t b = 0; b < p->k.shape[0]; b++)
+        for (int64_t h = 0; h < p->k.shape[2]; h++)
+            for (int64_t d = 0; d < p->k.shape[3] && j < real_length(&p->seqused_k, b, j + 1); d++)
+                write_element(element(&p->k, b, j, h, d), p->k.dtype, pick(2) ? 64.0 : -64.0);
+}
+
+static void choose_values(wan_attn_params *p, numbers kind) {
+    static const exponents USUAL = {-4, 0};
+    exponents of_qk = USUAL, of_v = USUAL;
+    int bottom = p->v.dtype == WAN_ATTN_F16 ? -24 : -149;
+    if (kind == WIDE)
+        of_qk.low = -14, of_qk.high = 3, of_v.low = -20, of_v.high = 12;
+    else if (kind == LARGE) /* the largest of f16 is 1.999 * 2^15 */
+        of_qk.low = 8, of_qk.high = 15, of_v.low = 12, of_v.high = p->v.dtype ? 15 : 60;
+    else if (kind == DENORMAL)
+        of_qk.low = bottom, of_qk.high = one_in(2) ? bottom + 20 : 0, of_v.low = bottom,
+        of_v.high = bottom + 12;
+    else if (kind == EQUAL) /* no key counts more than another */
+        of_qk.low = of_qk.high = -300;
+    buffer *inputs[3] = {random_operand(&p->q, &p->seqused_q, of_qk),
+                         random_operand(&p->k, &p->seqused_k, of_qk),
+                         random_operand(&p->v, &p->seqused_k, of_v)};
+    int has_keys = count_of(&p->k) > 0 && count_of(&p->q) > 0;
+    if (has_keys && kind == ONE_HOT)
+        put_one_hot_key(p);
+    if (has_keys && kind >= MINUS_INFINITY)
+        put_special_keys(p, kind);
+    for (int n = 0; n < 3; n++)
+        make_read_only(inputs[n]);
+}
+
+static numbers random_call(wan_attn_params *p) {
+    static const int64_t WINDOWS[] = {-1, -1, -1, 0, 1, 7, 40, 1000, INT64_MAX};
+    static const double SCALES[] = {1.0, 0.125, -0.25, 3.0, 0.0, 1e-3, -0.0};
+    memset(p, 0, sizeof(*p));
+    p->struct_size = sizeof(*p);
+    p->kernel = -1;
+    choose_shape(p);
+    if (one_in(2))
+        p->seqused_q = random_lengths(p->q.shape[0], p->q.shape[1]);
+    if (one_in(2))
+        p->seqused_k = random_lengths(p->k.shape[0], p->k.shape[1]);
+    numbers kind = one_in(2) ? ORDINARY : one_in(4) ? MINUS_INFINITY : (numbers)pick(NUMBERS);
+    choose_values(p, kind);
+    p->has_softmax_scale = (int32_t)pick(2);
+    p->softmax_scale = p->has_softmax_scale ? PICK(SCALES) : NAN; /* NAN: not looked at */
+    if (kind == MINUS_INFINITY && p->has_softmax_scale)
+        p->softmax_scale = 0.5; /* else the scores are +inf or NaN */
+    p->is_causal = (int32_t)pick(2);
+    p->window_size_left = PICK(WINDOWS);
+    p->window_size_right = PICK(WINDOWS);
+    return kind;
+}
+
+#endif /* WAN_ATTN_TESTS_RANDOM_CALL_H */

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""test_fuzz.py - the short form of the campaign of tests/fuzz: the same cases on every run.
+
+`make fuzz` is the long form.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emu.build import compiler
+from fuzz import build, driver_faults, fallbacks, malformed, surroundings
+from wan_attn.native import library
+
+SEED = 12
+
+# One switch for what is known to be wrong: True once the faults that these find are mended. Then
+# nothing here may fail.
+IS_MENDED = False
+until_mended = pytest.mark.xfail(not IS_MENDED, reason="faults that are known", strict=False)
+
+pytestmark = pytest.mark.skipif(
+    os.name == "nt" or sys.platform == "darwin", reason="guard pages, forks and signals of Linux"
+)
+
+
+def c_campaign(name: str, count: int) -> str:
+    """The last line of a C campaign, which must find nothing."""
+    variant = next(build.compilers(), None)
+    if variant is None:
+        pytest.skip("no C compiler")
+    command = [str(build.program(name, variant)), str(SEED), "0", str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout
+    return done.stdout.strip()
+
+
+@until_mended
+def test_random_legal_calls_of_the_abi(record_property: Any) -> None:
+    record_property("summary", c_campaign("legal", 600))
+
+
+@until_mended
+def test_broken_calls_of_the_abi(record_property: Any) -> None:
+    record_property("summary", c_campaign("broken", 1000))
+
+
+@until_mended
+def test_malformed_python_calls(native: str, record_property: Any) -> None:
+    findings = malformed.campaign(modes=malformed.MODES[:1])
+    bad = [str(found) for found in findings if found.outcome in malformed.BAD]
+    record_property("summary", f"{len(findings)} malformed Python calls, {len(bad)} wrong")
+    assert not bad, f"{len(bad)} of {len(findings)}\n" + "\n".join(bad)
+
+
+@until_mended
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
+@pytest.mark.skipif(library.load() is None, reason="no native library")
+def test_failures_of_the_driver(record_property: Any) -> None:
+    rows = list(driver_faults.campaign(short=True))
+    wrong = [f"{row}\n    {problem}" for row in rows for problem in row.problems]
+    record_property("summary", f"{len(rows)} failures of the driver, {len(wrong)} wrong")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
+@until_mended
+@pytest.mark.parametrize("code", (209, 700), ids=driver_faults.CODES.get)
+def test_fallbacks(code: int, native: str, tmp_path: Path) -> None:
+    for function in fallbacks.FUNCTIONS[:2]:
+        line, problems = fallbacks.try_fault(function, code, tmp_path)
+        assert not problems, f"{line}: {problems}"
+
+
+@until_mended
+@pytest.mark.parametrize("name", surroundings.CACHES)
+def test_a_cache_in_trouble(name: str, tmp_path: Path) -> None:
+    assert surroundings.cache_fault(name, tmp_path) is None
+
+
+def test_threads() -> None:
+    assert surroundings.threads(SEED, 1.0) is None
+
+
+def test_forks() -> None:
+    assert surroundings.forks(SEED, 6) is None
+
+
+@until_mended
+@pytest.mark.parametrize("kind", surroundings.KINDS, ids=lambda kind: kind.__name__)
+def test_signals(kind: type[BaseException]) -> None:
+    assert surroundings.signals(SEED, 0.25, kind) is None
