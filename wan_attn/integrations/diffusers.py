@@ -35,7 +35,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class _Processor(ABC):
     """The processor of one layer; keeps the one it replaced, and hands it what is not ours to do.
 
-    diffusers writes `_attention_backend` and `_parallel_config` into whatever processor has them:
+    diffusers writes `_attention_backend` and `_parallel_config` into every processor that has them:
     both belong to the replaced one, which reads them.
     """
 
@@ -65,7 +65,7 @@ class _Processor(ABC):
     def _is_ours(self, attention_mask: Tensor | None) -> bool:
         """Whether this call is; if not, the log says why, once."""
         if self._is_overruled:
-            return False  # somebody has named a backend: that is no surprise
+            return False  # a backend was named: that is no surprise
         if self._parallel_config is not None:
             reason = "context parallelism is on, which set_attention_backend('wan_attn') serves"
         elif attention_mask is not None:
@@ -238,7 +238,7 @@ def enable(model_or_pipe: Any) -> int:
     """Send the attention of diffusers' Wan models through wan_attn. Twice is once.
 
     Serves WanTransformer3DModel (text, image and first frame to video), WanVACETransformer3DModel
-    and WanAnimateTransformer3DModel. Layers with somebody else's processor are left alone.
+    and WanAnimateTransformer3DModel. Layers with another processor are left alone.
 
     Args:
         model_or_pipe: such a model, or a pipeline: then all of its models.

@@ -79,7 +79,7 @@ def attention_forward(
 def _why_not(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, options: dict[str, Any]
 ) -> str | None:
-    """Why this is not a call for wan_attn, whatever its mask; None: it is."""
+    """Why wan_attn cannot take this call, its mask aside; None: it can."""
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
             return f"it has {name}"

@@ -86,7 +86,7 @@ def make_pay_attention(original: Any) -> Any:
                 k_lens=k_lens,
             )
         q, k, v = qkv_list
-        qkv_list.clear()  # Wan2GP counts on it: nobody else may keep the operands alive
+        qkv_list.clear()  # Wan2GP expects it: nothing else may keep the operands alive
         if k.shape[0] != q.shape[0]:
             k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
         return attention.flash_attention(

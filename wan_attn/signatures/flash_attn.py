@@ -288,7 +288,7 @@ def check_options(
 
 def bounds(window_size: Window) -> tuple[int, int]:
     """(left, right) as wan_attn.sdpa wants them; the original takes every negative bound as none,
-    and whatever Python can make an integer of."""
+    and everything that Python can turn into an integer."""
     pair = window_size.tolist() if isinstance(window_size, Tensor) else window_size
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         refuse("window_size", "a pair (left, right)", window_size)

@@ -17,7 +17,7 @@ from wan_attn.signatures import _masked
 
 _LAYOUTS = ("HND", "NHD")
 
-# How the original rounds: an exact kernel is within whatever they ask for.
+# How the original rounds: an exact kernel meets any of these demands.
 _ROUNDING = ("smooth_k", "smooth_v", "pv_accum_dtype", "qk_quant_gran")
 _KEYWORDS = (*_ROUNDING, "attn_mask", "dropout_p")
 

@@ -109,7 +109,7 @@ class _Session:
         for name in FLASH_ATTENTION:
             holder = self._module(name)
             value = vars(holder).get("flash_attention") if holder else None
-            # Not __module__: functools.wraps copies that to somebody's wrapper.
+            # Not __module__: functools.wraps copies that to other wrappers.
             is_defined_there = getattr(value, "__globals__", None) is vars(definer)
             if is_defined_there and not any(value is known for known in self._originals):
                 self._originals.append(value)
