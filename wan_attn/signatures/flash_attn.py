@@ -56,9 +56,9 @@ def flash_attn_func(
             which only exists with dropout; the two together are refused.
 
     Returns:
-        out [batch, seqlen_q, heads_q, head_dim] in q's dtype; softmax_lse [batch, heads_q,
-        seqlen_q] float32, the natural log of Σ exp(scale · score). A row that sees no key is 0 with
-        -inf, as in FlashAttention 3 (version 2 says +inf).
+        out [batch, seqlen_q, heads_q, head_dim] in q's dtype, contiguous; softmax_lse [batch,
+        heads_q, seqlen_q] float32, the natural log of Σ exp(scale · score). A row that sees no key
+        is 0 with -inf, as in FlashAttention 3 (version 2 says +inf).
 
     Raises:
         RuntimeError: "wan_attn: <argument> must be <rule>, got <value>".
@@ -317,8 +317,9 @@ def _call(
 
 
 def _result(q: Tensor, out: Tensor, lse: Tensor | None) -> Result:
-    out = out if out.dtype == q.dtype else out.to(q.dtype)
-    return out if lse is None else (out, lse, None)
+    """Contiguous, as the original's results are: its callers `.view` them."""
+    out = out.to(q.dtype).contiguous()
+    return out if lse is None else (out, lse.contiguous(), None)
 
 
 def _unpack(name: str, packed: Tensor, count: int, batched: bool) -> tuple[Tensor, ...]:
