@@ -7,6 +7,7 @@ setuptools 61 and newer, with or without the package `wheel`. The environment ca
 
 WAN_ATTN_NATIVE=1|0      the C library and the shim (default), or PyTorch's attention alone
 WAN_ATTN_CUDA=auto|0|1   ready CUDA kernels: if NVRTC 12 is here (default), never, or always
+WAN_ATTN_KEPT=DIR        where builds keep ready CUDA kernels for the next one (build/cubin)
 CC, CFLAGS, LDFLAGS      as everywhere
 """
 
@@ -131,6 +132,16 @@ def say_ignored_flags() -> None:
         print(f"wan_attn: compiled without {' '.join(ignored)}, which would make results wrong")
 
 
+def hidden_packages() -> list[str]:
+    """Packages that pip has fetched for this build, and that this Python does not see.
+
+    pip names them by PYTHONPATH, which a Python with a ._pth file (ComfyUI portable's) ignores.
+    """
+    named = os.environ.get("PYTHONPATH", "") if sys.flags.ignore_environment else ""
+    folders = [Path(entry).parent for entry in named.split(os.pathsep) if entry]
+    return [str(found) for f in folders for found in f.glob("overlay/**/site-packages")]
+
+
 class build_native(Command):
     """Builds all that is not Python, in the build folder or in the source tree."""
 
@@ -214,7 +225,9 @@ class build_native(Command):
         record = Path(self.build_temp) / "cuda.json"
         record.parent.mkdir(parents=True, exist_ok=True)
         ship = [sys.executable, ROOT / "wan_attn/cuda/ship.py", "--into", target]
-        ship += ["--kept", ROOT / "build/cubin", "--record", record, "--cubins", wanted]
+        kept = Path(os.environ.get("WAN_ATTN_KEPT") or ROOT / "build/cubin").resolve()
+        ship += ["--kept", kept, "--record", record, "--cubins", wanted]
+        ship += [f"--site={folder}" for folder in hidden_packages()]
         if in_place:
             ship.append("--editable")
         if subprocess.run(ship, check=False).returncode != 0:

@@ -183,3 +183,23 @@ def test_the_build_asks_for_what_the_message_names() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project]")[0]
     asked = set(re.findall(r'"(nvidia-cuda-nvrtc[^;"]*)', text))
     assert asked == {ship.REQUIREMENT}
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("is_told", [False, True])
+def test_it_runs_in_an_isolated_python(is_told: bool, tmp_path: Path) -> None:
+    """ComfyUI portable's Python is one: it ignores PYTHONPATH, and setup.py says --site."""
+    found = ship.compiler()
+    assert found is not None
+    command = [sys.executable, "-I", "-S", str(SHIP), "--worker", "--kept", str(tmp_path)]
+    if is_told:
+        # site-packages/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
+        command.append(f"--site={found.path.parents[3]}")
+    done = subprocess.run(
+        command,
+        input=json.dumps([HELPERS[0], 75]) + "\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == ("" if is_told else "NVRTC is gone")

@@ -2,7 +2,7 @@
 """ship.py - makes the cubins that travel in the package. setup.py starts this file by its path:
 
     python wan_attn/cuda/ship.py --into DIR --kept DIR [--record FILE] [--editable]
-                                 [--cubins auto|0|1]
+                                 [--cubins auto|0|1] [--site DIR]
 
 Needs no torch, no GPU and no toolkit: only an NVRTC 12 from PyPI, whose machine code every driver
 from 525 on loads (that of 13 needs 580). Without one nothing is shipped, each kernel is compiled at
@@ -29,7 +29,9 @@ if not __package__:  # started by its path: wan_attn without its __init__.py, wh
     _package = ModuleType("wan_attn")
     _package.__path__ = [str(Path(__file__).resolve().parents[1])]
     sys.modules["wan_attn"] = _package
-    del sys.path[0]  # this folder
+    # Not this folder, whose names would hide others'; an isolated Python leaves it out by itself.
+    _here = os.path.realpath(os.path.dirname(__file__))
+    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != _here]
 
 from wan_attn.cuda import nvrtc, rows, sources, store
 from wan_attn.cuda.rows import Job
@@ -40,6 +42,10 @@ REMEDY = (
     "to get them, install wan_attn without --no-build-isolation, or after"
     f" pip install {REQUIREMENT}"
 )
+
+
+sites: list[str] = []
+"""Folders of packages that this Python does not look into by itself; --site."""
 
 
 class ShipError(RuntimeError):
@@ -75,6 +81,7 @@ def make(jobs: Sequence[Job], kept: Path, workers: int) -> None:
 def _feed(waiting: queue.SimpleQueue[Job], kept: Path) -> None:
     """Starts a worker and gives it one job after the other."""
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--kept", str(kept)]
+    command += [f"--site={folder}" for folder in sites]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as worker:
         assert worker.stdin and worker.stdout
@@ -168,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kept", type=Path, required=True, help="what earlier builds have made")
     parser.add_argument("--record", type=Path, help="JSON: how many were made, what was left out")
     parser.add_argument("--editable", action="store_true", help="the texts stay in csrc/")
+    parser.add_argument("--site", action="append", default=[], help="another site-packages")
     parser.add_argument(
         "--cubins",
         choices=("auto", "0", "1"),
@@ -177,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    sites[:] = args.site
+    sys.path += sites
     if args.worker:
         work(args.kept)
         return 0
