@@ -36,6 +36,7 @@
 
 /* Second reading: the table. A CUDA row is data for cuda/host; its family stands for the first
  * three arguments, hence the detour. */
+/* NOLINTBEGIN(bugprone-macro-parentheses): each argument is a whole initialiser */
 #define ROW(...) CUDA_ROW(__VA_ARGS__)
 #define CUDA_ROW(row, min_arch, max_arch, lossy, text, dtype_bits, size)                           \
     {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
@@ -66,6 +67,7 @@
     CPU_ROW(row, dtypes, needs, text, .plan = wan_attn_##row##_plan, .run = wan_attn_##row)
 #define KERNEL_ELSEWHERE(row, dtypes, needs, text)                                                 \
     CPU_ROW(row, dtypes, needs, text, .plan = NULL, .run = NULL)
+/* NOLINTEND(bugprone-macro-parentheses) */
 static const wan_attn_kernel KERNELS[] = {
 #include "core/kernels.def"
 };
@@ -144,6 +146,7 @@ static void tell_kind(fit found, const wan_attn_kernel_info *info, const wan_att
 
 /* TAKES, and the row and its plan are in p; or why the row cannot take the call is in reason. */
 static fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
+    /* NOLINTNEXTLINE(clang-analyzer-security.ArrayBound): callers have checked the row */
     const wan_attn_kernel *kernel = &KERNELS[row];
     const wan_attn_kernel_info *info = &kernel->info;
     fit found = kind_of(info, p);

@@ -80,6 +80,7 @@ static inline void wan_attn_store_floats(void *to, const float *from, wan_attn_d
                                          int64_t n) {
     uint16_t *half = (uint16_t *)to;
     if (dtype == WAN_ATTN_F32)
+        /* NOLINTNEXTLINE(clang-analyzer-unix.cstring.UninitializedRead): n > 0 are written */
         memcpy(to, from, (size_t)n * sizeof(float));
     else if (dtype == WAN_ATTN_BF16)
         for (int64_t d = 0; d < n; d++)

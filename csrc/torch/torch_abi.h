@@ -71,6 +71,7 @@ typedef void (*torch_kernel)(torch_value *stack, uint64_t num_inputs, uint64_t n
     /* not in a torch without CUDA */                                                              \
     F(torch_status, aoti_torch_get_current_cuda_stream, (int32_t device_index, void **))
 
+/* NOLINTNEXTLINE(bugprone-macro-parentheses): it declares, there is nothing to bind */
 #define WAN_ATTN_SHIM_FIELD(result, name, parameters) result(*name) parameters;
 typedef struct wan_attn_shim_functions {
     WAN_ATTN_SHIM_REQUIRED(WAN_ATTN_SHIM_FIELD)

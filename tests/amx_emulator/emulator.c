@@ -9,7 +9,7 @@
  * TILEZERO: ldtilecfg, tilerelease, tilezero, tileloadd(t1), tilestored, tdpbf16ps.
  */
 #ifndef _GNU_SOURCE
-#define _GNU_SOURCE /* NOLINT(bugprone-reserved-identifier): glibc's name */
+#define _GNU_SOURCE
 #endif
 #include <math.h>
 #include <signal.h>
