@@ -22,6 +22,8 @@ from wan_attn.request import MAX_HEAD_DIM, Call, Request, host_lengths
 
 NOT_INSTALLED = "not installed"
 
+_pad = torch._C._nn.pad  # as SDPA in _torch_kernels.py: nobody else's function
+
 
 def load(*names: str) -> tuple[ModuleType | None, str]:
     """The first module of these that is installed, or None and why not.
@@ -99,7 +101,7 @@ def _pack_on_device(x: Tensor, lengths: Tensor) -> Packed:
     tokens = x.flatten(0, 1).index_select(0, order)
     # Behind the last real token may lie NaN, and a kernel's last tile may reach there.
     tokens = tokens.masked_fill(~is_real[order].view(-1, 1, 1), 0)
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    cu_seqlens = _pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     return Packed(tokens, cu_seqlens, None, order, is_real)
 
 
@@ -164,9 +166,9 @@ def attend(
             query[:, :q_len], key[:, :k_len], value[:, :k_len], call.return_lse
         )
         if q_len < seqlen_q:
-            out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, seqlen_q - q_len))
+            out = _pad(out, (0, 0, 0, 0, 0, seqlen_q - q_len))
             if lse is not None:
-                lse = torch.nn.functional.pad(lse, (0, seqlen_q - q_len), value=-math.inf)
+                lse = _pad(lse, (0, seqlen_q - q_len), "constant", -math.inf)
     else:
         q, k = pack("q_lens", query, call.q_lens), pack("k_lens", key, call.k_lens)
         v = pack("k_lens", value, call.k_lens)
