@@ -242,8 +242,13 @@ def patch(*, package: str = "wan", attention: Attention | None = None) -> PatchR
 
     Raises:
         ValueError: another package is patched already; or an environment variable is wrong.
+        TypeError: an argument is none of these. Nothing is patched then.
     """
     global _session
+    if not isinstance(package, str) or not package:
+        raise TypeError(f"wan_attn: package must be the name of a package, got {package!r}")
+    if attention is not None and not callable(attention):
+        raise TypeError(f"wan_attn: attention must be a function or None, got {attention!r}")
     settings = config.current()
     with _LOCK:
         if _session is None:
