@@ -19,9 +19,7 @@ from typing import Any
 import pytest
 
 from wan_attn import config, log
-from wan_attn.__main__ import main
 from wan_attn.cuda import images, nvrtc, rows, store
-from wan_attn.doctor.cuda import facts
 
 ROW, MERGE = "sdpa_sm80_bf16_d128", "wan_attn_merge"
 WITH_12_8 = nvrtc.Found(Path("lib12/libnvrtc.so.12"), None, (12, 8))
@@ -331,48 +329,6 @@ def test_a_cache_that_cannot_be_used(
     assert re.search(expected, lines[0]) and re.search(expected, made.not_kept)
     left = list(machine.home.rglob("*.new")) if machine.home.is_dir() else []
     assert left == [], "nothing half written"
-
-
-def name_too_long(machine: Machine) -> str:
-    machine.cache = machine.home.parent / ("x" * 300) / "cubin"
-    machine.patch.setenv("WAN_ATTN_CACHE_DIR", str(machine.cache.parent))
-    machine.restart()
-    return "File name too long"
-
-
-def out_of_sight(machine: Machine) -> str:
-    """As HOME=/root in a container of another user."""
-    see, make = Path.lstat, Path.mkdir
-
-    def refuse(path: Path, *args: Any, **options: Any) -> Any:
-        if path.is_relative_to(machine.home):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return options.pop("do")(path, *args, **options)
-
-    machine.patch.setattr(Path, "lstat", lambda path: refuse(path, do=see))
-    machine.patch.setattr(Path, "stat", lambda path, **o: refuse(path, do=os.stat, **o))
-    machine.patch.setattr(Path, "mkdir", lambda path, **o: refuse(path, do=make, **o))
-    return "Permission denied"
-
-
-@pytest.mark.skipif(os.name == "nt", reason="owners and modes of POSIX")
-@pytest.mark.parametrize("fault", (name_too_long, out_of_sight), ids=lambda f: f.__name__)
-def test_a_cache_that_cannot_be_looked_at_is_left_out(
-    machine: Machine,
-    caplog: pytest.LogCaptureFixture,
-    capsys: pytest.CaptureFixture[str],
-    fault: Any,
-) -> None:
-    expected = fault(machine)
-    caplog.set_level(logging.WARNING, logger="wan_attn")
-    assert images.state(ROW, 86) == "to compile"
-    assert main(["compile", "--list", "--arch", "86"]) == 0
-    assert "to compile" in capsys.readouterr().out
-    assert facts([86])["cached"] == 0 and expected in facts([86])["cache_problem"]
-    made = machine.get()
-    assert made.origin == "NVRTC 12.8" and expected in made.not_kept
-    lines = [r.getMessage() for r in caplog.records]
-    assert len(lines) == 1 and expected in lines[0] and "WAN_ATTN_CACHE_DIR" in lines[0]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="owners and modes of POSIX")
