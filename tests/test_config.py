@@ -179,9 +179,9 @@ def test_forget_reaches_every_memory_of_the_engine() -> None:
     _common.capability(x.device)
     first_call._verdicts[x.device, x.dtype, 16] = "wrong"
     caches = (fa2._load, fa3._load, _common.capability)
-    assert run._plans and log._said and all(c.cache_info().currsize for c in caches)
+    assert run._plans and log._described and all(c.cache_info().currsize for c in caches)
     config.forget()
-    assert not run._plans and not log._said and not first_call._verdicts
+    assert not run._plans and not log._described and not first_call._verdicts
     assert config._current is None and not any(c.cache_info().currsize for c in caches)
 
 

@@ -228,6 +228,8 @@ DAMAGES = {
     "digest only": lambda file: file.write_bytes(file.read_bytes()[-32:]),
     "no digest": lambda file: file.write_bytes(file.read_bytes()[:-32]),
     "garbage": lambda file: file.write_bytes(os.urandom(500)),
+    "a FIFO": lambda file: (file.unlink(), os.mkfifo(file)),
+    "1 TiB": lambda file: os.truncate(file, 1 << 40),
     "a folder": lambda file: (file.unlink(), file.mkdir()),
 }
 

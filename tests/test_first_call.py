@@ -94,6 +94,59 @@ def test_each_kind_of_call_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(asked) == 2 * len(first_call.MASKED)
 
 
+@pytest.mark.parametrize("is_final", [True, False])
+def test_what_was_raised_is_kept_if_it_is_final(
+    is_final: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def raises(*call: Any) -> tuple[Tensor, Tensor]:
+        asked.append(call)
+        raise RuntimeError("wan_attn: no machine code for this device")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="no machine code"):
+            first_call.verdict(raises, row, CPU, torch.bfloat16, 64, lambda error: is_final)
+    assert len(asked) == (1 if is_final else 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_final"),
+    [
+        ("no machine code for sdpa_sm80", True),
+        ("CUDA driver error 2 (CUDA_ERROR_OUT_OF_MEMORY): out of memory, when loading", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_what_is_final(words: str, is_final: bool) -> None:
+    assert native._is_final(RuntimeError(words)) == is_final
+
+
+@pytest.mark.parametrize("gets_well", [True, False])
+def test_no_memory_for_a_module_is_tried_once_more(
+    gets_well: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading needs memory of the driver's, which torch's cache may hold."""
+    done: list[str] = []
+
+    def op(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        done.append("call")
+        if gets_well and "empty" in done:
+            return torch.zeros(1), torch.zeros(1)
+        raise RuntimeError("wan_attn: CUDA driver error 2: out of memory, when loading sdpa_sm80")
+
+    monkeypatch.setattr(native, "_op", op)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
+    if gets_well:
+        native._call(None)
+    else:
+        with pytest.raises(torch.cuda.OutOfMemoryError, match="when loading sdpa_sm80"):
+            native._call(None)
+    assert done == ["call", "empty", "call"]
+
+
 def test_a_capture_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert first_call.verdict(nothing_written, row, CPU, torch.bfloat16, 64) is None

@@ -211,13 +211,37 @@ def test_shapes_that_never_repeat_stop_being_described(
     lines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "_SAID_MAX", 2)
-    for number in range(6):
-        log.once(number, logging.INFO, f"call {number}")
-    assert lines() == [
-        "[Attention] call 0",
-        "[Attention] call 1",
-        "[Attention] call 2 (too many different calls: no more of them will be described)",
+    for length in range(2, 8):
+        log.configuration("X", "x", "", dataclasses.replace(SEED, seqlen_q=length), None)
+    using = [line for line in lines() if "Using" in line]
+    assert using[:2] == ["[Attention] Using X, dropout=disabled (inference)"] * 2
+    assert using[2:] == [
+        f"{using[0]} (too many different calls: no more of them will be described)"
     ]
+
+
+def test_what_is_no_description_is_never_kept_back(
+    lines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "_SAID_MAX", 3)
+    for length in range(2, 8):
+        log.configuration("X", "x", "", dataclasses.replace(SEED, seqlen_q=length), None)
+    before = len(lines())
+    for _ in range(2):
+        for number in range(2):
+            log.once(number, logging.WARNING, f"backend {number} failed")
+        for length in (9, 10):
+            other = dataclasses.replace(SEED, seqlen_q=length)
+            log.configuration("Y", "y", "no x here", other, None, logging.WARNING)
+    assert lines()[before:] == [
+        "[Attention] backend 0 failed",
+        "[Attention] backend 1 failed",
+        "[Attention] Using Y (no x here), dropout=disabled (inference)",
+    ]
+    for number in range(20):
+        log.once(("new", number), logging.WARNING, f"warning {number}")
+    assert lines()[-20:] == [f"[Attention] warning {number}" for number in range(20)]
+    assert len(log._said) <= 3
 
 
 def test_torch_compile_line(lines: Any) -> None:

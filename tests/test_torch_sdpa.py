@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import standins
+import wan_attn
 from calls import BF16, F16, F32, operands
 from tolerances import assert_close_to_oracle
+from wan_attn import config
 from wan_attn.backends import _torch_kernels, torch_sdpa
 from wan_attn.request import PLAIN, Call, Request
 
@@ -29,13 +31,55 @@ def _reset() -> Iterator[None]:
     standins.reset()
 
 
+def _drops_masks(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
+    """As SageAttention's: mask, scale and dropout are taken and not looked at."""
+    return wan_attn.sageattn(query, key, value, is_causal=bool(options.get("is_causal")))
+
+
+def _thin_wrapper(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
+    heads_last = (x.transpose(1, 2) for x in (query, key, value))
+    out = wan_attn.sdpa(*heads_last, scale=options.get("scale"))
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "other", [_drops_masks, _thin_wrapper, wan_attn.sageattn], ids=["drops", "wrapper", "ours"]
+)
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_whoever_replaces_torchs_function_does_not_reach_us(
+    other: Any, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SageAttention's README: F.scaled_dot_product_attention = sageattn."""
+    monkeypatch.setenv("USE_ATTENTION_BACKEND", "torch")
+    config.refresh()
+    q, k, v = operands(batch=2, seqlen_q=20, seqlen_k=30, dtype=F32)
+    lens = torch.tensor([30, 7])
+    sdpa, sageattn = wan_attn.sdpa, wan_attn.sageattn
+    if is_compiled:
+        torch.compiler.reset()
+        sdpa = torch.compile(sdpa, backend="eager", fullgraph=True)
+        sageattn = torch.compile(sageattn, backend="eager", fullgraph=True)
+    window = {"k_lens": lens, "scale": 0.3, "window": (5, 3)}
+    mask = torch.arange(30) < 7
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    with monkeypatch.context() as replaced:  # the judge asks torch's function, too
+        replaced.setattr(torch.nn.functional, "scaled_dot_product_attention", other)
+        seen = sdpa(q, k, v, **window)
+        masked = sageattn(*heads_first, attn_mask=mask, sm_scale=0.3).transpose(1, 2)
+        trained = sdpa(q.clone().requires_grad_(), k, v, scale=0.3).detach()
+    assert_close_to_oracle(seen, q, k, v, **window)
+    assert_close_to_oracle(masked, q, k, v, k_lens=torch.tensor([7, 7]), scale=0.3)
+    assert_close_to_oracle(trained, q, k, v, scale=0.3)
+
+
 class Calls:
-    """Records what F.scaled_dot_product_attention is called with."""
+    """Records what torch's scaled_dot_product_attention is called with."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[tuple[int, ...], bool, bool]] = []
         self.is_on = True
-        real = torch.nn.functional.scaled_dot_product_attention
+        real = _torch_kernels.SDPA
 
         def spy(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
             if self.is_on:
@@ -43,7 +87,7 @@ class Calls:
                 self.seen.append((shape, options["attn_mask"] is not None, options["is_causal"]))
             return real(query, key, value, **options)
 
-        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        monkeypatch.setattr(_torch_kernels, "SDPA", spy)
 
     def stop(self) -> None:
         """What comes now is the judge's."""
@@ -161,7 +205,7 @@ def test_a_kernel_that_meets_a_device_error_is_not_replaced(
 
     monkeypatch.setattr(_torch_kernels, "_refused", set())
     monkeypatch.setattr(_torch_kernels, "order_for", lambda device: (F_, M_))
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", broken)
+    monkeypatch.setattr(_torch_kernels, "SDPA", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         torch_sdpa.run(*operands(dtype=F32), PLAIN)
     assert not _torch_kernels._refused

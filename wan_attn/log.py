@@ -34,7 +34,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _lock = threading.Lock()
 _said: set[Hashable] = set()
-_SAID_MAX = 4096  # configurations; a workload whose shapes never repeat stops being described
+_described: set[Hashable] = set()
+# A workload whose shapes never repeat stops being described. Nothing else is ever kept back: what
+# else was said is forgotten, rather than grow for ever, and may be said again.
+_SAID_MAX = 4096
 
 
 class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic only for type checkers
@@ -81,11 +84,11 @@ def disable(owner: str = "patch") -> None:
 def once(key: Hashable, level: int, message: str) -> bool:
     """Log `message` unless something was logged under `key` before; says whether it did."""
     with _lock:
-        if key in _said or len(_said) > _SAID_MAX:
+        if key in _said:
             return False
+        if len(_said) >= _SAID_MAX:
+            _said.clear()
         _said.add(key)
-        if len(_said) > _SAID_MAX:
-            message += " (too many different calls: no more of them will be described)"
     LOGGER.log(level, "%s %s", PREFIX, message)
     return True
 
@@ -104,6 +107,7 @@ def forget() -> None:
     global _settings
     with _lock:
         _said.clear()
+        _described.clear()
         _settings = None
 
 
@@ -117,6 +121,7 @@ def _obey(settings: config.Settings) -> None:
         return
     with _lock:
         _said.clear()
+        _described.clear()
     for variable in config.VARIABLES:
         is_changed = getattr(before, variable.field) != getattr(settings, variable.field)
         if is_changed and variable.waits_for:
@@ -148,7 +153,7 @@ def dtype_of(word: str) -> torch.dtype:
 
 def describe(
     title: str, backend: str, reasons: str, request: Request, pairs: int | None
-) -> tuple[str, str, str]:
+) -> tuple[str, ...]:
     """The three lines of one configuration, without the prefix.
 
     Args:
@@ -184,16 +189,30 @@ def configuration(
     pairs: int | None,
     level: int = logging.INFO,
 ) -> None:
-    """Log the three lines of describe(), once per configuration.
+    """Log the three lines of describe(), once per configuration, of which only so many are told.
 
     A language model that decodes has one key more at every token: those are one configuration.
+    Beyond the last one a warning, that another backend runs than the one that was asked for, is
+    still given: once for each reason, without the shape.
     """
     is_decoding = request.seqlen_q == 1
     key = (title, backend, reasons, replace(request, seqlen_k=0) if is_decoding else request)
     lines = describe(title, backend, reasons, request, pairs)
-    if once(key, level, lines[0]):
-        for line in lines[1:]:
-            LOGGER.log(level, "%s %s", PREFIX, line)
+    with _lock:
+        if key in _described:
+            return
+        is_last = len(_described) == _SAID_MAX
+        is_too_many = len(_described) > _SAID_MAX
+        if not is_too_many:
+            _described.add(key)
+    if is_too_many:
+        if level >= logging.WARNING:
+            once(key[:3], level, lines[0])
+        return
+    if is_last:
+        lines = (f"{lines[0]} (too many different calls: no more of them will be described)",)
+    for line in lines:
+        LOGGER.log(level, "%s %s", PREFIX, line)
 
 
 def compile_enabled() -> None:

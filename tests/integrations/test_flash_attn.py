@@ -113,7 +113,7 @@ class TestPacked:
 def by_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways through _varlen.py; lengths that nobody may look at stand for those on a device."""
     if request.param == "pad":
-        monkeypatch.setattr(_varlen, "_may_look_at", lambda cu_seqlens: False)
+        monkeypatch.setattr(_varlen, "_may_read", lambda cu_seqlens: False)
     return str(request.param)
 
 
@@ -365,8 +365,8 @@ VARLEN_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "cu_dtype": ({"cu_seqlens_k": torch.zeros(2)}, "cu_seqlens_k must be int32 or int64"),
     "cu_count": ({"cu_seqlens_k": cumulative([4, 5])}, r"cu_seqlens_k must be \[batch \+ 1\] = \["),
     "cu_begin": (
-        {"cu_seqlens_q": torch.tensor([1, 9])},
-        "cu_seqlens_q must be a list of begins, of which the first is 0, got 1",
+        {"cu_seqlens_q": torch.tensor([-1, 9])},
+        "cu_seqlens_q must be a list of begins, of which the first is at least 0, got -1",
     ),
     "cu_end": ({"cu_seqlens_q": cumulative([10])}, "cu_seqlens_q must be at most the number of"),
     "cu_falls": (

@@ -360,3 +360,15 @@ class TestThreads:
         patching.join(20)
         importing.join(20)
         assert_all_ours()
+
+
+@pytest.mark.parametrize("package", [None, 3, ["wan"], ""])
+def test_a_package_that_is_no_name_leaves_nothing_behind(package: Any) -> None:
+    before = list(sys.meta_path)
+    with pytest.raises(RuntimeError, match="package must be the name of a package"):
+        wan22.patch(package=package)
+    with pytest.raises(RuntimeError, match="attention must be a function"):
+        wan22.patch(attention=3)  # type: ignore[arg-type]
+    assert sys.meta_path == before
+    importlib.import_module("colorsys")
+    wan22.unpatch()

@@ -30,6 +30,11 @@ _DEVICE_ERROR_WORDS = (
 )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the driver had no memory left, which torch's cache may hold."""
+    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+
+
 def is_device_error(error: BaseException) -> bool:
     """Whether `error` must be raised rather than answered by the next backend."""
     text = str(error).lower()

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from wan_attn.backends._common import capability, empty_result, in_graph
+from wan_attn.native.interruption import is_interruption
 from wan_attn.request import MAX_HEAD_DIM, Call, Request, host_lengths
 
 NOT_INSTALLED = "not installed"
+
+_pad = torch._C._nn.pad  # as SDPA in _torch_kernels.py: nobody else's function
 
 
 def load(*names: str) -> tuple[ModuleType | None, str]:
@@ -36,6 +39,8 @@ def load(*names: str) -> tuple[ModuleType | None, str]:
             if error.name not in (name, name.split(".")[0]):
                 return None, f"{name} is installed but broken: {error}"
         except Exception as error:  # noqa: BLE001 - foreign code that runs at import
+            if is_interruption(error):
+                raise
             return None, f"{name} is installed but broken: {type(error).__name__}: {error}"
     return None, NOT_INSTALLED
 
@@ -99,7 +104,7 @@ def _pack_on_device(x: Tensor, lengths: Tensor) -> Packed:
     tokens = x.flatten(0, 1).index_select(0, order)
     # Behind the last real token may lie NaN, and a kernel's last tile may reach there.
     tokens = tokens.masked_fill(~is_real[order].view(-1, 1, 1), 0)
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    cu_seqlens = _pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     return Packed(tokens, cu_seqlens, None, order, is_real)
 
 
@@ -164,9 +169,9 @@ def attend(
             query[:, :q_len], key[:, :k_len], value[:, :k_len], call.return_lse
         )
         if q_len < seqlen_q:
-            out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, seqlen_q - q_len))
+            out = _pad(out, (0, 0, 0, 0, 0, seqlen_q - q_len))
             if lse is not None:
-                lse = torch.nn.functional.pad(lse, (0, seqlen_q - q_len), value=-math.inf)
+                lse = _pad(lse, (0, seqlen_q - q_len), "constant", -math.inf)
     else:
         q, k = pack("q_lens", query, call.q_lens), pack("k_lens", key, call.k_lens)
         v = pack("k_lens", value, call.k_lens)

@@ -17,11 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan_attn import config
 from wan_attn.backends._errors import is_device_error
+from wan_attn.native.interruption import is_interruption
+
+# Torch's own function, by its C name: programs put SageAttention's, or ours, in the place of
+# torch.nn.functional's, and that one drops masks and scales, or calls us again.
+SDPA = torch._C._nn.scaled_dot_product_attention
 
 # cuDNN is ahead of flash where PyTorch itself prefers it: sm_90 and sm_100 with cuDNN newer than
 # 9.15 (check_prefer_cudnn_attention in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
@@ -102,7 +106,7 @@ def attend(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """F.scaled_dot_product_attention through the best kernel that takes the call.
+    """Torch's scaled_dot_product_attention through the best kernel that takes the call.
 
     Args:
         query: [batch, heads, seqlen_q, head_dim]; key, value: [batch, heads, seqlen_k, head_dim],
@@ -112,7 +116,7 @@ def attend(
     """
 
     def call() -> Tensor:
-        return F.scaled_dot_product_attention(
+        return SDPA(
             query, key, value, attn_mask=keep, dropout_p=dropout_p, is_causal=is_causal, scale=scale
         )
 
@@ -138,7 +142,7 @@ def attend(
             try:
                 out = _by(kernel, call)
             except RuntimeError as error:
-                if is_device_error(error) or kernel is untried[-1]:
+                if is_device_error(error) or is_interruption(error) or kernel is untried[-1]:
                     raise
                 _remember(_refused, (kernel, kind))
                 continue

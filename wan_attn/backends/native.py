@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from wan_attn.backends import torch_sdpa
+from wan_attn.backends._errors import is_device_error, is_out_of_memory
 from wan_attn.native import bindings, cuda_driver, kernels, op, shim
+from wan_attn.native.interruption import is_interruption
 from wan_attn.request import Call, Request
 from wan_attn.selfcheck import first_call
 
@@ -74,9 +76,14 @@ def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, 
 
 def _require_proof(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Raises RuntimeError, so that the next backend is tried, for a kernel that is wrong here."""
-    wrong = first_call.verdict(_answer, last_kernel, device, dtype, head_dim)
+    wrong = first_call.verdict(_answer, last_kernel, device, dtype, head_dim, _is_final)
     if wrong is not None:
         raise RuntimeError(f"wan_attn: the kernel for this call is wrong on {device}: {wrong}")
+
+
+def _is_final(error: RuntimeError) -> bool:
+    """Not what may be otherwise next time: memory, a device in trouble, a time limit."""
+    return not is_device_error(error) and not is_interruption(error)
 
 
 def _answer(
@@ -99,5 +106,17 @@ def _call(*operands: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     except RuntimeError as error:
         cuda_driver.raise_interruption()
         shim.raise_out_of_memory(error)
+        is_drivers = is_out_of_memory(error) and type(error) is RuntimeError
+        if not is_drivers or torch.cuda.is_current_stream_capturing():
+            raise
+    else:
+        return out, lse
+    # The driver had none left for a module, of which torch may hold gigabytes in its cache.
+    torch.cuda.empty_cache()
+    try:
+        out, lse = _op(*operands, **options)
+    except RuntimeError as error:
+        if is_out_of_memory(error) and not isinstance(error, torch.cuda.OutOfMemoryError):
+            raise torch.cuda.OutOfMemoryError(str(error)) from error
         raise
     return out, lse

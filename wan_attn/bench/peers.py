@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan_attn.backends import REGISTRY
+from wan_attn.backends._torch_kernels import SDPA
 from wan_attn.backends.chunked import NAME as CHUNKED
 from wan_attn.native import op
 from wan_attn.request import PLAIN, Request
@@ -101,7 +101,7 @@ def _heads_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 
 def _torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*_heads_first(query, key, value)).transpose(1, 2)
+    return SDPA(*_heads_first(query, key, value)).transpose(1, 2)
 
 
 _TORCH_KERNELS = (

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from wan_attn.backends import REGISTRY, torch_sdpa
+from wan_attn.backends._torch_kernels import SDPA
 from wan_attn.bench import facts, progress
 from wan_attn.bench.model import (
     ARCHS,
@@ -369,7 +369,7 @@ class _MarkSdpa(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is not F.scaled_dot_product_attention:
+        if func is not SDPA:
             return func(*args, **(kwargs or {}))
         begun = self.clock.begin()
         out = func(*args, **(kwargs or {}))

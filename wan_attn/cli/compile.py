@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     width = max(len(job.name) for job in jobs)
     console.emit(_line(HEAD, width))
     failures: list[str] = []
-    for line in _states(jobs) if args.list else _compiled(jobs, args.force, failures):
+    for line in _states(jobs, failures) if args.list else _compiled(jobs, args.force, failures):
         console.emit(_line(line, width))
     where = images.cache_folder()
     console.emit(f"\ncache: {where or 'none, this user has no home directory'}")
@@ -116,9 +116,14 @@ def _devices() -> list[int]:
     return sorted({10 * gpu.capability[0] + gpu.capability[1] for gpu in found})
 
 
-def _states(jobs: list[rows.Job]) -> Iterator[Line]:
+def _states(jobs: list[rows.Job], failures: list[str]) -> Iterator[Line]:
     for job in jobs:
-        yield job.name, job.target, "", "", images.state(job.name, job.arch)
+        try:
+            where = images.state(job.name, job.arch)
+        except images.ImageError as error:
+            failures.append(str(error))
+            where = "FAILED, see below"
+        yield job.name, job.target, "", "", where
 
 
 def _compiled(jobs: list[rows.Job], force: bool, failures: list[str]) -> Iterator[Line]:

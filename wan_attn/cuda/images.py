@@ -125,7 +125,7 @@ def _ready(job: Job) -> Image | None:
         return shipped
     start = time.perf_counter()
     folder = cache_folder()
-    if folder is not None and folder.exists() and _trusted(folder):
+    if folder is not None and _may_look(folder) and _trusted(folder):
         for name in _cached_names(job, folder):
             if (data := _read(folder, name)) is not None:
                 return Image(data, "cached", time.perf_counter() - start)
@@ -159,6 +159,19 @@ def _read(folder: Path, name: str) -> bytes | None:
     except OSError as error:
         _warn(("damaged", folder, name), f"{error}: not used")
         return None
+
+
+def _may_look(folder: Path) -> bool:
+    """Whether it is there; one that we are kept from is left out, which one line says."""
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        why = f"{error}; WAN_ATTN_CACHE_DIR names another folder"
+        _warn(("not kept", folder), f"the cache of CUDA kernels is not used: {why}")
+        return False
+    return True
 
 
 def _trusted(folder: Path) -> bool:

@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 
 SUFFIX = ".cubin"
+# No cubin is larger by far: what is, is none, and must not be read into memory.
+_BYTES_MAX = 1 << 26
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -45,6 +47,17 @@ def problem(folder: Path) -> str:
     return ""
 
 
+def is_there(folder: Path) -> bool:
+    """Whether there is something of that name, or something keeps us from looking."""
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass  # problem() says what
+    return True
+
+
 def make_private(folder: Path) -> None:
     """Creates `folder` for this user alone.
 
@@ -61,18 +74,28 @@ def read(folder: Path, name: str) -> bytes | None:
     """Returns the cubin of this name; None if there is none.
 
     Raises:
-        StoreError: the file is truncated, changed or of another name.
+        StoreError: the file is truncated, changed, of another name, or no file of a cubin's size.
         OSError: it cannot be read.
     """
     path = folder / f"{name}{SUFFIX}"
     try:
-        text = path.read_bytes()
+        text = _contents(path)
     except FileNotFoundError:
         return None
     data, digest = text[:-_DIGEST], text[-_DIGEST:]
     if not data or digest != _digest(name, data):
         raise StoreError(f"{path} is damaged (its checksum does not fit)")
     return data
+
+
+def _contents(path: Path) -> bytes:
+    """The bytes of a regular file; never waits, as opening a FIFO would."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        state = os.fstat(handle)
+        if not stat.S_ISREG(state.st_mode) or state.st_size > _BYTES_MAX:
+            raise StoreError(f"{path} is no file of at most {_BYTES_MAX >> 20} MiB")
+        return file.read(_BYTES_MAX)
 
 
 def write(folder: Path, name: str, data: bytes, mode: int = 0o600) -> None:
@@ -95,10 +118,12 @@ def write(folder: Path, name: str, data: bytes, mode: int = 0o600) -> None:
 
 
 def names(folder: Path) -> dict[str, int]:
-    """Returns {name: size in bytes} of every file."""
-    if not folder.is_dir():
+    """Returns {name: size in bytes} of every file; none where the folder cannot be looked at."""
+    try:
+        files = sorted(folder.glob(f"[!.]*{SUFFIX}")) if folder.is_dir() else []
+        return {file.stem: file.stat().st_size for file in files}
+    except OSError:
         return {}
-    return {file.stem: file.stat().st_size for file in sorted(folder.glob(f"[!.]*{SUFFIX}"))}
 
 
 def remove(folder: Path, name: str) -> None:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from wan_attn import log
+from wan_attn.backends._torch_kernels import SDPA
 from wan_attn.demo.options import Options
 from wan_attn.demo.pipeline import Subject
 from wan_attn.demo.probe import Recorder
@@ -108,7 +108,7 @@ class _OtherRounding(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not functional.scaled_dot_product_attention:
+        if func is not SDPA:
             return func(*args, **kwargs)
         with sdpa_kernel(SDPBackend.MATH):
             if len(args) != 3 or kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):

@@ -27,7 +27,9 @@ def facts(archs: Iterable[int]) -> dict[str, Any]:
         "cache": None if folder is None else str(folder),
         "cached": len(cached),
         "cached_bytes": sum(cached.values()),
-        "cache_problem": store.problem(folder) if folder is not None and folder.exists() else "",
+        "cache_problem": store.problem(folder)
+        if folder is not None and store.is_there(folder)
+        else "",
         "gpus": {f"sm_{arch}": _states(arch) for arch in archs},
     }
 

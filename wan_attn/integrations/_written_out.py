@@ -46,5 +46,5 @@ def attend(
         sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), dim=-1)
     weights = scores.softmax(-1)[..., : key.shape[2]]
-    weights = torch.nn.functional.dropout(weights, dropout)
+    weights = torch.dropout(weights, dropout, train=True)
     return (weights @ value.float()).to(query.dtype).transpose(1, 2).contiguous()

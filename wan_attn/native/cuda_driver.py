@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from wan_attn.config import current
 from wan_attn.cuda import images
 from wan_attn.native import library as native
+from wan_attn.native.interruption import is_interruption
 
 # What has been handed to C, for good: C holds the address while it loads, and the second device of
 # a kind asks for the same.
@@ -58,7 +59,7 @@ def _find_image(
         # Two threads may come here at once, and both answers must live on: the first stays.
         found = _images.get(key) or _images.setdefault(key, images.image(*key))
     except BaseException as error:  # noqa: BLE001 - see above
-        if not isinstance(error, Exception):
+        if is_interruption(error):
             _here.interruption = error
         words = str(error) if isinstance(error, images.ImageError) else repr(error)
         text = words.encode("utf-8", "replace")[: message_size - 1] + b"\0"

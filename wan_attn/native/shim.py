@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from wan_attn.native import library
+from wan_attn.native.interruption import is_interruption
 from wan_attn.version import REINSTALL
 
 # Before 2.9 arguments were encoded otherwise: a shim made for 2.9 loads in 2.7 and computes
@@ -189,7 +190,8 @@ def _why_no_memory(
     try:
         torch.empty(size, dtype=torch.uint8, device=device)
     except BaseException as error:  # noqa: BLE001 - see above
-        _here.out_of_memory = error.with_traceback(None)
+        # Without its frames, which hold tensors; a signal handler's is known by them.
+        _here.out_of_memory = error if is_interruption(error) else error.with_traceback(None)
         text = str(error).encode("utf-8", "replace")[: message_size - 1] + b"\0"
         ctypes.memmove(message, text, len(text))
         return 0

@@ -15,6 +15,7 @@ from torch import Tensor
 from wan_attn import config, log
 from wan_attn.backends import REGISTRY, native
 from wan_attn.backends._errors import is_device_error
+from wan_attn.native.interruption import is_interruption
 from wan_attn.request import (
     Call,
     Request,
@@ -92,7 +93,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
         try:
             result = plan.run(query, key, value, call)
         except _BACKEND_FAILURES as error:
-            if is_device_error(error):
+            if is_device_error(error) or is_interruption(error):
                 raise
             plan = _next_plan(plan, error, call.version)
             _keep(kind, plan)

@@ -24,7 +24,7 @@ SEQLEN_Q, SEQLEN_K = 149, 331
 # run(query, key, value, q_lens, k_lens, is_causal) -> out, lse
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]]
 
-_verdicts: dict[tuple[torch.device, torch.dtype, int], str | None] = {}
+_verdicts: dict[tuple[torch.device, torch.dtype, int], str | RuntimeError | None] = {}
 _NOT_ASKED = "not asked yet"
 _lock = threading.Lock()
 
@@ -69,28 +69,45 @@ def verdict(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
+    is_final: Callable[[RuntimeError], bool] = lambda error: False,
 ) -> str | None:
     """wrong(), asked once for each kind of call; None also while a CUDA graph is being captured,
     when the device may not be waited for, and under WAN_ATTN_SELF_CHECK=0.
 
     Args:
         name: what the last run ran on, for the words of the verdict.
+        is_final: whether what `run` raised would be raised by every later run as well, as where
+            there is no machine code for the device. That is kept as the verdict.
+
+    Raises:
+        RuntimeError: what `run` raised, now or at the first call of this kind.
     """
     key = (device, dtype, head_dim)
-    found = _verdicts.get(key, _NOT_ASKED)
+    found: str | RuntimeError | None = _verdicts.get(key, _NOT_ASKED)
     if found is None:
         return None
     if not config.current().self_check:
         return None
     if found is not _NOT_ASKED:
-        return found
+        return _said(found)
     if torch.cuda.is_current_stream_capturing():
         return None
     with _lock:
         if key not in _verdicts:
-            words = wrong(run, device, dtype, head_dim)
+            try:
+                words = wrong(run, device, dtype, head_dim)
+            except RuntimeError as error:
+                if is_final(error):
+                    _verdicts[key] = RuntimeError(str(error))
+                raise
             _verdicts[key] = None if words is None else f"{name()}: {words}"
-    return _verdicts[key]
+    return _said(_verdicts[key])
+
+
+def _said(found: str | RuntimeError | None) -> str | None:
+    if isinstance(found, RuntimeError):
+        raise RuntimeError(str(found))  # another one: its traceback is this call's
+    return found
 
 
 def forget() -> None:

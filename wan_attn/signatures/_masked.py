@@ -8,10 +8,10 @@ import logging
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wan_attn import log
+from wan_attn.backends._torch_kernels import SDPA
 from wan_attn.request import refuse
 
 REASON = "a mask is given, and wan_attn's kernels know lengths, causal and window only"
@@ -46,6 +46,7 @@ def attend(
         fits = False
     if not fits:
         refuse(argument, f"broadcastable to {list(shape)}", list(mask.shape))
+    mask = torch.atleast_2d(mask)  # torch's function counts its dimensions from the end
     if not torch.compiler.is_compiling():
         log.once(("mask", argument), logging.INFO, f"Using PyTorch SDPA ({argument}: {REASON})")
     group = query.shape[1] // key.shape[1]
@@ -56,6 +57,6 @@ def attend(
         sees = mask > -math.inf
     else:
         sees = mask
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    out = SDPA(query, key, value, attn_mask=mask, scale=scale)
     # What a softmax over nothing gives depends on torch's version and kernel.
     return out.masked_fill(~sees.any(-1, keepdim=True), 0)

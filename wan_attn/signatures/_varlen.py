@@ -9,9 +9,9 @@ views  cu_seqlens are known here: each run of sequences with the same lengths is
        of the result are joined, which is one copy of it.
 pad    cu_seqlens live on a device, or something traces: q, k and v are gathered into [batch,
        max_seqlen, ...], computed with real lengths, and gathered back. Nothing is read from the
-       device. It costs batch · max_seqlen / total of the packed memory, and a pass over that. One
-       sequence (Wan2.2's own case) is computed where it lies, and costs nothing. Where the call
-       ends in FlashAttention, that packs them again: who has it had better call it directly.
+       device. It costs batch · max_seqlen / total of the packed memory, and a pass over that, for
+       one sequence as well: where it begins is not known here. Where the call ends in
+       FlashAttention, that packs them again: who has it had better call it directly.
 =====  ===========================================================================================
 """
 
@@ -43,6 +43,7 @@ class Sequences:
         batch: how many there are; a field, as torch 2.4's tracer cannot branch on a property.
         longest: no sequence is longer.
         lengths: the real lengths, None where they may not be read.
+        first: where the first sequence begins, 0 where that may not be read.
     """
 
     tokens: Tensor
@@ -50,6 +51,7 @@ class Sequences:
     batch: int
     longest: int
     lengths: list[int] | None
+    first: int = 0
 
     @classmethod
     def of(cls, side: str, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Sequences:
@@ -75,10 +77,11 @@ class Sequences:
         longest = int(max_seqlen)
         if longest < 0:
             refuse(limit, "at least 0", longest)
-        lengths = None
+        lengths, first = None, 0
         if _may_read(cu_seqlens):
             lengths = _lengths(name, limit, cu_seqlens, tokens.shape[0], longest)
-        return cls(tokens, cu_seqlens, cu_seqlens.shape[0] - 1, longest, lengths)
+            first = int(cu_seqlens[0])
+        return cls(tokens, cu_seqlens, cu_seqlens.shape[0] - 1, longest, lengths, first)
 
     def real_lengths(self) -> Tensor:
         """[batch] int64 where begins are, at most longest."""
@@ -87,8 +90,8 @@ class Sequences:
     def padded(self, tokens: Tensor) -> Tensor:
         """[batch, longest, heads, head_dim] of tokens [total, ...]; padding holds anything."""
         shape = (self.batch, self.longest, *tokens.shape[1:])
-        if tokens.shape[0] == 0:
-            return tokens.new_zeros(shape)
+        if tokens.shape[0] == 0 or self.longest == 0:  # nothing to gather, which tracers refuse
+            return tokens.new_zeros(shape) + tokens[:0].sum()  # of tokens' graph
         begins = self.begins[:-1].to(device=tokens.device, dtype=torch.int64, non_blocking=True)
         within = torch.arange(self.longest, device=tokens.device)
         index = (begins.unsqueeze(1) + within).clamp(0, tokens.shape[0] - 1)
@@ -128,14 +131,18 @@ def attend(
     room = queries.batch * (queries.longest + keys.longest)
     if len(runs) > RUNS_MAX and room <= 2 * (sum(queries.lengths) + sum(keys.lengths)):
         return _by_padding(queries, keys, values, call)
-    return _by_views(runs, queries.tokens, keys.tokens, values, call)
+    return _by_views(runs, queries, keys, values, call)
 
 
 def _by_views(
-    runs: list[_Run], query: Tensor, key: Tensor, value: Tensor, call: Call
+    runs: list[_Run], queries: Sequences, keys: Sequences, value: Tensor, call: Call
 ) -> tuple[Tensor, Tensor | None]:
+    query, key = queries.tokens, keys.tokens
     outs, lses = [], []
-    q_end = k_end = 0
+    q_end, k_end = queries.first, keys.first
+    if q_end:
+        outs.append(query.new_zeros((q_end, *query.shape[1:])))
+        lses.append(_no_key(query, q_end))
     for number, q_len, k_len in runs:
         q_begin, q_end = q_end, q_end + number * q_len
         k_begin, k_end = k_end, k_end + number * k_len
@@ -165,11 +172,6 @@ def _by_padding(
     if queries.batch == 0 or queries.longest == 0 or total == 0:
         lse = _no_key(queries.tokens, total) if call.return_lse else None
         return torch.zeros_like(queries.tokens), lse
-    if queries.batch == 1:  # begins at 0, by flash-attn's own rule
-        lens = call._replace(q_lens=queries.real_lengths(), k_lens=keys.real_lengths())
-        query, key, value = (x.unsqueeze(0) for x in (queries.tokens, keys.tokens, values))
-        out, lse = route(query, key, value, lens)
-        return out.squeeze(0), None if lse is None else lse.squeeze(0)
     out, lse = route(
         queries.padded(queries.tokens),
         keys.padded(keys.tokens),
@@ -207,8 +209,8 @@ def _may_read(cu_seqlens: Tensor) -> bool:
 
 def _lengths(name: str, limit: str, cu_seqlens: Tensor, total: int, longest: int) -> list[int]:
     begins: list[int] = cu_seqlens.tolist()
-    if begins[0] != 0:
-        refuse(name, "a list of begins, of which the first is 0", begins[0])
+    if begins[0] < 0:
+        refuse(name, "a list of begins, of which the first is at least 0", begins[0])
     if begins[-1] > total:
         refuse(name, f"at most the number of tokens, {total}", begins[-1])
     lengths = [end - begin for begin, end in itertools.pairwise(begins)]
