@@ -310,7 +310,7 @@ def test_without_the_shim(run: Fresh, copy: Path, damage: str) -> None:
     binding, reason, error, right, kernels = run(TRY, path=copy)
     assert binding == "ctypes" and kernels > 0 and error is None
     assert right == [True] * 4
-    expected = {"missing": "is not in the package; install", "corrupt": "does not load"}
+    expected = {"missing": "is not in the package;", "corrupt": "does not load"}
     assert shim.name in reason and expected[damage] in reason
 
 

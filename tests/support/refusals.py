@@ -26,8 +26,7 @@ def by_sdpa(call: dict[str, Any]) -> Any:
     if "kernel" in call:
         return None
     window = (call.pop("window_left", -1), call.pop("window_right", -1))
-    operands = (call.pop(name) for name in ("query", "key", "value"))
-    return wan_attn.sdpa(*operands, window=window, **call)
+    return wan_attn.sdpa(window=window, **call)
 
 
 def by_op(call: dict[str, Any]) -> Any:
