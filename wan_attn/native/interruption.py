@@ -7,8 +7,10 @@ Python is just then: within our call. That says nothing against a backend, and m
 
 from __future__ import annotations
 
+import functools
 import signal
 from types import CodeType, FrameType
+from typing import Any
 
 _VARARGS = 0x04  # inspect.CO_VARARGS; importing inspect costs more than all of this file
 
@@ -34,10 +36,10 @@ def is_interruption(error: BaseException) -> bool:
 def _handlers() -> set[CodeType]:
     found = set()
     for number in signal.valid_signals():
-        handler = signal.getsignal(number)
-        while hasattr(handler, "func"):  # functools.partial
+        handler: Any = signal.getsignal(number)
+        while isinstance(handler, functools.partial):
             handler = handler.func
-        function = handler if hasattr(handler, "__code__") else type(handler).__call__
+        function: Any = handler if hasattr(handler, "__code__") else type(handler).__call__
         code = getattr(function, "__code__", None)
         if isinstance(code, CodeType):
             found.add(code)
