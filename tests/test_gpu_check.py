@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu_check
+from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import items as gpu_items
 from benchmarks.gpu_check import report, run, speed
 from benchmarks.gpu_check import worker as gpu_worker
