@@ -52,7 +52,9 @@ static wan_attn_tensor tensor(uint64_t *random, int32_t dtype, int32_t device, i
                          {0}};
     int64_t gap = pick(random, 3) == 0 ? 1 + pick(random, 9) : 0; /* odd ones are not aligned */
     /* Never read here: an address that looks like one, sometimes between two of its elements. */
-    t.data = (void *)(uintptr_t)(0x7f0000000000 + (pick(random, 4) ? 0 : dtype == WAN_ATTN_F32 ? 4 : 2));
+    t.data = (void *)(uintptr_t)(0x7f0000000000 + (pick(random, 4)         ? 0
+                                                   : dtype == WAN_ATTN_F32 ? 4
+                                                                           : 2));
     t.stride[3] = 1;
     t.stride[2] = head_dim + gap;
     t.stride[1] = heads * t.stride[2] + gap;
