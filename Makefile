@@ -27,7 +27,7 @@ help:
 	@echo 'make wheel         a wheel for this platform, in dist/'
 	@echo 'make install-matrix   every way to install, beside several torch versions (GBs)'
 	@echo 'make host-matrix   the tests with several versions of diffusers and transformers'
-	@echo 'make clean         remove everything that these have made, but for .venv'
+	@echo 'make clean         remove everything that these have made, except .venv'
 	@echo
 	@echo 'PYTHON=python3.12            another Python                    (now: $(PYTHON))'
 	@echo 'TORCH="torch==2.9.1"         another torch; pip options go too (now: $(TORCH))'

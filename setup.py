@@ -7,6 +7,7 @@ setuptools 61 and newer, with or without the package `wheel`. The environment ca
 
 WAN_ATTN_NATIVE=1|0      the C library and the shim (default), or PyTorch's attention alone
 WAN_ATTN_CUDA=auto|0|1   ready CUDA kernels: if NVRTC 12 is here (default), never, or always
+WAN_ATTN_KEPT=DIR        where builds keep ready CUDA kernels for the next one (build/cubin)
 CC, CFLAGS, LDFLAGS      as everywhere
 """
 
@@ -224,7 +225,8 @@ class build_native(Command):
         record = Path(self.build_temp) / "cuda.json"
         record.parent.mkdir(parents=True, exist_ok=True)
         ship = [sys.executable, ROOT / "wan_attn/cuda/ship.py", "--into", target]
-        ship += ["--kept", ROOT / "build/cubin", "--record", record, "--cubins", wanted]
+        kept = Path(os.environ.get("WAN_ATTN_KEPT") or ROOT / "build/cubin").resolve()
+        ship += ["--kept", kept, "--record", record, "--cubins", wanted]
         ship += [f"--site={folder}" for folder in hidden_packages()]
         if in_place:
             ship.append("--editable")

@@ -125,7 +125,9 @@ HEAD = (
 def run(command: Sequence[str | Path], cwd: Path, **more: str) -> str:
     """The command's output; raises RuntimeError with all of it if the command fails."""
     environment = {k: v for k, v in os.environ.items() if k not in UNSET}
-    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONDONTWRITEBYTECODE": "1", **more}
+    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    # Compiled once: they are the same in every build, and NVRTC takes minutes.
+    environment |= {"WAN_ATTN_KEPT": str(ROOT / "build/cubin"), **more}
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,  # never ROOT: its wan_attn/ would be imported instead of the installed one
@@ -213,14 +215,10 @@ class Sources:
             raise RuntimeError(f"the tag must be py3-none-<platform>, got {self.wheel.name}")
 
     def checkout(self, name: str) -> Path:
-        """A fresh one. Cubins that an earlier build has made are kept, which a build may find."""
+        """A fresh one."""
         target = self.folder / name
-        kept = self.folder / "wan_attn/build/cubin"
-        if target.exists() and name != "wan_attn":
-            shutil.rmtree(target)
-        shutil.copytree(self.pristine, target, dirs_exist_ok=True)
-        if kept.exists() and name != "wan_attn":
-            shutil.copytree(kept, target / "build/cubin")
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(self.pristine, target)
         return target
 
     def find(self, way: Way) -> Path:

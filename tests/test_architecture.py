@@ -85,7 +85,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
 PYTHON_LAYERS = [
     {"version", "workloads", "console"},
     {"config"},
-    {"request", "contract"},
+    {"request"},
     {"log", "merge"},
     {"cuda"},
     {"native", "selfcheck"},

@@ -74,7 +74,7 @@ def _epilog() -> str:
     codes = "\n".join(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())
     return (
         "`wan-attn COMMAND --help` tells more about a command.\n\n"
-        f"exit codes, but for `run`, whose code is the script's:\n{codes}\n\n{table}"
+        f"exit codes (that of `run` is the script's):\n{codes}\n\n{table}"
     )
 
 
@@ -83,7 +83,7 @@ def split_script(
 ) -> tuple[list[str], list[str]]:
     """(our arguments with SCRIPT as the last, everything after SCRIPT).
 
-    argparse.REMAINDER would do this but for its exceptions ("--", options that look like ours).
+    argparse.REMAINDER would do this without its exceptions ("--", options that look like ours).
     Here the first word that is neither an option of `parser` nor an option's value is SCRIPT, and
     nothing behind it is looked at.
     """

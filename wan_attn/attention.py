@@ -105,7 +105,8 @@ def flash_attention(
         version: 2 leaves FlashAttention 3 out; 3 prefers it, as None does.
 
     Returns:
-        [B, Lq, Nq, C] in q's dtype. Rows beyond q_lens, and rows that see no key, are 0.
+        [B, Lq, Nq, C] in q's dtype, contiguous. Rows beyond q_lens, and rows that see no key, are
+        0.
 
     Raises:
         RuntimeError: as wan_attn.sdpa.
@@ -137,7 +138,8 @@ def flash_attention(
         version=version,
     )
     out, _ = route(q, k, v, call)
-    return out if out.dtype == out_dtype else out.to(out_dtype)
+    # Contiguous as the original's: callers `.view` it.
+    return out.to(out_dtype).contiguous()
 
 
 def _lengths(name: str, lengths: Tensor | Sequence[int]) -> Tensor:

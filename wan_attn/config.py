@@ -271,7 +271,7 @@ def _parse(variable: Variable, text: str) -> str | bool | int | None:
 
 
 def _reject_contradictions(settings: Settings) -> None:
-    """Two variables that ask for different things: an error, as whichever won would surprise."""
+    """Two variables that ask for different things: an error, because neither may win silently."""
     if settings.use_sdpa and settings.backend not in ("auto", "sdpa"):
         raise ConfigError(
             f"USE_SDPA=1 and USE_ATTENTION_BACKEND={settings.backend} contradict each other: "

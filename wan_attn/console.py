@@ -72,7 +72,7 @@ def redact(value: Any, home: str | None = None) -> Any:
     """The same value with every home directory written as ~, in all strings inside; keys too."""
     if isinstance(value, str):
         own = str(Path.home()) if home is None else home
-        if len(own) > 1:  # a home of "/" (containers without a user) names nobody
+        if len(own) > 1:  # a home of "/" (containers without a user) holds no name
             value = re.sub(re.escape(own) + r"(?![\w.-])", "~", value)
         return _USER_PATHS.sub("~", value)
     if isinstance(value, dict):

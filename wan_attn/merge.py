@@ -27,7 +27,7 @@ def merge_states(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tupl
         out1, out2: [batch, seqlen_q, num_heads, head_dim], float16, bfloat16, float32 or float64.
         lse1, lse2: [batch, num_heads, seqlen_q] float32 or float64, natural log of the sum of
             exp(scale · score), as `wan_attn.sdpa(..., return_lse=True)` returns it. -inf says that
-            the row saw no key on that side; its out is then ignored, whatever it holds.
+            the row saw no key on that side; its out is then ignored.
 
     Returns:
         out [batch, seqlen_q, num_heads, head_dim] in the wider of the two dtypes, and lse

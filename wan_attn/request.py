@@ -37,7 +37,7 @@ class Call(NamedTuple):
         is_causal, window: masks, aligned bottom-right; window is (left, right), -1 is no bound.
         dropout_p: probability, already 0 where grad is disabled.
         return_lse: the log-sum-exp is wanted too.
-        dtype: what to compute in where value is not half; None: in value's, whatever it is.
+        dtype: what to compute in where value is not half; None: in value's.
         version: of FlashAttention: 2 leaves version 3 out.
     """
 

@@ -30,12 +30,13 @@ static wan_attn_status check_if_given(const char *name, const wan_attn_tensor *t
 
 wan_attn_status wan_attn_check_length_memory(const wan_attn_problem *p, wan_attn_device device,
                                              wan_attn_error *err) {
-    const wan_attn_tensor *of_q = &p->params->seqused_q, *of_k = &p->params->seqused_k;
+    const wan_attn_tensor *seqused_q = &p->params->seqused_q;
+    const wan_attn_tensor *seqused_k = &p->params->seqused_k;
     wan_attn_status status = WAN_ATTN_OK;
-    if (of_q->device_type == (int32_t)device)
-        status = check_if_given("q_lens", of_q, err);
-    if (status == WAN_ATTN_OK && of_k->device_type == (int32_t)device)
-        status = check_if_given("k_lens", of_k, err);
+    if (seqused_q->device_type == (int32_t)device)
+        status = check_if_given("q_lens", seqused_q, err);
+    if (status == WAN_ATTN_OK && seqused_k->device_type == (int32_t)device)
+        status = check_if_given("k_lens", seqused_k, err);
     return status;
 }
 

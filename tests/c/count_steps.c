@@ -16,6 +16,7 @@ __attribute__((visibility("default"))) int steps_counted(int step) {
     return count;
 }
 
+/* NOLINTBEGIN(bugprone-reserved-identifier): the linker's names, see --wrap */
 wan_attn_status __real_wan_attn_check(const wan_attn_params *, wan_attn_problem *,
                                       wan_attn_error *);
 wan_attn_status __wrap_wan_attn_check(const wan_attn_params *params, wan_attn_problem *problem,
@@ -50,3 +51,4 @@ wan_attn_cuda_plan __wrap_wan_attn_cuda_make_plan(const wan_attn_problem *proble
     counted[CUDA_PLANS]++;
     return __real_wan_attn_cuda_make_plan(problem, tile);
 }
+/* NOLINTEND(bugprone-reserved-identifier) */

@@ -186,6 +186,23 @@ class TestRegistry:
         with pytest.raises(RuntimeError, match="has register_attention_function, got an older one"):
             comfyui.register(host)
 
+    @pytest.mark.parametrize("given", [None, "comfy", 3])
+    @pytest.mark.parametrize("name", ["register", "patch", "unpatch"])
+    def test_what_is_no_host_is_refused(self, name: str, given: Any) -> None:
+        said = f"wan_attn: host must be ComfyUI's module .* got {given!r}"
+        with pytest.raises(RuntimeError, match=said):
+            getattr(comfyui, name)(given)
+
+    def test_what_is_no_model_or_backend_is_refused(self, host: Any) -> None:
+        comfyui.register(host)
+        with pytest.raises(RuntimeError, match="model must be a ModelPatcher .* got None"):
+            comfyui.enable(host, None, "wan_attn")
+        for given in ("sdpa", None, 3):
+            with pytest.raises(
+                ValueError, match=f"backend must be one of wan_attn.* got {given!r}"
+            ):
+                comfyui.enable(host, None, given)  # type: ignore[arg-type]
+
 
 class TestNode:
     def node(self, root: Path) -> Any:

@@ -51,7 +51,14 @@ def dispatch() -> Iterator[Any]:
 
     def state() -> Any:
         registry, names = module._AttentionBackendRegistry, module.AttentionBackendName
-        held = {t: sorted(map(str, getattr(registry, t, ()))) for t in tables}
+        # Of a name that is gone a function stays, for the models that hold it.
+        held = {
+            t: sorted(
+                {*map(str, getattr(registry, t, ()))}
+                - {"wan_attn", "AttentionBackendName.WAN_ATTN"}
+            )
+            for t in tables
+        }
         private = {k: list(v) for k, v in vars(names).items() if isinstance(v, (list, dict))}
         return held, private, list(names), sorted(vars(names)), registry._active_backend
 

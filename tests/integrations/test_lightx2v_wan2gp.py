@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import io
+import logging
 import sys
 import types
 from collections.abc import Iterator
@@ -119,6 +123,24 @@ class TestLightX2V:
         ):
             with pytest.raises(RuntimeError, match=f"wan_attn: {message}"):
                 apply(q, k, v, **options)
+        for name, given in (("q", (None, k, v)), ("k", (q, "k", v)), ("v", (q, k, v[0, 0]))):
+            with pytest.raises(RuntimeError, match=rf"wan_attn: {name} must be \[tokens, heads, "):
+                apply(*given)
+
+    def test_copies_and_files(self, registry: Register) -> None:
+        """torch.save finds no class that was made at run time; this one says how it is made."""
+        attention = lightx2v.register()()
+        attention.config["heads"] = 2
+        file = io.BytesIO()
+        torch.save(attention, file)
+        file.seek(0)
+        lightx2v.unregister()
+        again = torch.load(file, weights_only=False)
+        assert type(again) is registry["wan_attn"]
+        for other in (again, copy.deepcopy(attention)):
+            assert other.config == {"heads": 2}
+            q, k, v = operands(1, 5, 5)
+            assert torch.equal(other.apply(q, k, v), attention.apply(q, k, v))
 
 
 @pytest.fixture
@@ -149,6 +171,41 @@ class TestWan2GP:
         wan2gp.unpatch()
         wan2gp.unpatch()
         assert host.pay_attention is before is model.pay_attention  # type: ignore[attr-defined]
+
+    def test_a_wrapper_of_somebody_elses(self, host: Any, caplog: pytest.LogCaptureFixture) -> None:
+        """functools.wraps copies attributes: the wrapper must not be taken for ours."""
+        before, model = host.pay_attention, sys.modules["models.wan.model"]
+        wan2gp.patch()
+        ours = host.pay_attention
+
+        @functools.wraps(ours)
+        def theirs(*args: Any, **kwargs: Any) -> Any:
+            return ours(*args, **kwargs)
+
+        host.pay_attention = theirs
+        with caplog.at_level(logging.INFO, "wan_attn"):
+            wan2gp.unpatch()
+        assert host.pay_attention is theirs and model.pay_attention is before  # type: ignore[attr-defined]
+        assert "was put around wan_attn's function since" in caplog.text
+        host.pay_attention = before
+
+    @pytest.mark.parametrize("function", [wan2gp.patch, wan2gp.unpatch])
+    @pytest.mark.parametrize(
+        "given, said",
+        [("shared.attention", "'shared.attention'"), (types, "the module types"), (3, "3")],
+    )
+    def test_what_is_no_module_is_refused(self, function: Any, given: Any, said: str) -> None:
+        rule = "wan_attn: module must be one with pay_attention, got"
+        with pytest.raises(RuntimeError, match=f"{rule} {said}"):
+            function(given)
+
+    def test_operands_that_are_not_three(self, host: Any) -> None:
+        wan2gp.patch()
+        given = list(operands())[:2]
+        with pytest.raises(RuntimeError, match=r"qkv_list must be \[q, k, v\], got 2 operands"):
+            host.pay_attention(given)
+        assert len(given) == 2
+        wan2gp.unpatch()
 
     def test_exact_and_the_list_is_emptied(self, host: Any) -> None:
         wan2gp.patch()

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import re
 import sys
 import threading
 from pathlib import Path
@@ -205,6 +206,18 @@ def test_a_vendored_copy_under_another_name(stubs: Path) -> None:
     assert_all_stock()
     with pytest.raises(ValueError, match="package must be 'vendored'"):
         patch(package="wan")
+
+
+@pytest.mark.parametrize("given", [None, 3, "", "wan/modules", "wan..modules"])
+def test_what_is_no_package_is_refused(stubs: Path, given: Any) -> None:
+    said = re.escape(
+        f"wan_attn: package must be the name of a package, as in `import wan`, got {given!r}"
+    )
+    with pytest.raises(RuntimeError, match=said):
+        wan22.patch(package=given)
+    with pytest.raises(RuntimeError, match="attention must be a function .* got 'sdpa'"):
+        wan22.patch(attention="sdpa")  # type: ignore[arg-type]
+    assert wan22.report() is None, "nothing is patched by half"
 
 
 def test_arguments_reach_the_replacement(stubs: Path) -> None:

@@ -22,7 +22,7 @@ import wan_attn
 
 HERE = Path(__file__).resolve().parent
 PYTHONPATH = os.pathsep.join(
-    str(path) for path in (Path(wan_attn.__file__).parent.parent, HERE.parent, HERE)
+    str(path) for path in (Path(wan_attn.__file__).parent.parent, HERE.parent / "support", HERE)
 )
 WAN22_DIR = os.environ.get("WAN22_DIR")
 

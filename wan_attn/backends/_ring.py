@@ -38,7 +38,7 @@ class _Shard:
 
 @dataclass(frozen=True, slots=True)
 class _Visible:
-    """Who sees what: on the host as far as lengths are known there, to skip blocks nobody sees."""
+    """Who sees what: on the host if lengths are known there, to skip blocks that no row sees."""
 
     device: DeviceMask
     hosts: tuple[HostMask, ...] | None

@@ -98,7 +98,7 @@ class Job:
 
     @property
     def stem(self) -> str:
-        """Names the result, whatever compiles it: a change of text or options changes the name."""
+        """Names the result for any compiler: a change of text or options changes the name."""
         return f"{self.name}-{self.target}-{_fingerprint(self)}"
 
     def made_by(self, version: tuple[int, int]) -> str:

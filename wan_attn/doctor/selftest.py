@@ -155,7 +155,7 @@ def _try(
             return "the same call gave other bits the second time"
         unit = _unit(path.device, dtype)
         return _judge(result, f"{case} {label}", got, truth, unit, path.is_ours)
-    except Exception as error:  # noqa: BLE001 - whatever a library raises is its path's failure
+    except Exception as error:  # noqa: BLE001 - any error of a library is its path's failure
         return f"{type(error).__name__}: {_first_line(error)}"
 
 

@@ -15,9 +15,13 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, cast
 
+import torch.nn.functional as F
+import torch.overrides
 from torch import Tensor
 
 from wan_attn import attention, config, log
+from wan_attn.integrations import _enum_member as _member
+from wan_attn.integrations import _operands
 
 NAME = "wan_attn"
 MEMBER = "WAN_ATTN"
@@ -31,16 +35,31 @@ def _dispatch() -> ModuleType:
     return importlib.import_module(DISPATCH)
 
 
+def why_not_operands(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why diffusers' own way takes a call with these operands; None: wan_attn does."""
+    if value.shape[-1] != query.shape[-1]:
+        return "its value has another head_dim than its query"
+    # Perturbed-attention guidance replaces the call of SDPA by its value, and finds no other call.
+    for mode in torch.overrides._get_current_function_mode_stack():
+        if type(mode).__module__.partition(".")[0] == "diffusers":
+            return f"{type(mode).__name__} is there to change SDPA's result"
+    return _operands.why_not_dtypes(query, key, value)
+
+
+def by_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What diffusers computes by default; everything [batch, seqlen, heads, head_dim]."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
 def _why_not(query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) -> str | None:
     if call["attn_mask"] is not None:
         return "it has an attn_mask"
     if call["dropout_p"] > 0:
         return "it has dropout"
-    if value.shape[-1] != query.shape[-1]:
-        return "its value has another head_dim than its query"
     if call["is_causal"] and query.shape[1] > key.shape[1]:
         return "it is causal and has more queries than keys"
-    return None
+    return why_not_operands(query, key, value)
 
 
 def _attend(
@@ -88,10 +107,39 @@ def wan_attn_attention(
             _parallel_config=_parallel_config,
         )
         return cast(Tensor, parallel)
+    query, key, value = _operands.under_autocast(query, key, value)
     reason = _why_not(query, key, value, call)
     if reason is None:
         return _attend(query, key, value, scale, is_causal, return_lse)
     log.traced(logging.WARNING, f"diffusers: its backend `native` takes a call: {reason}")
+    return _native(query, key, value, call)
+
+
+def _retired(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> Tensor:
+    """What stands under the name after unregister(), for models that are still set to it."""
+    log.traced(
+        logging.WARNING,
+        f"diffusers: its backend `native` takes a call: `{NAME}` is unregistered, and"
+        " disable(model) sets a model back to diffusers' default",
+    )
+    call = {
+        "attn_mask": attn_mask,
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+        "_parallel_config": _parallel_config,
+    }
     return _native(query, key, value, call)
 
 
@@ -118,6 +166,7 @@ def _forward_op(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One part of a context-parallel call: all heads of some keys, or some heads of all keys."""
     call = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+    query, key, value = _operands.under_autocast(query, key, value)
     reason = _why_not(query, key, value, call)
     if reason is not None:
         raise ValueError(f"wan_attn cannot take this call under context parallelism: {reason}")
@@ -128,34 +177,9 @@ def _backward_op(ctx: Any, grad_out: Tensor, *args: Any, **kwargs: Any) -> None:
     raise RuntimeError("wan_attn is forward only under context parallelism")
 
 
-def _add_member(enumeration: Any) -> Any:
-    """Append MEMBER = NAME to a `class X(str, Enum)`, as its body would have."""
-    member = str.__new__(enumeration, NAME)
-    member._name_, member._value_ = MEMBER, NAME
-    member._sort_order_ = len(enumeration._member_names_)
-    member.__objclass__ = enumeration
-    type.__setattr__(enumeration, MEMBER, member)
-    enumeration._member_names_.append(MEMBER)
-    enumeration._member_map_[MEMBER] = member
-    enumeration._value2member_map_[NAME] = member
-    if hasattr(enumeration, "_hashable_values_"):  # Python 3.12 and newer
-        enumeration._hashable_values_.append(NAME)
-    return member
-
-
-def _remove_member(enumeration: Any) -> None:
-    for values, name in (("_member_names_", MEMBER), ("_hashable_values_", NAME)):
-        if name in getattr(enumeration, values, ()):
-            getattr(enumeration, values).remove(name)
-    enumeration._member_map_.pop(MEMBER, None)
-    enumeration._value2member_map_.pop(NAME, None)
-    if MEMBER in vars(enumeration):
-        type.__delattr__(enumeration, MEMBER)
-
-
 def _add(dispatch: ModuleType) -> None:
     enumeration, registry = dispatch.AttentionBackendName, dispatch._AttentionBackendRegistry
-    member = _add_member(enumeration)
+    member = _member.add(enumeration, MEMBER, NAME, restored)
     options: dict[str, Any] = {"constraints": [dispatch._check_device, dispatch._check_shape]}
     if "supports_context_parallel" in inspect.signature(registry.register).parameters:
         options["supports_context_parallel"] = True
@@ -178,7 +202,18 @@ def _remove(dispatch: ModuleType) -> None:
     elif isinstance(parallel, dict):
         parallel.pop(NAME, None)
     _leave_active(dispatch)
-    _remove_member(dispatch.AttentionBackendName)
+    _member.remove(dispatch.AttentionBackendName, MEMBER, NAME)
+
+
+def _retire(dispatch: ModuleType) -> None:
+    """Take the name from whoever asks for it, and leave a function to the models that hold it:
+    copies and loaded models are nobody's to find, and diffusers would call None for them."""
+    registry, name = dispatch._AttentionBackendRegistry, dispatch.AttentionBackendName(NAME)
+    known = list(inspect.signature(_retired).parameters)
+    _remove(dispatch)
+    registry._backends[name] = _retired
+    registry._constraints[name] = []
+    registry._supported_arg_names[name] = set(known)
 
 
 def _leave_active(dispatch: ModuleType) -> None:
@@ -219,17 +254,28 @@ def register() -> None:
 
 def is_registered(dispatch: ModuleType) -> bool:
     """Whether this module of diffusers knows the name."""
-    return NAME in dispatch._AttentionBackendRegistry._backends
+    return MEMBER in dispatch.AttentionBackendName.__members__
+
+
+def restored() -> Any:
+    """The member `wan_attn` of diffusers' enumeration, for pickle: a model that is set to it brings
+    it along into a process that has not registered it."""
+    register()
+    return _dispatch().AttentionBackendName(NAME)
 
 
 def unregister() -> None:
-    """Take the name away again. Models that were set to it must be given to disable() before."""
+    """Take the name away again; without register(), do nothing.
+
+    Models that are still set to it go on with diffusers' backend `native`, which the log says once.
+    disable() sets a model back to diffusers' default.
+    """
     try:
         dispatch = _dispatch()
     except ImportError:
         return
     if is_registered(dispatch):
-        _remove(dispatch)
+        _retire(dispatch)
         log.disable("diffusers backend")
 
 

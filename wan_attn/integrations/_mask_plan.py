@@ -55,7 +55,7 @@ class Plan:
 
     Attributes:
         parts: the calls.
-        reason: why the mask cannot be had that way; "" if it can.
+        reason: why the mask cannot be expressed that way; "" if it can.
     """
 
     parts: tuple[Part, ...] = ()

@@ -58,12 +58,12 @@ def rebind(
 ) -> tuple[Binding, ...]:
     """Point every module attribute that *is* ``original`` at ``replacement``.
 
-    By identity, whatever the attribute is called and whichever module holds it, so aliases and the
-    user's own ``from ... import`` follow; a function somebody else put there does not.
+    By identity: neither the attribute's name nor its module matters. So aliases and the
+    user's own ``from ... import`` follow; another function that was put there does not.
 
     Args:
         within: look into this module only; None: into all that are loaded.
-        names: replace attributes called so only; None: whatever they are called.
+        names: replace only attributes with these names; None: with any name.
     """
     places = _modules() if within is None else [(within.__name__, within)]
     done = []
@@ -83,9 +83,9 @@ def is_initialising(module: ModuleType) -> bool:
 class ImportHook(importlib.abc.MetaPathFinder):
     """Calls ``on_load(module)`` after each module of ``package`` was executed.
 
-    While such a module executes, a package named in ``fragile`` that is installed but fails to
-    load raises ModuleNotFoundError instead of whatever broke: code that is prepared for the package
-    to be absent then copes with it being broken. Nothing is put into sys.modules in its place.
+    While such a module executes, a package named in ``fragile`` that is installed but fails to load
+    raises ModuleNotFoundError instead of its own error: code that is prepared for the package to be
+    absent then copes with a broken one. Nothing is put into sys.modules in its place.
     """
 
     def __init__(

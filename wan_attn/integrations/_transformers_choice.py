@@ -13,7 +13,8 @@ import torch
 
 from wan_attn import config
 from wan_attn.backends import fa2
-from wan_attn.request import Request
+from wan_attn.integrations import _operands
+from wan_attn.request import DTYPES, Request, refuse
 from wan_attn.selection.choose import DISABLED
 
 FLASH, OURS, SDPA, EAGER = "flash_attention_2", "wan_attn", "sdpa", "eager"
@@ -52,6 +53,12 @@ def choose(
         model: the one that `part` is in, which knows what it supports; None: `part`.
         device, dtype: where and in what it will run; None: the part's own, or the CPU, float32.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        refuse("dtype", "a torch.dtype or None", _operands.kind_of(dtype))
+    try:
+        device = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError):
+        refuse("device", "the name of a device that torch has, or None", _operands.kind_of(device))
     model = part if model is None else model
     weight = next(iter(part.parameters()), None) if part is not None else None
     if device is None:
@@ -83,6 +90,8 @@ def _why_not_flash(model: Any, device: torch.device, dtype: torch.dtype) -> str 
     supports = ("_supports_flash_attn", "_supports_flash_attn_2")  # 4.5x and 5.x, 4.49
     if model is not None and not any(getattr(model, name, False) for name in supports):
         return f"{type(model).__name__} does not support it"
+    if dtype not in DTYPES:
+        return f"it is {str(dtype).removeprefix('torch.')}"
     # One small call stands for all: what decides is the device, the dtype and the installation.
     like = torch.empty((1, 1, 1, 64), dtype=dtype, device="meta")
     request = Request.from_tensors(like, like, like)

@@ -8,6 +8,7 @@ _diffusers_backend.py. Importing this file imports neither diffusers nor transfo
 
 from __future__ import annotations
 
+import importlib
 import logging
 import weakref
 from abc import ABC, abstractmethod
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from wan_attn import attention, config, log
 from wan_attn.integrations import _diffusers_backend as _backend
+from wan_attn.integrations import _diffusers_layers as _around
+from wan_attn.integrations import _operands
 from wan_attn.request import refuse
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -28,14 +31,23 @@ TEXT_TOKENS = 512  # image-to-video: what precedes the last 512 rows of the cont
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`wan_attn.sdpa` as Wan uses it: everything attends to everything, and lse is not wanted."""
-    return cast(Tensor, attention.sdpa(query, key, value))
+    """`wan_attn.sdpa` as Wan uses it: everything attends to everything, and lse is not wanted.
+
+    What diffusers computes and wan_attn does not (float64) goes to PyTorch's SDPA, which the log
+    says once.
+    """
+    query, key, value = _operands.under_autocast(query, key, value)
+    reason = _backend.why_not_operands(query, key, value)
+    if reason is None:
+        return cast(Tensor, attention.sdpa(query, key, value))
+    log.traced(logging.WARNING, f"diffusers: PyTorch's SDPA takes a call: {reason}")
+    return _backend.by_torch(query, key, value)
 
 
 class _Processor(ABC):
     """The processor of one layer; keeps the one it replaced, and hands it what is not ours to do.
 
-    diffusers writes `_attention_backend` and `_parallel_config` into whatever processor has them:
+    diffusers writes `_attention_backend` and `_parallel_config` into every processor that has them:
     both belong to the replaced one, which reads them.
     """
 
@@ -65,7 +77,7 @@ class _Processor(ABC):
     def _is_ours(self, attention_mask: Tensor | None) -> bool:
         """Whether this call is; if not, the log says why, once."""
         if self._is_overruled:
-            return False  # somebody has named a backend: that is no surprise
+            return False  # a backend was named: that is no surprise
         if self._parallel_config is not None:
             reason = "context parallelism is on, which set_attention_backend('wan_attn') serves"
         elif attention_mask is not None:
@@ -110,16 +122,16 @@ class _WanProcessor(_Processor):
         image = None
         if layer.add_k_proj is not None and context is not None:
             image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
-        query, key, value = _project(layer, hidden_states, context)
+        query, key, value = _around.project(layer, hidden_states, context)
         query, key = layer.norm_q(query), layer.norm_k(key)
         query, key, value = (x.unflatten(2, (layer.heads, -1)) for x in (query, key, value))
         if rotary_emb is not None:
-            query, key = _rotate(query, rotary_emb), _rotate(key, rotary_emb)
-        out = self.function(query, key, value).flatten(2)
+            query, key = (_around.rotate(x, rotary_emb) for x in (query, key))
+        out = self.function(query, key, value).flatten(2).type_as(query)
         if image is not None:
-            key, value = _project_image(layer, image)
+            key, value = _around.project_image(layer, image)
             key, value = (x.unflatten(2, (layer.heads, -1)) for x in (key, value))
-            out = out + self.function(query, key, value).flatten(2)
+            out = out + self.function(query, key, value).flatten(2).type_as(query)
         for module in layer.to_out:  # the projection, and dropout
             out = module(out)
         return out
@@ -132,12 +144,12 @@ class _FaceProcessor(_Processor):
         batch, frames, motion_tokens, _ = context.shape
         hidden_states = layer.pre_norm_q(hidden_states)
         motion = layer.pre_norm_kv(context).flatten(1, 2)
-        query, key, value = _project(layer, hidden_states, motion)
+        query, key, value = _around.project(layer, hidden_states, motion)
         query, key, value = (x.unflatten(2, (layer.heads, -1)) for x in (query, key, value))
         query, key = layer.norm_q(query), layer.norm_k(key)
         query = query.unflatten(1, (frames, -1)).flatten(0, 1)
         key, value = (x.unflatten(1, (frames, motion_tokens)).flatten(0, 1) for x in (key, value))
-        out = self.function(query, key, value).flatten(2)
+        out = self.function(query, key, value).flatten(2).type_as(query)
         out = out.unflatten(0, (batch, frames)).flatten(1, 2)
         return cast(Tensor, layer.to_out(out))
 
@@ -150,48 +162,16 @@ _OURS: dict[str, type[_Processor]] = {
 """diffusers' own processors, by name: its files for Animate have copies of the class."""
 
 
-def _project(layer: Any, hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
-    """query, key, value, [batch, seqlen, heads * head_dim]; `context` is None in self-attention.
-
-    Fused projections stand beside the three; not every version of diffusers makes them everywhere.
-    """
-    is_fused = getattr(layer, "fused_projections", False)
-    if is_fused and context is None and hasattr(layer, "to_qkv"):
-        return tuple(layer.to_qkv(hidden_states).chunk(3, dim=-1))
-    source = hidden_states if context is None else context
-    if is_fused and hasattr(layer, "to_kv"):
-        return (layer.to_q(hidden_states), *layer.to_kv(source).chunk(2, dim=-1))
-    return layer.to_q(hidden_states), layer.to_k(source), layer.to_v(source)
-
-
-def _project_image(layer: Any, image: Tensor) -> tuple[Tensor, Tensor]:
-    if getattr(layer, "fused_projections", False) and hasattr(layer, "to_added_kv"):
-        key, value = layer.to_added_kv(image).chunk(2, dim=-1)
-    else:
-        key, value = layer.add_k_proj(image), layer.add_v_proj(image)
-    return layer.norm_added_k(key), value
-
-
-def _rotate(x: Tensor, rotary_emb: tuple[Tensor, Tensor] | Tensor) -> Tensor:
-    """Turn each pair (x[2i], x[2i+1]) by its angle.
-
-    Args:
-        rotary_emb: (cos, sin), float32, [1, seqlen, 1, head_dim] holding each angle twice; before
-            diffusers 0.35 cos + i*sin, complex, [1, 1, seqlen, head_dim / 2].
-    """
-    if isinstance(rotary_emb, Tensor):
-        turn = rotary_emb.transpose(1, 2)
-        cos, sin = turn.real, turn.imag
-    else:
-        cos, sin = (part[..., 0::2] for part in rotary_emb)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
-
-
 def _models(target: Any) -> list[torch.nn.Module]:
-    """The models of a pipeline, or the model itself."""
+    """The models of a pipeline, or the model itself.
+
+    Raises:
+        RuntimeError: it is neither.
+    """
     components = getattr(target, "components", None)
+    if not isinstance(components, dict):
+        rule = "a model or pipeline of diffusers"
+        _operands.check_module("model_or_pipe", target, rule)
     parts = list(components.values()) if isinstance(components, dict) else [target]
     return [part for part in parts if isinstance(part, torch.nn.Module)]
 
@@ -211,14 +191,27 @@ def replace_processors(target: Any, function: AttentionFunction) -> int:
     Returns:
         How many layers; 0 is no error.
     """
+    if not callable(function):
+        refuse("function", "one of (query, key, value)", _operands.kind_of(function))
     count = 0
     for layer, processor in list(_layers(target)):
         stock = processor.replaced if isinstance(processor, _Processor) else processor
         ours = _OURS.get(type(stock).__name__)
         if ours is not None and type(stock).__module__.partition(".")[0] == "diffusers":
             layer.set_processor(ours(stock, function))
+            _let_layers_be_skipped(type(stock), ours)
             count += 1
     return count
+
+
+def _let_layers_be_skipped(stock: type, ours: type) -> None:
+    """Skip-layer and perturbed-attention guidance ask a table of diffusers' about a processor's
+    class: for ours it says what it says for the one that was replaced."""
+    try:
+        table = importlib.import_module("diffusers.hooks._helpers").AttentionProcessorRegistry
+        table.register(ours, table.get(stock))
+    except (ImportError, AttributeError, TypeError, ValueError):
+        pass  # this diffusers has no such guidance, or not for this processor: it says so itself
 
 
 def restore_processors(target: Any) -> int:
@@ -238,7 +231,7 @@ def enable(model_or_pipe: Any) -> int:
     """Send the attention of diffusers' Wan models through wan_attn. Twice is once.
 
     Serves WanTransformer3DModel (text, image and first frame to video), WanVACETransformer3DModel
-    and WanAnimateTransformer3DModel. Layers with somebody else's processor are left alone.
+    and WanAnimateTransformer3DModel. Layers with another processor are left alone.
 
     Args:
         model_or_pipe: such a model, or a pipeline: then all of its models.

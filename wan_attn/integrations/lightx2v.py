@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from wan_attn import attention
+from wan_attn.integrations import _operands
 from wan_attn.request import refuse
 from wan_attn.signatures import _masked, flash_attn
 
@@ -49,8 +50,16 @@ def register() -> type:
         ) -> tuple[Tensor, Tensor]:
             return apply_with_lse(q, k, v, softmax_scale)
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            """A class made at run time is not found by its name: pickle and copies make it anew."""
+            return _made, (), vars(self)
+
     registry(NAME)(WanAttnWeight)
     return WanAttnWeight
+
+
+def _made() -> Any:
+    return register()()
 
 
 def unregister() -> None:
@@ -90,6 +99,11 @@ def apply(
     Returns:
         [tokens, heads * head_dim].
     """
+    for name, operand in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(operand, Tensor) or operand.dim() not in (3, 4):
+            rule = "[tokens, heads, head_dim] or [batch, seqlen, heads, head_dim]"
+            is_tensor = isinstance(operand, Tensor)
+            refuse(name, rule, list(operand.shape) if is_tensor else _operands.kind_of(operand))
     if drop_rate:
         refuse("drop_rate", "0, as inference has no dropout", drop_rate)
     if (cu_seqlens_q is None) != (cu_seqlens_kv is None):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import weakref
 from types import ModuleType
 from typing import Any
 
@@ -19,9 +18,10 @@ import torch
 from torch import Tensor
 
 from wan_attn import attention, config, log
-from wan_attn.integrations import _mask_plan
+from wan_attn.integrations import _mask_plan, _operands, _written_out
+from wan_attn.integrations import _transformers_marks as _marks
 from wan_attn.integrations._transformers_choice import choose, model_parts
-from wan_attn.request import DTYPES, MAX_HEAD_DIM
+from wan_attn.request import MAX_HEAD_DIM, refuse
 
 NAME = "wan_attn"
 _planner = _mask_plan.Planner()
@@ -49,9 +49,8 @@ def attention_forward(
     Returns:
         ([batch, seqlen_q, heads, head_dim] contiguous, no weights). Rows that see no key are 0.
     """
-    if is_causal is None:
-        is_causal = bool(getattr(module, "is_causal", True))
-    is_causal = is_causal and attention_mask is None and query.shape[2] > 1
+    is_causal = _is_causal(module, query, attention_mask, is_causal)
+    query, key, value = _operands.under_autocast(query, key, value)
     plan = None
     reason = _why_not(query, key, value, dropout, kwargs)
     if reason is None and attention_mask is not None:
@@ -76,10 +75,34 @@ def attention_forward(
     return out.contiguous(), None
 
 
+def _is_causal(module: Any, query: Tensor, mask: Tensor | None, is_causal: bool | None) -> bool:
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    return is_causal and mask is None and query.shape[2] > 1
+
+
+def retired_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What stands under the name after unregister(), for models that still have it."""
+    is_causal = _is_causal(module, query, attention_mask, is_causal)
+    reason = f"{NAME} is unregistered, and disable(model) gives a model its own attention back"
+    call = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
+    return _elsewhere(*call, reason, kwargs)
+
+
 def _why_not(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, options: dict[str, Any]
 ) -> str | None:
-    """Why this is not a call for wan_attn, whatever its mask; None: it is."""
+    """Why wan_attn cannot take this call, its mask aside; None: it can."""
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
             return f"it has {name}"
@@ -91,9 +114,7 @@ def _why_not(
         return f"its head_dim {query.shape[-1]} is above {MAX_HEAD_DIM}"
     if query.shape[0] != key.shape[0]:
         return "its query has another batch than its key"
-    if query.dtype not in DTYPES:
-        return f"it is {str(query.dtype).removeprefix('torch.')}"
-    return None
+    return _operands.why_not_dtypes(query, key, value)
 
 
 def _plan(mask: Tensor, query: Tensor, key: Tensor) -> _mask_plan.Plan:
@@ -125,7 +146,7 @@ def _elsewhere(
         bias = options.get("position_bias")
         softcap, sinks = options.get("softcap"), options.get("s_aux")
         call = (scaling, is_causal, dropout)
-        return _written_out(query, key, value, mask, bias, softcap, sinks, *call), None
+        return _written_out.attend(query, key, value, mask, bias, softcap, sinks, *call), None
     sdpa = _functions()["sdpa"]
     out, _ = sdpa(
         module,
@@ -139,48 +160,6 @@ def _elsewhere(
         **options,
     )
     return out, None
-
-
-def _written_out(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    scaling: float | None,
-    is_causal: bool,
-    dropout: float,
-) -> Tensor:
-    """Attention as its formula, in float32: scores are capped, then biased, then masked.
-
-    Args:
-        sinks: [heads], one more score for each row, that of a key whose value is 0.
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (query.float() @ key.float().transpose(2, 3)) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None:
-        scores = scores + bias
-    if is_causal:
-        seen = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    if mask is not None:
-        mask = mask[..., : key.shape[2]]
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + mask
-    if sinks is not None:
-        sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat((scores, sink), dim=-1)
-    weights = scores.softmax(-1)[..., : key.shape[2]]
-    weights = torch.nn.functional.dropout(weights, dropout)
-    return (weights @ value.float()).to(query.dtype).transpose(1, 2).contiguous()
 
 
 def _warn_of_weights(options: dict[str, Any]) -> None:
@@ -216,33 +195,42 @@ def register() -> None:
     functions = getattr(_modeling_utils(), "ALL_ATTENTION_FUNCTIONS", None)
     if functions is None:
         raise RuntimeError("wan_attn: this transformers has no table of attention functions")
-    if NAME in functions:
+    if functions.get(NAME) is attention_forward:
         return
     # A function without a mask function gets no mask at all, silently: the mask comes first.
     masks = _masks()
     if masks is not None:
         masks.register(NAME, masks()["sdpa"])
-    if hasattr(functions, "register"):
-        functions.register(NAME, attention_forward)
-    else:  # 4.48 and 4.49: a plain dict
-        functions[NAME] = attention_forward
+    _put(functions, attention_forward)
     log.enable(config.current().log_level, "transformers")
     text = f'transformers: attn_implementation="{NAME}" is registered'
     log.once(text, logging.INFO, text)
 
 
+def _put(functions: Any, function: Any) -> None:
+    if hasattr(functions, "register"):
+        functions.register(NAME, function)
+    else:  # 4.48 and 4.49: a plain dict
+        functions[NAME] = function
+
+
 def unregister() -> None:
-    """Take the name away again. Models that use it must be given to disable() before."""
+    """Take wan_attn away from the name; without register(), do nothing.
+
+    Models that still have the name go on with transformers' own sdpa, which the log says once:
+    copies and loaded models are nobody's to find. disable() gives one its own attention back.
+    """
     functions = _functions()
-    getattr(functions, "_global_mapping", functions).pop(NAME, None)
-    masks = _masks()
-    if masks is not None:
-        masks._global_mapping.pop(NAME, None)
-    log.disable("transformers")
+    if functions.get(NAME) is attention_forward:
+        # The mask function stays: without one a model gets no mask, silently.
+        _put(functions, retired_forward)
+        log.disable("transformers")
 
 
-_before: weakref.WeakKeyDictionary[torch.nn.Module, list[tuple[Any, str]]]
-_before = weakref.WeakKeyDictionary()
+def _check(model: torch.nn.Module) -> list[tuple[str, Any, Any]]:
+    rule = "a model of transformers, or a torch.nn.Module with one in it"
+    _operands.check_module("model", model, rule)
+    return list(model_parts(model))
 
 
 def enable(model: torch.nn.Module) -> dict[str, str]:
@@ -250,27 +238,47 @@ def enable(model: torch.nn.Module) -> dict[str, str]:
 
     Twice is once. DISABLE_FLASH_ATTN=1 leaves FlashAttention out.
 
+    Args:
+        model: of transformers, or one that has or wraps such a model (peft, DDP, torch.compile).
+
     Returns:
         What each part of the model got: {"model.visual": "wan_attn", ...}.
+
+    Raises:
+        RuntimeError: there is no model of transformers in it.
     """
+    parts = _check(model)
+    if not parts:
+        refuse("model", "one of transformers", f"a {type(model).__name__} without one in it")
     register()
-    parts = list(model_parts(model))
     choices = {name: choose(part, whole) for name, part, whole in parts}
     # All of them before any is set: setting one also sets what is below it.
-    _before.setdefault(model, [(part, part.config._attn_implementation) for _, part, _ in parts])
+    before = {name: _marks.before(model, part, whole) for name, part, whole in parts}
     for name, part, _ in parts:
         key, reason = choices[name]
         _set(part, key)
         because = f" ({reason})" if reason else ""
         text = f"transformers: {name} ({type(part).__name__}): {key}{because}"
         log.once(text, logging.INFO, text)
+    for name, part, _ in parts:
+        _marks.write(model, part, before[name], part.config._attn_implementation)
     return {name: key for name, (key, _) in choices.items()}
 
 
 def disable(model: torch.nn.Module) -> None:
-    """Give every part of the model back what it had before enable()."""
-    for part, before in _before.pop(model, []):
-        _set(part, before)
+    """Give every part of the model back what it had before enable().
+
+    What was chosen since stays. It need not be the object that was enabled: a deep copy, a wrapper
+    (peft) and a model that torch.load gave back are told by what they carry. A part that was
+    loaded with attn_implementation="wan_attn" gets transformers' default.
+    """
+    parts = _check(model)
+    before = [_marks.before(model, part, whole) for _, part, whole in parts]
+    # All of them, also those that stay: setting one also sets what is below it.
+    for (_, part, _), key in zip(parts, before, strict=True):
+        if part.config._attn_implementation != key:
+            _set(part, key)
+    _marks.erase(model)
 
 
 def _set(part: Any, key: str) -> None:

@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+import logging
+import weakref
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
-from wan_attn import attention
-from wan_attn.integrations import _rebind
+from wan_attn import attention, log
+from wan_attn.integrations import _operands, _rebind
 from wan_attn.integrations._rebind import Binding
+from wan_attn.request import refuse
 
 MODULE, FUNCTION = "shared.attention", "pay_attention"
+
+# Ours, and what it replaced. Not an attribute of the function: functools.wraps copies those to
+# somebody's wrapper, which would then be taken for ours.
+_replaced: weakref.WeakKeyDictionary[Callable[..., Any], Callable[..., Any]]
+_replaced = weakref.WeakKeyDictionary()
 
 
 def patch(module: ModuleType | None = None) -> tuple[Binding, ...]:
@@ -31,22 +39,44 @@ def patch(module: ModuleType | None = None) -> tuple[Binding, ...]:
 
     Returns:
         The names that were replaced.
+
+    Raises:
+        RuntimeError: the module has no such function. ModuleNotFoundError: Wan2GP cannot be
+            imported here.
     """
-    module = importlib.import_module(MODULE) if module is None else module
-    original = getattr(module, FUNCTION)
-    if hasattr(original, "wan_attn_replaced"):
+    original = _current(module)
+    if original in _replaced:
         return ()
     ours = make_pay_attention(original)
-    ours.wan_attn_replaced = original
+    _replaced[ours] = original
     return _rebind.rebind(original, ours)
 
 
-def unpatch(module: ModuleType | None = None) -> None:
-    """Put Wan2GP's own function back; without patch(), do nothing."""
+def _current(module: ModuleType | None) -> Callable[..., Any]:
     module = importlib.import_module(MODULE) if module is None else module
-    ours = getattr(module, FUNCTION)
-    if hasattr(ours, "wan_attn_replaced"):
-        _rebind.rebind(ours, ours.wan_attn_replaced)
+    function: Any = getattr(module, FUNCTION, None)
+    if not isinstance(module, ModuleType) or not callable(function):
+        got = f"the module {module.__name__}" if isinstance(module, ModuleType) else None
+        refuse("module", f"one with {FUNCTION}", got or _operands.kind_of(module))
+    found: Callable[..., Any] = function
+    return found
+
+
+def unpatch(module: ModuleType | None = None) -> None:
+    """Put Wan2GP's own function back; without patch(), do nothing.
+
+    A function that somebody put around ours since stays, and the log says so.
+    """
+    current = _current(module)
+    if current in _replaced:
+        _rebind.rebind(current, _replaced[current])
+        return
+    inner: Any = getattr(current, "__wrapped__", None)
+    if inner is not None and inner in _replaced:
+        name = _rebind.describe(current)
+        text = f"Wan2GP: {name} was put around wan_attn's function since, and still calls it"
+        log.once(text, logging.WARNING, text)
+        _rebind.rebind(inner, _replaced[inner])
 
 
 def make_pay_attention(original: Any) -> Any:
@@ -85,8 +115,10 @@ def make_pay_attention(original: Any) -> Any:
                 q_lens=q_lens,
                 k_lens=k_lens,
             )
+        if len(qkv_list) != 3:
+            refuse("qkv_list", "[q, k, v]", f"{len(qkv_list)} operands")
         q, k, v = qkv_list
-        qkv_list.clear()  # Wan2GP counts on it: nobody else may keep the operands alive
+        qkv_list.clear()  # Wan2GP expects it: nothing else may keep the operands alive
         if k.shape[0] != q.shape[0]:
             k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
         return attention.flash_attention(

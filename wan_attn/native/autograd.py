@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """autograd.py - the derivative of torch.ops.wan_attn.sdpa, in torch operators.
 
-The kernels are forward only. Whoever calls the op itself with tensors that need a gradient still
+The kernels are forward only. A caller of the op itself with tensors that need a gradient still
 gets the right one: the backward pass recomputes the weights a block of query rows at a time (Dao et
 al., arXiv 2205.14135, appendix B.2, without tiling over keys). It is exact and memory-bounded, not
 fast: wan_attn.sdpa and flash_attention send such calls to torch.

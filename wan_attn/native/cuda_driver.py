@@ -52,7 +52,7 @@ def _find_image(
     message: ctypes._Pointer[ctypes.c_char],
     message_size: int,
 ) -> int:
-    """wan_attn_image_fn. An exception cannot pass through C: whatever it is, it becomes words."""
+    """wan_attn_image_fn. No exception can pass through C, so each becomes words."""
     key = (kernel.decode(), arch)
     try:
         # Two threads may come here at once, and both answers must live on: the first stays.

@@ -132,7 +132,7 @@ def _torch_libraries() -> tuple[ctypes.CDLL, ...]:
         folder = Path(torch.__file__).with_name("lib")
         names = [folder / "torch_cpu.dll", folder / "torch_cuda.dll"]
         return tuple(ctypes.CDLL(str(name)) for name in names if name.exists())
-    # dlsym on torch._C walks its dependencies, whatever a distribution has named them.
+    # dlsym on torch._C walks its dependencies, under any name that a distribution gave them.
     return (ctypes.CDLL(torch._C.__file__),)
 
 
@@ -199,7 +199,7 @@ def _why_no_memory(
 def raise_out_of_memory(error: RuntimeError) -> None:
     """Raises torch's own exception if `error` is all that the shim could make of it."""
     original = vars(_here).pop("out_of_memory", None)
-    # One of an earlier call that nobody has asked for may still be here; a long text was cut.
+    # One of an earlier call may still be here, if it was never asked for; a long text was cut.
     if original is not None and str(original).startswith(str(error)[:500]):
         raise original from None
 

@@ -122,7 +122,7 @@ def compute_dtype(
     """What a call is computed in: the dtype policy.
 
     Args:
-        asked: flash_attention's `dtype`; None: value's own, whatever it is.
+        asked: flash_attention's `dtype`; None: value's own.
     """
     if force_fp16:
         return torch.float16

@@ -122,7 +122,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """The derivative of exact attention is the same whichever backend computed it."""
+    """The derivative of exact attention does not depend on the backend that computed it."""
     return (*autograd.backward(ctx, grad_out, grad_lse), *[None] * 7)
 
 

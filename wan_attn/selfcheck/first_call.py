@@ -2,8 +2,8 @@
 """first_call.py - a CUDA kernel shows on this very card that it is right, before it makes a video.
 
 At the first call of its kind in a process a kernel answers two small calls with known results.
-One that is wrong (a card or driver nobody has tried, broken memory, a miscompiled cubin) is refused
-with what it got wrong, and the next backend takes over: no black frames after an hour's work.
+One that is wrong (an untried card or driver, broken memory, a miscompiled cubin) is refused with
+what it got wrong, and the next backend computes: no black frames after an hour's work.
 """
 
 from __future__ import annotations

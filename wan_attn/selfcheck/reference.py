@@ -101,7 +101,7 @@ class Truth:
         return 2 * unit * (weights + self.out.abs())
 
     def lse_bound(self, unit: float, is_ours: bool) -> Tensor:
-        """lse is float32 whatever the inputs are; only a rounded score moves it further."""
+        """lse is float32 for every dtype of the inputs; only a rounded score moves it further."""
         size = 1 + self.lse.nan_to_num(0.0, 0.0, 0.0).abs()
         rounded = 0.0 if is_ours else unit
         return 2 * (UNIT[torch.float32] * size + rounded * self.peak[..., 0].transpose(1, 2))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """_masked.py - a call with a mask of its own, by PyTorch's SDPA: our kernels know lengths, causal
-and window only, and a mask that was dropped would be a wrong picture that nobody notices."""
+and window only, and a mask that was dropped would be a wrong picture that is easily overlooked."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from wan_attn.request import Call, refuse
 from wan_attn.selection.traced import route
 
 # More runs than this are padded instead, if that no more than doubles the memory: a call costs some
-# ten microseconds whatever its size.
+# ten microseconds at any size.
 RUNS_MAX = 32
 
 

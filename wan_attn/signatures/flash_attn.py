@@ -56,9 +56,9 @@ def flash_attn_func(
             which only exists with dropout; the two together are refused.
 
     Returns:
-        out [batch, seqlen_q, heads_q, head_dim] in q's dtype; softmax_lse [batch, heads_q,
-        seqlen_q] float32, the natural log of Σ exp(scale · score). A row that sees no key is 0 with
-        -inf, as in FlashAttention 3 (version 2 says +inf).
+        out [batch, seqlen_q, heads_q, head_dim] in q's dtype, contiguous; softmax_lse [batch,
+        heads_q, seqlen_q] float32, the natural log of Σ exp(scale · score). A row that sees no key
+        is 0 with -inf, as in FlashAttention 3 (version 2 says +inf).
 
     Raises:
         RuntimeError: "wan_attn: <argument> must be <rule>, got <value>".
@@ -288,7 +288,7 @@ def check_options(
 
 def bounds(window_size: Window) -> tuple[int, int]:
     """(left, right) as wan_attn.sdpa wants them; the original takes every negative bound as none,
-    and whatever Python can make an integer of."""
+    and everything that Python can turn into an integer."""
     pair = window_size.tolist() if isinstance(window_size, Tensor) else window_size
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         refuse("window_size", "a pair (left, right)", window_size)
@@ -317,8 +317,9 @@ def _call(
 
 
 def _result(q: Tensor, out: Tensor, lse: Tensor | None) -> Result:
-    out = out if out.dtype == q.dtype else out.to(q.dtype)
-    return out if lse is None else (out, lse, None)
+    """Contiguous, as the original's results are: its callers `.view` them."""
+    out = out.to(q.dtype).contiguous()
+    return out if lse is None else (out, lse.contiguous(), None)
 
 
 def _unpack(name: str, packed: Tensor, count: int, batched: bool) -> tuple[Tensor, ...]:

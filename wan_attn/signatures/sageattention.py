@@ -17,7 +17,7 @@ from wan_attn.signatures import _masked
 
 _LAYOUTS = ("HND", "NHD")
 
-# How the original rounds: an exact kernel is within whatever they ask for.
+# How the original rounds: an exact kernel meets any of these demands.
 _ROUNDING = ("smooth_k", "smooth_v", "pv_accum_dtype", "qk_quant_gran")
 _KEYWORDS = (*_ROUNDING, "attn_mask", "dropout_p")
 
@@ -52,8 +52,9 @@ def sageattn(
         dropout_p: 0, which some callers pass.
 
     Returns:
-        out in q's layout and dtype; with return_lse also lse [batch, heads_q, seqlen_q] float32. A
-        row that sees no key is 0 with -inf.
+        out in q's layout and dtype, contiguous as the original's, whose callers `.view` it (for
+        "HND" that is a copy: the kernels write [batch, seqlen, heads, head_dim]); with return_lse
+        also lse [batch, heads_q, seqlen_q] float32. A row that sees no key is 0 with -inf.
 
     Raises:
         RuntimeError: "wan_attn: <argument> must be <rule>, got <value>". TypeError: a keyword that
@@ -83,13 +84,12 @@ def sageattn(
         if not is_heads_first:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = _masked.attend(q, k, v, mask, sm_scale, "attn_mask")
-        return out if is_heads_first else out.transpose(1, 2)
+        return (out if is_heads_first else out.transpose(1, 2)).contiguous()
     if is_heads_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out, lse = _attend(q, k, v, is_causal, sm_scale, return_lse)
-    out = out if out.dtype == q.dtype else out.to(q.dtype)
-    out = out.transpose(1, 2) if is_heads_first else out
-    return out if lse is None else (out, lse)
+    out = (out.transpose(1, 2) if is_heads_first else out).to(q.dtype).contiguous()
+    return out if lse is None else (out, lse.contiguous())
 
 
 def _attend(

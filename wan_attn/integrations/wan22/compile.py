@@ -70,7 +70,7 @@ class CompiledForward:
         self._lock = threading.Lock()
 
         def forward(block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            # Inside somebody else's torch.compile the plain block is what has to be traced.
+            # Inside another torch.compile the plain block is what has to be traced.
             if self.why_off is not None or torch.compiler.is_compiling():
                 return self._original(block, *args, **kwargs)
             return self._call(block, args, kwargs)
@@ -82,7 +82,7 @@ class CompiledForward:
         self.cls.forward = self._forward
 
     def remove(self) -> None:
-        """Put the original back, unless somebody replaced ours since."""
+        """Put the original back, unless ours was replaced since."""
         if self.cls.__dict__.get("forward") is self._forward:
             self.cls.forward = self._original
 

@@ -12,7 +12,7 @@ import threading
 from types import ModuleType
 
 from wan_attn import config, log
-from wan_attn.integrations import _rebind
+from wan_attn.integrations import _operands, _rebind
 from wan_attn.integrations._rebind import Binding
 from wan_attn.integrations.wan22 import compile, tf32
 from wan_attn.integrations.wan22.adapters import (
@@ -21,6 +21,7 @@ from wan_attn.integrations.wan22.adapters import (
     make_flash_attn_func,
 )
 from wan_attn.integrations.wan22.report import PatchReport
+from wan_attn.request import refuse
 from wan_attn.selection import profile
 
 DEFINER = "modules.attention"
@@ -109,7 +110,7 @@ class _Session:
         for name in FLASH_ATTENTION:
             holder = self._module(name)
             value = vars(holder).get("flash_attention") if holder else None
-            # Not __module__: functools.wraps copies that to somebody's wrapper.
+            # Not __module__: functools.wraps copies that to other wrappers.
             is_defined_there = getattr(value, "__globals__", None) is vars(definer)
             if is_defined_there and not any(value is known for known in self._originals):
                 self._originals.append(value)
@@ -242,8 +243,14 @@ def patch(*, package: str = "wan", attention: Attention | None = None) -> PatchR
 
     Raises:
         ValueError: another package is patched already; or an environment variable is wrong.
+        RuntimeError: an argument is no such thing.
     """
     global _session
+    if not isinstance(package, str) or not all(p.isidentifier() for p in package.split(".")):
+        refuse("package", "the name of a package, as in `import wan`", _operands.kind_of(package))
+    if attention is not None and not callable(attention):
+        rule = "a function with Wan2.2's signature, or None"
+        refuse("attention", rule, _operands.kind_of(attention))
     settings = config.current()
     with _LOCK:
         if _session is None:

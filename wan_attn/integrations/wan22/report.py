@@ -23,7 +23,7 @@ class PatchReport:
     missing: tuple[str, ...]
     """Names that this version of Wan2.2 does not have."""
     foreign: tuple[Binding, ...]
-    """Names that held neither Wan2.2's function nor ours: somebody else's, left alone."""
+    """Names that held neither Wan2.2's function nor ours: left alone."""
     flags: tuple[str, ...]
     """FLASH_ATTN_*_AVAILABLE flags switched on."""
     tf32: str

@@ -59,7 +59,7 @@ def allow() -> tuple[Change, ...]:
 
 
 def restore(changes: tuple[Change, ...]) -> None:
-    """Undo ``allow``; a flag that somebody has switched off since is left off."""
+    """Undo ``allow``; a flag that was switched off since is left off."""
     for change in changes:
         try:
             if not change.backend.allow_tf32:

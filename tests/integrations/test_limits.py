@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""test_limits.py - what docs/limits.md says of transforms, subclasses, autocast, copies, export."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import wan_attn
+
+Q, K, V = torch.randn(3, 2, 7, 2, 16, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+def ours(query: Tensor, key: Tensor = K, value: Tensor = V) -> Tensor:
+    return cast(Tensor, wan_attn.sdpa(query, key, value))
+
+
+def torchs(query: Tensor, key: Tensor = K, value: Tensor = V) -> Tensor:
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+class Tagged(Tensor):
+    """A subclass that does nothing of its own."""
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(32, 96)
+        self.attention = ours
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.project(x).unflatten(-1, (3, 2, 16)).unbind(2)
+        return self.attention(query, key, value).flatten(2)
+
+
+def assert_same(out: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-5)
+
+
+def test_vmap() -> None:
+    batched = [torch.stack((x, 2 * x)) for x in (Q, K, V)]
+    out = torch.func.vmap(ours)(*batched)
+    assert_same(out[1], torchs(2 * Q, 2 * K, 2 * V))
+
+
+def test_reverse_mode() -> None:
+    want = torch.func.vjp(torchs, Q)[1](V)[0]
+    assert float(want.abs().max()) > 0.01
+    assert_same(torch.func.vjp(ours, Q)[1](V)[0], want)
+    grads = [torch.func.grad(lambda q, f=f: f(q).square().sum())(Q) for f in (ours, torchs)]
+    assert_same(*grads)
+    rows = [torch.func.jacrev(lambda q, f=f: f(q).sum((1, 2, 3)))(Q) for f in (ours, torchs)]
+    assert_same(*rows)
+
+
+def test_a_subclass_stays_one() -> None:
+    out = ours(Q.as_subclass(Tagged))
+    assert type(out) is Tagged
+    assert_same(out.as_subclass(Tensor), torchs(Q))
+
+
+def test_layouts_and_dtypes_that_are_refused() -> None:
+    jagged = torch.nested.nested_tensor([Q[0], Q[1]], layout=torch.jagged)
+    for query in (jagged, Q.to_sparse(), Q.double(), Q.bfloat16()):
+        with pytest.raises(RuntimeError, match="wan_attn: query must be"):
+            ours(query)
+
+
+def test_autocast_changes_nothing() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(Q)
+    assert out.dtype == torch.float32 and torch.equal(out, ours(Q))
+
+
+def test_copies_export_and_checkpointing() -> None:
+    layer, x = Layer(), torch.randn(1, 5, 32)
+    want = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), want)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), want)
+    graph = torch.export.export(layer, (x,))
+    assert_same(graph.module()(x), want)
+    assert sum("wan_attn" in str(node.target) for node in graph.graph.nodes) == 1
+    plain = torch.autograd.grad(want.square().sum(), layer.project.weight)[0]
+    for use_reentrant in (False, True):
+        layer.zero_grad()
+        given = x.clone().requires_grad_()
+        checkpoint(layer, given, use_reentrant=use_reentrant).square().sum().backward()
+        assert layer.project.weight.grad is not None
+        assert_same(layer.project.weight.grad, plain)

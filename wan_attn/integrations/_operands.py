@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""_operands.py - what a host hands to torch's SDPA, as SDPA would take it; and host arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan_attn.request import DTYPES, refuse
+
+
+def under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands in autocast's dtype where it is on: SDPA is among the functions that it converts
+    for, and what stands in SDPA's place must compute in the same dtype. float64 stays, as there."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+
+    def convert(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
+
+    return convert(query), convert(key), convert(value)
+
+
+def why_not_dtypes(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why wan_attn leaves these dtypes to the host's own function; None: it takes them."""
+    names = [str(x.dtype).removeprefix("torch.") for x in (query, key, value)]
+    if len(set(names)) > 1:
+        return f"its query, key and value are {', '.join(names)}"
+    return None if query.dtype in DTYPES else f"it is {names[0]}"
+
+
+def kind_of(value: Any) -> str:
+    """What was given, for a refusal: None, a short string as it is, else the type's name."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    if isinstance(value, str) and len(value) <= 60:
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def check_module(argument: str, value: Any, rule: str) -> None:
+    """Refuse what is no torch.nn.Module, before anything is looked up in it."""
+    if not isinstance(value, torch.nn.Module):
+        refuse(argument, rule, kind_of(value))
