@@ -167,3 +167,8 @@ def every_other_row(x: Tensor) -> Tensor:
 
 
 LAYOUTS = (inside_poison, from_heads_first, from_batch_second, every_other_row)
+
+
+def doubled_last_stride(x: torch.Tensor) -> torch.Tensor:
+    """As x, but no two elements of its last dimension side by side."""
+    return torch.zeros(*x.shape[:-1], 2 * x.shape[-1])[..., ::2]
