@@ -42,7 +42,7 @@ from wan_attn.bench.timing import (
     summary,
 )
 from wan_attn.log import dtype_name
-from wan_attn.request import Request
+from wan_attn.request import Call, Request
 from wan_attn.workloads import Workload
 
 FORWARDS = 2
@@ -102,7 +102,7 @@ def routes(device: torch.device) -> list[Route]:
 
 def _by(run: Callable[..., tuple[Tensor, Tensor | None]]) -> Attend:
     def attend(query: Tensor, key: Tensor, value: Tensor, k_lens: Tensor | None) -> Tensor:
-        return run(query, key, value, k_lens=k_lens)[0]
+        return run(query, key, value, Call(k_lens=k_lens))[0]
 
     return attend
 
