@@ -87,8 +87,8 @@ def pack(name: str, x: Tensor, lengths: Tensor | None) -> Packed:
     if host is None and lengths is not None:
         return _pack_on_device(x, lengths)
     host = host or []
-    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
-    torch.cumsum(torch.tensor(host), 0, dtype=torch.int32, out=cu_seqlens[1:])
+    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device="cpu")
+    torch.cumsum(torch.tensor(host, device="cpu"), 0, dtype=torch.int32, out=cu_seqlens[1:])
     if host == [seqlen] * batch:
         tokens = x.flatten(0, 1)
     else:

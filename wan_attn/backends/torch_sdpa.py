@@ -135,7 +135,9 @@ def _known_lengths(
         and not rows_matter
         and pairs >= PER_SAMPLE_RATIO * batch * seqlen_q * key.shape[1]
     ):
-        lens = call._replace(q_lens=torch.tensor(q_host), k_lens=torch.tensor(k_host))
+        lens = call._replace(
+            q_lens=torch.tensor(q_host, device="cpu"), k_lens=torch.tensor(k_host, device="cpu")
+        )
         padded = DeviceMask.make(lens, query, key.shape[1])
         return _batched(query, key, value, padded, scale, call)
     out, lse = empty_result(query, query.dtype, call.return_lse)

@@ -303,4 +303,5 @@ def _lengths(tokens: int, batch: int, fill: tuple[float, ...]) -> Tensor | None:
     """Returns the real lengths; None if every sample is full."""
     if all(share == 1.0 for share in fill):
         return None
-    return torch.tensor([max(1, round(tokens * fill[b % len(fill)])) for b in range(batch)])
+    lengths = [max(1, round(tokens * fill[b % len(fill)])) for b in range(batch)]
+    return torch.tensor(lengths, device="cpu")

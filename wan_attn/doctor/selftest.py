@@ -130,7 +130,7 @@ def _call(path: Path, case: Case, dtype: torch.dtype, inputs: tuple[Tensor, ...]
     return path.run(
         *(x.to(path.device, dtype) for x in inputs),
         q_lens=q_lens,
-        k_lens=torch.tensor(case.k_lens, dtype=torch.int64),
+        k_lens=torch.tensor(case.k_lens, dtype=torch.int64, device="cpu"),
         is_causal=is_causal,
         window=window,
     )

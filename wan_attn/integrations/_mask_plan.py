@@ -130,7 +130,7 @@ def _intervals(visible: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """(first, last, count) of the keys that each row sees, on the CPU; None if there are gaps."""
     seqlen_k = visible.shape[-1]
     if seqlen_k == 0:
-        empty = torch.zeros(visible.shape[:2], dtype=torch.int64)
+        empty = torch.zeros(visible.shape[:2], dtype=torch.int64, device="cpu")
         return empty, empty - 1, empty
     numbers = visible.to(torch.uint8)  # argmax takes no bool, and finds the first of equals
     count = visible.sum(-1)
@@ -167,7 +167,7 @@ def _run(first: Tensor, last: Tensor, row: int, end: int) -> _Run | None:
     first, last = first[row:end], last[row:end]
     start, stop = int(first[0]), int(last[-1]) + 1
     # Aligned at the bottom right, as the contract has it.
-    diagonal = torch.arange(stop - (end - row), stop)
+    diagonal = torch.arange(stop - (end - row), stop, device=last.device)
     is_causal = bool((last == diagonal).all())
     if not is_causal and not bool((last == stop - 1).all()):
         return None
@@ -202,7 +202,7 @@ def _part(first: int, runs: tuple[_Run, ...], one: _Run) -> Part:
 
 def _lengths(lengths: list[int]) -> Tensor | None:
     is_same = len(set(lengths)) == 1
-    return None if is_same else torch.tensor(lengths, dtype=torch.int32)
+    return None if is_same else torch.tensor(lengths, dtype=torch.int32, device="cpu")
 
 
 class Planner:
