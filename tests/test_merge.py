@@ -111,7 +111,7 @@ def test_gradients_flow_through_a_merge() -> None:
         ({2: torch.zeros(1, 4, 2, 8)}, r"out2 must be .* like out1, got \[1, 4, 2, 8\]"),
         ({1: torch.zeros(1, 3, 2)}, r"lse1 must be .* of out1, got \[1, 3, 2\]"),
         ({3: torch.zeros(2, 3)}, r"lse2 must be .* of out2, got \[2, 3\]"),
-        ({1: None}, "lse1 must be a tensor, got NoneType"),
+        ({1: None}, "lse1 must be a tensor, got None"),
         ({0: torch.zeros(1, 3, 2, 8).int()}, r"out1 must be .* or float64, got torch.int32"),
         ({3: torch.zeros(1, 2, 3).half()}, "lse2 must be float32 or float64, got torch.float16"),
     ],

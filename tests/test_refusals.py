@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """test_refusals.py - every bad call is refused in the same words, through whichever door it comes.
 
-The rules have two owners, csrc/core/check.c and wan_attn/request.py. Each bad call of
+The rules have two owners, csrc/core/check.c and wan_attn/request/call.py. Each bad call of
 test_errors.py goes through wan_attn.sdpa and through the op, with real and with fake tensors, by
 every binding.
 """

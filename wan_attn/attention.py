@@ -8,11 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wan_attn.request import DTYPES, Call, check_dense, refuse
+from wan_attn.request import DTYPES, Call, Refusal, gate, refuse
 from wan_attn.selection.traced import route
 
-_INT64_MAX = (1 << 63) - 1
-_VERSIONS = (None, 2, 3)
+# Of flash_attention's arguments: what the rest of the package calls them -> what its callers do.
+_NAMES = {
+    **{"query": "q", "key": "k", "value": "v"},
+    **{"scale": "softmax_scale", "window_left": "window_size", "window_right": "window_size"},
+}
 
 
 def sdpa(
@@ -59,12 +62,12 @@ def sdpa(
     torch.compile(fullgraph=True).
     """
     call = Call(
-        q_lens=None if q_lens is None else _lengths("q_lens", q_lens),
-        k_lens=None if k_lens is None else _lengths("k_lens", k_lens),
-        scale=scale,
-        is_causal=bool(is_causal),
-        window=_window(window),
-        return_lse=bool(return_lse),
+        q_lens=None if q_lens is None else gate.lengths("q_lens", q_lens),
+        k_lens=None if k_lens is None else gate.lengths("k_lens", k_lens),
+        scale=scale if scale is None or type(scale) is float else gate.number("scale", scale),
+        is_causal=is_causal if type(is_causal) is bool else gate.flag("is_causal", is_causal),
+        window=gate.pair("window", window),
+        return_lse=return_lse if type(return_lse) is bool else gate.flag("return_lse", return_lse),
     )
     out, lse = route(query, key, value, call)
     return out if lse is None else (out, lse)
@@ -112,51 +115,58 @@ def flash_attention(
         RuntimeError: as wan_attn.sdpa.
     """
     if dtype not in DTYPES:
-        refuse("dtype", "torch.float16, torch.bfloat16 or torch.float32", dtype)
-    if version not in _VERSIONS:
-        refuse("version", "None, 2 or 3", version)
-    if not isinstance(q, Tensor):
-        check_dense(q, k, v)
-    out_dtype = q.dtype
+        refuse("dtype", "torch.float16, torch.bfloat16 or torch.float32", gate.shown(dtype))
+    if version is not None and (type(version) is not int or version not in (2, 3)):
+        refuse("version", "None, 2 or 3", gate.shown(version))
+    if type(deterministic) is not bool:
+        gate.flag("deterministic", deterministic)
+    if softmax_scale is not None and type(softmax_scale) is not float:
+        softmax_scale = gate.number("softmax_scale", softmax_scale)
+    if type(dropout_p) is not float or dropout_p != 0.0:
+        dropout_p = gate.probability("dropout_p", dropout_p)
+        if not torch.is_grad_enabled():
+            dropout_p = 0.0
+    given_q = q
     if q_scale is not None:
-        if isinstance(q_scale, Tensor):
-            q = q * q_scale
-        else:
-            softmax_scale = q_scale * (
-                q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-            )
-    if dropout_p and not torch.is_grad_enabled():
-        dropout_p = 0.0
+        q, softmax_scale = _with_q_scale(q, q_scale, softmax_scale)
     call = Call(
-        q_lens=None if q_lens is None else _lengths("q_lens", q_lens),
-        k_lens=None if k_lens is None else _lengths("k_lens", k_lens),
+        q_lens=None if q_lens is None else gate.lengths("q_lens", q_lens),
+        k_lens=None if k_lens is None else gate.lengths("k_lens", k_lens),
         scale=softmax_scale,
-        is_causal=bool(causal),
-        window=_window(window_size),
+        is_causal=causal if type(causal) is bool else gate.flag("causal", causal),
+        window=gate.pair("window_size", window_size),
         dropout_p=dropout_p,
         dtype=dtype,
         version=version,
     )
-    out, _ = route(q, k, v, call)
+    try:
+        out, _ = route(q, k, v, call)
+    except Refusal as refusal:
+        raise refusal.under(_NAMES) from None
     # Contiguous as the original's: callers `.view` it.
-    return out.to(out_dtype).contiguous()
+    return out.to(given_q.dtype).contiguous()
 
 
-def _lengths(name: str, lengths: Tensor | Sequence[int]) -> Tensor:
-    if isinstance(lengths, Tensor):
-        return lengths
-    if not hasattr(lengths, "__iter__") or not all(hasattr(n, "__index__") for n in lengths):
-        refuse(name, "a tensor or a list of integers", repr(lengths))
-    # The CPU by name: the program may have another default device.
-    return torch.tensor(lengths, dtype=torch.int64, device="cpu")
-
-
-def _window(window: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        refuse("window", "a pair (left, right)", window)
-    for name, bound in (("window_left", window[0]), ("window_right", window[1])):
-        # int() would cut 1.5 to 1, and take True for 1.
-        if type(bound) is not int and (isinstance(bound, bool) or not hasattr(bound, "__index__")):
-            refuse(name, "an integer", repr(bound))
-    # More than C's integers hold bounds nothing either.
-    return min(int(window[0]), _INT64_MAX), min(int(window[1]), _INT64_MAX)
+def _with_q_scale(
+    q: Tensor, q_scale: float | Tensor, scale: float | None
+) -> tuple[Tensor, float | None]:
+    """q and softmax_scale with q_scale in one of them."""
+    gate.dense("q", q)
+    if not isinstance(q_scale, Tensor):
+        q_scale = gate.number("q_scale", q_scale)
+        if scale is None:
+            if q.dim() != 4 or q.shape[-1] < 1:
+                return q, q_scale  # which is refused with the rest of the call
+            scale = q.shape[-1] ** -0.5
+        return q, gate.number("q_scale", q_scale * scale)
+    gate.dense("q_scale", q_scale)
+    if not q_scale.is_floating_point():
+        refuse("q_scale", "a number or a tensor of a floating-point dtype", q_scale.dtype)
+    if q_scale.device != q.device and (q_scale.dim() > 0 or q_scale.is_meta):
+        refuse("q_scale", f"on q's device {q.device}", q_scale.device)
+    if not q.is_floating_point():
+        return q, scale  # likewise
+    sizes = zip(reversed(q_scale.shape), reversed(q.shape), strict=False)
+    if q_scale.dim() > q.dim() or any(size not in (1, whole) for size, whole in sizes):
+        refuse("q_scale", f"broadcastable to q's {list(q.shape)}", gate.shown(q_scale))
+    return q * q_scale, scale

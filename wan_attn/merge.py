@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from wan_attn.request import refuse
+from wan_attn.request import gate, refuse
 
 _LSE_DTYPES = (torch.float32, torch.float64)
 _OUT_DTYPES = (torch.float16, torch.bfloat16, *_LSE_DTYPES)
@@ -40,12 +40,13 @@ def merge_states(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tupl
     Differentiable in all four. NaN in a row's lse makes that row NaN.
     """
     for name, part in (("out1", out1), ("lse1", lse1), ("out2", out2), ("lse2", lse2)):
-        if not isinstance(part, Tensor):
-            refuse(name, "a tensor", type(part).__name__)
+        gate.dense(name, part)
         dtypes = _OUT_DTYPES if name.startswith("out") else _LSE_DTYPES
         if part.dtype not in dtypes:
             names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
             refuse(name, f"{', '.join(names[:-1])} or {names[-1]}", part.dtype)
+        if part.device != out1.device:
+            refuse(name, f"on out1's device {out1.device}", part.device)
     for name, out, lse in (("out1", out1, lse1), ("out2", out2, lse2)):
         if out.ndim != 4 or out.shape != out1.shape:
             refuse(name, "[batch, seqlen_q, num_heads, head_dim] like out1", list(out.shape))

@@ -115,6 +115,7 @@ _FLASH = {
     **{"window_size": v.WINDOW, "softcap": v.SOFTCAP, "alibi_slopes": v.NOTHING},
     **{"deterministic": v.FLAG, "return_attn_probs": v.FLAG},
 }
+_ALL_META = "every operand is of shapes alone, and so is the result"
 _NEGATIVE_WINDOW = "flash-attn takes every negative bound as none"
 
 
@@ -149,7 +150,7 @@ def _flash_function(name: str, *names: str, **more: Any) -> Function:
             kinds[n] = v.CU_SEQLENS
         if n.startswith("max_"):
             kinds[n] = v.COUNT
-    rules = {("window_size", "below -1"): _NEGATIVE_WINDOW}
+    rules = {("window_size", "below -1"): _NEGATIVE_WINDOW, ("qkv", "meta"): _ALL_META}
     good = _flash(*names)
     return Function(
         name, getattr(wan_attn, name), good, {**kinds, **_FLASH, **more}, _FLASH_WORDS, rules
@@ -272,21 +273,21 @@ def _of_other_libraries() -> list[Function]:
             wan_attn.sageattn,
             _sage_masked,
             {"attn_mask": v.MASK, "q": v.OPERAND, "k": v.OPERAND, "v": v.OPERAND},
-            _QKV_WORDS,
+            {**_QKV_WORDS, "q": frozenset({"query", "attn_mask"})},
         ),
     ]
 
 
 def _of_hosts() -> list[Function]:
-    def enabling(name: str, function: str, argument: str) -> Function:
+    def enabling(name: str, function: str, argument: str, without: str = "") -> Function:
         title = f"integrations.{name}.{function}"
-        kinds = {argument: v.MODEL}
+        kinds = {argument: {n: f for n, f in v.MODEL.items() if n != without}}
         return Function(title, _integration(name, function), lambda: {}, kinds)
 
     return [
         enabling("diffusers", "enable", "model_or_pipe"),
         enabling("transformers", "enable", "model"),
-        enabling("wan2gp", "enable", "module"),
+        enabling("wan2gp", "enable", "module", "None"),  # None: the host's own
         Function(
             "integrations.lightx2v.apply",
             _integration("lightx2v", "apply"),

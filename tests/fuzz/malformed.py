@@ -90,7 +90,7 @@ def judge(function: Function, argument: str, value: str, error: Exception | None
         return Outcome.REFUSED
     others = function.words.get(argument, frozenset())
     if value.startswith(_MISFITS):
-        others = others | {"query", "key", "value", "q", "k", "v", "out2", "lse1", "lse2"}
+        others = others | {"query", "key", "value", "q", "k", "v", "kv", "out2", "lse1", "lse2"}
     if _is_said_properly(str(error), others):
         return Outcome.ALIAS
     return Outcome.REFUSED if _is_said_by_torch(function, error, argument) else Outcome.WORDS

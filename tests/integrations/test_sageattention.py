@@ -145,7 +145,7 @@ def test_an_unknown_keyword_is_an_error() -> None:
     [
         ({"tensor_layout": "BSHD"}, 'tensor_layout must be "HND" or "NHD", got \'BSHD\''),
         ({"dropout_p": 0.1}, "dropout_p must be 0, as SageAttention has no dropout, got 0.1"),
-        ({"sm_scale": float("inf")}, "scale must be finite"),
+        ({"sm_scale": float("inf")}, "sm_scale must be finite"),
         ({"q": torch.ones(2, 3)}, r"q must be \[batch, heads, seqlen, head_dim\], got \[2, 3\]"),
         ({"v": None, "tensor_layout": "NHD"}, r"v must be \[batch, seqlen, heads, .* got NoneType"),
     ],

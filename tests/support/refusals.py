@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import test_errors
 import wan_attn
+from wan_attn.request import Refusal
 
 
 def by_sdpa(call: dict[str, Any]) -> Any:
@@ -60,7 +61,8 @@ def message(door: Callable[[dict[str, Any]], Any], call: dict[str, Any]) -> str 
     try:
         door(call)
     except Exception as error:  # noqa: BLE001 - any words are an answer
-        return f"{type(error).__name__}: {error}"
+        kind = "RuntimeError" if isinstance(error, Refusal) else type(error).__name__
+        return f"{kind}: {error}"
     return None
 
 

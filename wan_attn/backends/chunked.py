@@ -16,7 +16,7 @@ from torch import Tensor
 from wan_attn import config
 from wan_attn.backends import _ring, _torch_kernels, torch_sdpa
 from wan_attn.backends._common import empty_result, outside_autocast
-from wan_attn.request import Call, Request, check, refuse
+from wan_attn.request import Call, Request, check, gate, host_lengths, refuse
 
 if TYPE_CHECKING:  # not every torch is built with it
     from torch.distributed import ProcessGroup
@@ -100,19 +100,23 @@ def windows_flash_attention_wrapper(
         RuntimeError: an argument breaks the contract; the message names it.
     """
     call = Call(
-        q_lens=q_lens,
-        k_lens=k_lens,
-        scale=scale,
-        is_causal=is_causal,
-        window=window,
-        return_lse=return_lse,
+        q_lens=gate.lengths("q_lens", q_lens),
+        k_lens=gate.lengths("k_lens", k_lens),
+        scale=None if scale is None else gate.number("scale", scale),
+        is_causal=gate.flag("is_causal", is_causal),
+        window=gate.pair("window", window),
+        return_lse=gate.flag("return_lse", return_lse),
     )
+    if not isinstance(method, str) or method not in (*METHODS, *_OLD_NAMES):
+        refuse("method", f"one of {', '.join(METHODS)}", gate.shown(method))
     method = _OLD_NAMES.get(method, method)
+    max_elements = gate.integer("max_elements", max_elements, at_least=1)
+    if threshold is not None:
+        threshold = gate.integer("threshold", threshold, at_least=0)
     check(query, key, value, call)
-    if method not in METHODS:
-        refuse("method", f"one of {', '.join(METHODS)}", repr(method))
-    if max_elements < 1:
-        refuse("max_elements", "at least 1", max_elements)
+    if group is None:  # with one, lengths count the tokens of all ranks
+        host_lengths("q_lens", call.q_lens, query.shape[0], query.shape[1])
+        host_lengths("k_lens", call.k_lens, key.shape[0], key.shape[1])
     if group is not None and method not in ("auto", "ring"):
         refuse("method", "ring where a group is given", repr(method))
     if threshold is None:

@@ -13,11 +13,14 @@ from typing import Any, cast
 from torch import Tensor
 
 from wan_attn import attention
-from wan_attn.integrations import _operands
-from wan_attn.request import refuse
+from wan_attn.request import Refusal, gate, refuse
 from wan_attn.signatures import _masked, flash_attn
 
 NAME = "wan_attn"
+_NAMES = {
+    **{"query": "q", "key": "k", "value": "v", "scale": "softmax_scale", "is_causal": "causal"},
+    **{"cu_seqlens_k": "cu_seqlens_kv", "max_seqlen_k": "max_seqlen_kv"},
+}
 
 
 def register() -> type:
@@ -99,32 +102,68 @@ def apply(
     Returns:
         [tokens, heads * head_dim].
     """
-    for name, operand in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(operand, Tensor) or operand.dim() not in (3, 4):
-            rule = "[tokens, heads, head_dim] or [batch, seqlen, heads, head_dim]"
-            is_tensor = isinstance(operand, Tensor)
-            refuse(name, rule, list(operand.shape) if is_tensor else _operands.kind_of(operand))
-    if drop_rate:
+    if gate.probability("drop_rate", drop_rate) > 0:
         refuse("drop_rate", "0, as inference has no dropout", drop_rate)
+    causal = gate.flag("causal", causal)
+    for name, operand in (("q", q), ("k", k), ("v", v)):
+        rule = "[tokens, heads, head_dim] or [batch, seqlen, heads, head_dim]"
+        if not isinstance(operand, Tensor):
+            refuse(name, rule, gate.kind_of(operand))
+        gate.dense(name, operand)
+        if operand.dim() not in (3, 4):
+            refuse(name, rule, list(operand.shape))
+    for name, begins in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
+        if begins is not None:
+            gate.dense(name, begins)
+            if begins.dim() != 1:
+                refuse(name, "[sequences + 1]", list(begins.shape))
     if (cu_seqlens_q is None) != (cu_seqlens_kv is None):
         refuse("cu_seqlens_q and cu_seqlens_kv", "given both or neither", "one")
     is_packed = cu_seqlens_q is not None and cu_seqlens_kv is not None and len(cu_seqlens_q) > 2
     if is_packed and attn_mask is not None:
         refuse("attn_mask", "None with several sequences", f"a tensor {list(attn_mask.shape)}")
-    if is_packed:
-        q, k, v = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
-        packed = flash_attn.flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cast(Tensor, cu_seqlens_q),
-            cast(Tensor, cu_seqlens_kv),
-            q.shape[0] if max_seqlen_q is None else max_seqlen_q,
-            k.shape[0] if max_seqlen_kv is None else max_seqlen_kv,
-            softmax_scale=softmax_scale,
-            causal=causal,
-        )
-        return cast(Tensor, packed).flatten(1)
+    try:
+        if is_packed:
+            limits = (max_seqlen_q, max_seqlen_kv)
+            return _packed(q, k, v, (cu_seqlens_q, cu_seqlens_kv), limits, softmax_scale, causal)
+        return _plain(q, k, v, attn_mask, softmax_scale, causal)
+    except Refusal as refusal:
+        raise refusal.under(_NAMES) from None
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begins: tuple[Tensor | None, Tensor | None],
+    limits: tuple[int | None, int | None],
+    softmax_scale: float | None,
+    causal: bool,
+) -> Tensor:
+    """Several sequences."""
+    q, k, v = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
+    packed = flash_attn.flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        *cast(tuple[Tensor, Tensor], begins),
+        q.shape[0] if limits[0] is None else limits[0],
+        k.shape[0] if limits[1] is None else limits[1],
+        softmax_scale=softmax_scale,
+        causal=causal,
+    )
+    return cast(Tensor, packed).flatten(1)
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+) -> Tensor:
+    """One sequence, or a batch of them."""
     q, k, v = (x.unsqueeze(0) if x.dim() == 3 else x for x in (q, k, v))
     if attn_mask is not None:
         if causal:

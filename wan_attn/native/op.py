@@ -20,7 +20,7 @@ from wan_attn.config import current
 from wan_attn.native import autograd, cuda_driver, library, shim
 from wan_attn.native.bindings import ctypes_sdpa
 from wan_attn.native.kernels import KernelInfo, build_info, cpu_features, kernels, select, why_not
-from wan_attn.request import Call, check, empty_lse
+from wan_attn.request import Call, check, empty_lse, gate, refuse
 
 __all__ = [
     "SCHEMA",
@@ -102,12 +102,15 @@ def _sdpa_elsewhere(
     query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
 ) -> tuple[Tensor, Tensor]:
     """Devices and layouts that no binding registers a kernel for; one odd operand is enough."""
-    operands = {"query": query, "key": key, "value": value}
-    name = next((n for n, x in operands.items() if x.layout != torch.strided), "query")
-    raise RuntimeError(
-        f"wan_attn: {name} must be a dense tensor on cpu or cuda, got {operands[name].layout}"
-        f" on {operands[name].device}"
-    )
+    given: dict[str, object] = {"query": query, "key": key, "value": value}
+    given |= dict(zip(("q_lens", "k_lens"), args, strict=False)) | kwargs
+    for name, x in given.items():
+        if isinstance(x, Tensor):
+            gate.dense(name, x)
+            if x.is_quantized or x.device.type not in ("cpu", "cuda"):
+                kind = f"{x.dtype} on {x.device}" if x.is_quantized else f"{x.layout} on {x.device}"
+                refuse(name, gate.DENSE, kind)
+    refuse("query", gate.DENSE, f"{query.layout} on {query.device}")
 
 
 def _sdpa_fake(

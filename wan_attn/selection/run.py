@@ -18,11 +18,12 @@ from wan_attn.backends._errors import is_device_error
 from wan_attn.native.interruption import is_interruption
 from wan_attn.request import (
     Call,
+    Refusal,
     Request,
     check_dense,
+    check_floating,
     check_scale,
     host_lengths,
-    refuse,
     wants_grad,
 )
 from wan_attn.selection import profile
@@ -92,6 +93,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
         begun = None if recorder is None else recorder.start(query.device)
         try:
             result = plan.run(query, key, value, call)
+        except Refusal:
+            raise  # of an argument, which every backend would refuse
         except _BACKEND_FAILURES as error:
             if is_device_error(error) or is_interruption(error):
                 raise
@@ -138,8 +141,11 @@ def _kind(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Any, .
         query.device,
         key.device,
         value.device,
-        None if q_lens is None else (q_lens.shape, q_lens.dtype, q_lens.device),
-        None if k_lens is None else (k_lens.shape, k_lens.dtype, k_lens.device),
+        query.layout,
+        key.layout,
+        value.layout,
+        None if q_lens is None else (q_lens.shape, q_lens.dtype, q_lens.device, q_lens.layout),
+        None if k_lens is None else (k_lens.shape, k_lens.dtype, k_lens.device, k_lens.layout),
         wants_grad(query, key, value),
         call.is_causal,
         call.window,
@@ -167,8 +173,7 @@ def _dtypes(
     if call.dtype is None and not settings.force_fp16:
         return query.dtype, key.dtype, dtype
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not tensor.is_floating_point():
-            refuse(name, "of a floating-point dtype", tensor.dtype)
+        check_floating(name, tensor)
     query_dtype, key_dtype = (t.dtype if t.dtype == torch.float32 else dtype for t in (query, key))
     return query_dtype, key_dtype, dtype
 

@@ -111,8 +111,8 @@ def _attention_fake(
     query: Tensor, key: Tensor, value: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     call = _call(*arguments)
-    if call.dtype is None:  # else operands are converted first
-        check(query, key, value, call, takes_any_strides=True)
+    converts = call.dtype is not None
+    check(query, key, value, call, takes_any_strides=True, takes_any_float=converts)
     return query.new_empty(query.shape), empty_lse(query, call.return_lse)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wan_attn import log
 from wan_attn.backends._torch_kernels import SDPA
-from wan_attn.request import refuse
+from wan_attn.request import Call, check, check_dense, gate, refuse
 
 REASON = "a mask is given, and wan_attn's kernels know lengths, causal and window only"
 
@@ -35,8 +35,16 @@ def attend(
     Raises:
         RuntimeError: the mask's dtype or shape does not fit.
     """
+    check_dense(query, key, value)
+    rows, keys, values = (x.transpose(1, 2) if x.dim() == 4 else x for x in (query, key, value))
+    check(rows, keys, values, Call(scale=scale), takes_any_strides=True)
+    if query.dtype != value.dtype or key.dtype != value.dtype:
+        refuse("query and key", f"of value's dtype {value.dtype}", f"{query.dtype} and {key.dtype}")
     if not isinstance(mask, Tensor):
         refuse(argument, "a tensor or None", type(mask).__name__)
+    gate.dense(argument, mask)
+    if mask.device != query.device:
+        refuse(argument, f"on query's device {query.device}", mask.device)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         refuse(argument, "of dtype bool or floating", mask.dtype)
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wan_attn.request import Call, refuse
+from wan_attn.request import Call, gate, refuse
 from wan_attn.selection.traced import route
 
 # More runs than this are padded instead, if that no more than doubles the memory: a call costs some
@@ -62,21 +62,17 @@ class Sequences:
         """
         name, limit = f"cu_seqlens_{side}", f"max_seqlen_{side}"
         operand = "query" if side == "q" else "key"
-        if not isinstance(tokens, Tensor):
-            refuse(operand, "a tensor", type(tokens).__name__)
+        gate.dense(operand, tokens)
         if tokens.dim() != 3:
             refuse(operand, "[total, heads, head_dim]", list(tokens.shape))
-        if not isinstance(cu_seqlens, Tensor):
-            refuse(name, "a tensor", type(cu_seqlens).__name__)
+        gate.dense(name, cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
             refuse(name, "[batch + 1]", list(cu_seqlens.shape))
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             refuse(name, "int32 or int64", cu_seqlens.dtype)
         if cu_seqlens.device.type != "cpu" and cu_seqlens.device != tokens.device:
             refuse(name, f"on the CPU or on {operand}'s device", cu_seqlens.device)
-        longest = int(max_seqlen)
-        if longest < 0:
-            refuse(limit, "at least 0", longest)
+        longest = gate.integer(limit, max_seqlen, at_least=0)
         lengths, first = None, 0
         if _may_read(cu_seqlens):
             lengths = _lengths(name, limit, cu_seqlens, tokens.shape[0], longest)
@@ -121,9 +117,9 @@ def attend(
     if queries.batch != keys.batch:
         rule = f"[batch + 1] = [{queries.batch + 1}] like cu_seqlens_q"
         refuse("cu_seqlens_k", rule, list(keys.begins.shape))
-    if not isinstance(values, Tensor) or values.shape != keys.tokens.shape:
-        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        refuse("value", "shaped like key", got)
+    gate.dense("value", values)
+    if values.shape != keys.tokens.shape:
+        refuse("value", "shaped like key", list(values.shape))
     if queries.lengths is None or keys.lengths is None:
         return _by_padding(queries, keys, values, call)
     pairs = zip(queries.lengths, keys.lengths, strict=True)

@@ -14,9 +14,22 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from wan_attn.request import Call, refuse
+from wan_attn.request import Call, Refusal, gate, refuse
 from wan_attn.selection.traced import route
 from wan_attn.signatures import _varlen
+
+# What the rest of the package calls an argument -> what the callers of these functions call it.
+_NAMES = {
+    **{"query": "q", "key": "k", "value": "v", "scale": "softmax_scale"},
+    **{"window_left": "window_size", "window_right": "window_size"},
+}
+_KV = {"k": "kv", "v": "kv"}
+_QKV = {"q": "qkv", "k": "qkv", "v": "qkv"}
+_QKV_VARLEN = {
+    **_QKV,
+    **{"cu_seqlens_q": "cu_seqlens", "cu_seqlens_k": "cu_seqlens"},
+    **{"max_seqlen_q": "max_seqlen", "max_seqlen_k": "max_seqlen"},
+}
 
 Window = tuple[int, int] | Sequence[int] | Tensor
 Result = Tensor | tuple[Tensor, Tensor, None]
@@ -65,9 +78,12 @@ def flash_attn_func(
 
     Works under torch.compile(fullgraph=True).
     """
-    check_options(dropout_p, softcap, alibi_slopes, return_attn_probs)
+    check_options(dropout_p, softcap, alibi_slopes, return_attn_probs, deterministic)
     call = _call(dropout_p, softmax_scale, causal, window_size, return_attn_probs)
-    out, lse = route(q, k, v, call)
+    try:
+        out, lse = route(q, k, v, call)
+    except Refusal as refusal:
+        raise refusal.under(_NAMES) from None
     return _result(q, out, lse)
 
 
@@ -90,19 +106,22 @@ def flash_attn_kvpacked_func(
         kv: [batch, seqlen_k, 2, heads_k, head_dim]; read in place. The rest: flash_attn_func.
     """
     k, v = _unpack("kv", kv, 2, batched=True)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    try:
+        return flash_attn_func(
+            q,
+            k,
+            v,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
+    except Refusal as refusal:
+        raise refusal.under(_KV) from None
 
 
 def flash_attn_qkvpacked_func(
@@ -122,19 +141,22 @@ def flash_attn_qkvpacked_func(
         qkv: [batch, seqlen, 3, heads, head_dim]; read in place. The rest: flash_attn_func.
     """
     q, k, v = _unpack("qkv", qkv, 3, batched=True)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    try:
+        return flash_attn_func(
+            q,
+            k,
+            v,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
+    except Refusal as refusal:
+        raise refusal.under(_QKV) from None
 
 
 def flash_attn_varlen_func(
@@ -180,13 +202,15 @@ def flash_attn_varlen_func(
 
     Works under torch.compile(fullgraph=True), which takes the route of device lengths.
     """
-    check_options(dropout_p, softcap, alibi_slopes, return_attn_probs)
-    if block_table is not None:
-        refuse("block_table", "None, as there is no paged cache here", _short(block_table))
+    check_options(dropout_p, softcap, alibi_slopes, return_attn_probs, deterministic)
+    gate.nothing("block_table", block_table, "there is no paged cache here")
     call = _call(dropout_p, softmax_scale, causal, window_size, return_attn_probs)
-    queries = _varlen.Sequences.of("q", q, cu_seqlens_q, max_seqlen_q)
-    keys = _varlen.Sequences.of("k", k, cu_seqlens_k, max_seqlen_k)
-    out, lse = _varlen.attend(queries, keys, v, call)
+    try:
+        queries = _varlen.Sequences.of("q", q, cu_seqlens_q, max_seqlen_q)
+        keys = _varlen.Sequences.of("k", k, cu_seqlens_k, max_seqlen_k)
+        out, lse = _varlen.attend(queries, keys, v, call)
+    except Refusal as refusal:
+        raise refusal.under(_NAMES) from None
     return _result(q, out, lse)
 
 
@@ -213,23 +237,26 @@ def flash_attn_varlen_kvpacked_func(
         The rest: flash_attn_varlen_func.
     """
     k, v = _unpack("kv", kv, 2, batched=False)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    try:
+        return flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
+    except Refusal as refusal:
+        raise refusal.under(_KV) from None
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -251,34 +278,42 @@ def flash_attn_varlen_qkvpacked_func(
         qkv: [total, 3, heads, head_dim]; read in place. The rest: flash_attn_varlen_func.
     """
     q, k, v = _unpack("qkv", qkv, 3, batched=False)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    try:
+        return flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
+    except Refusal as refusal:
+        raise refusal.under(_QKV_VARLEN) from None
 
 
 def check_options(
-    dropout_p: float, softcap: float, alibi_slopes: Tensor | None, return_attn_probs: bool
+    dropout_p: float,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_attn_probs: bool,
+    deterministic: bool = False,
 ) -> None:
     """Refuse, by name, what nothing here computes."""
-    if softcap > 0:  # the original takes 0 and less as off
+    dropout_p = gate.probability("dropout_p", dropout_p)
+    if gate.number("softcap", softcap) > 0:  # the original takes 0 and less as off
         refuse("softcap", "0.0, as no kernel here caps scores", softcap)
-    if alibi_slopes is not None:
-        refuse("alibi_slopes", "None, as no kernel here adds a bias", _short(alibi_slopes))
-    if return_attn_probs and dropout_p > 0:
+    gate.nothing("alibi_slopes", alibi_slopes, "no kernel here adds a bias")
+    gate.flag("deterministic", deterministic)
+    if gate.flag("return_attn_probs", return_attn_probs) and dropout_p > 0:
         refuse(
             "return_attn_probs",
             "False with dropout, as its third result (which weights were dropped) does not exist",
@@ -289,14 +324,11 @@ def check_options(
 def bounds(window_size: Window) -> tuple[int, int]:
     """(left, right) as wan_attn.sdpa wants them; the original takes every negative bound as none,
     and everything that Python can turn into an integer."""
-    pair = window_size.tolist() if isinstance(window_size, Tensor) else window_size
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        refuse("window_size", "a pair (left, right)", window_size)
-    for bound in pair:
-        # int() would cut 1.5 to 1, and take True for 1.
-        if type(bound) is not int and (isinstance(bound, bool) or not hasattr(bound, "__index__")):
-            refuse("window_size", "a pair of integers", window_size)
-    left, right = int(pair[0]), int(pair[1])
+    pair: object = window_size
+    if isinstance(window_size, Tensor) and not window_size.is_meta:
+        gate.dense("window_size", window_size)
+        pair = window_size.tolist()
+    left, right = gate.pair("window_size", pair)
     return (-1 if left < 0 else left), (-1 if right < 0 else right)
 
 
@@ -308,8 +340,8 @@ def _call(
     return_lse: bool,
 ) -> Call:
     return Call(
-        scale=softmax_scale,
-        is_causal=bool(causal),
+        scale=None if softmax_scale is None else gate.number("softmax_scale", softmax_scale),
+        is_causal=gate.flag("causal", causal),
         window=bounds(window_size),
         dropout_p=float(dropout_p),
         return_lse=bool(return_lse),
@@ -327,6 +359,7 @@ def _unpack(name: str, packed: Tensor, count: int, batched: bool) -> tuple[Tenso
     rule = f"[{'batch, seqlen' if batched else 'total'}, {count}, heads, head_dim]"
     if not isinstance(packed, Tensor):
         _refuse_operand(name, rule, type(packed).__name__)
+    gate.dense(name, packed)
     if packed.dim() != (5 if batched else 4) or packed.shape[-3] != count:
         _refuse_operand(name, rule, list(packed.shape))
     return tuple(torch.unbind(packed, dim=-3))
@@ -334,8 +367,3 @@ def _unpack(name: str, packed: Tensor, count: int, batched: bool) -> tuple[Tenso
 
 def _refuse_operand(name: str, rule: str, got: object) -> NoReturn:
     refuse(name, f"a tensor {rule}", got)
-
-
-def _short(value: object) -> str:
-    """A tensor by its shape: its numbers would fill the message."""
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from wan_attn.request import Call, refuse
+from wan_attn.request import Call, Refusal, gate, refuse
 from wan_attn.selection.traced import route
 from wan_attn.signatures import _masked
 
+_NAMES = {"query": "q", "key": "k", "value": "v", "scale": "sm_scale"}
 _LAYOUTS = ("HND", "NHD")
 
 # How the original rounds: an exact kernel meets any of these demands.
@@ -66,28 +67,52 @@ def sageattn(
                 f"wan_attn: sageattn got an unexpected keyword argument {name!r};"
                 f" it knows {', '.join(_KEYWORDS)}"
             )
-    if tensor_layout not in _LAYOUTS:
-        refuse("tensor_layout", '"HND" or "NHD"', repr(tensor_layout))
-    if kwargs.get("dropout_p", 0.0):
-        refuse("dropout_p", "0, as SageAttention has no dropout", kwargs["dropout_p"])
+    if not isinstance(tensor_layout, str) or tensor_layout not in _LAYOUTS:
+        refuse("tensor_layout", '"HND" or "NHD"', gate.shown(tensor_layout))
+    dropout_p = kwargs.get("dropout_p", 0.0)
+    if gate.probability("dropout_p", dropout_p) > 0:
+        refuse("dropout_p", "0, as SageAttention has no dropout", dropout_p)
     for name, operand in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(operand, Tensor) or operand.dim() != 4:
-            axes = "heads, seqlen" if tensor_layout == "HND" else "seqlen, heads"
-            got = list(operand.shape) if isinstance(operand, Tensor) else type(operand).__name__
-            refuse(name, f"[batch, {axes}, head_dim]", got)
+        axes = "heads, seqlen" if tensor_layout == "HND" else "seqlen, heads"
+        rule = f"[batch, {axes}, head_dim]"
+        if not isinstance(operand, Tensor):
+            refuse(name, rule, type(operand).__name__)
+        gate.dense(name, operand)
+        if operand.dim() != 4:
+            refuse(name, rule, list(operand.shape))
+    is_causal, return_lse = gate.flag("is_causal", is_causal), gate.flag("return_lse", return_lse)
+    scale = None if sm_scale is None else gate.number("sm_scale", sm_scale)
+    try:
+        return _either(
+            q, k, v, tensor_layout, is_causal, scale, return_lse, kwargs.get("attn_mask")
+        )
+    except Refusal as refusal:
+        raise refusal.under(_NAMES) from None
+
+
+def _either(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensor_layout: str,
+    is_causal: bool,
+    scale: float | None,
+    return_lse: bool,
+    mask: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """With a mask or without; operands in `tensor_layout`."""
     is_heads_first = tensor_layout == "HND"
-    mask = kwargs.get("attn_mask")
     if mask is not None:
         if is_causal or return_lse:
             rule = f"None with {'is_causal' if is_causal else 'return_lse'}"
             refuse("attn_mask", rule, "a tensor")
         if not is_heads_first:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = _masked.attend(q, k, v, mask, sm_scale, "attn_mask")
+        out = _masked.attend(q, k, v, mask, scale, "attn_mask")
         return (out if is_heads_first else out.transpose(1, 2)).contiguous()
     if is_heads_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out, lse = _attend(q, k, v, is_causal, sm_scale, return_lse)
+    out, lse = _attend(q, k, v, is_causal, scale, return_lse)
     out = (out.transpose(1, 2) if is_heads_first else out).to(q.dtype).contiguous()
     return out if lse is None else (out, lse.contiguous())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""request.py - one attention call: its arguments, what selection sees of it, and its rules.
+"""call.py - one attention call: its arguments, what selection sees of it, and its rules.
 
 The rules and their words are those of csrc/core/check.c, which owns them for calls that reach C.
 They are here again for calls that do not: fake tensors, wan_attn.sdpa's first call of a kind, and
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from wan_attn.request import gate
+from wan_attn.request.gate import refuse, refuse_having
 from wan_attn.workloads import Workload
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of query, key and value
@@ -170,17 +172,14 @@ def empty_lse(query: Tensor, return_lse: bool) -> Tensor:
     return query.new_empty((batch if return_lse else 0, heads, seqlen_q), dtype=torch.float32)
 
 
-def refuse(argument: str, rule: str, got: object) -> NoReturn:
-    """Raise the error of a broken rule."""
-    raise RuntimeError(f"wan_attn: {argument} must be {rule}, got {got}")
-
-
-def _refuse_having(argument: str, rule: str, got: object) -> NoReturn:
-    raise RuntimeError(f"wan_attn: {argument} must have {rule}, got {got}")
-
-
 def check(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, *, takes_any_strides: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    *,
+    takes_any_strides: bool = False,
+    takes_any_float: bool = False,
 ) -> None:
     """Raise RuntimeError for the first broken rule that can be told without tensor data.
 
@@ -188,8 +187,9 @@ def check(
 
     Args:
         takes_any_strides: the caller will make the last dimension contiguous.
+        takes_any_float: the caller will convert the operands to what is computed in.
     """
-    _check_operands(query, key, value, takes_any_strides)
+    _check_operands(query, key, value, takes_any_strides, takes_any_float)
     _check_shapes(query, key, value)
     check_scale(call.scale)
     if len(call.window) != 2:
@@ -206,12 +206,13 @@ def check(
 def check_dense(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise RuntimeError where an operand is no tensor, or none that lies in memory by strides."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            refuse(name, "a tensor", _kind_of(tensor))
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.layout != torch.strided:
-            got = f"{tensor.layout} on {tensor.device}"
-            refuse(name, "a dense tensor on cpu or cuda", got)
+        gate.dense(name, tensor)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise RuntimeError for an operand that cannot be converted to what is computed in."""
+    if not tensor.is_floating_point():
+        refuse(name, "of a floating-point dtype", tensor.dtype)
 
 
 def check_scale(scale: float | None) -> None:
@@ -220,33 +221,33 @@ def check_scale(scale: float | None) -> None:
         refuse("scale", "finite", f"{scale:g}")
 
 
-def _kind_of(value: object) -> str:
-    return "None" if value is None else type(value).__name__
-
-
 def dtype_word(dtype: torch.dtype) -> str:
     """A dtype as refusals name it."""
     return _DTYPE_WORDS.get(dtype, "another dtype")
 
 
-def _check_operands(query: Tensor, key: Tensor, value: Tensor, takes_any_strides: bool) -> None:
+def _check_operands(
+    query: Tensor, key: Tensor, value: Tensor, takes_any_strides: bool, takes_any_float: bool
+) -> None:
     check_dense(query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             refuse(name, "[batch, seqlen, heads, head_dim]", _shape(tensor))
-        if tensor.dtype not in DTYPES:
+        if takes_any_float:
+            check_floating(name, tensor)
+        elif tensor.dtype not in DTYPES:
             refuse(name, "float32, float16 or bfloat16", dtype_word(tensor.dtype))
         sizes = [max(size, 1) for size in tensor.shape if isinstance(size, int)]
         if len(sizes) == 4 and math.prod(sizes) > _MAX_ELEMENTS:  # a stride of 0 makes it possible
-            _refuse_having(name, "at most 2^48 elements", _shape(tensor))
+            refuse_having(name, "at most 2^48 elements", _shape(tensor))
         if not takes_any_strides and tensor.shape[3] > 1 and tensor.stride(3) != 1:
             got = f"{tensor.stride(3)} ({name}.contiguous() makes it so)"
-            _refuse_having(name, "stride 1 in its last dimension", got)
+            refuse_having(name, "stride 1 in its last dimension", got)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.device != query.device:
             refuse(name, f"on query's device {query.device}", tensor.device)
     for name, tensor in (("query", query), ("key", key)):
-        if tensor.dtype not in (torch.float32, value.dtype):
+        if not takes_any_float and tensor.dtype not in (torch.float32, value.dtype):
             rule = f"float32 or have value's dtype {dtype_word(value.dtype)}"
             refuse(name, rule, dtype_word(tensor.dtype))
 
@@ -255,10 +256,10 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     batch, _, heads_q, head_dim = query.shape
     heads_k = key.shape[2]
     if head_dim < 1:
-        _refuse_having("query", "a head_dim of at least 1", _shape(query))
+        refuse_having("query", "a head_dim of at least 1", _shape(query))
     if heads_q < 1 or heads_k < 1 or heads_q % heads_k != 0:
         got = f"{heads_q} heads for key's {heads_k}"
-        _refuse_having("query", "a multiple of key's heads", got)
+        refuse_having("query", "a multiple of key's heads", got)
     expected = f"[{batch}, {key.shape[1]}, {heads_k}, {head_dim}]"
     if key.shape[0] != batch or key.shape[3] != head_dim:
         rule = "[query's batch, seqlen_k, num_heads_k, query's head_dim]"
@@ -270,8 +271,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 def _check_lengths(name: str, lengths: Tensor | None, query: Tensor) -> None:
     if lengths is None:
         return
-    if not isinstance(lengths, Tensor):
-        refuse(name, "a tensor", _kind_of(lengths))
+    gate.dense(name, lengths)
     if lengths.dim() != 1 or lengths.shape[0] != query.shape[0]:
         refuse(name, f"[batch] = [{query.shape[0]}]", _shape(lengths))
     if lengths.dtype not in (torch.int32, torch.int64):

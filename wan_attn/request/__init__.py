@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""request - one attention call, its rules (call.py), and what arguments may be (gate.py)."""
+
+from wan_attn.request.call import (
+    DTYPES,
+    MAX_HEAD_DIM,
+    PLAIN,
+    Call,
+    Request,
+    check,
+    check_dense,
+    check_floating,
+    check_scale,
+    dtype_word,
+    empty_lse,
+    host_lengths,
+    wants_grad,
+)
+from wan_attn.request.gate import Refusal, refuse
+
+__all__ = [
+    "DTYPES",
+    "MAX_HEAD_DIM",
+    "PLAIN",
+    "Call",
+    "Refusal",
+    "Request",
+    "check",
+    "check_dense",
+    "check_floating",
+    "check_scale",
+    "dtype_word",
+    "empty_lse",
+    "host_lengths",
+    "refuse",
+    "wants_grad",
+]
