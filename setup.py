@@ -281,6 +281,9 @@ setup(
     # Not in pyproject.toml, whose two ways of saying it exclude each other's setuptools.
     license="Apache-2.0",
     packages=find_packages(include=["wan_attn", "wan_attn.*"]),
+    # With this an editable install is a line in a .pth file. Without it Python, started in the
+    # folder that holds the checkout, would take the checkout itself for the package.
+    package_dir={"": "."},
     package_data={"wan_attn.integrations.comfyui_node": ["LICENSE.md"]},
     cmdclass={"build": BuildWithNative, "build_native": build_native, "bdist_wheel": PlatformWheel},
     distclass=BinaryDistribution,

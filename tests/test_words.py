@@ -217,7 +217,7 @@ def test_make_targets_exist() -> None:
 def variables() -> frozenset[str]:
     """Those of config.py, of setup.py and of the tests."""
     ours = {variable.name for variable in config.VARIABLES}
-    ours |= set(re.findall(r'asked\("(\w+)"', read(Path("setup.py"))))
+    ours |= set(re.findall(r'(?:asked|environ\.get)\("(\w+)"', read(Path("setup.py"))))
     ours |= set(re.findall(r"^(\w+) \?=", read(Path("Makefile")), re.MULTILINE))
     return frozenset(ours | owned(EXTERNAL_VARIABLES))
 

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""explain.py - the choice for one call and every refusal, as plain values and as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from wan_attn.backends import REGISTRY
+from wan_attn.config import Settings
+from wan_attn.console import heading, pairs, table, without_name, wrap
+from wan_attn.log import dtype_name
+from wan_attn.native import op
+from wan_attn.request import Request
+from wan_attn.selection.choose import order, select, why_not
+from wan_attn.workloads import Workload
+
+
+def explain(request: Request, call: Workload, settings: Settings) -> dict[str, Any]:
+    """The choice, and every backend's and kernel row's own answer, as plain values."""
+    error, backend, kernel = None, None, None
+    try:
+        choice = select(request, settings)
+        backend, kernel = choice.backend, choice.kernel_name
+    except RuntimeError as problem:  # nothing takes it, or WAN_ATTN_STRICT=1 and the named does not
+        error = str(problem)
+    asked = order(request, settings)
+    backends = [
+        {
+            "name": name,
+            "title": REGISTRY[name].TITLE,
+            "reason": why_not(name, request, settings, version=None, wrapper_failed=False),
+            "asked": name in asked,
+            "chosen": name == backend,
+        }
+        for name in [*asked, *(name for name in REGISTRY if name not in asked)]
+    ]
+    unused = ""
+    if op.binding() == "torch":
+        unused = f"the native library is not used: {op.binding_reason()}"
+    kernels = [
+        {
+            "index": k.index,
+            "name": k.name,
+            "description": k.description,
+            "reason": unused or without_name(op.why_not(request, k.index), k.name),
+        }
+        for k in op.kernels()
+    ]
+    return {
+        "schema": 1,
+        "call": _describe(request, call),
+        "note": _absent(request.device),
+        "settings": {"forced_by": settings.forced_by, "strict": settings.strict},
+        "backend": backend,
+        "kernel": kernel,
+        "error": error,
+        "backends": backends,
+        "kernels": kernels,
+        "no_kernels": "" if kernels else op.binding_reason(),
+    }
+
+
+def _describe(request: Request, call: Workload) -> dict[str, Any]:
+    return {
+        "shape": call.shape,
+        "title": call.title,
+        "query": [request.batch, request.seqlen_q, request.num_heads_q, request.head_dim],
+        "key": [request.batch, request.seqlen_k, request.num_heads_k, request.head_dim],
+        "dtype": dtype_name(request.dtype),
+        "qk_dtype": dtype_name(request.query_dtype),
+        "device": str(request.device),
+        "is_causal": request.is_causal,
+        "window": list(request.window),
+        "has_q_lens": request.has_q_lens,
+        "has_k_lens": request.has_k_lens,
+        "needs_grad": request.needs_grad,
+        "return_lse": request.return_lse,
+        "flops": call.flops,
+    }
+
+
+def render(answer: dict[str, Any]) -> str:
+    """The answer as text."""
+    call = answer["call"]
+    dtype = (
+        call["dtype"]
+        if call["qk_dtype"] == call["dtype"]
+        else f"{call['dtype']} (query, key {call['qk_dtype']})"
+    )
+    rows = [
+        (
+            "call",
+            f"{call['shape']}  {call['title']}" if call["title"] != "as given" else call["shape"],
+        ),
+        ("query", f"{call['query']} on {call['device']}, {dtype}"),
+        ("key, value", str(call["key"])),
+        ("with", ", ".join(_options(call)) or "no mask, no lengths"),
+        ("work", f"{_flop(call['flops'])} without masks"),
+        ("settings", answer["settings"]["forced_by"] or "auto"),
+        ("choice", _choice(answer)),
+    ]
+    if answer["note"]:
+        rows.append(("note", answer["note"]))
+    text = pairs(rows)
+    states = [
+        (b["name"], _state(b["reason"], b["chosen"], b["asked"]), b["reason"] or b["title"])
+        for b in answer["backends"]
+    ]
+    text += f"\n{heading('backends', 'in the order in which they are asked')}\n{table(states)}"
+    rows3 = [
+        (
+            k["name"],
+            _state(k["reason"], k["name"] == answer["kernel"]),
+            k["reason"] or k["description"],
+        )
+        for k in answer["kernels"]
+        if not (k["reason"] or "").startswith("runs on ")
+    ]
+    text += f"\n{heading('kernels of sdpa', 'best first')}\n"
+    if not rows3:
+        return text + wrap(f"none: {answer['no_kernels']}")
+    others = len(answer["kernels"]) - len(rows3)
+    return text + table(rows3) + (f"\n  and {others} for other devices" if others else "")
+
+
+def _choice(answer: dict[str, Any]) -> str:
+    if answer["backend"] is None:
+        return f"none. {answer['error']}"
+    kernel = f", kernel {answer['kernel']}" if answer["kernel"] else ""
+    return f"{answer['backend']}{kernel}"
+
+
+def _state(reason: str | None, chosen: bool, asked: bool = True) -> str:
+    if chosen:
+        return "chosen"
+    if reason is not None:
+        return "no"
+    return "available" if asked else "not asked"
+
+
+def _flop(number: int) -> str:
+    return f"{number / 1e12:.3g} TFLOP" if number >= 1e11 else f"{number / 1e9:.3g} GFLOP"
+
+
+def _absent(device: torch.device) -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cpu" or (device.index or 0) < count:
+        return ""
+    return f"there is no {device} here: this is what would be chosen without knowing the card"
+
+
+def _options(call: dict[str, Any]) -> list[str]:
+    words = {
+        "is_causal": "causal",
+        "has_q_lens": "q_lens",
+        "has_k_lens": "k_lens",
+        "needs_grad": "gradient",
+        "return_lse": "lse",
+    }
+    said = [word for key, word in words.items() if call[key]]
+    if call["window"] != [-1, -1]:
+        said.append(f"window {call['window'][0]},{call['window'][1]}")
+    return said
