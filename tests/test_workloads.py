@@ -7,7 +7,8 @@ import pytest
 
 from wan_attn.workloads import MODELS, WORKLOADS, parse_shape
 
-# The calls of stock Wan2.2 and of encoders, typed again: (batch, Lq, Lk, heads, head_dim, calls per forward)
+# The calls of stock Wan2.2 and of encoders, typed again:
+# (batch, Lq, Lk, heads, head_dim, calls per forward)
 PUBLISHED = {
     "ti2v-5b-720p": (1, 27_280, 27_280, 24, 128, 30),
     "ti2v-5b-720p-cross": (1, 27_280, 512, 24, 128, 30),

@@ -101,7 +101,7 @@ static uint32_t detect(void) {
         found |= WAN_ATTN_CPU_AVX512_BF16;
     int has_amx_bf16 = has(seven.edx, 22), has_amx_tile = has(seven.edx, 24);
     if ((saved & TILES) == TILES && has_amx_bf16 && has_amx_tile)
-        found |= WAN_ATTN_CPU_AMX_BF16;
+        found |= WAN_ATTN_CPU_AMX;
     return found;
 }
 

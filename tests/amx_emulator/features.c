@@ -8,5 +8,5 @@
 
 uint32_t wan_attn_cpu_features(void) {
     uint32_t found = detected_features();
-    return found & WAN_ATTN_CPU_AVX512_BF16 ? found | WAN_ATTN_CPU_AMX_BF16 : found;
+    return found & WAN_ATTN_CPU_AVX512_BF16 ? found | WAN_ATTN_CPU_AMX : found;
 }
