@@ -45,13 +45,16 @@ class WheelFile(zipfile.ZipFile):
 
 
 def requirements(requires: str) -> list[str]:
-    """requires.txt of an .egg-info as lines of METADATA."""
-    lines, extra = [], ""
+    """requires.txt of an .egg-info as lines of METADATA; a section is [extra:condition] there."""
+    lines, condition = [], ""
     for line in requires.splitlines():
         if line.startswith("["):
-            extra = line.strip("[]")
+            extra, _, condition = line.strip("[]").partition(":")
+            if extra:
+                wanted = f'extra == "{extra}"'
+                condition = f"({condition}) and {wanted}" if condition else wanted
         elif line:
-            lines.append(f'Requires-Dist: {line} ; extra == "{extra}"')
+            lines.append(f"Requires-Dist: {line}" + f" ; {condition}" * bool(condition))
     return lines
 
 

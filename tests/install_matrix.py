@@ -7,7 +7,8 @@
 Every Python found here x every torch x every way: pip and uv, isolated or not, with a stock virtual
 environment's setuptools and with torch's, from a checkout, an sdist, a wheel, editable. Checked:
 the binding, the number of ready CUDA kernels, the build record, a call, and that torch's files are
-as before. Not part of `make test`: a torch is some GB, kept in --cache for the next run.
+as before. An isolated build is made once a Python, beside the newest torch, and called with all.
+Not part of `make test`: a torch is some GB, kept in --cache for the next run.
 
 --quick: one torch per Python. --tests: the op's tests as well, with the wheel, once per torch.
 """
@@ -19,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,7 @@ SHIM_NEEDS_TORCH = (2, 9)
 TESTS = ["test_op.py", "test_kernels.py", "test_errors.py"]
 TEST_TOOLS = ["pytest", "hypothesis", "numpy", "expecttest"]
 TORCHS_SETUPTOOLS = "setuptools>=77,<82"
+CCACHE = Path("/usr/lib/ccache")  # Debian's package ccache: every build compiles the same C files
 # As on a machine where nothing of this repository is set up.
 UNSET = ("PYTHONPATH", "VIRTUAL_ENV", "CFLAGS", "CPPFLAGS", "CC", "UV_PROJECT_ENVIRONMENT")
 
@@ -65,6 +68,7 @@ class Way:
     isolated: bool = True
     editable: bool = False
     setuptools: str = ""  # to install before; "": what a stock environment has
+    newest_python: int = 99  # 3.x; what is newer cannot run that setuptools
 
     @property
     def name(self) -> str:
@@ -105,13 +109,15 @@ class Row:
     cubins: str = "-"
     left_out: str = ""
     seconds: float = 0.0
+    tests: str = ""
     problems: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         verdict = "ok" if not self.problems else "PROBLEM"
+        seconds = f"{self.seconds:.0f}" if self.seconds else ""
         return (
             f"{self.python:7} {self.torch:13} {self.setuptools:10} {self.way:28} {self.binding:7}"
-            f" {self.cubins:>6} {self.seconds:5.0f}  {verdict:8} {self.left_out}"
+            f" {self.cubins:>6} {seconds:>5}  {verdict:8} {self.left_out}{self.tests}"
         ).rstrip()
 
 
@@ -124,9 +130,11 @@ HEAD = (
 def run(command: Sequence[str | Path], cwd: Path, **more: str) -> str:
     """The command's output; raises RuntimeError with all of it if the command fails."""
     environment = {k: v for k, v in os.environ.items() if k not in UNSET}
-    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     # Compiled once: they are the same in every build, and NVRTC takes minutes.
     environment |= {"WAN_ATTN_KEPT": str(ROOT / "build/cubin"), **more}
+    if CCACHE.is_dir():  # likewise for the C library; it stands before `gcc` and `cc` on PATH
+        environment["PATH"] = f"{CCACHE}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,  # never ROOT: its wan_attn/ would be imported instead of the installed one
@@ -161,10 +169,9 @@ def python_of(venv: Path) -> Path:
     return venv / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
-def packages_of(python: Path) -> Path:
-    return Path(
-        run([python, "-c", "import site; print(site.getsitepackages()[0])"], Path("/")).strip()
-    )
+def packages_of(venv: Path) -> Path:
+    (folder,) = venv.glob("Lib/site-packages" if sys.platform == "win32" else "lib/python*/site-*")
+    return folder
 
 
 def base(cache: Path, version: str, python: Path, torch: str, uv: Path) -> Path:
@@ -177,15 +184,16 @@ def base(cache: Path, version: str, python: Path, torch: str, uv: Path) -> Path:
         command = [uv, "pip", "install", "--quiet", "--python", python_of(venv)]
         run([*command, *wanted, *TEST_TOOLS], cache, UV_CACHE_DIR=str(cache / "uv"))
         (venv / "complete").touch()
-    return packages_of(python_of(venv))
+    return packages_of(venv)
 
 
 def fingerprint(packages: Path) -> str:
     """Of every file beside ours: path, size and time; and of torch's own list of its files."""
     seen = hashlib.sha256()
     for path in sorted(packages.rglob("*")):
-        if path.suffix != ".pyc" and path.name != "__pycache__":
-            status = path.stat()
+        status = path.stat()
+        # Not folders, whose time changes when Python writes a .pyc into them.
+        if path.suffix != ".pyc" and not stat.S_ISDIR(status.st_mode):
             seen.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     for record in packages.glob("torch-*.dist-info/RECORD"):
         seen.update(record.read_bytes())
@@ -220,6 +228,15 @@ class Sources:
         (found,) = dist.glob(pattern)
         return found
 
+    def test(self, python: Path) -> str:
+        """Runs the op's tests on what is installed; returns pytest's last line."""
+        alone = self.folder / "tests-alone"
+        if not alone.exists():  # a checkout without the package, which pytest would import
+            shutil.copytree(self.pristine, alone, ignore=shutil.ignore_patterns("wan_attn"))
+        tests = [alone / "tests" / test for test in TESTS]
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+        return run(command, python.parent).splitlines()[-1]
+
     def find(self, way: Way) -> Path:
         if way.what == "sdist":
             return self.built("wan_attn-*.tar.gz")
@@ -227,34 +244,37 @@ class Sources:
 
 
 @contextmanager
-def environment(python: Path, packages: Path) -> Iterator[Path]:
+def environment(python: Path, packages: Path, stock: Path) -> Iterator[Path]:
     """A stock virtual environment that finds the packages of another behind its own."""
+    if not stock.exists():
+        run([python, "-m", "venv", stock], stock.parent)
     with tempfile.TemporaryDirectory(prefix="wan-attn-install-") as name:
         venv = Path(name, "venv")
-        run([python, "-m", "venv", venv], Path(name))
-        (packages_of(python_of(venv)) / "torch_is_here.pth").write_text(f"{packages}\n")
-        yield python_of(venv)
+        # A copy works as long as pip is started as `python -m pip`, and takes a tenth of the time.
+        shutil.copytree(stock, venv, symlinks=True)
+        show(venv, packages)
+        yield venv
 
 
-def setuptools_of(python: Path) -> str:
-    code = "import importlib.metadata as m; print(m.version('setuptools'))"
-    try:
-        return run([python, "-c", code], python.parent).strip()
-    except RuntimeError:
-        return "none"
+def show(venv: Path, packages: Path) -> None:
+    """Lets the environment find these packages, behind its own."""
+    (packages_of(venv) / "torch_is_here.pth").write_text(f"{packages}\n")
 
 
-def frozen(python: Path) -> set[str]:
-    listed = run([python, "-m", "pip", "freeze", "--all"], python.parent).splitlines()
-    return {line for line in listed if "wan_attn" not in line.replace("-", "_")}
+def installed(packages: Path) -> dict[str, str]:
+    """{name: version} of what lies in this site-packages itself, but for wan_attn."""
+    found = (path.name.split("-")[:2] for path in packages.glob("*.dist-info"))
+    return {n: version.removesuffix(".dist") for n, version in found if n != "wan_attn"}
 
 
-def install(way: Way, row: Row, python: Path, packages: Path, sources: Sources, uv: Path) -> None:
+def install(way: Way, row: Row, venv: Path, packages: Path, sources: Sources, uv: Path) -> None:
     """Does it, and writes into `row` what it gave."""
+    python = python_of(venv)
     if way.setuptools:
-        run([python, "-m", "pip", "install", "--quiet", way.setuptools], python.parent)
-    row.setuptools = "isolated" if way.isolated else setuptools_of(python)
-    before = frozen(python), fingerprint(packages)
+        run([python, "-m", "pip", "install", "--quiet", way.setuptools], venv)
+    before = installed(packages_of(venv)), fingerprint(packages)
+    known = installed(packages) | before[0]  # Python 3.12 has none of its own, but torch brings one
+    row.setuptools = "isolated" if way.isolated else known.get("setuptools", "none")
     if row.setuptools == "none":
         row.left_out = "all: without setuptools nothing can be built, and pip says so"
         return
@@ -262,14 +282,15 @@ def install(way: Way, row: Row, python: Path, packages: Path, sources: Sources, 
     if way.installer == "uv":
         words = [uv, "pip", "install", "--python", python]
     started = time.monotonic()
-    run([*words, *way.options(), sources.find(way)], python.parent)
+    run([*words, *way.options(), sources.find(way)], venv)
     row.seconds = time.monotonic() - started
-    if (frozen(python), fingerprint(packages)) != before:
+    if (installed(packages_of(venv)), fingerprint(packages)) != before:
         row.problems.append("installing has changed other packages")
-    check(way, row, json.loads(run([python, "-c", FACTS], python.parent).splitlines()[-1]), python)
 
 
-def check(way: Way, row: Row, facts: dict, python: Path) -> None:
+def check(way: Way, row: Row, python: Path) -> None:
+    """Calls what is installed, and writes into `row` what it is."""
+    facts = json.loads(run([python, "-c", FACTS], python.parent).splitlines()[-1])
     record = facts["record"]
     row.torch, row.binding, row.cubins = facts["torch"], facts["binding"], str(facts["cubins"])
     row.left_out = "; ".join(text.split(",")[0] for text in record["left_out"])
@@ -307,17 +328,59 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def cells(args: argparse.Namespace) -> Iterator[tuple[str, Path, str, Way]]:
+def cells(args: argparse.Namespace) -> Iterator[tuple[Way, str, Path, list[str]]]:
+    """way, Python 3.x, its executable, torches of which the first is there at the install.
+
+    The ways first: if the run is cut short, the most common ones have been tried with every Python.
+    """
     here = pythons()
-    for version in args.python or here:
-        if version not in here:
-            raise RuntimeError(f"there is no Python {version} here, only {', '.join(here)}")
-        minor = int(version.split(".")[1])
-        torches = [t for t in args.torch if minor <= NEWEST_PYTHON.get(t, minor)]
-        for torch in torches[-1:] if args.quick else torches:
-            for way in WAYS:
-                if not args.way or way.name in args.way:
-                    yield version, here[version], torch, way
+    for way in WAYS:
+        for version in args.python or here:
+            if version not in here:
+                raise RuntimeError(f"there is no Python {version} here, only {', '.join(here)}")
+            minor = int(version.split(".")[1])
+            torches = [t for t in args.torch[::-1] if minor <= NEWEST_PYTHON.get(t, minor)]
+            torches = torches[: 1 if args.quick else None]
+            if minor > way.newest_python or (args.way and way.name not in args.way):
+                continue
+            if way.isolated:  # such a build cannot see the torch: one install serves all
+                yield way, version, here[version], torches
+            else:
+                yield from ((way, version, here[version], [torch]) for torch in torches)
+
+
+def attempt(
+    way: Way,
+    version: str,
+    torches: list[str],
+    packages: list[Path],
+    venv: Path,
+    sources: Sources,
+    args: argparse.Namespace,
+) -> Iterator[Row]:
+    """Installs beside the first torch, then calls what is installed with each of them."""
+    rows = [Row(version, torch, "", way.name) for torch in torches]
+    try:
+        install(way, rows[0], venv, packages[0], sources, args.uv)
+    except RuntimeError as error:
+        rows[0].problems.append(str(error))
+        yield rows[0]
+        return
+    for row, folder in zip(rows, packages, strict=True):
+        row.setuptools = rows[0].setuptools
+        try:
+            if row.setuptools != "none":
+                show(venv, folder)
+                check(way, row, python_of(venv))
+                if args.tests and way.name == "pip, wheel":
+                    row.tests = sources.test(python_of(venv))
+        except RuntimeError as error:
+            row.problems.append(str(error))
+        yield row
+
+
+def problems(rows: Sequence[Row]) -> list[str]:
+    return [f"\n{row.text()}\n" + "\n".join(row.problems) for row in rows if row.problems]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -331,25 +394,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.uv = python_of(Path(folder, "uv")).with_name("uv")
         sources = Sources(Path(folder))
         print(HEAD, flush=True)
-        for version, python, torch, way in cells(args):
-            row = Row(version, torch, "", way.name)
-            try:
-                packages = base(args.cache, version, python, torch, args.uv)
-                with environment(python, packages) as own:
-                    install(way, row, own, packages, sources, args.uv)
-                    if args.tests and way.name == "pip, wheel":
-                        tests = [ROOT / "tests" / test for test in TESTS]
-                        run(
-                            [own, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-                            own.parent,
-                        )
-            except RuntimeError as error:
-                row.problems.append(str(error))
-            rows.append(row)
-            print(row.text(), flush=True)
-    wrong = [f"\n{row.text()}\n" + "\n".join(row.problems) for row in rows if row.problems]
-    if args.out:
-        args.out.write_text("\n".join([HEAD, *(r.text() for r in rows), *wrong, ""]))
+        for way, version, python, torches in cells(args):
+            packages = [base(args.cache, version, python, t, args.uv) for t in torches]
+            with environment(python, packages[0], Path(folder, f"stock-{version}")) as venv:
+                for row in attempt(way, version, torches, packages, venv, sources, args):
+                    rows.append(row)
+                    print(row.text(), flush=True)
+            if args.out:  # after each: a run takes an hour or two
+                args.out.write_text("\n".join([HEAD, *(r.text() for r in rows), *problems(rows)]))
+    wrong = problems(rows)
     print("".join(wrong))
     print(f"{len(rows)} ways tried, {len(wrong)} with a problem")
     return int(bool(wrong))

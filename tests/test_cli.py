@@ -77,6 +77,14 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert f"usage: wan-attn {name}" in capsys.readouterr().out
 
 
+def test_help_says_which_page_explains_a_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["--help"]) == 0
+    readme, contributing = capsys.readouterr().out.split("(README.md")[1].split("(CONTRIBUTING.md")
+    for variable in VARIABLES:
+        assert (variable.name in contributing) == variable.is_for_development
+        assert (variable.name in readme) != variable.is_for_development
+
+
 def test_only_the_command_that_is_asked_for_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     imported: list[str] = []
     real = importlib.import_module

@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 
 import pytest
 
+from source_tree import read
 from test_cuda_images import MERGE, ROW, WITH_12_8, Machine, full, machine, ship
 from wan_attn.__main__ import main
 from wan_attn.cli import compile as command
 from wan_attn.cuda import nvrtc, rows, store
+from wan_attn.doctor import cuda
 from wan_attn.doctor.facts import Gpu
+
+README = Path("README.md")
 
 __all__ = ["machine"]  # the fixture
 
@@ -149,6 +155,18 @@ def test_a_cache_that_cannot_be_written(
     assert "compiled, but not saved" in out and "is full" in out and "WAN_ATTN_CACHE_DIR" in out
 
 
+def test_doctor_and_readme_name_the_same_cards(machine: Machine) -> None:
+    for arch in rows.SHIPPED:
+        for job in rows.jobs_for(arch):
+            ship(machine, job.name, arch)
+    found = cuda.facts([])
+    assert found["shipped"] == list(rows.SHIPPED) and found["also"] == [89, 121]
+    text = re.search(r"compute capability ([\d., and]+)\.", " ".join(read(README).split()))
+    assert text, "README's sentence"
+    named = {int(a.replace(".", "")) for a in re.findall(r"\d+\.\d", text[1])}
+    assert named == {*found["shipped"], *found["also"]}
+
+
 def test_doctor_tells(
     machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,10 +175,10 @@ def test_doctor_tells(
         ship(machine, job.name, 75)
     machine.get()
     main(["doctor", "--no-selftest"])
-    section = capsys.readouterr().out.split("CUDA kernels")[1].split("\n\n")[0]
+    section = capsys.readouterr().out.split("\nCUDA kernels")[1].split("\n\n")[0]
     text = " ".join(section.split())
-    assert "ready-made sm_75" in text
-    assert "compiler NVRTC 12.8 (lib12)" in text
+    assert "ready-made sm_75 compiler NVRTC 12.8" in text
+    assert "NVRTC 12.8 (lib12)" in text
     assert "1 kernels, 0.0 MiB" in text
     machine.has()
     for file in machine.shipped.iterdir():

@@ -12,6 +12,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,23 @@ def test_a_plain_wheel_is_like_any_other(checkout: Path) -> None:
             (record,) = (n for n in members.namelist() if n.endswith("RECORD"))
             listed = {line.split(",")[0] for line in members.read(record).decode().splitlines()}
             assert listed == set(members.namelist())
+
+
+def test_requirements_of_a_plain_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As setuptools before 71 writes them, whose PKG-INFO has none."""
+    packaging = pytest.importorskip("packaging.requirements")
+    text = "one\n\n[:os_name == 'nt']\ntwo>=2\n\n[test]\nthree\n"
+    text += "\n[test:sys_platform != 'darwin']\nfour\n"
+    for name in ("wheel", "wheel.wheelfile"):  # importing it puts its own there
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    lines = runpy.run_path(str(ROOT / ".ci/plain_wheel.py"))["requirements"](text)
+    found = [packaging.Requirement(line.removeprefix("Requires-Dist: ")) for line in lines]
+    assert [(r.name, str(r.marker or "")) for r in found] == [
+        ("one", ""),
+        ("two", 'os_name == "nt"'),
+        ("three", 'extra == "test"'),
+        ("four", 'sys_platform != "darwin" and extra == "test"'),
+    ]
 
 
 def test_a_module_that_was_moved_is_not_installed(checkout: Path) -> None:

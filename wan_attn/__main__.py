@@ -67,14 +67,22 @@ def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, argparse.Argum
 
 
 def _epilog() -> str:
-    """The environment variables: what they do is in README's table, made from the same list."""
-    width = max(len(variable.name) for variable in VARIABLES)
-    lines = [f"  {v.name:<{width}}  {' '.join(v.values)}" for v in VARIABLES]
-    table = "\n".join(["environment variables (README says what they do):", *lines])
     codes = "\n".join(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())
     return (
         "`wan-attn COMMAND --help` tells more about a command.\n\n"
-        f"exit codes (that of `run` is the script's):\n{codes}\n\n{table}"
+        f"exit codes (that of `run` is the script's):\n{codes}\n\n"
+        f"environment variables (README.md says what they do):\n{_variables(False)}\n\n"
+        f"for tests and development (CONTRIBUTING.md says what they do):\n{_variables(True)}"
+    )
+
+
+def _variables(for_development: bool) -> str:
+    """Names and values; the two pages that explain them are made from the same list."""
+    width = max(len(variable.name) for variable in VARIABLES)
+    return "\n".join(
+        f"  {v.name:<{width}}  {' '.join(v.values)}"
+        for v in VARIABLES
+        if v.is_for_development == for_development
     )
 
 

@@ -21,6 +21,7 @@ def facts(archs: Iterable[int]) -> dict[str, Any]:
     shipped = [a for a in rows.SHIPPED if all(job.stem in here for job in rows.jobs_for(a))]
     return {
         "shipped": shipped,
+        "also": [a for a in rows.gpus() if a not in shipped and _has_code(a, shipped)],
         "stale": bool(here) and not shipped,
         "nvrtc": [_short(found) for found in nvrtc.found()],
         "nvrtc_problem": "" if nvrtc.found() else nvrtc.not_found(),
@@ -39,6 +40,13 @@ def _short(found: nvrtc.Found) -> str:
     number = "of unknown version" if found.version is None else nvrtc.version_name(found.version)
     _, _, inside = found.path.parent.as_posix().rpartition("-packages/")
     return f"NVRTC {number} ({inside})"
+
+
+def _has_code(arch: int, shipped: list[int]) -> bool:
+    """Whether machine code that was made for others serves this architecture, too."""
+    return all(
+        any(job.arch in shipped for job in rows.serving(wanted)) for wanted in rows.jobs_for(arch)
+    )
 
 
 def _states(arch: int) -> dict[str, int]:

@@ -141,6 +141,8 @@ def _cuda_kernels(report: Report) -> str:
     if not cuda:
         return ""
     ready = " ".join(f"sm_{arch}" for arch in cuda["shipped"])
+    if cuda["also"]:
+        ready += f", which also serve {' '.join(f'sm_{arch}' for arch in cuda['also'])}"
     if not ready:
         ready = "none in this build" + (
             ": csrc/cuda has changed since, build again" if cuda["stale"] else ""
