@@ -13,15 +13,19 @@ import numbers
 import operator
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 
-_INT64 = range(-(1 << 63), 1 << 63)
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)  # numbers that a tracer follows
 DENSE = "a dense tensor on cpu or cuda"
+_NO_TANGENT = (
+    "without a tangent of forward-mode AD (jvp, jacfwd, hessian): only reverse mode is here"
+)
 
 
 class Refusal(RuntimeError):
@@ -126,11 +130,16 @@ def integer(name: str, value: object, at_least: int | None = None) -> int:
     result = value if type(value) is int else _index(value)
     if result is None:
         refuse(name, "an integer", shown(value))
-    if result not in _INT64:
+    if not _fits(result):
         refuse(name, "an integer of 64 bits", shown(result))
     if at_least is not None and result < at_least:
         refuse(name, f"at least {at_least}", result)
     return result
+
+
+def _fits(number: int) -> bool:
+    """In 64 bits; in comparisons, which torch.compile follows for numbers that it does not know."""
+    return -(1 << 63) <= number < 1 << 63
 
 
 def _index(value: Any) -> int | None:
@@ -167,7 +176,7 @@ def integers(name: str, values: object, rule: str = "a tensor or a list of integ
             if isinstance(value, (Sequence, Mapping)) or _index(value) is None:
                 refuse(name, rule, shown(values))
             value = _index(value)
-        if value not in _INT64:
+        if not _fits(value):
             refuse(name, "of integers of 64 bits", shown(values))
         found.append(value)
     return found
@@ -189,7 +198,7 @@ def pair(name: str, value: object) -> tuple[int, int]:
     """
     if type(value) is tuple and len(value) == 2:  # the usual case
         left, right = value
-        if type(left) is int and type(right) is int and left in _INT64 and right in _INT64:
+        if type(left) is int and type(right) is int and _fits(left) and _fits(right):
             return value
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         refuse(name, "a pair (left, right)", shown(value))
@@ -215,3 +224,59 @@ def dense(name: str, value: object) -> None:
         refuse(name, DENSE, "a nested tensor")
     if value.layout != torch.strided:
         refuse(name, DENSE, f"{value.layout} on {value.device}")
+
+
+def in_forward_mode() -> bool:
+    """Whether a tensor may carry a tangent now: in torch.func.jvp, jacfwd or hessian, or within
+    forward_ad.dual_level(). Must cost next to nothing: every call asks."""
+    # The public question, unpack_dual(), costs a call of torch for each tensor.
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def without_tangent(**tensors: object) -> None:
+    """Tensors that forward-mode AD does not follow: a tangent that was dropped would read as 0.
+
+    Raises:
+        Refusal: one is a dual tensor.
+    """
+    if not in_forward_mode():
+        return
+    stack = functorch.get_interpreter_stack() or ()
+    forward = {one.level() for one in stack if one.key() == functorch.TransformType.Jvp}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if functorch.is_functorch_wrapped_tensor(tensor):
+            is_dual = any(functorch.maybe_get_level(layer) in forward for layer in _layers(tensor))
+        else:
+            is_dual = forward_ad.unpack_dual(tensor).tangent is not None
+        if is_dual:
+            refuse(name, _NO_TANGENT, "a dual tensor")
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func (vmap, grad) wraps one of these: its numbers cannot be read here."""
+    if functorch.peek_interpreter_stack() is None:
+        return False
+    is_wrapped = functorch.is_functorch_wrapped_tensor
+    return any(tensor is not None and is_wrapped(tensor) for tensor in tensors)
+
+
+def untransformed(tensor: Tensor) -> Tensor:
+    """What torch.func has wrapped, all samples of every vmap together; only for reading numbers."""
+    return list(_layers(tensor))[-1]
+
+
+def wants_grad_below(*tensors: Tensor) -> bool:
+    """Whether a torch.func.grad further out than the innermost transform follows one of these."""
+    return is_transformed(*tensors) and any(
+        layer.requires_grad for tensor in tensors for layer in _layers(tensor)
+    )
+
+
+def _layers(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor as each transform of torch.func sees it, from the innermost transform out."""
+    yield tensor
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+        yield tensor
