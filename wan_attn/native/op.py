@@ -80,7 +80,7 @@ def _call(
 
 
 def _by_torch(fallback: Fallback) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The op without our kernels: there is no library, or a gradient is wanted within torch.func."""
+    """The op without our kernels: without the library, or for a gradient within torch.func."""
 
     def sdpa(
         query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
