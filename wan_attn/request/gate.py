@@ -21,6 +21,8 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
+# Compared with, as a tracer cannot look for its own integers in a range.
+_LEAST, _MOST = -(1 << 63), (1 << 63) - 1
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)  # numbers that a tracer follows
 DENSE = "a dense tensor on cpu or cuda"
 _NO_TANGENT = (
@@ -130,16 +132,11 @@ def integer(name: str, value: object, at_least: int | None = None) -> int:
     result = value if type(value) is int else _index(value)
     if result is None:
         refuse(name, "an integer", shown(value))
-    if not _fits(result):
+    if not _LEAST <= result <= _MOST:
         refuse(name, "an integer of 64 bits", shown(result))
     if at_least is not None and result < at_least:
         refuse(name, f"at least {at_least}", result)
     return result
-
-
-def _fits(number: int) -> bool:
-    """In 64 bits; in comparisons, which torch.compile follows for numbers that it does not know."""
-    return -(1 << 63) <= number < 1 << 63
 
 
 def _index(value: Any) -> int | None:
@@ -176,7 +173,7 @@ def integers(name: str, values: object, rule: str = "a tensor or a list of integ
             if isinstance(value, (Sequence, Mapping)) or _index(value) is None:
                 refuse(name, rule, shown(values))
             value = _index(value)
-        if not _fits(value):
+        if not _LEAST <= value <= _MOST:
             refuse(name, "of integers of 64 bits", shown(values))
         found.append(value)
     return found
@@ -198,7 +195,8 @@ def pair(name: str, value: object) -> tuple[int, int]:
     """
     if type(value) is tuple and len(value) == 2:  # the usual case
         left, right = value
-        if type(left) is int and type(right) is int and _fits(left) and _fits(right):
+        are_integers = type(left) is int and type(right) is int
+        if are_integers and _LEAST <= left <= _MOST and _LEAST <= right <= _MOST:
             return value
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         refuse(name, "a pair (left, right)", shown(value))
