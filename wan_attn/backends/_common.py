@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wan_attn import config
+from wan_attn.request import gate
 
 SCORE_ELEMENTS = 1 << 22  # elements of one block of fp32 scores, for the log-sum-exp: 16 MiB
 
@@ -50,12 +51,20 @@ def empty_result(
 ) -> tuple[Tensor, Tensor | None]:
     """Out 0 and lse -inf: what rows without a key get. Shapes as run's; query may be a view."""
     batch, seqlen_q, heads, _ = query.shape
-    out = torch.zeros(query.shape, dtype=dtype, device=query.device)
+    # Made from query, so that torch.func.vmap, which may batch it, lets results be written there.
+    out = query.new_zeros(query.shape, dtype=dtype)
     if not return_lse:
         return out, None
-    return out, torch.full(
-        (batch, heads, seqlen_q), -math.inf, dtype=torch.float32, device=query.device
-    )
+    return out, query.new_full((batch, heads, seqlen_q), -math.inf, dtype=torch.float32)
+
+
+def with_all_batches(query: Tensor, *others: Tensor | None) -> Tensor:
+    """query, batched by every torch.func.vmap that batches one of the others: see empty_result."""
+    if gate.is_transformed(*others):
+        for other in others:
+            if other is not None:
+                query = query + other[:0].sum().to(query.dtype)  # which is 0
+    return query
 
 
 def in_graph(result: Tensor, *operands: Tensor) -> Tensor:

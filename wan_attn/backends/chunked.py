@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wan_attn import config
 from wan_attn.backends import _ring, _torch_kernels, torch_sdpa
-from wan_attn.backends._common import empty_result, outside_autocast
+from wan_attn.backends._common import empty_result, outside_autocast, with_all_batches
 from wan_attn.request import Call, Request, check, gate, host_lengths, refuse
 
 if TYPE_CHECKING:  # not every torch is built with it
@@ -163,6 +163,7 @@ def _attend(
 ) -> Result:
     if method == "direct":
         return torch_sdpa.run(query, key, value, call)
+    query = with_all_batches(query, key, value, call.q_lens, call.k_lens)
     if method == "rows":
         return _by_rows(query, key, value, call, max_elements)
     batch, seqlen_q, heads, _ = query.shape

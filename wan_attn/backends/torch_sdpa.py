@@ -22,6 +22,7 @@ from wan_attn.backends._common import (
     log_sum_exp,
     outside_autocast,
     positive_scale,
+    with_all_batches,
 )
 from wan_attn.backends._masks import DeviceMask, HostMask
 from wan_attn.request import MAX_HEAD_DIM, Call, Request, host_lengths
@@ -79,6 +80,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, 
         return run_unread(query, key, value, call)
     out_dtype = query.dtype
     with outside_autocast(query.device):
+        query = with_all_batches(query, key, value)
         query, scale = positive_scale(query.to(value.dtype), call.scale)
         key = key.to(value.dtype)
         out, lse = _known_lengths(query, key, value, q_host, k_host, scale, call)
@@ -94,6 +96,8 @@ def run_unread(
     """
     out_dtype = query.dtype
     with outside_autocast(query.device):
+        if not torch.compiler.is_compiling():
+            query = with_all_batches(query, key, value, call.q_lens, call.k_lens)
         query, scale = positive_scale(query.to(value.dtype), call.scale)
         key = key.to(value.dtype)
         mask = DeviceMask.make(call, query, key.shape[1])

@@ -239,15 +239,18 @@ def register() -> None:
         raise RuntimeError(f"wan_attn: no backends in this diffusers: {error}") from error
     if is_registered(dispatch):
         return
+    level = config.current().log_level
     try:
         _add(dispatch)
-    except _CHANGED as error:
+    except BaseException as error:
         _remove(dispatch)
+        if not isinstance(error, _CHANGED):
+            raise
         raise RuntimeError(
             f"wan_attn: this diffusers takes no further backend ({type(error).__name__}: {error});"
             " wan_attn.integrations.diffusers.enable(pipe) needs none"
         ) from error
-    log.enable(config.current().log_level, "diffusers backend")
+    log.enable(level, "diffusers backend")
     text = "diffusers: the attention backend `wan_attn` is registered"
     log.once(text, logging.INFO, text)
 

@@ -59,20 +59,26 @@ def rebind(
     """Point every module attribute that *is* ``original`` at ``replacement``.
 
     By identity: neither the attribute's name nor its module matters. So aliases and the
-    user's own ``from ... import`` follow; another function that was put there does not.
+    user's own ``from ... import`` follow; another function that was put there does not. All or
+    none: a module that refuses leaves every other one as it was.
 
     Args:
         within: look into this module only; None: into all that are loaded.
         names: replace only attributes with these names; None: with any name.
     """
     places = _modules() if within is None else [(within.__name__, within)]
-    done = []
-    for name, module in places:
-        for attribute, value in vars(module).copy().items():
-            if value is original and (names is None or attribute in names):
-                setattr(module, attribute, replacement)
-                done.append(Binding(name, attribute, describe(original)))
-    return tuple(done)
+    done: list[tuple[str, ModuleType, str]] = []
+    try:
+        for name, module in places:
+            for attribute, value in vars(module).copy().items():
+                if value is original and (names is None or attribute in names):
+                    setattr(module, attribute, replacement)
+                    done.append((name, module, attribute))
+    except BaseException:
+        for _, module, attribute in done:
+            setattr(module, attribute, original)
+        raise
+    return tuple(Binding(name, attribute, describe(original)) for name, _, attribute in done)
 
 
 def is_initialising(module: ModuleType) -> bool:

@@ -164,16 +164,22 @@ def patch(host: Any) -> tuple[Binding, ...]:
     """Put the registered function wherever ComfyUI's choice for all models is bound.
 
     Every module imports that by name, so it is replaced by identity, in modules that are loaded and
-    in the one that later modules take it from.
+    in the one that later modules take it from. All or none.
     """
     ours = register(host)
+    originals = [getattr(host, name) for name in GLOBAL_NAMES]
     done: list[Binding] = []
-    for name in GLOBAL_NAMES:
-        original = getattr(host, name)
-        if original is not ours:
-            for binding in _rebind.rebind(original, ours, names=GLOBAL_NAMES):
-                _replaced[binding.module, binding.attribute] = original
-                done.append(binding)
+    try:
+        for original in originals:
+            if original is not ours:
+                for binding in _rebind.rebind(original, ours, names=GLOBAL_NAMES):
+                    _replaced[binding.module, binding.attribute] = original
+                    done.append(binding)
+    except BaseException:
+        for binding in done:
+            original = _replaced.pop((binding.module, binding.attribute))
+            setattr(sys.modules[binding.module], binding.attribute, original)
+        raise
     return tuple(done)
 
 

@@ -189,19 +189,24 @@ def replace_processors(target: Any, function: AttentionFunction) -> int:
     """Let `function` compute the attention of every layer that has diffusers' own processor.
 
     Returns:
-        How many layers; 0 is no error.
+        How many layers; 0 is no error. All or none: if one refuses, every one has what it had.
     """
     if not callable(function):
         refuse("function", "one of (query, key, value)", _operands.kind_of(function))
-    count = 0
-    for layer, processor in list(_layers(target)):
-        stock = processor.replaced if isinstance(processor, _Processor) else processor
-        ours = _OURS.get(type(stock).__name__)
-        if ours is not None and type(stock).__module__.partition(".")[0] == "diffusers":
-            layer.set_processor(ours(stock, function))
-            _let_layers_be_skipped(type(stock), ours)
-            count += 1
-    return count
+    done: list[tuple[Any, Any]] = []
+    try:
+        for layer, processor in list(_layers(target)):
+            stock = processor.replaced if isinstance(processor, _Processor) else processor
+            ours = _OURS.get(type(stock).__name__)
+            if ours is not None and type(stock).__module__.partition(".")[0] == "diffusers":
+                layer.set_processor(ours(stock, function))
+                done.append((layer, processor))
+                _let_layers_be_skipped(type(stock), ours)
+    except BaseException:
+        for layer, processor in done:
+            layer.set_processor(processor)
+        raise
+    return len(done)
 
 
 def _let_layers_be_skipped(stock: type, ours: type) -> None:
@@ -242,13 +247,14 @@ def enable(model_or_pipe: Any) -> int:
     Raises:
         RuntimeError: no layer has a processor of diffusers' Wan models.
     """
+    level = config.current().log_level
     count = replace_processors(model_or_pipe, attend)
     name = type(model_or_pipe).__name__
     if not count:
         rule = f"a Wan model or pipeline with diffusers' own processors ({', '.join(_OURS)})"
         refuse("model_or_pipe", rule, name)
     _enabled.add(model_or_pipe)
-    log.enable(config.current().log_level, "diffusers")
+    log.enable(level, "diffusers")
     text = f"diffusers: {count} attention layers of {name} go through wan_attn"
     log.once(text, logging.INFO, text)
     return count

@@ -72,8 +72,13 @@ def _activate() -> _Handle:
     """Called by torch's activate_flash_attention_impl()."""
     forward = make_forward(_own_kernel(DEVICE))
     library = torch.library.Library("aten", "IMPL", DEVICE)
-    library.impl(OPERATOR, forward, DEVICE, with_keyset=True)
-    return _Handle(library)
+    handle = _Handle(library)
+    try:
+        library.impl(OPERATOR, forward, DEVICE, with_keyset=True)
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
 
 
 def make_forward(own_kernel: Any) -> Callable[..., Result]:

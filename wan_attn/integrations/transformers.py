@@ -197,12 +197,13 @@ def register() -> None:
         raise RuntimeError("wan_attn: this transformers has no table of attention functions")
     if functions.get(NAME) is attention_forward:
         return
+    level = config.current().log_level
     # A function without a mask function gets no mask at all, silently: the mask comes first.
     masks = _masks()
     if masks is not None:
         masks.register(NAME, masks()["sdpa"])
     _put(functions, attention_forward)
-    log.enable(config.current().log_level, "transformers")
+    log.enable(level, "transformers")
     text = f'transformers: attn_implementation="{NAME}" is registered'
     log.once(text, logging.INFO, text)
 
@@ -245,22 +246,32 @@ def enable(model: torch.nn.Module) -> dict[str, str]:
         What each part of the model got: {"model.visual": "wan_attn", ...}.
 
     Raises:
-        RuntimeError: there is no model of transformers in it.
+        RuntimeError: there is no model of transformers in it. What transformers raises where it
+            does not let a part have its function; then every part has what it had.
     """
     parts = _check(model)
     if not parts:
         refuse("model", "one of transformers", f"a {type(model).__name__} without one in it")
-    register()
     choices = {name: choose(part, whole) for name, part, whole in parts}
+    is_new = _functions().get(NAME) is not attention_forward
+    register()
     # All of them before any is set: setting one also sets what is below it.
     before = {name: _marks.before(model, part, whole) for name, part, whole in parts}
+    had = [part.config._attn_implementation for _, part, _ in parts]
+    try:
+        for name, part, _ in parts:
+            _set(part, choices[name][0])
+    except BaseException:
+        for (_, part, _), key in zip(parts, had, strict=True):
+            part.config._attn_implementation_internal = key  # as it was: nobody need agree
+        if is_new:
+            unregister()
+        raise
     for name, part, _ in parts:
         key, reason = choices[name]
-        _set(part, key)
         because = f" ({reason})" if reason else ""
         text = f"transformers: {name} ({type(part).__name__}): {key}{because}"
         log.once(text, logging.INFO, text)
-    for name, part, _ in parts:
         _marks.write(model, part, before[name], part.config._attn_implementation)
     return {name: key for name, (key, _) in choices.items()}
 

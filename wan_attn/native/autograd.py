@@ -10,15 +10,52 @@ fast: wan_attn.sdpa and flash_attention send such calls to torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wan_attn.request import Call
+from wan_attn.request import Call, gate, wants_grad
 
 # Elements of one [batch, heads, rows, seqlen_k] block of weights: 256 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 26
+
+
+def register(
+    library: torch.library.Library,
+    name: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., Any],
+    in_torch: Callable[..., Any],
+) -> None:
+    """torch.library.register_autograd for an op whose first arguments are query, key and value,
+    and what that kernel of torch's does not do.
+
+    Args:
+        in_torch: the op in torch's operators: gradients within torch.func come from there.
+    """
+    guard: Any = _Guard(library, in_torch)
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=guard)
+
+
+class _Guard:
+    """Stands for the library where torch puts the kernel of an op's derivative."""
+
+    def __init__(self, library: torch.library.Library, in_torch: Callable[..., Any]) -> None:
+        self._library, self._in_torch = library, in_torch
+
+    def impl(self, op: Any, kernel: Callable[..., Any], key: str, **options: Any) -> None:
+        """As a library's."""
+
+        def guarded(keyset: Any, *operands: Any, **keywords: Any) -> Any:
+            query, key, value = operands[:3]
+            gate.without_tangent(query=query, key=key, value=value)  # which it would drop
+            if gate.is_transformed(query, key, value) and wants_grad(query, key, value):
+                return self._in_torch(*operands, **keywords)
+            return kernel(keyset, *operands, **keywords)
+
+        self._library.impl(op, guarded, key, **options)
 
 
 def remember(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> None:

@@ -80,17 +80,15 @@ def _call(
 
 
 def _by_torch(fallback: Fallback) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The op without the native library."""
+    """The op without our kernels: without the library, or for a gradient within torch.func."""
 
     def sdpa(
         query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
         call, kernel = _call(*args, **options)
         if kernel != -1:
-            raise RuntimeError(
-                f"wan_attn: kernel must be -1, as there is no kernel table here ({_reason}),"
-                f" got {kernel}"
-            )
+            why = _reason or "torch computes gradients within torch.func"
+            refuse("kernel", f"-1, as {why}", kernel)
         check(query, key, value, call)
         out, lse = fallback(query, key, value, call)
         return out.contiguous(), empty_lse(query, return_lse=False) if lse is None else lse
@@ -127,16 +125,15 @@ def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any)
     autograd.remember(ctx, query, key, value, call)
 
 
-def _define() -> None:
+def _define(fallback: Fallback) -> None:
     global _is_defined
     # Else inductor may hand over other strides than eager does; the contract wants a last one of 1.
     _LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     _is_defined = True
     torch.library.register_fake("wan_attn::sdpa", _sdpa_fake, lib=_LIBRARY)
     _LIBRARY.impl("sdpa", _sdpa_elsewhere, "CompositeExplicitAutograd")
-    torch.library.register_autograd(
-        "wan_attn::sdpa", autograd.backward, setup_context=_setup_context, lib=_LIBRARY
-    )
+    by_torch = _by_torch(fallback)
+    autograd.register(_LIBRARY, "wan_attn::sdpa", autograd.backward, _setup_context, by_torch)
 
 
 def register(fallback: Fallback) -> None:
@@ -154,7 +151,7 @@ def register(fallback: Fallback) -> None:
     if _is_registered:
         return
     if not _is_defined:
-        _define()
+        _define(fallback)
     if wanted == "torch" or library.load() is None:
         _binding = "torch"
         _reason = library.load_error() or "WAN_ATTN_BINDING=torch"

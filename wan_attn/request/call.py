@@ -161,7 +161,10 @@ class Request:
 def wants_grad(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether autograd would record this call."""
     return torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or gate.wants_grad_below(query, key, value)
     )
 
 
@@ -190,6 +193,7 @@ def check(
         takes_any_float: the caller will convert the operands to what is computed in.
     """
     _check_operands(query, key, value, takes_any_strides, takes_any_float)
+    gate.without_tangent(query=query, key=key, value=value)
     _check_shapes(query, key, value)
     check_scale(call.scale)
     if len(call.window) != 2:
@@ -289,7 +293,8 @@ def _shape(tensor: Tensor) -> str:
 
 
 def host_lengths(name: str, lengths: Tensor | None, batch: int, seqlen: int) -> list[int] | None:
-    """The real lengths as Python integers; None if they live on a device: reading would sync.
+    """The real lengths as Python integers; None where reading them would sync (on a device), or
+    where each sample of a torch.func.vmap has others, which are checked together.
 
     Raises:
         RuntimeError: a length lies outside [0, seqlen]. Those on a device are clamped where used.
@@ -298,9 +303,12 @@ def host_lengths(name: str, lengths: Tensor | None, batch: int, seqlen: int) -> 
         return [seqlen] * batch
     if lengths.device.type != "cpu":
         return None
-    values: list[int] = lengths.tolist()
+    is_transformed = gate.is_transformed(lengths)
+    values: list[int] = (
+        gate.untransformed(lengths).flatten() if is_transformed else lengths
+    ).tolist()
     for index, length in enumerate(values):
         if not 0 <= length <= seqlen:
             rule = f"between 0 and the padded length {seqlen}"
             refuse(name, rule, f"{length} for sample {index}")
-    return values
+    return None if is_transformed else values

@@ -131,6 +131,4 @@ _LIBRARY = torch.library.Library("wan_attn", "FRAGMENT")
 _LIBRARY.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 _LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
 torch.library.register_fake("wan_attn::attention", _attention_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "wan_attn::attention", _backward, setup_context=_setup_context, lib=_LIBRARY
-)
+autograd.register(_LIBRARY, "wan_attn::attention", _backward, _setup_context, in_torch=_attention)

@@ -200,6 +200,7 @@ def _may_read(cu_seqlens: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(cu_seqlens) is Tensor
         and cu_seqlens.device.type == "cpu"
+        and not gate.is_transformed(cu_seqlens)
     )
 
 

@@ -147,11 +147,12 @@ class _Session:
             if module is not None and self._is_ours(vars(module).get(attribute)):
                 setattr(module, attribute, original)
         # Names that took ours from a patched module have no record of their own.
-        for ours, original in (
-            (self._flash_attention, self._original_of("flash_attention")),
-            (self._flash_attn_func, self._original_of("flash_attn_func")),
+        for ours, name in (
+            (self._flash_attention, "flash_attention"),
+            (self._flash_attn_func, "flash_attn_func"),
         ):
-            _rebind.rebind(ours, original)
+            if any(attribute == name for _, attribute in self._records):  # else nobody has ours
+                _rebind.rebind(ours, self._original_of(name))
 
     def restore_settings(self) -> None:
         """Put back what is not a name: flags, the blocks' forward, TF32."""
@@ -244,35 +245,50 @@ def patch(*, package: str = "wan", attention: Attention | None = None) -> PatchR
     Raises:
         ValueError: another package is patched already; or an environment variable is wrong.
         RuntimeError: an argument is no such thing.
+        Whatever a module raises that does not let its names be replaced: nothing is patched then.
     """
-    global _session
     if not isinstance(package, str) or not all(p.isidentifier() for p in package.split(".")):
         refuse("package", "the name of a package, as in `import wan`", _operands.kind_of(package))
     if attention is not None and not callable(attention):
         rule = "a function with Wan2.2's signature, or None"
         refuse("attention", rule, _operands.kind_of(attention))
     settings = config.current()
-    with _LOCK:
-        if _session is None:
-            log.enable(settings.log_level)
-            if settings.profile is not None:
-                profile.recorder(settings.profile)  # from here on, not from the first call
-            _session = _Session(package, attention, settings)
-            _session.hook.install()
-        session = _session
-        if session.package != package:
-            raise ValueError(
-                f"wan_attn: package must be {session.package!r}, which is patched now, "
-                f"got {package!r}; call wan_attn.unpatch() first"
-            )
-    session.hook.wait()
-    with _LOCK:
-        if session.is_active:
-            session.sync()
-        report = session.report()
+    session, is_new = _begin(package, attention, settings)
+    try:
+        session.hook.wait()
+        with _LOCK:
+            if session.is_active:
+                session.sync()
+            report = session.report()
+    except BaseException:
+        if is_new:
+            unpatch()
+        raise
     for name in report.foreign:
         log.once(("foreign", name), logging.WARNING, f"{name} is {name.original}, left alone")
     return report
+
+
+def _begin(
+    package: str, attention: Attention | None, settings: config.Settings
+) -> tuple[_Session, bool]:
+    """The session, and whether it was made now, as there was none."""
+    global _session
+    with _LOCK:
+        is_new = _session is None
+        if _session is None:
+            _session = _Session(package, attention, settings)
+            log.enable(settings.log_level)
+            if settings.profile is not None:
+                profile.recorder(settings.profile)  # from here on, not from the first call
+            _session.hook.install()
+        session = _session
+    if session.package != package:
+        raise ValueError(
+            f"wan_attn: package must be {session.package!r}, which is patched now, "
+            f"got {package!r}; call wan_attn.unpatch() first"
+        )
+    return session, is_new
 
 
 def unpatch() -> None:
