@@ -94,12 +94,13 @@ wan_attn_status wan_attn_check_outputs(wan_attn_problem *problem, wan_attn_error
 
 /* memory.c: there is memory behind what has elements, at addresses that suit it: behind lengths
  * that lie on `device`, behind the inputs, behind out and lse; the workspace that the plan wants.
- * */
+ * And the last, where all those are well: what is written shares no memory with anything else. */
 wan_attn_status wan_attn_check_length_memory(const wan_attn_problem *problem,
                                              wan_attn_device device, wan_attn_error *err);
 wan_attn_status wan_attn_check_input_memory(const wan_attn_problem *problem, wan_attn_error *err);
 wan_attn_status wan_attn_check_output_memory(const wan_attn_problem *problem, wan_attn_error *err);
 wan_attn_status wan_attn_check_workspace(const wan_attn_problem *problem, wan_attn_error *err);
+wan_attn_status wan_attn_check_sharing(const wan_attn_problem *problem, wan_attn_error *err);
 
 /* dispatch.c: the choice. Fills the problem's kernel, kernel_name, plan and workspace_size; or
  * UNSUPPORTED, with reasons. */
