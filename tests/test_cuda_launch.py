@@ -314,7 +314,9 @@ def test_a_driver_that_does_not_start_is_tried_again_ever_less(gpu: Gpu, error: 
     gpu.fail("cuInit", error)
     asked = []
     for number in range(40):
-        with pytest.raises(RuntimeError, match="^2: .*no usable NVIDIA driver: the driver does not"):
+        with pytest.raises(
+            RuntimeError, match="^2: .*no usable NVIDIA driver: the driver does not"
+        ):
             gpu.sdpa(*normal())
         asked += [number] * gpu.log().count(f"cuInit fails with {error}")
     assert asked == [0, 2, 6, 14, 30]
@@ -340,7 +342,9 @@ def test_a_driver_that_never_starts_is_asked_once(gpu: Gpu, error: int) -> None:
 @pytest.mark.parametrize("function", ("cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName"))
 def test_a_device_that_does_not_answer_is_asked_once_a_call(gpu: Gpu, function: str) -> None:
     gpu.fail(function, 999)
-    with pytest.raises(RuntimeError, match="^2: no kernel takes this call: the driver does not tell"):
+    with pytest.raises(
+        RuntimeError, match="^2: no kernel takes this call: the driver does not tell"
+    ):
         gpu.sdpa(*normal())
     assert gpu.log() == ["cuInit", f"{function} fails with 999"]
     gpu.fail("", 0)
