@@ -68,7 +68,8 @@ typedef enum wan_attn_device {
 #define WAN_ATTN_MAX_NDIM 4
 
 /* One operand, as its owner describes it. data == NULL with ndim == 0: the operand is absent. Where
- * data is read or written it is a multiple of the element's size. */
+ * data is read or written it is a multiple of the element's size. From the first byte to the last
+ * there are at most 2^60; a stride that is never walked along may be any number. */
 typedef struct wan_attn_tensor {
     void *data;
     int32_t dtype;        /* wan_attn_dtype */
@@ -96,7 +97,11 @@ typedef struct wan_attn_params {
     wan_attn_tensor q;
     wan_attn_tensor k;
     wan_attn_tensor v;
-    wan_attn_tensor out; /* no two elements in one place; lse neither */
+
+    /* No two elements in one place, and none where an input or the workspace is; lse neither. Views
+     * of one tensor are told apart by their elements; for strides so odd that some thousand steps
+     * do not settle it, the call is refused. */
+    wan_attn_tensor out;
     wan_attn_tensor lse; /* [batch, num_heads_q, seqlen_q] f32, natural log; absent: not wanted */
 
     /* Real lengths, [batch] i32 or i64; absent: all. On the CPU they are checked against [0,

@@ -179,7 +179,7 @@ def test_a_pass_that_fails_ends_the_call(after: int, tmp_path: Path) -> None:
 
 def test_shared_memory_that_is_refused(tmp_path: Path) -> None:
     machine = Gpu(tmp_path, CARDS[80])
-    machine.fail("cuFuncSetAttribute", 1)
+    machine.fail("cuKernelSetAttribute", 1)
     with pytest.raises(RuntimeError, match="^2: the machine code .* is not for this device"):
         machine.sdpa(*normal(head_dim=128))
     mode = ctypes.c_int(0)

@@ -8,6 +8,7 @@ which order, on which stream and device. The kernels have tests of their own.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ def test_hopper_gets_the_tile_and_the_copies_that_it_needs(tmp_path: Path) -> No
 def test_hopper_without_tensor_maps(tmp_path: Path) -> None:
     gpu = Gpu(tmp_path, CARDS[90])
     gpu.fail("cuTensorMapEncodeTiled", 1)
-    with pytest.raises(RuntimeError, match="when describing tensors to sdpa_sm90_bf16_d64"):
+    with pytest.raises(RuntimeError, match="^2: .*sdpa_sm90_bf16_d64 .* when describing tensors"):
         gpu.sdpa(*normal())
     assert gpu.driver.mock_depth() == 0
 
@@ -233,9 +234,10 @@ def test_two_devices(tmp_path: Path) -> None:
 
 def test_a_kernel_is_loaded_once_and_outside_a_capture(gpu: Gpu) -> None:
     gpu.sdpa(*normal())
-    assert "load on 0, capture mode 2" in gpu.log()  # 2: relaxed
+    log = gpu.log()  # 2: relaxed
+    assert "load, capture mode 2" in log and "to device 0, capture mode 2" in log
     gpu.sdpa(*normal())
-    assert not [line for line in gpu.log() if line.startswith(("load", "retain", "cuInit"))]
+    assert not [line for line in gpu.log() if line.startswith(("load", "to", "retain", "cuInit"))]
     assert gpu.asked == [("sdpa_sm80_bf16_d64", 80)]
     mode = ctypes.c_int(0)
     gpu.driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
@@ -272,14 +274,23 @@ def test_a_newer_card_runs_what_the_newest_known_does(tmp_path: Path) -> None:
 
 FAILURES = [
     ("cuLaunchKernel", 700, "3: CUDA driver error CUDA_ERROR_ILLEGAL_ADDRESS .* launching sdpa"),
-    ("cuModuleLoadData", 2, "3: CUDA driver error CUDA_ERROR_OUT_OF_MEMORY .* when loading sdpa"),
-    ("cuModuleLoadData", 209, "2: the machine code of sdpa_sm80_bf16_d64 is not for this device"),
-    ("cuModuleGetFunction", 500, "2: the machine code of sdpa_sm80_bf16_d64 is not for"),
-    ("cuModuleGetFunction", 700, "3: CUDA driver error .* when loading sdpa_sm80_bf16_d64"),
+    ("cuLaunchKernel", 2, "3: CUDA driver error CUDA_ERROR_OUT_OF_MEMORY .out of memory. when lau"),
+    ("cuLaunchKernel", 701, "2: the machine code of sdpa_sm80_bf16_d64 .* resources .* launching"),
+    ("cuLibraryLoadData", 2, "3: CUDA driver error CUDA_ERROR_OUT_OF_MEMORY .* when loading sdpa"),
+    ("cuLibraryLoadData", 209, "2: the machine code of sdpa_sm80_bf16_d64 is not for this device"),
+    ("cuLibraryLoadData", 218, "2: the machine code of sdpa_sm80_bf16_d64 is not for this device"),
+    ("cuLibraryLoadData", 801, "2: the machine code of sdpa_sm80_bf16_d64 is not for this device"),
+    ("cuLibraryGetKernel", 500, "2: the machine code of sdpa_sm80_bf16_d64 is not for"),
+    ("cuLibraryGetKernel", 700, "3: CUDA driver error .* when loading sdpa_sm80_bf16_d64"),
+    ("cuKernelGetFunction", 2, "3: CUDA driver error CUDA_ERROR_OUT_OF_MEMORY .* when loading"),
+    ("cuKernelGetFunction", 209, "2: the machine code of sdpa_sm80_bf16_d64 is not for this dev"),
+    ("cuThreadExchangeStreamCaptureMode", 709, "3: CUDA driver error .* is destroyed. when load"),
     ("cuDevicePrimaryCtxRetain", 2, "3: CUDA driver error CUDA_ERROR_OUT_OF_MEMORY .* entering"),
     ("cuCtxPushCurrent_v2", 201, "3: CUDA driver error .* when entering the primary context"),
-    ("cuInit", 999, "2: .*the driver does not start"),
-    ("cuDeviceGetAttribute", 101, "2: .*the driver does not tell what cuda:0 is: CUDA_ERROR_MOCK"),
+    ("cuCtxGetCurrent", 3, "3: CUDA driver error .* when asked for the thread's context"),
+    ("cuInit", 100, "2: .*the driver does not start: CUDA_ERROR_NO_DEVICE"),
+    ("cuDeviceGetAttribute", 101, "2: .*the driver does not tell what cuda:0 is: CUDA_ERROR_INV"),
+    ("cuDeviceGetCount", 702, "3: .*CUDA driver error CUDA_ERROR_LAUNCH_TIMEOUT .* asked what cud"),
 ]  # fmt: skip
 
 
@@ -289,9 +300,97 @@ def test_failures_of_the_driver(gpu: Gpu, function: str, error: int, message: st
     with pytest.raises(RuntimeError, match=message) as caught:
         gpu.sdpa(*normal())
     assert is_device_error(caught.value) == message.startswith("3"), "the rest may fall through"
+    log = gpu.log()
+    assert sum(line.startswith("load") for line in log) == (
+        sum(line.startswith("unload") for line in log) + (function == "cuLaunchKernel")
+    )
     gpu.fail("", 0)
-    if function != "cuInit":  # a driver that does not start is not started again
+    if function != "cuInit":  # of NO_DEVICE no driver gets well
         check(gpu, *normal())
+
+
+@pytest.mark.parametrize("error", (2, 304, 802, 999))
+def test_a_driver_that_does_not_start_is_tried_again_ever_less(gpu: Gpu, error: int) -> None:
+    gpu.fail("cuInit", error)
+    asked = []
+    for number in range(40):
+        with pytest.raises(
+            RuntimeError, match="^2: .*no usable NVIDIA driver: the driver does not"
+        ):
+            gpu.sdpa(*normal())
+        asked += [number] * gpu.log().count(f"cuInit fails with {error}")
+    assert asked == [0, 2, 6, 14, 30]
+    gpu.fail("", 0)
+    while "cuInit" not in (log := gpu.log()):
+        with contextlib.suppress(RuntimeError):
+            gpu.sdpa(*normal())
+        asked.append(0)
+        assert len(asked) < 40
+    check(gpu, *normal())
+    assert log.count("cuInit") == 1
+
+
+@pytest.mark.parametrize("error", (3, 100, 803))
+def test_a_driver_that_never_starts_is_asked_once(gpu: Gpu, error: int) -> None:
+    gpu.fail("cuInit", error)
+    for _ in range(20):
+        with pytest.raises(RuntimeError, match="the driver does not start: CUDA_ERROR_"):
+            gpu.sdpa(*normal())
+    assert gpu.log() == [f"cuInit fails with {error}"]
+
+
+@pytest.mark.parametrize("function", ("cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName"))
+def test_a_device_that_does_not_answer_is_asked_once_a_call(gpu: Gpu, function: str) -> None:
+    gpu.fail(function, 999)
+    with pytest.raises(
+        RuntimeError, match="^2: no kernel takes this call: the driver does not tell"
+    ):
+        gpu.sdpa(*normal())
+    assert gpu.log() == ["cuInit", f"{function} fails with 999"]
+    gpu.fail("", 0)
+    check(gpu, *normal())
+
+
+def test_a_green_context_stays(gpu: Gpu) -> None:
+    """What torch's GreenContext has made current: its part of the GPU, and its streams' order."""
+    operands = normal()
+    with gpu.green():
+        gpu.sdpa(*operands)
+        assert gpu.driver.mock_depth() == 1
+    log = gpu.log()
+    launches = [line for line in log if line.startswith("launch")]
+    assert launches and all(" on green 0, stream" in line for line in launches)
+    assert "retain 0" not in log, "the primary context was entered"
+    assert [line for line in log if line.startswith("load")]
+    gpu.sdpa(*operands)  # without one, in the primary context, and the kernel is the same
+    log = gpu.log()
+    assert any(" on 0, stream" in line for line in log if line.startswith("launch"))
+    assert not [line for line in log if line.startswith("load")]
+
+
+def test_a_context_of_another_device_is_left_for_a_while(tmp_path: Path) -> None:
+    gpu = Gpu(tmp_path, CARDS[80], CARDS[89])
+    with gpu.green(1):
+        gpu.sdpa(*normal(), device=0)
+        assert gpu.driver.mock_depth() == 1
+        gpu.sdpa(*normal(), device=1)
+    launches = [line for line in gpu.log() if line.startswith("launch")]
+    assert [line.partition(" on ")[2].partition(",")[0] for line in launches] == ["0", "green 1"]
+
+
+def test_shared_memory_is_asked_for_in_full(gpu: Gpu) -> None:
+    """A wish: a driver that does not know it is used all the same."""
+    check_smem = {64: "of 100%", 128: "of 100%"}
+    for head_dim, words in check_smem.items():
+        gpu.sdpa(*normal(head_dim=head_dim))
+        assert gpu.log()[-1].endswith(words)
+    gpu.sdpa(*normal(5, 4200, 1, 1, 64, batch=1))
+    assert gpu.log()[-1].endswith("smem 0 of 0%"), "a pass without shared memory has no wish"
+
+
+def test_a_wish_that_is_refused(gpu: Gpu) -> None:
+    gpu.fail("cuKernelSetAttribute", 801)
+    check(gpu, *normal())  # 24 KiB, so that the wish is the only attribute
 
 
 def test_no_machine_code(tmp_path: Path) -> None:

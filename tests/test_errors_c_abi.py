@@ -205,8 +205,7 @@ OVERLAPPING: dict[str, tuple[str, tuple[int, ...]]] = {
     "rows of out that overlap": ("out", (2176, 127, 64, 1)),
     "heads of out that overlap": ("out", (2176, 128, 63, 1)),
     "strides that are equal": ("out", (2176, 64, 64, 1)),
-    "strides that go back": ("out", (2176, -128, 64, 1)),
-    "strides that no number holds": ("out", (2176, 2**62, 64, 1)),
+    "rows that go back over others": ("out", (2176, -127, 64, 1)),
     "lse for all heads in one place": ("lse", (34, 0, 1)),
     "heads of lse that overlap": ("lse", (34, 16, 1)),
 }

@@ -35,6 +35,8 @@ static wan_attn_status check_and_run(wan_attn_problem *p, wan_attn_error *err) {
         status = wan_attn_check_output_memory(p, err);
     if (status == WAN_ATTN_OK)
         status = wan_attn_check_workspace(p, err);
+    if (status == WAN_ATTN_OK)
+        status = wan_attn_check_sharing(p, err);
     if (status != WAN_ATTN_OK || !p->batch || !p->seqlen_q)
         return status; /* nothing to write; rows may divide by these */
     return wan_attn_kernel_of(p->kernel)->run(p, err);

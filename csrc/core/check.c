@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "core/overlap.h"
 #include "core/util.h"
 
 #define INVALID(err, ...) wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, __VA_ARGS__)
@@ -48,6 +49,14 @@ static device_text device_of(const wan_attn_tensor *t) {
     return d;
 }
 
+static wan_attn_status check_reach(const char *name, const wan_attn_tensor *t,
+                                   wan_attn_error *err) {
+    return wan_attn_is_within_reach(t)
+               ? WAN_ATTN_OK
+               : INVALID(err, "%s must reach over at most 2^60 bytes, got %s with strides %s", name,
+                         shape_of(t->shape, t->ndim).text, shape_of(t->stride, t->ndim).text);
+}
+
 static wan_attn_status check_rank_and_dtype(const char *name, const wan_attn_tensor *t,
                                             wan_attn_error *err) {
     if (t->ndim != 4)
@@ -71,7 +80,7 @@ static wan_attn_status check_rank_and_dtype(const char *name, const wan_attn_ten
             err,
             "%s must have stride 1 in its last dimension, got %lld (%s.contiguous() makes it so)",
             name, (long long)t->stride[3], name);
-    return WAN_ATTN_OK;
+    return check_reach(name, t, err);
 }
 
 static wan_attn_status check_shape(const char *name, const wan_attn_tensor *t,
@@ -82,8 +91,20 @@ static wan_attn_status check_shape(const char *name, const wan_attn_tensor *t,
     return WAN_ATTN_OK;
 }
 
+/* The CPU is one device, with one number. */
+static wan_attn_status check_cpu_index(const char *name, const wan_attn_tensor *t,
+                                       wan_attn_error *err) {
+    if (t->device_type == WAN_ATTN_CPU && t->device_index != 0)
+        return INVALID(err, "%s must have device_index 0 on the CPU, got %d", name,
+                       (int)t->device_index);
+    return WAN_ATTN_OK;
+}
+
 static wan_attn_status check_device(const char *name, const wan_attn_tensor *t,
                                     const wan_attn_tensor *q, wan_attn_error *err) {
+    wan_attn_status status = check_cpu_index(name, t, err);
+    if (status != WAN_ATTN_OK)
+        return status;
     if (t->device_type != q->device_type || t->device_index != q->device_index)
         return INVALID(err, "%s must be on query's device %s, got %s", name, device_of(q).text,
                        device_of(t).text);
@@ -97,7 +118,7 @@ static wan_attn_status check_inputs(const wan_attn_params *a, wan_attn_error *er
     wan_attn_status status = WAN_ATTN_OK;
     for (int n = 0; n < 3 && status == WAN_ATTN_OK; n++)
         status = check_rank_and_dtype(names[n], inputs[n], err);
-    for (int n = 1; n < 3 && status == WAN_ATTN_OK; n++)
+    for (int n = 0; n < 3 && status == WAN_ATTN_OK; n++)
         status = check_device(names[n], inputs[n], q, err);
     if (status != WAN_ATTN_OK)
         return status;
@@ -141,7 +162,8 @@ static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t,
     lengths->dtype = (wan_attn_dtype)t->dtype;
     lengths->device_type = (wan_attn_device)t->device_type;
     lengths->stride = t->shape[0] > 1 ? t->stride[0] : 0;
-    return WAN_ATTN_OK;
+    wan_attn_status status = check_cpu_index(name, t, err);
+    return status == WAN_ATTN_OK ? check_reach(name, t, err) : status;
 }
 
 /* Reads lengths that lie on the CPU, once. Where all are the padded length they say nothing, and
@@ -179,6 +201,9 @@ static wan_attn_status check_numbers(const wan_attn_params *a, wan_attn_error *e
 /* 0 for a dimension that is never walked along: its stride may be any number, also one that no
  * address could be computed with. */
 static int64_t stride_of(const wan_attn_tensor *t, int dim) {
+    for (int32_t d = 0; d < t->ndim; d++)
+        if (t->shape[d] == 0)
+            return 0;
     return t->shape[dim] > 1 ? t->stride[dim] : 0;
 }
 
@@ -239,33 +264,9 @@ wan_attn_status wan_attn_check_lengths(wan_attn_problem *p, wan_attn_error *err)
                                  : status;
 }
 
-/* Whether two elements may lie in one place: each stride has to reach beyond all that the smaller
- * ones span. Strides that interleave without a collision are refused with the others. */
-static int may_overlap(const wan_attn_tensor *t) {
-    int64_t reach = 0; /* the last element, as far as strides have been looked at */
-    int is_done[WAN_ATTN_MAX_NDIM] = {0};
-    for (int d = 0; d < t->ndim; d++)
-        if (t->shape[d] == 0)
-            return 0;
-    for (int n = 0; n < t->ndim; n++) {
-        int next = -1; /* of those that are left, the smallest stride that is walked along */
-        for (int d = 0; d < t->ndim; d++)
-            if (!is_done[d] && t->shape[d] > 1 && (next < 0 || t->stride[d] < t->stride[next]))
-                next = d;
-        if (next < 0)
-            return 0;
-        if (t->stride[next] <= reach ||
-            t->stride[next] > (INT64_MAX - reach) / (t->shape[next] - 1))
-            return 1;
-        reach += (t->shape[next] - 1) * t->stride[next];
-        is_done[next] = 1;
-    }
-    return 0;
-}
-
 static wan_attn_status check_overlap(const char *name, const wan_attn_tensor *t,
                                      wan_attn_error *err) {
-    return may_overlap(t)
+    return wan_attn_may_overlap(t)
                ? INVALID(err,
                          "%s must have each element in a place of its own, got %s with strides %s",
                          name, shape_of(t->shape, t->ndim).text, shape_of(t->stride, t->ndim).text)
@@ -295,6 +296,8 @@ static wan_attn_status check_lse(const wan_attn_tensor *lse, const wan_attn_tens
             (long long)q->shape[0], (long long)q->shape[2], (long long)q->shape[1],
             wan_attn_dtype_name(lse->dtype), shape_of(lse->shape, lse->ndim).text);
     wan_attn_status status = check_device("lse", lse, q, err);
+    if (status == WAN_ATTN_OK)
+        status = check_reach("lse", lse, err);
     return status == WAN_ATTN_OK ? check_overlap("lse", lse, err) : status;
 }
 

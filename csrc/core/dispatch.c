@@ -97,21 +97,21 @@ static uint32_t allowed_cpu_features(const wan_attn_params *params) {
 }
 
 /* The same for the call's GPU: whether a CUDA row was made for it. */
-static int refused_by_arch(const wan_attn_kernel_info *info, int32_t device_index, char *reason,
-                           size_t size) {
-    int32_t arch = wan_attn_cuda_arch(device_index, reason, size);
+static int refused_by_arch(const wan_attn_kernel_info *info, const wan_attn_problem *p,
+                           char *reason, size_t size) {
+    int32_t arch = p->arch, index = p->params->q.device_index;
     if (arch >= info->arch_min && arch <= info->arch_max)
         return 0;
-    if (arch && info->arch_max == WAN_ATTN_NEWEST_ARCH)
+    if (info->arch_max == WAN_ATTN_NEWEST_ARCH)
         snprintf(reason, size, "needs compute capability %d.%d or newer, cuda:%d has %d.%d",
-                 info->arch_min / 10, info->arch_min % 10, (int)device_index, arch / 10, arch % 10);
-    else if (arch && info->arch_min == info->arch_max)
+                 info->arch_min / 10, info->arch_min % 10, (int)index, arch / 10, arch % 10);
+    else if (info->arch_min == info->arch_max)
         snprintf(reason, size, "needs compute capability %d.%d, cuda:%d has %d.%d",
-                 info->arch_min / 10, info->arch_min % 10, (int)device_index, arch / 10, arch % 10);
-    else if (arch)
+                 info->arch_min / 10, info->arch_min % 10, (int)index, arch / 10, arch % 10);
+    else
         snprintf(reason, size, "needs compute capability %d.%d to %d.%d, cuda:%d has %d.%d",
                  info->arch_min / 10, info->arch_min % 10, info->arch_max / 10, info->arch_max % 10,
-                 (int)device_index, arch / 10, arch % 10);
+                 (int)index, arch / 10, arch % 10);
     return 1;
 }
 
@@ -144,6 +144,15 @@ static void tell_kind(fit found, const wan_attn_kernel_info *info, const wan_att
                  (int)info->head_dim_max, (long long)p->head_dim);
 }
 
+/* A call on a GPU needs to know which it is, once. `what`: the words before the reason. */
+static wan_attn_status find_arch(wan_attn_problem *p, const char *what, wan_attn_error *err) {
+    wan_attn_error why = {WAN_ATTN_OK, ""};
+    if (p->device_type != WAN_ATTN_CUDA || p->arch)
+        return WAN_ATTN_OK;
+    wan_attn_status status = wan_attn_cuda_find_arch(p->params->q.device_index, &p->arch, &why);
+    return status == WAN_ATTN_OK ? status : wan_attn_fail(err, status, "%s: %s", what, why.message);
+}
+
 /* TAKES, and the row and its plan are in p; or why the row cannot take the call is in reason. */
 static fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
     /* NOLINTNEXTLINE(clang-analyzer-security.ArrayBound): callers have checked the row */
@@ -161,8 +170,7 @@ static fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
                                                     : "has but the caller has masked");
         return CANNOT;
     }
-    if (info->device_type == WAN_ATTN_CUDA &&
-        refused_by_arch(info, p->params->q.device_index, reason, size))
+    if (info->device_type == WAN_ATTN_CUDA && refused_by_arch(info, p, reason, size))
         return CANNOT;
     p->kernel = row;
     p->kernel_name = info->name;
@@ -183,6 +191,11 @@ static wan_attn_status forced_row_in_range(int32_t row, wan_attn_error *err) {
 
 static wan_attn_status take(wan_attn_problem *p, int32_t row, wan_attn_error *err) {
     char reason[200];
+    if (kind_of(&KERNELS[row].info, p) == TAKES) {
+        wan_attn_status status = find_arch(p, KERNELS[row].info.name, err);
+        if (status != WAN_ATTN_OK)
+            return status;
+    }
     if (ask(row, p, reason, sizeof(reason)) != TAKES)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", KERNELS[row].info.name, reason);
     return wan_attn_ok(err);
@@ -259,8 +272,12 @@ wan_attn_status wan_attn_choose(wan_attn_problem *p, wan_attn_error *err) {
         if (KERNELS[r].info.is_lossy)
             continue;
         fit found = kind_of(&KERNELS[r].info, p);
-        if (found == TAKES)
+        if (found == TAKES) {
+            status = find_arch(p, "no kernel takes this call", err);
+            if (status != WAN_ATTN_OK)
+                return status;
             found = ask(r, p, reason, sizeof(reason));
+        }
         if (found == TAKES)
             return WAN_ATTN_OK;
         best = found > best ? found : best;

@@ -52,6 +52,7 @@ typedef struct wan_attn_problem {
     wan_attn_row_plan plan;
     size_t workspace_size;
     wan_attn_device device_type;
+    int32_t arch;         /* CUDA: of the call's device; 0: not asked yet */
     wan_attn_dtype dtype; /* of v; q and k have it too or are f32 */
     int64_t batch, num_heads_q, num_heads_k, seqlen_q, seqlen_k, head_dim;
     wan_attn_view q, k, v, out;
@@ -78,9 +79,9 @@ typedef struct wan_attn_key_range {
     int64_t begin, end;
 } wan_attn_key_range;
 
-/* cuda/host: what all CUDA rows have in common. The arch of the call's device, or 0 and why there
- * is no such device to ask; then the two functions of each row. */
-int32_t wan_attn_cuda_arch(int32_t device_index, char *reason, size_t size);
+/* cuda/host: what all CUDA rows have in common. The arch of a device, or why it cannot be asked:
+ * UNSUPPORTED, or DEVICE_ERROR where it is in trouble; then the two functions of each row. */
+wan_attn_status wan_attn_cuda_find_arch(int32_t device_index, int32_t *arch, wan_attn_error *err);
 const char *wan_attn_cuda_plan_call(wan_attn_problem *problem);
 wan_attn_status wan_attn_cuda_run_call(const wan_attn_problem *problem, wan_attn_error *err);
 
@@ -94,12 +95,13 @@ wan_attn_status wan_attn_check_outputs(wan_attn_problem *problem, wan_attn_error
 
 /* memory.c: there is memory behind what has elements, at addresses that suit it: behind lengths
  * that lie on `device`, behind the inputs, behind out and lse; the workspace that the plan wants.
- * */
+ * And the last, where all those are well: what is written shares no memory with anything else. */
 wan_attn_status wan_attn_check_length_memory(const wan_attn_problem *problem,
                                              wan_attn_device device, wan_attn_error *err);
 wan_attn_status wan_attn_check_input_memory(const wan_attn_problem *problem, wan_attn_error *err);
 wan_attn_status wan_attn_check_output_memory(const wan_attn_problem *problem, wan_attn_error *err);
 wan_attn_status wan_attn_check_workspace(const wan_attn_problem *problem, wan_attn_error *err);
+wan_attn_status wan_attn_check_sharing(const wan_attn_problem *problem, wan_attn_error *err);
 
 /* dispatch.c: the choice. Fills the problem's kernel, kernel_name, plan and workspace_size; or
  * UNSUPPORTED, with reasons. */

@@ -2,6 +2,7 @@
  * memory.c - what a call's pointers have to be before anything is read or written there. Knows no
  * kernel.
  */
+#include "core/overlap.h"
 #include "core/util.h"
 
 #define INVALID(err, ...) wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, __VA_ARGS__)
@@ -12,6 +13,7 @@ enum { WORKSPACE_ALIGNMENT = 64 };
  * size. */
 static wan_attn_status check(const char *name, const wan_attn_tensor *t, wan_attn_error *err) {
     int64_t size = wan_attn_dtype_size(t->dtype);
+    wan_attn_extent extent;
     for (int d = 0; d < t->ndim && d < WAN_ATTN_MAX_NDIM; d++)
         if (t->shape[d] == 0)
             return WAN_ATTN_OK;
@@ -20,6 +22,8 @@ static wan_attn_status check(const char *name, const wan_attn_tensor *t, wan_att
     if ((uintptr_t)t->data % (uintptr_t)size)
         return INVALID(err, "%s must lie at a multiple of its element's %d bytes, got address %p",
                        name, (int)size, t->data);
+    if (!wan_attn_find_extent(t, &extent))
+        return INVALID(err, "%s must lie within the address space, got address %p", name, t->data);
     return WAN_ATTN_OK;
 }
 
@@ -70,5 +74,28 @@ wan_attn_status wan_attn_check_workspace(const wan_attn_problem *p, wan_attn_err
     if ((uintptr_t)a->workspace % WORKSPACE_ALIGNMENT)
         return INVALID(err, "workspace must lie at a multiple of %d bytes, got address %p",
                        WORKSPACE_ALIGNMENT, a->workspace);
+    return WAN_ATTN_OK;
+}
+
+/* What is written must be where nothing else is that the call needs. */
+wan_attn_status wan_attn_check_sharing(const wan_attn_problem *p, wan_attn_error *err) {
+    enum { FIRST_WRITTEN = 5, WORKSPACE = 7, ALL };
+    const wan_attn_params *a = p->params;
+    wan_attn_tensor workspace = {a->workspace, WAN_ATTN_I32, a->q.device_type, a->q.device_index, 1,
+                                 {0},          {1}};
+    workspace.shape[0] = wan_attn_divide_up((int64_t)p->workspace_size, 4);
+    const wan_attn_tensor *const tensors[ALL] = {&a->q,         &a->k,   &a->v,   &a->seqused_q,
+                                                 &a->seqused_k, &a->out, &a->lse, &workspace};
+    static const char *const NAMES[ALL] = {"query",  "key", "value", "q_lens",
+                                           "k_lens", "out", "lse",   "workspace"};
+    wan_attn_extent extents[ALL];
+    for (int n = 0; n < ALL; n++)
+        (void)wan_attn_find_extent(tensors[n], &extents[n]); /* they have been looked at */
+    for (int n = FIRST_WRITTEN; n < ALL; n++)
+        for (int other = 0; other < n; other++)
+            if (tensors[n]->device_type == tensors[other]->device_type &&
+                wan_attn_share_memory(&extents[n], &extents[other]))
+                return INVALID(err, "%s must share no memory with %s, got addresses %p and %p",
+                               NAMES[n], NAMES[other], tensors[n]->data, tensors[other]->data);
     return WAN_ATTN_OK;
 }

@@ -3,8 +3,8 @@
  * names and failures are what the test says; each call is a line of the log; a launch goes to the
  * test's own function, which may run it on the emulated GPU (tests/emu).
  *
- * Strict where the real one is undefined: no context, a context of another device, an unbalanced
- * pop or a function of another context is an error here.
+ * Strict where the real one is undefined or lazy: no context, an unbalanced pop, a library that was
+ * unloaded or a kernel that was not brought to the device before its launch is an error here.
  */
 #include <pthread.h>
 #include <stdarg.h>
@@ -12,9 +12,11 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { MAX_DEVICES = 4, MAX_DEPTH = 8, MAX_FUNCTIONS = 256, LOG_BYTES = 1 << 16 };
+enum { MAX_DEVICES = 4, MAX_DEPTH = 8, MAX_KERNELS = 256, LOG_BYTES = 1 << 16 };
 enum { INVALID_VALUE = 1, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201 };
-enum { NOT_FOUND = 500, MODULE_BASE = 0x70000 };
+enum { INVALID_HANDLE = 400, NOT_FOUND = 500 };
+enum { PRIMARY = 0x1000, GREEN = 0x2000, ORDINAL = 0xff }; /* contexts: these plus a device */
+enum { MAX_DYNAMIC_SMEM = 8, SMEM_CARVEOUT = 9 };
 
 typedef int32_t (*launch_fn)(const char *name, const void *args, const unsigned *grid_block_smem,
                              const void *stream);
@@ -24,19 +26,25 @@ typedef struct device {
     char name[64];
 } device;
 
-typedef struct function {
-    char name[64], image[64]; /* image: what the test's machine code says after "ELF" */
-    int device, max_smem;
-} function;
+typedef struct library {
+    char image[64]; /* what the test's machine code says after "ELF" */
+    int is_loaded;
+} library;
+
+typedef struct kernel {
+    char name[64];
+    library *from;
+    int is_there[MAX_DEVICES], max_smem[MAX_DEVICES], carveout[MAX_DEVICES];
+} kernel;
 
 static device devices[MAX_DEVICES];
 static int device_count;
-static function functions[MAX_FUNCTIONS];
-static char modules[MAX_FUNCTIONS][64];
-static int function_count, module_count;
-static _Thread_local int contexts[MAX_DEPTH], depth; /* device numbers */
-static _Thread_local int capture_mode;               /* 0: global, as every thread begins */
-static char failing[64];                             /* the function whose next calls fail */
+static library libraries[MAX_KERNELS];
+static kernel kernels[MAX_KERNELS];
+static int library_count, kernel_count;
+static _Thread_local int contexts[MAX_DEPTH], depth;
+static _Thread_local int capture_mode; /* 0: global, as every thread begins */
+static char failing[64];               /* the function whose next calls fail */
 static int failing_error, failing_after;
 static launch_fn on_launch;
 static char log_text[LOG_BYTES];
@@ -66,6 +74,9 @@ void mock_fail(const char *name, int error, int after) {
 }
 void mock_on_launch(launch_fn fn) { on_launch = fn; }
 int mock_depth(void) { return depth; }
+/* This thread's context becomes a green one of the device, as torch makes it. */
+void mock_enter_green(int number) { contexts[depth++] = GREEN + number; }
+void mock_leave(void) { depth--; }
 const char *mock_log(void) { return log_text; }
 void mock_clear_log(void) { log_used = 0, log_text[0] = 0; }
 
@@ -121,7 +132,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int handle) {
 int cuDevicePrimaryCtxRetain(void **context, int handle) {
     FAIL_IF_ASKED("cuDevicePrimaryCtxRetain");
     say("retain %d\n", handle - 100);
-    *context = (void *)(uintptr_t)(0x1000 + handle - 100);
+    *context = (void *)(uintptr_t)(PRIMARY + handle - 100);
     return 0;
 }
 
@@ -129,78 +140,121 @@ int cuCtxPushCurrent_v2(void *context) {
     FAIL_IF_ASKED("cuCtxPushCurrent_v2");
     if (depth == MAX_DEPTH)
         return INVALID_CONTEXT;
-    contexts[depth++] = (int)((uintptr_t)context - 0x1000);
+    contexts[depth++] = (int)(uintptr_t)context;
     return 0;
 }
 
 int cuCtxPopCurrent_v2(void **context) {
     if (depth == 0)
         return INVALID_CONTEXT;
-    *context = (void *)(uintptr_t)(0x1000 + contexts[--depth]);
+    *context = (void *)(uintptr_t)contexts[--depth];
     return fails("cuCtxPopCurrent_v2");
 }
 
+int cuCtxGetCurrent(void **context) {
+    FAIL_IF_ASKED("cuCtxGetCurrent");
+    *context = depth ? (void *)(uintptr_t)contexts[depth - 1] : NULL;
+    return 0;
+}
+
+int cuCtxGetDevice(int *handle) {
+    FAIL_IF_ASKED("cuCtxGetDevice");
+    if (depth == 0)
+        return INVALID_CONTEXT;
+    *handle = 100 + (contexts[depth - 1] & ORDINAL);
+    return 0;
+}
+
 int cuThreadExchangeStreamCaptureMode(int *mode) {
+    FAIL_IF_ASKED("cuThreadExchangeStreamCaptureMode");
     int before = capture_mode;
     capture_mode = *mode;
     *mode = before;
     return 0;
 }
 
-int cuModuleLoadData(void **module, const char *image) {
-    FAIL_IF_ASKED("cuModuleLoadData");
-    if (depth == 0)
-        return INVALID_CONTEXT;
+int cuLibraryLoadData(library **made, const char *image, const int *jit_options, void **jit_values,
+                      unsigned jit_count, const int *options, void **values, unsigned count) {
+    FAIL_IF_ASKED("cuLibraryLoadData");
+    if (jit_options || jit_values || jit_count || options || values || count)
+        return INVALID_VALUE;
     if (memcmp(image, "\177ELF", 4) != 0)
         return INVALID_IMAGE;
-    say("load on %d, capture mode %d\n", contexts[depth - 1], capture_mode);
     pthread_mutex_lock(&lock);
-    int number = module_count < MAX_FUNCTIONS ? module_count++ : -1;
+    library *l = library_count < MAX_KERNELS ? &libraries[library_count++] : NULL;
     pthread_mutex_unlock(&lock);
-    if (number < 0)
+    if (!l)
         return NOT_FOUND;
-    snprintf(modules[number], sizeof(modules[number]), "%s", image + 4);
-    *module = (void *)(uintptr_t)(MODULE_BASE + number);
+    say("load, capture mode %d\n", capture_mode);
+    snprintf(l->image, sizeof(l->image), "%s", image + 4);
+    l->is_loaded = 1;
+    *made = l;
     return 0;
 }
 
-int cuModuleGetFunction(void **made, void *module, const char *name) {
-    FAIL_IF_ASKED("cuModuleGetFunction");
-    pthread_mutex_lock(&lock);
-    function *f = function_count < MAX_FUNCTIONS ? &functions[function_count++] : NULL;
-    pthread_mutex_unlock(&lock);
-    if ((uintptr_t)module < MODULE_BASE || !f)
-        return NOT_FOUND;
-    snprintf(f->name, sizeof(f->name), "%s", name);
-    snprintf(f->image, sizeof(f->image), "%s", modules[(uintptr_t)module - MODULE_BASE]);
-    f->device = contexts[depth - 1];
-    f->max_smem = 48 * 1024;
-    *made = f;
+int cuLibraryUnload(library *l) {
+    FAIL_IF_ASKED("cuLibraryUnload");
+    if (!l->is_loaded)
+        return INVALID_HANDLE;
+    l->is_loaded = 0;
+    say("unload\n");
     return 0;
 }
 
-int cuFuncSetAttribute(void *handle, int attribute, int value) {
-    FAIL_IF_ASKED("cuFuncSetAttribute");
-    if (attribute != 8)
+int cuLibraryGetKernel(kernel **made, library *from, const char *name) {
+    FAIL_IF_ASKED("cuLibraryGetKernel");
+    pthread_mutex_lock(&lock);
+    kernel *k = kernel_count < MAX_KERNELS ? &kernels[kernel_count++] : NULL;
+    pthread_mutex_unlock(&lock);
+    if (!from->is_loaded || !k)
+        return NOT_FOUND;
+    snprintf(k->name, sizeof(k->name), "%s", name);
+    k->from = from;
+    for (int n = 0; n < MAX_DEVICES; n++)
+        k->max_smem[n] = 48 * 1024;
+    *made = k;
+    return 0;
+}
+
+int cuKernelSetAttribute(int attribute, int value, kernel *k, int handle) {
+    FAIL_IF_ASKED("cuKernelSetAttribute");
+    if (attribute == SMEM_CARVEOUT)
+        k->carveout[handle - 100] = value;
+    else if (attribute == MAX_DYNAMIC_SMEM)
+        k->max_smem[handle - 100] = value;
+    else
         return INVALID_VALUE;
-    ((function *)handle)->max_smem = value;
     return 0;
 }
 
-int cuLaunchKernel(void *handle, unsigned grid_x, unsigned grid_y, unsigned grid_z,
-                   unsigned block_x, unsigned block_y, unsigned block_z, unsigned smem,
-                   void *stream, void **params, void **extra) {
-    FAIL_IF_ASKED("cuLaunchKernel");
-    const function *f = handle;
-    if (depth == 0 || contexts[depth - 1] != f->device)
+int cuKernelGetFunction(void **function, kernel *k) {
+    FAIL_IF_ASKED("cuKernelGetFunction");
+    if (depth == 0)
         return INVALID_CONTEXT;
+    int number = contexts[depth - 1] & ORDINAL;
+    say("to device %d, capture mode %d\n", number, capture_mode);
+    k->is_there[number] = 1;
+    *function = NULL; /* nobody may launch it: it would belong to this context */
+    return 0;
+}
+
+int cuLaunchKernel(kernel *k, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                   unsigned block_y, unsigned block_z, unsigned smem, void *stream, void **params,
+                   void **extra) {
+    FAIL_IF_ASKED("cuLaunchKernel");
+    if (depth == 0)
+        return INVALID_CONTEXT;
+    int number = contexts[depth - 1] & ORDINAL;
+    if (!k->from->is_loaded || !k->is_there[number])
+        return INVALID_HANDLE;
     if (!grid_x || grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || extra ||
-        (int)smem > f->max_smem)
+        (int)smem > k->max_smem[number])
         return INVALID_VALUE;
-    say("launch %s on %d, stream %p, grid %u, block %u, smem %u\n", f->name, f->device, stream,
-        grid_x, block_x, smem);
+    say("launch %s on %s%d, stream %p, grid %u, block %u, smem %u of %d%%\n", k->name,
+        contexts[depth - 1] & GREEN ? "green " : "", number, stream, grid_x, block_x, smem,
+        k->carveout[number]);
     const unsigned numbers[3] = {grid_x, block_x, smem};
-    return on_launch ? on_launch(f->image, params[0], numbers, stream) : 0;
+    return on_launch ? on_launch(k->from->image, params[0], numbers, stream) : 0;
 }
 
 /* A map is opaque to all but the hardware; this one is what it was made from. */
@@ -234,15 +288,53 @@ int cuTensorMapEncodeTiled(tensor_map *map, int dtype, uint32_t rank, void *addr
     return 0;
 }
 
+/* X(code, name, text): as the real driver says them, for what tests have it answer. */
+#define ERRORS(X)                                                                                  \
+    X(1, "INVALID_VALUE", "invalid argument")                                                      \
+    X(2, "OUT_OF_MEMORY", "out of memory")                                                         \
+    X(3, "NOT_INITIALIZED", "initialization error")                                                \
+    X(4, "DEINITIALIZED", "driver shutting down")                                                  \
+    X(100, "NO_DEVICE", "no CUDA-capable device is detected")                                      \
+    X(101, "INVALID_DEVICE", "invalid device ordinal")                                             \
+    X(200, "INVALID_IMAGE", "device kernel image is invalid")                                      \
+    X(201, "INVALID_CONTEXT", "invalid device context")                                            \
+    X(209, "NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device")        \
+    X(214, "ECC_UNCORRECTABLE", "uncorrectable ECC error encountered")                             \
+    X(218, "INVALID_PTX", "a PTX JIT compilation failed")                                          \
+    X(222, "UNSUPPORTED_PTX_VERSION",                                                              \
+      "the provided PTX was compiled with an unsupported toolchain.")                              \
+    X(304, "OPERATING_SYSTEM", "OS call failed or operation not supported on this OS")             \
+    X(400, "INVALID_HANDLE", "invalid resource handle")                                            \
+    X(500, "NOT_FOUND", "named symbol not found")                                                  \
+    X(700, "ILLEGAL_ADDRESS", "an illegal memory access was encountered")                          \
+    X(701, "LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch")                   \
+    X(702, "LAUNCH_TIMEOUT", "the launch timed out and was terminated")                            \
+    X(709, "CONTEXT_IS_DESTROYED", "context is destroyed")                                         \
+    X(710, "ASSERT", "device-side assert triggered")                                               \
+    X(716, "MISALIGNED_ADDRESS", "misaligned address")                                             \
+    X(719, "LAUNCH_FAILED", "unspecified launch failure")                                          \
+    X(800, "NOT_PERMITTED", "operation not permitted")                                             \
+    X(801, "NOT_SUPPORTED", "operation not supported")                                             \
+    X(802, "SYSTEM_NOT_READY", "system not yet initialized")                                       \
+    X(803, "SYSTEM_DRIVER_MISMATCH",                                                               \
+      "system has unsupported display driver / cuda driver combination")                           \
+    X(900, "STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing")       \
+    X(999, "UNKNOWN", "unknown error")
+
 int cuGetErrorName(int error, const char **name) {
-    *name = error == 2     ? "CUDA_ERROR_OUT_OF_MEMORY"
-            : error == 209 ? "CUDA_ERROR_NO_BINARY_FOR_GPU"
-            : error == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS"
-                           : "CUDA_ERROR_MOCK";
-    return 0;
+    FAIL_IF_ASKED("cuGetErrorName");
+#define NAME(code, of, text)                                                                       \
+    if (error == (code))                                                                           \
+        return *name = "CUDA_ERROR_" of, 0;
+    ERRORS(NAME)
+    return INVALID_VALUE;
 }
 
 int cuGetErrorString(int error, const char **text) {
-    *text = error == 700 ? "an illegal memory access was encountered" : "mock";
-    return 0;
+    FAIL_IF_ASKED("cuGetErrorString");
+#define TEXT(code, name, of)                                                                       \
+    if (error == (code))                                                                           \
+        return *text = (of), 0;
+    ERRORS(TEXT)
+    return INVALID_VALUE;
 }

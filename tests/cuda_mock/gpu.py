@@ -9,10 +9,11 @@ anything else.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes import (
     c_char_p,
     c_int,
@@ -109,6 +110,13 @@ class Gpu:
         error = native.Error()
         status = self.lib.wan_attn_cuda_configure(ctypes.byref(config), ctypes.byref(error))
         return None if status == native.OK else error.text()
+
+    @contextlib.contextmanager
+    def green(self, device: int = 0) -> Iterator[None]:
+        """This thread's context is a green one of the device, as within torch's GreenContext."""
+        self.driver.mock_enter_green(device)
+        yield
+        self.driver.mock_leave()
 
     def fail(self, function: str, error: int, after: int = 0) -> None:
         """The next call of this function of the driver fails, or a later one."""

@@ -30,8 +30,8 @@ from wan_attn.selfcheck import first_call
 OF_THE_IMAGE = (200, 209, 222)  # something else may run the call, and this kernel never will
 OTHERS = (1, 2, 500, 701, 800, 999)
 FUNCTIONS = (
-    "cuModuleLoadData",
-    "cuModuleGetFunction",
+    "cuLibraryLoadData",
+    "cuLibraryGetKernel",
     "cuLaunchKernel",
     "cuDevicePrimaryCtxRetain",
 )
@@ -57,17 +57,17 @@ def _op(gpu: Gpu) -> Any:
 
 @contextlib.contextmanager
 def _machine(folder: Path) -> Iterator[Gpu]:
-    gpu, before, level = Gpu(folder, CARDS[80]), native._overload, log.LOGGER.level
+    gpu, before, level = Gpu(folder, CARDS[80]), native._op, log.LOGGER.level
     asks_cuda, torch.cuda.is_current_stream_capturing = (
         torch.cuda.is_current_stream_capturing,
         lambda: False,  # the real one needs a driver
     )
-    native._overload = _op(gpu)
+    native._op = _op(gpu)
     log.LOGGER.setLevel(logging.CRITICAL + 1)
     try:
         yield gpu
     finally:
-        native._overload = before
+        native._op = before
         torch.cuda.is_current_stream_capturing = asks_cuda
         log.LOGGER.setLevel(level)
         first_call.forget()
@@ -107,12 +107,12 @@ def try_fault(function: str, code: int, folder: Path) -> tuple[str, list[str]]:
         others = _attempts(gpu, function)
         for _ in range(TIMES):
             with contextlib.suppress(RuntimeError):
-                first_call.verdict(native._answer, CPU, torch.bfloat16, 64)
+                first_call.verdict(native._answer, str, CPU, torch.bfloat16, 64, native._is_final)
         proofs = _attempts(gpu, function)
     problems = [f"a wrong result: {r}" for r in results if r not in ("raises", "right")]
     if code in TROUBLE and "right" in results:
         problems.append("the device is lost, and another backend computes")
-    if code in OF_THE_IMAGE and function.startswith("cuModule"):
+    if code in OF_THE_IMAGE and function.startswith("cuLibrary"):
         if "raises" in results:
             problems.append("a kernel that cannot be had stops the call")
         if same > 1:

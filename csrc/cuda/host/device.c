@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * device.c - what each CUDA device is. Asking makes no context; the primary one is retained when
- * the first kernel is loaded or launched, and then kept: it is torch's, and ends with the process.
+ * device.c - what each CUDA device is. Asking makes no context; the primary one is retained when a
+ * thread without one makes a call, and then kept: it is torch's, and ends with the process.
  */
 #include "cuda/host/device.h"
 
@@ -60,10 +60,24 @@ static wan_attn_cu_result ask(const wan_attn_cuda_driver *d, int32_t index, devi
     return 0;
 }
 
-const wan_attn_cuda_device *wan_attn_cuda_find_device(int32_t index, char *reason, size_t size) {
-    const wan_attn_cuda_driver *d = wan_attn_cuda_open_driver(reason, size);
-    if (!d)
+static wan_attn_status no_answer(const wan_attn_cuda_driver *d, wan_attn_cu_result error,
+                                 int32_t index, wan_attn_error *err) {
+    char what[40];
+    snprintf(what, sizeof(what), "cuda:%d is", (int)index);
+    if (wan_attn_cuda_is_trouble(error))
+        return wan_attn_cuda_fail(d, error, "when asked what", what, err);
+    const char *name, *text = wan_attn_cuda_words(d, error, &name);
+    return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "the driver does not tell what %s: %s (%s)",
+                         what, name, text);
+}
+
+const wan_attn_cuda_device *wan_attn_cuda_find_device(int32_t index, wan_attn_error *err) {
+    char reason[300];
+    const wan_attn_cuda_driver *d = wan_attn_cuda_open_driver(reason, sizeof(reason));
+    if (!d) {
+        (void)wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s", reason);
         return NULL;
+    }
     int count = 0, is_there = index >= 0 && index < WAN_ATTN_CUDA_MAX_DEVICES;
     wan_attn_cu_result error = 0;
     wan_attn_acquire(&lock);
@@ -74,43 +88,68 @@ const wan_attn_cuda_device *wan_attn_cuda_find_device(int32_t index, char *reaso
         error = is_there ? ask(d, index, &slots[index]) : 0;
     }
     wan_attn_release(&lock);
-    if (error == 0 && !is_there) {
-        snprintf(reason, size, "the driver has %d devices, there is no cuda:%d", count, (int)index);
-        return NULL;
-    }
-    if (error != 0) {
-        const char *name, *text = wan_attn_cuda_words(d, error, &name);
-        snprintf(reason, size, "the driver does not tell what cuda:%d is: %s (%s)", (int)index,
-                 name, text);
-        return NULL;
-    }
-    return &slots[index].facts; /* never changes again */
+    if (error != 0)
+        (void)no_answer(d, error, index, err);
+    else if (!is_there)
+        (void)wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
+                            "the driver has %d devices, there is no cuda:%d", count, (int)index);
+    return error == 0 && is_there ? &slots[index].facts : NULL; /* never changes again */
 }
 
-int32_t wan_attn_cuda_arch(int32_t device_index, char *reason, size_t size) {
-    const wan_attn_cuda_device *device = wan_attn_cuda_find_device(device_index, reason, size);
-    return device ? device->arch : 0;
+wan_attn_status wan_attn_cuda_find_arch(int32_t index, int32_t *arch, wan_attn_error *err) {
+    wan_attn_error why = {WAN_ATTN_OK, ""};
+    const wan_attn_cuda_device *device = wan_attn_cuda_find_device(index, &why);
+    if (!device)
+        return wan_attn_fail(err, (wan_attn_status)why.status, "%s", why.message);
+    *arch = device->arch;
+    return WAN_ATTN_OK;
+}
+
+wan_attn_cu_device wan_attn_cuda_handle_of(int32_t index) {
+    wan_attn_acquire(&lock);
+    wan_attn_cu_device handle = slots[index].handle;
+    wan_attn_release(&lock);
+    return handle;
 }
 
 wan_attn_status wan_attn_cuda_device_at(int32_t index, wan_attn_cuda_device *device,
                                         wan_attn_error *err) {
-    char reason[200];
+    wan_attn_error why = {WAN_ATTN_OK, ""};
     if (!device || device->struct_size < sizeof(uint32_t))
         return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT,
                              "device must have its struct_size set, got %s",
                              device ? "a smaller one" : "NULL");
-    const wan_attn_cuda_device *found = wan_attn_cuda_find_device(index, reason, sizeof(reason));
+    const wan_attn_cuda_device *found = wan_attn_cuda_find_device(index, &why);
     if (!found)
-        return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s", reason);
+        return wan_attn_fail(err, (wan_attn_status)why.status, "%s", why.message);
     uint32_t size = device->struct_size;
     memcpy(device, found, size < sizeof(*found) ? size : sizeof(*found));
     device->struct_size = size;
     return wan_attn_ok(err);
 }
 
-wan_attn_status wan_attn_cuda_enter(const wan_attn_cuda_driver *d, int32_t index,
+/* Whether this thread works on the device already. */
+static wan_attn_cu_result is_entered(const wan_attn_cuda_driver *d, int32_t index, int *answer) {
+    wan_attn_cu_context current = NULL;
+    wan_attn_cu_device device = 0;
+    *answer = 0;
+    wan_attn_cu_result error = d->context_current(&current);
+    if (error == 0 && current) {
+        error = d->context_device(&device);
+        *answer = error == 0 && device == wan_attn_cuda_handle_of(index);
+    }
+    return error;
+}
+
+wan_attn_status wan_attn_cuda_enter(const wan_attn_cuda_driver *d, int32_t index, int *is_pushed,
                                     wan_attn_error *err) {
-    wan_attn_cu_result error = 0;
+    int is_here = 0;
+    wan_attn_cu_result error = is_entered(d, index, &is_here);
+    *is_pushed = 0;
+    if (error != 0)
+        return wan_attn_cuda_fail(d, error, "when asked for", "the thread's context", err);
+    if (is_here)
+        return WAN_ATTN_OK;
     wan_attn_acquire(&lock);
     device_slot *slot = &slots[index];
     if (!slot->context)
@@ -119,12 +158,14 @@ wan_attn_status wan_attn_cuda_enter(const wan_attn_cuda_driver *d, int32_t index
     wan_attn_release(&lock);
     if (error == 0)
         error = d->context_push(context);
+    *is_pushed = error == 0;
     return error == 0 ? WAN_ATTN_OK
                       : wan_attn_cuda_fail(d, error, "when entering", "the primary context", err);
 }
 
-void wan_attn_cuda_leave(const wan_attn_cuda_driver *d) {
+void wan_attn_cuda_leave(const wan_attn_cuda_driver *d, int is_pushed) {
     /* It takes off what enter has pushed, which cannot fail; and there would be nothing to do. */
     wan_attn_cu_context context;
-    (void)d->context_pop(&context);
+    if (is_pushed)
+        (void)d->context_pop(&context);
 }

@@ -8,12 +8,18 @@
 
 enum { WAN_ATTN_CUDA_MAX_DEVICES = 32 };
 
-/* What is known of device `index`, asked of the driver once; or NULL, and why. */
-const wan_attn_cuda_device *wan_attn_cuda_find_device(int32_t index, char *reason, size_t size);
+/* What is known of device `index`, asked of the driver once; or NULL, and why: UNSUPPORTED, or
+ * DEVICE_ERROR where a device is in trouble. */
+const wan_attn_cuda_device *wan_attn_cuda_find_device(int32_t index, wan_attn_error *err);
 
-/* The device's primary context, which is torch's too, becomes this thread's; end with leave. */
+/* The driver's name for a device that has been found. */
+wan_attn_cu_device wan_attn_cuda_handle_of(int32_t index);
+
+/* Makes this thread work on the device. A context of it that is this thread's already stays so: it
+ * is torch's, or one of its green ones, in whose stream and on whose part of the GPU the caller
+ * works. Otherwise the primary one, which is torch's too, becomes this thread's until leave. */
 wan_attn_status wan_attn_cuda_enter(const wan_attn_cuda_driver *driver, int32_t index,
-                                    wan_attn_error *err);
-void wan_attn_cuda_leave(const wan_attn_cuda_driver *driver);
+                                    int *is_pushed, wan_attn_error *err);
+void wan_attn_cuda_leave(const wan_attn_cuda_driver *driver, int is_pushed);
 
 #endif /* WAN_ATTN_CUDA_HOST_DEVICE_H */

@@ -27,18 +27,18 @@ static void *at(const call *c, wan_attn_cuda_place place) {
 
 static wan_attn_status launch(const call *c, const wan_attn_cuda_program *program, int64_t blocks,
                               void *args) {
-    wan_attn_cu_function function;
+    wan_attn_cu_kernel kernel;
     wan_attn_status status =
-        wan_attn_cuda_function(c->driver, c->device_index, program, &function, c->err);
+        wan_attn_cuda_kernel(c->driver, c->device_index, program, &kernel, c->err);
     if (status != WAN_ATTN_OK || blocks == 0)
         return status;
     void *params[] = {args};
     wan_attn_cu_result error =
-        c->driver->launch(function, (unsigned)blocks, 1, 1, program->num_threads, 1, 1,
+        c->driver->launch(kernel, (unsigned)blocks, 1, 1, program->num_threads, 1, 1,
                           program->smem_bytes, c->p->params->stream, params, NULL);
     return error == 0 ? WAN_ATTN_OK
-                      : wan_attn_cuda_fail(c->driver, error, "when launching",
-                                           wan_attn_cuda_symbol_of(program).text, c->err);
+                      : wan_attn_cuda_kernel_failed(c->driver, error, "when launching",
+                                                    wan_attn_cuda_symbol_of(program).text, c->err);
 }
 
 /* A helper pass in which each warp does one piece of the work. */
@@ -220,6 +220,7 @@ static wan_attn_cu_result encode(const call *c, wan_attn_cuda_tensor_map *map,
 /* Whether TMA can store out: the row's dtype, and what it asks of base and strides. */
 static int can_store_by_tma(const wan_attn_problem *p) {
     return p->out.dtype == p->dtype &&
+           wan_attn_cuda_is_spread(&p->out, p->batch, p->seqlen_q, p->num_heads_q) &&
            wan_attn_cuda_is_aligned(&p->out, p->batch, p->seqlen_q, p->num_heads_q, 16);
 }
 
@@ -241,8 +242,8 @@ static wan_attn_status launch_sm90(const call *c, const wan_attn_cuda_program *p
     if (error == 0 && with_maps.stores_by_tma)
         error = encode(c, &with_maps.out, &args->out, p->seqlen_q, p->num_heads_q, 64);
     if (error != 0)
-        return wan_attn_cuda_fail(c->driver, error, "when describing tensors to",
-                                  wan_attn_cuda_symbol_of(program).text, c->err);
+        return wan_attn_cuda_kernel_failed(c->driver, error, "when describing tensors to",
+                                           wan_attn_cuda_symbol_of(program).text, c->err);
     return launch(c, program, blocks, &with_maps);
 }
 
@@ -302,7 +303,8 @@ static wan_attn_status run_passes(const call *c) {
 }
 
 wan_attn_status wan_attn_cuda_run_call(const wan_attn_problem *p, wan_attn_error *err) {
-    char reason[200];
+    char reason[300];
+    int is_pushed = 0;
     call c = {
         p, wan_attn_cuda_open_driver(reason, sizeof(reason)), {0}, p->params->q.device_index, err};
     if (!c.driver)
@@ -311,10 +313,10 @@ wan_attn_status wan_attn_cuda_run_call(const wan_attn_problem *p, wan_attn_error
     if (why)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", p->kernel_name, why);
     memcpy(&c.plan, &p->plan, sizeof(c.plan));
-    wan_attn_status status = wan_attn_cuda_enter(c.driver, c.device_index, err);
+    wan_attn_status status = wan_attn_cuda_enter(c.driver, c.device_index, &is_pushed, err);
     if (status != WAN_ATTN_OK)
         return status;
     status = run_passes(&c);
-    wan_attn_cuda_leave(c.driver);
+    wan_attn_cuda_leave(c.driver, is_pushed);
     return status;
 }

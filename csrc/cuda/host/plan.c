@@ -40,17 +40,20 @@ static void plan_scale(const wan_attn_problem *p, wan_attn_cuda_plan *plan,
     *scale = reserve(plan, heads * 4);
 }
 
-/* TMA takes no stride of 0, where a dimension is walked along. */
-static int is_spread(const wan_attn_view *v, int64_t batch, int64_t rows, int64_t heads) {
-    return (batch == 1 || v->batch_stride > 0) && (rows == 1 || v->row_stride > 0) &&
-           (heads == 1 || v->head_stride > 0);
+static int is_step(int64_t size, int64_t stride) {
+    return size == 1 || (stride > 0 && stride < (1ll << 39)); /* of two bytes each */
+}
+
+int wan_attn_cuda_is_spread(const wan_attn_view *v, int64_t batch, int64_t rows, int64_t heads) {
+    return is_step(batch, v->batch_stride) && is_step(rows, v->row_stride) &&
+           is_step(heads, v->head_stride);
 }
 
 /* Whether the kernel must not read this operand where it is. bytes: the alignment it wants. */
 static int must_be_copied(const wan_attn_cuda_tile *tile, const wan_attn_view *v, int64_t batch,
                           int64_t rows, int64_t heads, int64_t bytes) {
     if (tile->body == WAN_ATTN_CUDA_SM90 &&
-        (v->dtype == WAN_ATTN_F32 || !is_spread(v, batch, rows, heads)))
+        (v->dtype == WAN_ATTN_F32 || !wan_attn_cuda_is_spread(v, batch, rows, heads)))
         return 1;
     return !wan_attn_cuda_is_aligned(v, batch, rows, heads,
                                      tile->body == WAN_ATTN_CUDA_SM90 ? 16 : bytes);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * programs.c - the list of CUDA programs, and for each device the functions that are loaded there.
+ * programs.c - the list of CUDA programs, and for each device the kernels that are loaded for it.
  */
 #include "cuda/host/programs.h"
 
@@ -72,7 +72,7 @@ enum {
 };
 
 static wan_attn_lock lock = WAN_ATTN_UNLOCKED;
-static wan_attn_cu_function functions[WAN_ATTN_CUDA_MAX_DEVICES][PROGRAM_COUNT];
+static wan_attn_cu_kernel kernels[WAN_ATTN_CUDA_MAX_DEVICES][PROGRAM_COUNT];
 
 /* The newest GPU of the list that is no newer than this one, or NULL. */
 static const gpu *gpu_of(int32_t arch) {
@@ -139,64 +139,74 @@ wan_attn_cuda_name wan_attn_cuda_symbol_of(const wan_attn_cuda_program *program)
     return symbol;
 }
 
-/* Whether the device cannot run this image, or not with so much shared memory, which says nothing
- * against the device: something else may run the call. */
-static int is_about_the_image(wan_attn_cu_result error) {
-    return error == WAN_ATTN_CU_INVALID_IMAGE || error == WAN_ATTN_CU_NO_BINARY_FOR_GPU ||
-           error == WAN_ATTN_CU_UNSUPPORTED_PTX_VERSION || error == WAN_ATTN_CU_INVALID_VALUE ||
-           error == WAN_ATTN_CU_NOT_FOUND;
+/* A program's image, loaded for one device, and its kernel. Neither belongs to a context: a launch
+ * goes to that of its stream, or to the thread's. */
+typedef struct loaded {
+    wan_attn_cu_library library;
+    wan_attn_cu_kernel kernel;
+} loaded;
+
+static wan_attn_cu_result find_kernel(const wan_attn_cuda_driver *d, int32_t device_index,
+                                      const wan_attn_cuda_program *program, const char *symbol,
+                                      loaded *made) {
+    wan_attn_cu_device device = wan_attn_cuda_handle_of(device_index);
+    int smem = (int)program->smem_bytes;
+    void *function;
+    wan_attn_cu_result error = d->library_kernel(&made->kernel, made->library, symbol);
+    if (error == 0 && smem > 48 * 1024)
+        error = d->kernel_set(WAN_ATTN_CU_KERNEL_MAX_DYNAMIC_SMEM, smem, made->kernel, device);
+    if (error == 0 && smem > 0) /* a wish, in percent: tiles were chosen for the whole of it */
+        (void)d->kernel_set(WAN_ATTN_CU_KERNEL_SMEM_CARVEOUT, 100, made->kernel, device);
+    /* Asking brings the machine code to the device now, rather than when launching. */
+    return error == 0 ? d->kernel_function(&function, made->kernel) : error;
 }
 
-static wan_attn_status failed_to_load(const wan_attn_cuda_driver *d, wan_attn_cu_result error,
-                                      const char *name, wan_attn_error *err) {
-    if (!is_about_the_image(error))
-        return wan_attn_cuda_fail(d, error, "when loading", name, err);
-    const char *error_name, *text = wan_attn_cuda_words(d, error, &error_name);
-    return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
-                         "the machine code of %s is not for this device or driver: %s (%s)", name,
-                         error_name, text);
-}
-
-/* Loads the image, and makes its function ready to be launched. */
-static wan_attn_cu_result load_image(const wan_attn_cuda_driver *d,
+/* Loads the image, and makes its kernel ready to be launched. What fails leaves nothing behind. */
+static wan_attn_cu_result load_image(const wan_attn_cuda_driver *d, int32_t device_index,
                                      const wan_attn_cuda_program *program, const char *symbol,
-                                     const void *image, wan_attn_cu_function *function) {
-    wan_attn_cu_module module; /* lives as long as its context */
-    wan_attn_cu_result error = d->module_load(&module, image);
-    if (error == 0)
-        error = d->module_function(function, module, symbol);
-    if (error == 0 && program->smem_bytes > 48 * 1024)
-        error = d->function_set(*function, WAN_ATTN_CU_FUNCTION_MAX_DYNAMIC_SMEM,
-                                (int)program->smem_bytes);
+                                     const void *image, loaded *made) {
+    wan_attn_cu_result error = d->library_load(&made->library, image, NULL, NULL, 0, NULL, NULL, 0);
+    if (error != 0)
+        return error;
+    error = find_kernel(d, device_index, program, symbol, made);
+    if (error != 0)
+        (void)d->library_unload(made->library); /* the first error is the one to tell */
     return error;
 }
 
-static wan_attn_status load(const wan_attn_cuda_driver *d, const wan_attn_cuda_program *program,
-                            const char *symbol, const void *image, wan_attn_cu_function *function,
-                            wan_attn_error *err) {
+static wan_attn_status load(const wan_attn_cuda_driver *d, int32_t device_index,
+                            const wan_attn_cuda_program *program, const char *symbol,
+                            const void *image, loaded *made, wan_attn_error *err) {
     /* Somebody may be capturing a graph, in this thread or in another: loading is no part of it.
      * The call exchanges the thread's mode and ours, so that a second one puts it back. */
     int mode = WAN_ATTN_CU_CAPTURE_MODE_RELAXED;
     wan_attn_cu_result error = d->capture_mode(&mode);
     if (error != 0)
-        return failed_to_load(d, error, symbol, err);
-    error = load_image(d, program, symbol, image, function);
+        return wan_attn_cuda_kernel_failed(d, error, "when loading", symbol, err);
+    error = load_image(d, device_index, program, symbol, image, made);
     wan_attn_cu_result not_put_back = d->capture_mode(&mode);
-    error = error == 0 ? not_put_back : error;
-    return error == 0 ? WAN_ATTN_OK : failed_to_load(d, error, symbol, err);
+    if (error == 0 && not_put_back != 0) {
+        (void)d->library_unload(made->library);
+        error = not_put_back;
+    }
+    return error == 0 ? WAN_ATTN_OK
+                      : wan_attn_cuda_kernel_failed(d, error, "when loading", symbol, err);
 }
 
 static wan_attn_status find_image(int32_t device_index, const char *name, const void **image,
                                   wan_attn_error *err) {
     char reason[900] = "";
+    int32_t arch = 0;
     wan_attn_image_fn find = wan_attn_cuda_find_image();
     if (!find)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
                              "no source of machine code is configured for %s", name);
-    int32_t arch = wan_attn_cuda_arch(device_index, reason, sizeof(reason));
+    wan_attn_status status = wan_attn_cuda_find_arch(device_index, &arch, err);
+    if (status != WAN_ATTN_OK)
+        return status;
     size_t size = 0;
     *image = NULL;
-    int found = arch != 0 && find(name, arch, image, &size, reason, sizeof(reason)) == 0 && *image;
+    int found = find(name, arch, image, &size, reason, sizeof(reason)) == 0 && *image;
     reason[sizeof(reason) - 1] = '\0'; /* whatever the callback has written */
     if (!found)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "no machine code for %s: %s", name,
@@ -205,33 +215,37 @@ static wan_attn_status find_image(int32_t device_index, const char *name, const 
 }
 
 static wan_attn_status find_and_load(const wan_attn_cuda_driver *d, int32_t device_index,
-                                     const wan_attn_cuda_program *program,
-                                     wan_attn_cu_function *function, wan_attn_error *err) {
+                                     const wan_attn_cuda_program *program, loaded *made,
+                                     wan_attn_error *err) {
     const void *image = NULL;
     wan_attn_cuda_name symbol = wan_attn_cuda_symbol_of(program), asked;
     snprintf(asked.text, sizeof(asked.text), "%s%s", symbol.text, program->suffix);
     wan_attn_status status = find_image(device_index, asked.text, &image, err);
-    return status == WAN_ATTN_OK ? load(d, program, symbol.text, image, function, err) : status;
+    return status == WAN_ATTN_OK ? load(d, device_index, program, symbol.text, image, made, err)
+                                 : status;
 }
 
-wan_attn_status wan_attn_cuda_function(const wan_attn_cuda_driver *d, int32_t device_index,
-                                       const wan_attn_cuda_program *program,
-                                       wan_attn_cu_function *function, wan_attn_error *err) {
-    wan_attn_cu_function *place = &functions[device_index][program->number];
+wan_attn_status wan_attn_cuda_kernel(const wan_attn_cuda_driver *d, int32_t device_index,
+                                     const wan_attn_cuda_program *program,
+                                     wan_attn_cu_kernel *kernel, wan_attn_error *err) {
+    wan_attn_cu_kernel *place = &kernels[device_index][program->number];
     wan_attn_acquire(&lock);
-    *function = *place;
+    *kernel = *place;
     wan_attn_release(&lock);
-    if (*function)
+    if (*kernel)
         return WAN_ATTN_OK;
     /* Without the lock: finding may compile, and may need locks of its caller's. Two threads may
-     * both come here; the second to load finds the place taken, and its module goes unused. */
-    wan_attn_status status = find_and_load(d, device_index, program, function, err);
+     * both come here; the second to load finds the place taken, and unloads what it has. */
+    loaded made = {NULL, NULL};
+    wan_attn_status status = find_and_load(d, device_index, program, &made, err);
     if (status != WAN_ATTN_OK)
         return status;
     wan_attn_acquire(&lock);
-    if (*place)
-        *function = *place;
-    *place = *function;
+    int is_late = *place != NULL;
+    *place = is_late ? *place : made.kernel;
+    *kernel = *place;
     wan_attn_release(&lock);
+    if (is_late)
+        (void)d->library_unload(made.library);
     return WAN_ATTN_OK;
 }

@@ -62,11 +62,11 @@ wan_attn_cuda_program wan_attn_cuda_helper_program(wan_attn_cuda_helper helper);
 
 wan_attn_cuda_name wan_attn_cuda_symbol_of(const wan_attn_cuda_program *program);
 
-/* The program's function in the device's context, which must be this thread's; loaded at its first
+/* The program's kernel for the device, on which this thread must be working; loaded at its first
  * use. UNSUPPORTED: there is no machine code for this device, so that something else may run the
  * call. */
-wan_attn_status wan_attn_cuda_function(const wan_attn_cuda_driver *driver, int32_t device_index,
-                                       const wan_attn_cuda_program *program,
-                                       wan_attn_cu_function *function, wan_attn_error *err);
+wan_attn_status wan_attn_cuda_kernel(const wan_attn_cuda_driver *driver, int32_t device_index,
+                                     const wan_attn_cuda_program *program,
+                                     wan_attn_cu_kernel *kernel, wan_attn_error *err);
 
 #endif /* WAN_ATTN_CUDA_HOST_PROGRAMS_H */

@@ -24,14 +24,11 @@ static const char *refuse_sizes(const wan_attn_problem *p) {
 }
 
 /* What the tile asks of a call. */
-static const char *refuse_tile(const wan_attn_problem *p, const wan_attn_cuda_tile *tile,
-                               const wan_attn_cuda_driver *driver) {
+static const char *refuse_tile(const wan_attn_problem *p, const wan_attn_cuda_tile *tile) {
     if (!tile)
         return "has no tile for this GPU";
     if (tile->body != WAN_ATTN_CUDA_SM90)
         return NULL;
-    if (!driver->encode_map)
-        return "needs a driver of CUDA 12 or newer";
     if (p->seqlen_k == 0 || wan_attn_cuda_is_split(p))
         return "does not take calls without keys, nor calls of at most 256 queries over more than "
                "4,096 keys; those run on a kernel that splits the keys";
@@ -49,15 +46,12 @@ _Static_assert(sizeof(wan_attn_cuda_plan) <= sizeof(wan_attn_row_plan),
                "a problem carries the plan");
 
 const char *wan_attn_cuda_plan_call(wan_attn_problem *p) {
-    char unused[1];
-    const wan_attn_cuda_driver *driver = wan_attn_cuda_open_driver(unused, sizeof(unused));
-    const wan_attn_cuda_device *device =
-        wan_attn_cuda_find_device(p->params->q.device_index, unused, sizeof(unused));
+    const wan_attn_cuda_device *device = wan_attn_cuda_find_device(p->params->q.device_index, NULL);
     if (device && wan_attn_cuda_sums_f16(p->kernel_name) && !device->is_half_rate)
         return "is faster only on cards whose tensor cores accumulate f32 at half rate (GeForce "
                "RTX 30 to 50)";
     const wan_attn_cuda_tile *tile = device ? tile_for(p, device->arch) : NULL;
-    const char *why = refuse_tile(p, tile, driver);
+    const char *why = refuse_tile(p, tile);
     if (!why)
         why = refuse_sizes(p);
     if (!why && p->out.data)
