@@ -220,13 +220,14 @@ void wait_copies(Warp &w, const Ins &, const int *o, u32 mask) {
 void mapa(Warp &w, const Ins &, const int *o, u32 mask) {
     u32 *d = w.at<u32>(o[0]);
     const u32 *a = w.at<u32>(o[1]), *rank = w.at<u32>(o[2]);
+    const u32 shift = w.machine->knobs.rank_bits ? 0 : 1; /* shared_place */
     w.need(o[1], mask, "mapa");
     w.need(o[2], mask, "mapa");
     for (u32 rest = mask; rest; rest &= rest - 1) {
         int lane = __builtin_ctz(rest);
         if (rank[lane] >= w.machine->blocks.size())
             trap("mapa: the cluster has no block %u", rank[lane]);
-        d[lane] = (a[lane] & 0xffffffu) | rank[lane] << RANK_SHIFT;
+        d[lane] = (a[lane] & 0xffffffu) | (rank[lane] + shift) << RANK_SHIFT;
     }
     w.define(o[0], mask, ALL);
 }

@@ -32,11 +32,14 @@ bool Block::has_left() const {
     return std::all_of(warps.begin(), warps.end(), [](const Warp *w) { return w->over(); });
 }
 
-/* 5.? shared addresses: bits 24 and up are the rank of the block in its cluster. */
+/* Bits 24 and up of a shared address are the rank of its block in the cluster: where mapa puts it,
+ * and what a block's own addresses have there (SASS: PRMT 0x654, S2UR SR_CgaCtaId). Without
+ * knobs.rank_bits a block's own addresses have 0 there, mapa's the rank and one. */
 Place shared_place(Warp &w, u32 address, u32 bytes, u32 alignment, bool own_block) {
     Machine &m = *w.machine;
-    u32 rank = m.knobs.rank_bits ? address >> RANK_SHIFT : (u32)w.block->rank;
-    u32 offset = (m.knobs.rank_bits ? address & 0xffffffu : address) - (u32)m.knobs.window;
+    u32 rank = address >> RANK_SHIFT, offset = (address & 0xffffffu) - (u32)m.knobs.window;
+    if (!m.knobs.rank_bits)
+        rank = rank ? rank - 1 : (u32)w.block->rank;
     if (rank >= m.blocks.size())
         trap("shared address 0x%x: no block of this rank", address);
     if (own_block && rank != (u32)w.block->rank)
