@@ -7,7 +7,7 @@ import itertools
 import math
 from collections import Counter
 from ctypes import Structure, c_int, c_longlong
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from emu.args import Lengths, MergeArgs, PackArgs, PutLengthsArgs, View
+from emu.rows import CSRC
 from ptx import collect, machine
 from ptx.calls import kernel
 
@@ -28,14 +29,19 @@ NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 each_arch = pytest.mark.parametrize("arch", ARCHS)
 
 
-@cache
-def helper(name: str, arch: int) -> machine.Program:
+def helper(name: str, arch: int, csrc: Path = CSRC) -> machine.Program:
     job = next(j for j in collect.shipped() if j.name == name and j.arch == arch)
-    return kernel(job, collect.nvrtcs()[0])
+    return kernel(job, collect.nvrtcs()[0], csrc)
 
 
 def launch(
-    name: str, arch: int, args: Structure, warps: int, output: Tensor, **inputs: Tensor | None
+    name: str,
+    arch: int,
+    args: Structure,
+    warps: int,
+    output: Tensor,
+    csrc: Path = CSRC,
+    **inputs: Tensor | None,
 ) -> None:
     known = [(n, x, 0) for n, x in inputs.items() if x is not None] + [("output", output, 1)]
     tensors = [
@@ -43,7 +49,9 @@ def launch(
         for n, x, o in known
     ]
     knobs = machine.Knobs(order=warps % 3, seed=warps)
-    machine.launch(helper(name, arch), args, -(-warps // 4), tensors, threads=128, knobs=knobs)
+    machine.launch(
+        helper(name, arch, csrc), args, -(-warps // 4), tensors, threads=128, knobs=knobs
+    )
 
 
 def view(x: Tensor) -> View:
@@ -66,6 +74,7 @@ def convert(
     dtype: torch.dtype,
     lens: Tensor | None = None,
     scale: Tensor | None = None,
+    csrc: Path = CSRC,
 ) -> Tensor:
     batch, seqlen, heads, head_dim = x.shape
     to = torch.full(x.shape, 7.0, dtype=dtype)
@@ -73,8 +82,25 @@ def convert(
         *(view(x), to.data_ptr(), lengths(lens), None, address(scale)),
         *(batch, seqlen, heads, head_dim, NUMBER[x.dtype], int(dtype == torch.bfloat16), 0, 0),
     )
-    launch("wan_attn_convert", arch, args, batch * seqlen * heads, to, x=x, lens=lens, scale=scale)
+    launch(
+        "wan_attn_convert",
+        arch,
+        args,
+        batch * seqlen * heads,
+        to,
+        csrc,
+        x=x,
+        lens=lens,
+        scale=scale,
+    )
     return to
+
+
+def check_conversion(csrc: Path) -> None:
+    """Of other sources than the repository's: planted bugs."""
+    x = torch.randn(1, 5, 2, 66).bfloat16()
+    got = convert(80, x, torch.float16, csrc=csrc)
+    assert torch.equal(got, x.half()), "a conversion is wrong"
 
 
 @each_arch

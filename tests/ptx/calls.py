@@ -47,9 +47,14 @@ class Sm90Args(ctypes.Structure):
 
 
 @cache
+def _program_of(text: str) -> Program:
+    return program(text)
+
+
 def kernel(job: Job, compiler: Compiler, csrc: Path = CSRC) -> Program:
-    """The job's kernel as this compiler makes it."""
-    return program(ptx_of(job, compiler, csrc))
+    """The job's kernel as this compiler makes it. One program for one text: sources at the same
+    place may have changed."""
+    return _program_of(ptx_of(job, compiler, csrc))
 
 
 @dataclass(frozen=True)
