@@ -9,12 +9,15 @@ of its finding a check is known.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from emu import cases
 from emu.rows import CSRC, Job
 from ptx import asm_rules, collect, matrix
 from ptx.calls import Runner
+from ptx.machine import Knobs
 from ptx.parse import Refused
 
 # Words of a finding -> the name of the check that it comes from; the first that fits.
@@ -38,6 +41,7 @@ CHECKS = {
     "initialis": "mbarrier initialisation",
     "diverged": "divergence",
     "deadlock": "deadlock",
+    "goes on for ever": "deadlock",
     "arrivals than": "mbarrier count",
     "has left": "early exit",
     "of another block": "rank of an address",
@@ -101,8 +105,8 @@ def job_of(row: str) -> Job:
     return next(j for j in collect.shipped() if j.name == name and j.arch == arch)
 
 
-def finding(bug: Bug, csrc: Path) -> str:
-    """What is found in these sources; empty if nothing is."""
+def finding(bug: Bug, csrc: Path, knobs: Knobs | None = None) -> str:
+    """What is found in these sources, under some settings or one; empty if nothing is."""
     if rules := asm_rules.broken(csrc / "cuda" / "ptx"):
         return rules[0]
     try:
@@ -113,7 +117,10 @@ def finding(bug: Bug, csrc: Path) -> str:
             return ""
         runner = Runner(job_of(bug.row), collect.nvrtcs()[0], csrc)
         for number, case in enumerate(matrix.short(runner.tile)):
-            matrix.check(runner, case, number)
+            if knobs is None:
+                matrix.check(runner, case, number)
+            else:
+                cases.check(case, runner.tile, runner=replace(runner, knobs=knobs))
     except collect.CompileError as error:
         return f"compiler: {error}"
     except Refused as error:
@@ -323,10 +330,10 @@ BUGS = (
         "hopper",
     ),
     Bug(
-        "the turn: sync for arrive",
+        "the turn: operands swapped",
         CLUSTER,
-        "barrier.arrive.aligned",
-        "barrier.sync.aligned",
+        "barrier.arrive.aligned %0, %1",
+        "barrier.arrive.aligned %1, %0",
         "hopper",
     ),
     Bug("registers: dec for inc", CLUSTER, "setmaxnreg.inc", "setmaxnreg.dec", "hopper"),
@@ -475,10 +482,10 @@ BUGS = (
     ),
     Bug("wait without memory", WGMMA, '"n"(pending) : "memory"', '"n"(pending)', "hopper"),
     Bug(
-        "results are not held until the wait",
+        "a hold that holds nothing",
         WGMMA,
         'asm volatile("" : "+f"(x)::"memory");',
-        "(void)x;",
+        'asm("" : "+f"(x));',
         "hopper",
     ),
     Bug("scale-d turned round", WGMMA, "setp.ne.s32 p", "setp.eq.s32 p", "hopper"),
@@ -514,3 +521,23 @@ BUGS = (
         "hopper",
     ),
 )
+
+
+def main() -> None:
+    """Plants each and prints a table of what caught it."""
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for bug in BUGS:
+            csrc = bug.plant(Path(folder))
+            found = finding(bug, csrc)
+            bug.remove(csrc)
+            missed += not found
+            print(
+                f"| {bug.file} | {bug.name} | {check_of(found) if found else 'MISSED'} |",
+                flush=True,
+            )
+    print(f"{len(BUGS)} planted, {missed} missed")
+
+
+if __name__ == "__main__":
+    main()

@@ -194,7 +194,7 @@ struct Warp {
     std::vector<Entry> stack;
     u32 left = 0; /* lanes that have returned */
     Wait wait = Wait::NOTHING;
-    u64 retry_at = 0;
+    u64 retry_at = 0, steps = 0;
     int pc = 0;
     bool again = false; /* the instruction has to be tried again later */
     Clocks clocks, inits;

@@ -10,6 +10,9 @@
 
 namespace {
 
+/* Of one warp; the calls of the tests take some 100,000. */
+const u64 MOST_STEPS = 20000000;
+
 enum Control { BRA, BRA_UNI, RET, CONTROLS };
 
 const Op CONTROL_OPS[CONTROLS] = {
@@ -188,7 +191,8 @@ void go(Machine &m, Warp &w) {
     m.running = &w;
     u64 steps = m.knobs.order == ANY ? 1 + m.dice() % 400 : ~0ull;
     while (steps-- && step(w))
-        ;
+        if (++w.steps > MOST_STEPS)
+            trap("a warp goes on for ever");
     w.retry_at = m.events;
     if (w.over())
         check_left(w);

@@ -215,7 +215,7 @@ class _Writer:
         elif kind == "i":
             value = _literal(operand, 32)
             assert value is not None
-            self._put(value, 0)
+            self._put(value - (value >> 31 << 32), 0)
         elif kind == "_|=p":
             self._put(self._value(operand[2:], 1, now), written)
         elif kind not in ("_", "L"):
