@@ -91,7 +91,7 @@ FAULTS = {
         f"{WHO} @%p0 st.shared.b32 [%r3], %r9; @!%p0 ld.shared.b32 %r7, [%r6];"
     ),
     "no barrier orders it after the read by warp": (
-        f"{STORE} barrier.sync.aligned 1, 64; {WHO} @%p0 ld.shared.b32 %r7, [%r6]; @!%p0 {STORE}"
+        f"{STORE} barrier.sync.aligned 1, 64; {WHO} @!%p0 ld.shared.b32 %r7, [%r6]; @%p0 {STORE}"
     ),
     "deadlock": "setp.lt.s32 %p0, %r0, 32; @%p0 bra skip; barrier.sync.aligned 0; skip:",
     "but others came for": (

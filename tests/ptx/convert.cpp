@@ -62,7 +62,9 @@ float blurred(Machine &m, float x) {
     u32 bits = bits_of(x), exponent = bits >> 23 & 255;
     if (error == 0 || exponent < 2 || exponent > 252 || (bits & 0x7fffffu) == 0)
         return x;
-    return float_of(bits + (m.dice() % (2 * (u32)error + 1)) - (u32)error);
+    /* By the value alone: the same call gives the same bits. */
+    u32 hash = (bits * 2654435761u ^ (u32)m.knobs.seed) >> 7;
+    return float_of(bits + hash % (2 * (u32)error + 1) - (u32)error);
 }
 
 template <float f(float)> void approximation(Warp &w, const Ins &, const int *o, u32 mask) {
