@@ -153,7 +153,7 @@ typedef struct wan_attn_kernel_info {
     X(AVX2, 0, "avx2", 0, "AVX2 with FMA and F16C")                                                \
     X(AVX512, 1, "avx512", WAN_ATTN_CPU_AVX2, "AVX-512 F, BW, VL and DQ")                          \
     X(AVX512_BF16, 2, "avx512_bf16", WAN_ATTN_CPU_AVX512, "AVX-512 BF16")                          \
-    X(AMX_BF16, 3, "amx_bf16", WAN_ATTN_CPU_AVX512_BF16, "AMX BF16")                               \
+    X(AMX_BF16, 3, "amx", WAN_ATTN_CPU_AVX512_BF16, "AMX BF16")                                    \
     X(NEON, 4, "neon", 0, "NEON")
 
 /* Their bits in cpu_features: WAN_ATTN_CPU_AVX2 and so on. */

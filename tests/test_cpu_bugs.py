@@ -86,11 +86,11 @@ BUGS = (
     ),
     Bug(
         *("AMX: the last step of O is not added", AMX),
-        *("    do_chores(&last, last.rows);", "", AMX, "amx_bf16"),
+        *("    do_chores(&last, last.rows);", "", AMX, "amx"),
     ),
     Bug(
         *("AMX: maxima of all but the last step are lost", AMX),
-        *("(steps > 1 ? steps - 1 : 0) * STEP", "steps * STEP", AMX, "amx_bf16"),
+        *("(steps > 1 ? steps - 1 : 0) * STEP", "steps * STEP", AMX, "amx"),
     ),
     Bug(
         "the last task is left out",

@@ -130,7 +130,7 @@ LEVELS = {
     "avx2": {"avx2"},
     "avx512": {"avx2", "avx512"},
     "avx512_bf16": {"avx2", "avx512", "avx512_bf16"},
-    "amx": {"avx2", "avx512", "avx512_bf16", "amx_bf16"},
+    "amx": {"avx2", "avx512", "avx512_bf16", "amx"},
     "neon": {"neon"},
 }
 CHOICE = """

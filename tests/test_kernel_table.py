@@ -11,10 +11,11 @@ import pytest
 import readme_tables as tables
 
 from source_tree import c_code, c_sources, package_sources, python_strings, read
-from wan_attn.native import op
+from wan_attn import config
+from wan_attn.native import library, op
 
 KERNEL_NAME = re.compile(
-    r"sdpa_(?:ref|avx2|avx512|avx512_bf16|amx|neon|(?:qk8_)?sm\d+)"  # instruction set
+    rf"sdpa_(?:ref|{'|'.join(library.cpu_features())}|(?:qk8_)?sm\d+)"  # instruction set
     r"(?:_[a-z][a-z0-9]*)*?"  # variant
     r"(?:_d(?P<head_dim>\d+))?"
 )
@@ -28,6 +29,12 @@ def test_kernel_names_follow_the_grammar() -> None:
         assert match, f"{row.name} must be sdpa_<isa>[_variant][_d<head_dim>]"
         if row.device == "cuda" or match["head_dim"]:
             assert match["head_dim"] == str(row.head_dim_max), row.name
+
+
+def test_every_instruction_set_can_be_chosen() -> None:
+    """A new line of WAN_ATTN_CPU_FEATURE_LIST is a value of WAN_ATTN_CPU_ISA, too."""
+    (variable,) = (v for v in config.VARIABLES if v.name == "WAN_ATTN_CPU_ISA")
+    assert variable.values == ("auto", "portable", *library.cpu_features())
 
 
 def test_a_kernel_is_named_in_its_row_and_its_own_file() -> None:

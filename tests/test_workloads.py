@@ -7,7 +7,7 @@ import pytest
 
 from wan_attn.workloads import MODELS, WORKLOADS, parse_shape
 
-# The calls of stock Wan2.2, typed again: (batch, Lq, Lk, heads, head_dim, calls per forward)
+# The calls of stock Wan2.2 and of encoders, typed again: (batch, Lq, Lk, heads, head_dim, calls per forward)
 PUBLISHED = {
     "ti2v-5b-720p": (1, 27_280, 27_280, 24, 128, 30),
     "ti2v-5b-720p-cross": (1, 27_280, 512, 24, 128, 30),
@@ -17,6 +17,8 @@ PUBLISHED = {
     "a14b-720p-cross": (1, 75_600, 512, 40, 128, 40),
     "a14b-720p-image": (1, 75_600, 257, 40, 128, 40),
     "clip-vit-h": (1, 257, 257, 16, 80, 32),
+    "wav2vec2-10s": (1, 499, 499, 16, 64, 24),
+    "gemma-3-12b": (1, 1024, 1024, 16, 256, 48),
 }
 
 
@@ -32,7 +34,7 @@ def test_every_workload_has_its_published_shape() -> None:
 def test_a_workload_is_read_back_from_its_name_and_from_its_shape(name: str) -> None:
     workload = WORKLOADS[name]
     assert parse_shape(name.upper()) == workload
-    again = parse_shape(workload.shape)
+    again = parse_shape(workload.shape, num_heads_k=workload.num_heads_k)
     assert again.shape == workload.shape
     assert (again.batch, again.seqlen_q, again.seqlen_k) == (
         1,

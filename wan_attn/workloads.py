@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""workloads.py - the attention calls that Wan2.2 makes, by name, and how people write down a call.
+"""workloads.py - the calls of Wan2.2 and of encoders beside video models, by name or as text.
 
 Plain numbers: no torch, no device. Used by `doctor`, `why`, benchmarks and tests, so that all of
 them mean the same thing by "TI2V-5B at 720p".
@@ -127,6 +127,30 @@ def _named() -> dict[str, Workload]:
             calls=32,
         )
     )
+    calls += [
+        Workload(  # facebook/wav2vec2-large-xlsr-53, the audio encoder of S2V: 50 frames a second
+            "wav2vec2-10s",
+            "wav2vec 2.0 audio encoder, 10 seconds of sound, self-attention",
+            batch=1,
+            seqlen_q=499,
+            seqlen_k=499,
+            num_heads_q=16,
+            num_heads_k=16,
+            head_dim=64,
+            calls=24,
+        ),
+        Workload(  # google/gemma-3-12b, the text encoder of LTX-2
+            "gemma-3-12b",
+            "Gemma 3 12B text encoder, 1024 tokens, self-attention (causal)",
+            batch=1,
+            seqlen_q=1024,
+            seqlen_k=1024,
+            num_heads_q=16,
+            num_heads_k=8,
+            head_dim=256,
+            calls=48,
+        ),
+    ]
     return {c.name: c for c in calls}
 
 

@@ -3,6 +3,9 @@
  * sdpa_tile.inc.
  *
  * Budget: 4 x 3 accumulators + 3 + 1: all 16 registers; 12 FMA for 7 loads. Panel of 24 queries.
+ * Measured, as a multiple of torch's SDPA (AMD EPYC, Zen 4, one core, 2026-11-21, 4 heads x 4096 x
+ * 4096 x 128; docs/measured.md): fp32 1.20, bf16 1.28, fp16 2.01; 88 to 90 % of the
+ * core's peak.
  */
 #include <float.h>
 #include <math.h>

@@ -3,6 +3,8 @@
  * body: sdpa_tile.inc.
  *
  * Budget: 8 x 3 accumulators + 3 + 1 of 32 registers; 24 FMA for 11 loads. Panel of 48 queries.
+ * Measured, as a multiple of torch's SDPA (AMD EPYC, Zen 4, one core, 2026-11-21, 4 heads x 4096 x
+ * 4096 x 128; docs/measured.md): fp32 1.24, fp16 2.05; 90 and 91 % of the core's peak.
  */
 #include <float.h>
 #include <math.h>

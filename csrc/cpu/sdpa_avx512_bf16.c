@@ -6,6 +6,8 @@
  * queries.
  * Numerics: float32 query and key are rounded to bfloat16, as torch does; P is rounded to bfloat16,
  * row_sum adds up what it was before. vdpbf16ps takes subnormal numbers for zero.
+ * Measured, as a multiple of torch's SDPA (AMD EPYC, Zen 4, one core, 2026-11-21, 4 heads x 4096 x
+ * 4096 x 128; docs/measured.md): 2.51; 88 % of the core's peak.
  */
 #include <float.h>
 #include <math.h>

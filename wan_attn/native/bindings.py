@@ -28,9 +28,6 @@ DTYPES = {
 }
 DEVICES = {"cpu": native.CPU, "cuda": native.CUDA}
 
-# Values of WAN_ATTN_CPU_ISA that are not the name of a feature of wan_attn.h.
-_ISA_NAMES = {"amx": "amx_bf16"}
-
 
 _here = threading.local()
 
@@ -52,7 +49,7 @@ def set_cpu_features(settings: config.Settings) -> None:
     if isa == "auto" or native.load() is None:
         CPU_FEATURES.value = 0
         return
-    allowed = 0 if isa == "portable" else native.cpu_feature_level(_ISA_NAMES.get(isa, isa))
+    allowed = 0 if isa == "portable" else native.cpu_feature_level(isa)
     CPU_FEATURES.value = native.CPU_KNOWN | allowed
 
 

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-_INT64 = range(-(1 << 63), 1 << 63)
+# Compared with, as a tracer cannot look for its own integers in a range.
+_LEAST, _MOST = -(1 << 63), (1 << 63) - 1
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)  # numbers that a tracer follows
 DENSE = "a dense tensor on cpu or cuda"
 
@@ -126,7 +127,7 @@ def integer(name: str, value: object, at_least: int | None = None) -> int:
     result = value if type(value) is int else _index(value)
     if result is None:
         refuse(name, "an integer", shown(value))
-    if result not in _INT64:
+    if not _LEAST <= result <= _MOST:
         refuse(name, "an integer of 64 bits", shown(result))
     if at_least is not None and result < at_least:
         refuse(name, f"at least {at_least}", result)
@@ -167,7 +168,7 @@ def integers(name: str, values: object, rule: str = "a tensor or a list of integ
             if isinstance(value, (Sequence, Mapping)) or _index(value) is None:
                 refuse(name, rule, shown(values))
             value = _index(value)
-        if value not in _INT64:
+        if not _LEAST <= value <= _MOST:
             refuse(name, "of integers of 64 bits", shown(values))
         found.append(value)
     return found
@@ -189,7 +190,8 @@ def pair(name: str, value: object) -> tuple[int, int]:
     """
     if type(value) is tuple and len(value) == 2:  # the usual case
         left, right = value
-        if type(left) is int and type(right) is int and left in _INT64 and right in _INT64:
+        are_integers = type(left) is int and type(right) is int
+        if are_integers and _LEAST <= left <= _MOST and _LEAST <= right <= _MOST:
             return value
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         refuse(name, "a pair (left, right)", shown(value))
