@@ -89,7 +89,7 @@ template <class T, bool f(T, T)> void compare(Warp &w, const Ins &, const int *o
     w.define(o[0], mask, w.defined[o[1]] & w.defined[o[2]]);
 }
 
-/* 9.7.6.? selp: only the operand that is chosen has to be known. */
+/* selp: only the operand that is chosen has to be known. */
 template <class T> void select(Warp &w, const Ins &, const int *o, u32 mask) {
     T *d = w.at<T>(o[0]);
     const T *a = w.at<T>(o[1]), *b = w.at<T>(o[2]);
@@ -149,7 +149,7 @@ void unpack_64(Warp &w, const Ins &, const int *o, u32 mask) {
     w.define(o[1], mask, known);
 }
 
-/* 9.7.8.? bfi: f = b with the low `length` bits of a put in at `at`. */
+/* bfi: f = b with the low `length` bits of a put in at `at`. */
 void insert_bits(Warp &w, const Ins &, const int *o, u32 mask) {
     u32 *f = w.at<u32>(o[0]), result[LANES];
     const u32 *a = w.at<u32>(o[1]), *b = w.at<u32>(o[2]), *c = w.at<u32>(o[3]),
@@ -209,7 +209,7 @@ float fma_f(float a, float b, float c) { return fmaf(a, b, c); }
 float neg_f(float a) { return float_of(bits_of(a) ^ 0x80000000u); }
 float abs_f(float a) { return float_of(bits_of(a) & 0x7fffffffu); }
 int neg_s(int a) { return (int)(0u - (u32)a); }
-/* 9.7.3.? max: of a NaN and a number the number; +0 is larger than -0. */
+/* max: of a NaN and a number the number; +0 is larger than -0. */
 float max_f(float a, float b) {
     if (a != a)
         return b != b ? float_of(0x7fffffffu) : b;

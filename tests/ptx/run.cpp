@@ -27,7 +27,7 @@ void leave(Warp &w, u32 mask) {
         w.stack.pop_back();
 }
 
-/* `taken` of the lanes of the top go to `target`, the others on; they meet where the branch says. */
+/* `taken` of the top's lanes go to `target`, the others on; they meet where the branch says. */
 void part(Warp &w, const Ins &ins, u32 taken) {
     Entry top = w.stack.back();
     int next = top.pc + 1;

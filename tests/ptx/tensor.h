@@ -47,8 +47,8 @@ inline double dot(const Knobs &knobs, double c, const float *a, const float *b, 
     return c;
 }
 
-/* d[m][n] = c[m][n] + sum over k of a[m][k] b[k][n]. Products of 16-bit numbers and sums of a few of
- * them are exact in double, so that the one rounding is that to the result. */
+/* d[m][n] = c[m][n] + sum over k of a[m][k] b[k][n]. Products of 16-bit numbers and sums of a few
+ * of them are exact in double, so that the one rounding is that to the result. */
 template <int N>
 inline void multiply(const Knobs &knobs, double (*d)[N], const float (*a)[16], const float (*b)[N],
                      int rows, int k) {
