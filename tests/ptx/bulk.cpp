@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * bulk.cpp - bulk copies of boxes of a tensor: PTX ISA 9.7.9.27.1 (cp.async.bulk.tensor),
- * 9.7.9.25.4 (groups), 5.5 (tensors, boxes, swizzle); and the map that cuTensorMapEncodeTiled makes of one:
- * CUDA driver API, "Tensor Map Object Management" (maps.py checks its rules).
+ * 9.7.9.25.4 (groups), 5.5 (tensors, boxes, swizzle); and the map that cuTensorMapEncodeTiled
+ * makes of one: CUDA driver API, "Tensor Map Object Management" (maps.py checks its rules).
  */
 #include <cstring>
 

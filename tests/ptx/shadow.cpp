@@ -4,9 +4,9 @@
  * Order follows the memory consistency model (PTX ISA 8): an access is ordered after another one if
  * a chain of barriers leads from one to the other. Vector clocks keep that chain: a release copies
  * what a warp knows into a barrier, an acquire takes it out. The verdict does not depend on the
- * schedule. Async proxy (8.? and 9.7.13.4): what a thread has stored is visible to wgmma and bulk
- * copies only after its own fence.proxy.async; the manual would also let another thread fence what
- * it has seen, which no code here does.
+ * schedule. Async proxy (9.7.13.5, fence.proxy): what a thread has stored is visible to wgmma and
+ * bulk copies only after its own fence.proxy.async; the manual would also let another thread fence
+ * what it has seen, which no code here does.
  */
 #include <algorithm>
 #include <cstdarg>
