@@ -26,6 +26,7 @@ help:
 	@echo 'make build         the C library and the torch shim, beside wan_attn/'
 	@echo 'make wheel         a wheel for this platform, in dist/'
 	@echo 'make install-matrix   every way to install, beside several torch versions (GBs)'
+	@echo 'make ptx-matrix    every CUDA kernel of every compiler here, run from its PTX; planted bugs'
 	@echo 'make host-matrix   the tests with several versions of diffusers and transformers'
 	@echo 'make clean         remove everything that these have made, except .venv'
 	@echo
@@ -106,6 +107,11 @@ wheel: build
 install-matrix:
 	@echo '== every way to install'
 	@PYTHONPATH=tests/support $(PYTHON) tests/install_matrix.py $(ARGS)
+
+ptx-matrix: build
+	@echo '== kernels from their PTX'
+	@PYTHONPATH=tests:tests/support $(python) tests/ptx/matrix.py $(ARGS)
+	@PYTHONPATH=tests:tests/support $(python) -m ptx.bugs
 
 host-matrix: build
 	@echo '== several versions of diffusers and transformers'

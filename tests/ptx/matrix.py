@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""matrix.py - which calls each kernel has to answer on the machine; `make ptx-matrix` runs all.
+
+    python tests/ptx/matrix.py [--compiler NAME] [--kernel NAME] [--seed N]
+
+prints, for each compiler and kernel: calls, seconds, instructions that no call has run; then how
+often each opcode ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from emu import cases, cases_sm90
+from emu.cases import Case
+from emu.rows import Job, TileSm90
+from emu.run import Schedule
+from ptx import collect
+from ptx.calls import Runner
+from ptx.machine import Knobs
+
+# Settings that no result may depend on: order of warps, landing of copies, what uninitialised
+# registers and memory hold, where shared memory begins, how tensor cores sum and how much ex2 errs.
+SETTINGS = (
+    Knobs(landing=0, order=0, garbage=0xFFFFFFFF),
+    Knobs(landing=1, order=1, garbage=0x7FC07FC0),
+    Knobs(landing=2, order=2, garbage=0, ex2_error=2),
+    Knobs(landing=1, order=2, window=0x800, garbage=0x3C003C00),
+    Knobs(landing=2, order=0, sum_block=16, sum_bits=25),
+    Knobs(landing=0, order=2, sum_block=8, sum_bits=24),
+    Knobs(landing=1, order=0, sum_block=4, sum_bits=23),
+    Knobs(landing=2, order=1, rank_bits=0),
+)
+
+
+def short(tile: Any) -> Iterator[Case]:
+    """A call of each kind: ragged, causal, window, grouped heads, lengths, f32 queries, parts,
+    a negative scale, views into NaN."""
+    m, n = tile.block_m, tile.block_n
+    is_sm90 = isinstance(tile, TileSm90)
+    yield Case(m + 1, 3 * n + 5)
+    yield Case(2 * m - 1, 2 * n + 3, is_causal=True)
+    yield Case(m + 3, 4 * n, window=(n + 5, 7))
+    yield Case(20, n + 4, 2, 4, 2, layout="surrounded", q_lens=(20, 7), k_lens=(n + 1, 3))
+    lens = {"q_lens": (0, 9, m), "k_lens": (5, 0, n + 2)}
+    yield Case(m, n + 9, 3, lens_dtype="int32", **lens, is_causal=True)
+    yield Case(17, 2 * n + 1, scale=-0.3, layout="fused")
+    yield Case(m, n, values="one hot", return_lse=False)
+    if is_sm90:
+        yield Case(2 * m + 1, 6 * n - 3, values="rising")
+    else:
+        yield Case(18, n + 7, heads_q=2, heads_k=2, q_is_f32=True, layout="heads first")
+        yield Case(9, 3 * n + 2, 2, 2, 1, split_tiles=1)
+        yield Case(m, 3 * n - 2, values="rising")
+
+
+def full(tile: Any, seed: int = 0) -> Iterator[Case]:
+    """All calls that the emulated sources answer, and these."""
+    yield from short(tile)
+    kind: Any = cases_sm90 if isinstance(tile, TileSm90) else cases
+    yield from kind.by_hand(tile)
+    yield from kind.by_chance(tile, 24, seed=seed)
+
+
+def check(runner: Runner, case: Case, number: int) -> None:
+    """Runs a call under one of the settings and holds it against the oracle.
+
+    Of sums that are cut off, lse is not judged here: torch's, by which our error is measured, are
+    rounded. test_ptx_knobs.py holds it against what the cuts can add up to.
+    """
+    knobs = replace(SETTINGS[number % len(SETTINGS)], seed=number)
+    if knobs.sum_block and case.split_tiles:  # needs lse to put the parts together
+        knobs = replace(knobs, sum_block=0)
+    judged = case.return_lse and not knobs.sum_block
+    case = replace(case, schedule=Schedule(knobs.landing, number), return_lse=judged)
+    cases.check(case, runner.tile, runner=replace(runner, knobs=knobs))
+
+
+def check_outputs(runner: Runner) -> None:
+    """Hopper's ways out: through TMA, straight from registers, in f32: the same numbers."""
+    tile = runner.tile
+    m, n = tile.block_m, tile.block_n
+    case = Case(m + 13, n + 9, 2, 2, 1, q_lens=(m + 5, 3), k_lens=(0, n))
+    query, key, value = cases.operands(case, tile)
+    by_tma = runner(tile, query, key, value, **case.call()).out
+    around = torch.full((2, m + 13, 3, tile.head_dim + 4), math.nan, dtype=query.dtype)
+    view = around[:, :, 1:, :-4]  # 8 bytes past a multiple of 16
+    assert torch.equal(runner(tile, query, key, value, out=view, **case.call()).out, by_tma)
+    assert around[:, :, 0].isnan().all() and around[..., -4:].isnan().all()
+    wide = torch.full(query.shape, math.nan)
+    runner(tile, query, key, value, out=wide, **case.call())
+    assert torch.equal(wide.to(query.dtype), by_tma)
+
+
+def attention_jobs() -> tuple[Job, ...]:
+    """Kernels of attention, each tile on the first architecture that ships it."""
+    first: dict[str, Job] = {}
+    for job in collect.shipped():
+        if job.name.startswith("sdpa"):
+            first.setdefault(f"{job.kernel}", job)
+    return tuple(first.values())
+
+
+def never_run(runner: Runner) -> list[str]:
+    """Opcodes of the kernel that no call has run."""
+    return sorted(name for name, times in runner.program.counts().items() if times == 0)
+
+
+def _run(runner: Runner, seed: int) -> Counter[str]:
+    begin, count, failed = time.process_time(), 0, 0
+    for number, case in enumerate(full(runner.tile, seed)):
+        try:
+            check(runner, case, number)
+        except AssertionError as error:
+            failed += 1
+            print(f"    WRONG {error}", flush=True)
+        count += 1
+    if isinstance(runner.tile, TileSm90):
+        check_outputs(runner)
+    executed = runner.program.executed
+    idle = sum(times == 0 for times in executed)
+    print(
+        f"{runner.compiler.name:12} {runner.job.name:36} {runner.job.target:7} {count:4} calls"
+        f" {time.process_time() - begin:6.1f} s  {failed} wrong  {idle} of {len(executed)}"
+        " instructions never ran",
+        flush=True,
+    )
+    return runner.program.counts()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="every kernel from its PTX, against the oracle")
+    parser.add_argument("--compiler", default="", help="only those whose name contains this")
+    parser.add_argument("--kernel", default="", help="only those whose name contains this")
+    parser.add_argument("--seed", type=int, default=0)
+    wanted = parser.parse_args()
+    for compiler in collect.all_compilers():
+        if wanted.compiler not in compiler.name:
+            continue
+        total: Counter[str] = Counter()
+        for job in collect.shipped():
+            if job.name.startswith("sdpa") and wanted.kernel in f"{job.name} {job.target}":
+                total += _run(Runner(job, compiler), wanted.seed)
+        print(f"{compiler.name}: how often each opcode ran")
+        for name, times in sorted(total.items()):
+            print(f"    {times:14,} {name}")
+
+
+if __name__ == "__main__":
+    main()
