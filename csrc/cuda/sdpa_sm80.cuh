@@ -37,9 +37,9 @@
  * summed in f16: eleven bits of P instead of bf16's eight outweigh those roundings. V comes scaled
  * (args.h), so that no sum of finite numbers can overflow; NaN and infinities pass through.
  * bf16 on Turing: f16 has three bits more than bf16 and a far smaller range, so that every operand
- * comes with a power of two: K and V one a head (args.h), Q one a row, found as it is loaded; P
- * needs none. The products then are those of the bf16 numbers, exactly; what is smaller than 2^-32
- * of its head's or row's largest loses bits. out is rounded to bf16 in integer arithmetic.
+ * comes with a power of two: K and V one a head (args.h), Q one a row, found as it is loaded, P
+ * 2^P_SHIFT. The products then are those of the bf16 numbers; what is smaller than 2^-32 of its
+ * head's or row's largest (of P: than 2^-27) loses bits. out is rounded to bf16 by integers.
  * Measured: no GPU was at hand. What the instruction counts allow: benchmarks/static_model.py.
  */
 #include "cuda/args.h"
@@ -58,6 +58,15 @@
 #else
 #define PACK_P pack_f16
 #define MMA mma_m16n8k16_f16
+#endif
+/* Weights are made 2^P_SHIFT times as large. Of f16 weights between 0 and 1 those below 2^-25 would
+ * be lost; there may be many, and all of the result where the largest weights meet a V of 0. */
+#if PV_SUM_F16
+#define P_SHIFT 8
+#elif IS_BF16 && HAS_BF16
+#define P_SHIFT 0
+#else
+#define P_SHIFT 13
 #endif
 
 #include "cuda/tile/swizzle.cuh"

@@ -46,10 +46,12 @@
 #define WGMMA(form, n, type) JOINED(form, n, type)
 #if IS_BF16
 #define PACK pack_bf16
+#define P_SHIFT 0 /* as in sdpa_sm80.cuh */
 #define MULTIPLY_SS WGMMA(ss, BLOCK_N, bf16)
 #define MULTIPLY_RS WGMMA(rs, HEAD_DIM, bf16)
 #else
 #define PACK pack_f16
+#define P_SHIFT 13
 #define MULTIPLY_SS WGMMA(ss, BLOCK_N, f16)
 #define MULTIPLY_RS WGMMA(rs, HEAD_DIM, f16)
 #endif
@@ -223,7 +225,7 @@ DEVICE bool weigh(consumer &c, float s[S_TILES][4], float factor[2], float scale
     bool has_grown = any_lane(new_max[0] > c.row_max[0] || new_max[1] > c.row_max[1]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float shift = -new_max[r], sum = 0.0f;
+        float shift = P_SHIFT - new_max[r], sum = 0.0f;
         factor[r] = exp2_approx(c.row_max[r] - new_max[r]);
         c.row_max[r] = new_max[r];
 #pragma unroll

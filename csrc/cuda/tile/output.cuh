@@ -46,7 +46,8 @@ DEVICE float finish_row(const wan_attn_cuda_args &args, const block_place &place
     if (args.lse && has_row && thread_index() % 4 == 0)
         store_global_f32(args.lse + lse_at + row * args.lse_row_stride,
                          sees_none ? minus_infinity()
-                                   : fused_multiply_add(row_max, 0.69314718f, natural_log(sum)));
+                                   : fused_multiply_add(row_max - P_SHIFT, 0.69314718f,
+                                                        natural_log(sum)));
     return sees_none ? 0.0f : reciprocal(sum);
 }
 
