@@ -103,6 +103,12 @@ def test_the_machine_code_is_as_designed(
     assert found == expected(tile)
     products = sass.count(loop, "HMMA")
     others = sum(sass.histogram(loop).values()) - products
+    # Q comes in few trips to memory: all of it, or a quarter of a 16-row tile where it would not
+    # fit the registers.
+    k_steps, m_tiles = tile.head_dim // 16, tile.rows_per_warp // 16
+    at_once = k_steps * m_tiles if tile.q_in_regs else 4 if k_steps % 4 == 0 else k_steps
+    pairs = sass.loads_under_way(kernel.instructions, "LDG.E.CONSTANT")
+    assert pairs >= 4 * at_once
     # Each f16 sum has to be converted and added, element by element.
     promotion = 2 * sass.count(loop, "HADD2.F32")
     most = MOST_OTHERS[tile.gpu_class, tile.head_dim] * products + promotion

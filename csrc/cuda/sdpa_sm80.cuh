@@ -83,8 +83,9 @@ enum {
     Q_SMEM = TILE_BYTES * (1 + STAGES),
     Q_BYTES = Q_IN_REGS ? 0 : BLOCK_M * ROW_BYTES,
     BOUNDS_SMEM = Q_SMEM + Q_BYTES,
-    /* Unrolled, loading Q would keep dozens of loads in flight, and their registers. */
-    Q_UNROLL = Q_IN_REGS ? K_STEPS : 1
+    /* Loads of Q that are under way together, a quarter of them. */
+    Q_TILES_AT_ONCE = Q_IN_REGS ? M_TILES : 1,
+    Q_STEPS_AT_ONCE = Q_IN_REGS || K_STEPS % 4 != 0 ? K_STEPS : 4
 };
 static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row tiles");
 static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two K tiles");
@@ -143,16 +144,12 @@ DEVICE int row_in_block(int m_tile) {
 }
 
 /* Two neighbouring elements of Q as a packed pair of the row's dtype. */
-DEVICE u32 load_q_pair(const wan_attn_cuda_args &args, i64 at) {
-    u32 pair;
-    if (args.q_is_f32) {
-        float x[2];
-        load_global_f32x2(x, (const float *)args.q.data + at);
-        pair = PACK(x[0], x[1]);
-    } else {
-        pair = load_global_b32((const char *)args.q.data + at * 2);
-    }
-    return pair ^ args.q_sign;
+DEVICE u32 load_q_pair(const wan_attn_cuda_args &args, i64 at, bool is_f32) {
+    if (!is_f32)
+        return load_global_b32((const char *)args.q.data + at * 2);
+    float x[2];
+    load_global_f32x2(x, (const float *)args.q.data + at);
+    return PACK(x[0], x[1]);
 }
 
 #if BF16_AS_F16
@@ -194,31 +191,42 @@ DEVICE void scale_q(const wan_attn_cuda_args &args, const block_place &place, q_
 }
 #endif
 
-/* Straight from global memory into fragments: once a block, so that its small loads do not matter,
- * and f32 needs no pass of its own. Rows behind the real length are not read. In shared memory a
- * fragment lies as its lanes hold it; lanes read only what they wrote. */
-DEVICE void load_q(const wan_attn_cuda_args &args, const block_place &place, int used_q,
-                   q_fragments &q) {
+/* Fragments of one dtype. Nothing between the loads is conditional: a branch would make each wait
+ * for the one before it, a trip to memory every time. So a row behind the real length is another
+ * copy of the block's first row, which is real; store_rows drops what comes of it. In shared memory
+ * a fragment lies as its lanes hold it; lanes read only what they wrote. */
+DEVICE void load_q_as(const wan_attn_cuda_args &args, const block_place &place, int used_q,
+                      q_fragments &q, bool is_f32) {
     i64 head = place.sample * args.q.batch_stride + place.head * args.q.head_stride;
     int t = thread_index() % 4;
-    q.smem = shared_base() + Q_SMEM + (u32)(thread_index() / 32) * (M_TILES * K_STEPS * 512) +
-             (u32)(thread_index() % 32) * 16;
-#pragma unroll(Q_UNROLL)
+#pragma unroll(Q_TILES_AT_ONCE)
     for (int m = 0; m < M_TILES; m++)
-#pragma unroll(Q_UNROLL)
+#pragma unroll(Q_STEPS_AT_ONCE)
         for (int step = 0; step < K_STEPS; step++) {
             u32 a[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int row = place.row_begin + row_in_block(m) + i % 2 * 8;
-                i64 at = head + row * args.q.row_stride + 16 * step + 8 * (i / 2) + 2 * t;
-                a[i] = row < used_q ? load_q_pair(args, at) : 0;
+                i64 at = head + (row < used_q ? row : place.row_begin) * args.q.row_stride;
+                at += 16 * step + 8 * (i / 2) + 2 * t;
+                a[i] = load_q_pair(args, at, is_f32) ^ args.q_sign;
                 if (Q_IN_REGS)
                     q.in_regs[m][step][i] = a[i];
             }
             if (!Q_IN_REGS)
                 store_shared_b32x4(q.smem + (u32)(m * K_STEPS + step) * 512, a);
         }
+}
+
+/* Straight from global memory into fragments, so that f32 needs no pass of its own. */
+DEVICE void load_q(const wan_attn_cuda_args &args, const block_place &place, int used_q,
+                   q_fragments &q) {
+    q.smem = shared_base() + Q_SMEM + (u32)(thread_index() / 32) * (M_TILES * K_STEPS * 512) +
+             (u32)(thread_index() % 32) * 16;
+    if (args.q_is_f32)
+        load_q_as(args, place, used_q, q, true);
+    else
+        load_q_as(args, place, used_q, q, false);
 #if BF16_AS_F16
     scale_q(args, place, q);
 #endif
