@@ -44,10 +44,10 @@ DEVICE float finish_row(const wan_attn_cuda_args &args, const block_place &place
     float sum = quad_sum(row_sum);
     bool sees_none = row >= used_q || (row_max == lowest() && sum == 0.0f);
     if (args.lse && has_row && thread_index() % 4 == 0)
-        store_global_f32(args.lse + lse_at + row * args.lse_row_stride,
-                         sees_none ? minus_infinity()
-                                   : fused_multiply_add(row_max - P_SHIFT, 0.69314718f,
-                                                        natural_log(sum)));
+        store_global_f32(
+            args.lse + lse_at + row * args.lse_row_stride,
+            sees_none ? minus_infinity()
+                      : fused_multiply_add(row_max - P_SHIFT, 0.69314718f, natural_log(sum)));
     return sees_none ? 0.0f : reciprocal(sum);
 }
 
