@@ -384,11 +384,11 @@ DEVICE void process_tiles(const sm90_args &args, const assignment &a, consumer &
 DEVICE void store_by_tma(const sm90_args &args, const block_place &place, const consumer &c,
                          int used_q) {
     int row = place.row_begin + row_in_block(c);
-    float factor[2];
+    row_end end[2];
 #pragma unroll
     for (int r = 0; r < 2; r++, row += 8)
-        factor[r] = finish_row(args.call, place, row, row < args.call.seqlen_q, used_q,
-                               c.row_max[r], c.row_sum[r]);
+        end[r] = finish_row(args.call, place, row, row < args.call.seqlen_q, used_q, c.row_max[r],
+                            c.row_sum[r]);
 
     /* Lane 8i + x brings row x of matrix i: 0 and 1 are 16 rows of 8 columns, 2 and 3 of the next
      * 8 columns. All warps must have done with Q. */
@@ -402,9 +402,8 @@ DEVICE void store_by_tma(const sm90_args &args, const block_place &place, const 
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float *pair = &c.o[j + i / 2][2 * (i % 2)];
-            float f = factor[i % 2];
-            /* What a row without keys has summed up may be NaN. */
-            x[i] = f == 0.0f ? 0 : PACK(pair[0] * f, pair[1] * f);
+            float f = end[i % 2].factor;
+            x[i] = end[i % 2].sees_none ? 0 : PACK(pair[0] * f, pair[1] * f);
         }
         u32 chunk = (u32)(j % 8 + lane / 16);
         stmatrix_x4(panel_at + (u32)(j / 8 * Q_PANEL) + line * 128 + (chunk ^ line % 8) * 16, x);
