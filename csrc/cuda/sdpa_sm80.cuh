@@ -59,13 +59,14 @@
 #define MMA mma_m16n8k16_f16
 #endif
 /* Weights are made 2^P_SHIFT times as large. Of f16 weights between 0 and 1 those below 2^-25 would
- * be lost; there may be many, and all of the result where the largest weights meet a V of 0. */
+ * be lost; there may be many, and all of the result where the largest weights meet a V of 0. (No
+ * power of two: P_SHIFT + score - maximum then is P_SHIFT itself for the largest, also rounded.) */
 #if IS_BF16 && HAS_BF16 && !PV_SUM_F16
 #define PACK_P pack_bf16
 #define P_SHIFT 0
 #else
 #define PACK_P pack_f16
-#define P_SHIFT (PV_SUM_F16 ? 8 : 13)
+#define P_SHIFT (PV_SUM_F16 ? 9 : 13)
 #endif
 
 #include "cuda/tile/swizzle.cuh"

@@ -51,7 +51,9 @@ DEVICE row_end finish_row(const wan_attn_cuda_args &args, const block_place &pla
     float sum = quad_sum(row_sum);
     row_end end = {!sees_keys(args, place, row, used_q, BLOCK_N), reciprocal(sum)};
     if (args.lse && has_row && thread_index() % 4 == 0) {
-        float lse = fused_multiply_add(row_max - P_SHIFT, 0.69314718f, natural_log(sum));
+        /* The largest weight is 2^P_SHIFT, whatever P_SHIFT - row_max was rounded to. */
+        float unshifted = sum * (1.0f / (1 << P_SHIFT));
+        float lse = fused_multiply_add(row_max, 0.69314718f, natural_log(unshifted));
         if (sum == 0.0f && args.num_splits == 1)
             lse = float_from_bits(0x7fffffffu); /* NaN */
         store_global_f32(args.lse + lse_at + row * args.lse_row_stride,
