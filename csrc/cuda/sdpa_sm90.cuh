@@ -25,7 +25,8 @@
  *     start S(n) = Q K(n)^T                    the tensor cores are busy with these two products
  *     wait V(n+1), start O += P(n+1) V(n+1)    while the softmax below runs; the turn is passed on,
  *     wait S(n), free K(n)                     so that one warpgroup's softmax runs beside the
- *     softmax of S(n), mask first              products of another one (ping-pong)
+ *     softmax of S(n), mask first              products of another one (ping-pong); computed()
+ *                                              keeps the compiler from doing it after the wait
  *     wait O, free V(n+1)
  *     rescale O if a maximum grew, P(n) = S(n) in 16 bits
  * Barriers: full_k/v[stage], one arrival and the bytes of a tile; empty_k/v[stage], one arrival of
@@ -340,6 +341,7 @@ DEVICE void process_tile(const sm90_args &args, const block_work &work, consumer
         mask_tile(args.call, work, c, n, s);
     bool has_grown = weigh(c, s, factor, args.call.scale_log2e);
     hold_tiles(s, S_TILES);
+    computed(c.row_sum[0], c.row_sum[1], shared_base());
     wgmma_wait<0>();
     hold_tiles(c.o, O_TILES);
     hold_tiles(s, S_TILES);
