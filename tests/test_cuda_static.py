@@ -78,6 +78,13 @@ def expected(tile: Tile) -> dict[str, int]:
     }
 
 
+def parts(tile: Tile) -> int:
+    """Sums of P V from zero in a tile; 0: O is the tensor cores' own sum (tile/multiply_pv.cuh)."""
+    if tile.rows_per_warp > 16 or tile.head_dim + tile.block_n > 288:
+        return 0
+    return tile.block_n // 32 if tile.pv_sum_f16 else 1
+
+
 # Other instructions for each tensor core product. head_dim 128 is what Wan2.2 has and what these
 # kernels are made for; the smaller head_dim, the fewer products share the same softmax.
 MOST_OTHERS = {
@@ -103,8 +110,17 @@ def test_the_machine_code_is_as_designed(
     assert found == expected(tile)
     products = sass.count(loop, "HMMA")
     others = sum(sass.histogram(loop).values()) - products
-    # Each f16 sum has to be converted and added, element by element.
-    promotion = 2 * sass.count(loop, "HADD2.F32")
+    # Q comes in few trips to memory: all of it, or a quarter of a 16-row tile where it would not
+    # fit the registers.
+    k_steps, m_tiles = tile.head_dim // 16, tile.rows_per_warp // 16
+    at_once = k_steps * m_tiles if tile.q_in_regs else 4 if k_steps % 4 == 0 else k_steps
+    pairs = sass.loads_under_way(kernel.instructions, "LDG.E.CONSTANT")
+    assert pairs >= 4 * at_once
+    # Each sum of a part has to be added to O, element by element; those in f16 are converted, too.
+    sums = parts(tile) * tile.rows_per_warp * tile.head_dim // 32
+    weights = tile.rows_per_warp * tile.block_n // 32
+    assert sums <= sass.count(loop, "FADD") - weights <= sums + 8 * m_tiles
+    promotion = sums + sass.count(loop, "HADD2.F32")
     most = MOST_OTHERS[tile.gpu_class, tile.head_dim] * products + promotion
     assert others <= most, sass.histogram(loop)
     assert sass.count(loop, "IMAD.WIDE", "IADD3.X", "IMAD.X", "LEA.HI.X", "IADD.64") <= 16

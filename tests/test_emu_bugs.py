@@ -200,8 +200,8 @@ BUGS = (
     Bug(
         "padding rows of Q are read",
         KERNEL,
-        "row < used_q ? load_q_pair(args, at) : 0",
-        "load_q_pair(args, at)",
+        "(row < used_q ? row : place.row_begin)",
+        "row",
         "global load outside the inputs",
     ),
     Bug(

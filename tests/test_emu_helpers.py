@@ -139,6 +139,10 @@ def test_merge(dtype: torch.dtype) -> None:
     lse = 30.0 * torch.randn(splits, batch, heads, seqlen)
     lse[:, 0, 0, 1] = -math.inf  # sees no key at all
     lse[1:, 1, 1, 2] = -math.inf  # all its keys are in the first part
+    lse[0, 1, 0, 3] = -math.inf  # in the first part all scores are -inf, others have more
+    lse[:, 0, 1, 4] = -math.inf  # in all parts
+    out[:, 0, 1, 0] = 0.0
+    out[0, 1, 3, 0] = out[0, 0, 4, 1] = math.nan
     got, got_lse = (
         torch.full(out.shape[1:], math.nan, dtype=dtype),
         torch.full(lse.shape[1:], math.nan),
@@ -153,7 +157,9 @@ def test_merge(dtype: torch.dtype) -> None:
 
     want_lse = torch.logsumexp(lse.double(), dim=0)
     weight = torch.where(lse == -math.inf, 0.0, (lse.double() - want_lse).exp())
-    want = (weight.transpose(2, 3)[..., None] * out.double()).sum(0)
+    want = (weight.transpose(2, 3)[..., None] * out.double().nan_to_num()).sum(0)
+    assert got[0, 4, 1].isnan().all() and got_lse[0, 1, 4].isnan()
+    got[0, 4, 1], got_lse[0, 1, 4] = 0.0, -math.inf
     torch.testing.assert_close(got_lse.double(), want_lse, rtol=1e-6, atol=1e-6)
     assert not got[0, 1, 0].any() and torch.equal(got[1, 2, 1], out[0, 1, 2, 1].to(dtype))
     close = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]

@@ -108,6 +108,17 @@ def test_keys_whose_scores_are_minus_infinity(tile: Tile) -> None:
 
 
 @each_tile
+def test_a_row_whose_scores_all_are_minus_infinity_is_nan(tile: Tile) -> None:
+    """It is no row that sees no key: those are 0. Tiles with a mask and without."""
+    query, key, value = cases.operands(cases.Case(20, 3 * tile.block_n + 1), tile)
+    query[..., 0], key[..., 0] = 1.0, -math.inf
+    for split_tiles in (0, 2):
+        parts = run(tile, query, key, value, split_tiles=split_tiles)
+        assert parts.out.isnan().all() and parts.lse is not None
+        assert parts.lse.isnan().all() if not split_tiles else (parts.lse == -math.inf).all()
+
+
+@each_tile
 def test_nan_stays_visible(tile: Tile) -> None:
     for which in range(3):
         operands = cases.operands(cases.Case(20, tile.block_n + 6, heads_q=2, heads_k=2), tile)

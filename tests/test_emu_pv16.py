@@ -93,5 +93,5 @@ def test_the_scale_brings_every_head_close_to_the_bound() -> None:
     value[1, :, 0] = 0.0
     small, scale = scaled(value.bfloat16(), LIMIT_SUM_F16)
     largest = small.float().abs().amax(dim=(1, 3))
-    assert (largest[0] >= 256).all() and (largest <= 512).all() and largest[1, 0] == 0
+    assert (largest[0] >= 1).all() and (largest <= 2).all() and largest[1, 0] == 0
     assert (torch.frexp(scale)[0] == 0.5).all()

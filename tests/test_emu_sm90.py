@@ -102,6 +102,15 @@ def test_keys_whose_scores_are_minus_infinity(tile: TileSm90) -> None:
 
 
 @each_shape
+def test_a_row_whose_scores_all_are_minus_infinity_is_nan(tile: TileSm90) -> None:
+    """It is no row that sees no key: those are 0. Tiles with a mask and without."""
+    query, key, value = cases.operands(cases.Case(20, 3 * tile.block_n + 1), tile)  # type: ignore[arg-type]
+    query[..., 0], key[..., 0] = 1.0, -math.inf
+    got = run_sm90(tile, query, key, value)
+    assert got.out.isnan().all() and got.lse is not None and got.lse.isnan().all()
+
+
+@each_shape
 def test_nan_stays_visible(tile: TileSm90) -> None:
     for which in range(3):
         case = Case(20, tile.block_n + 6, heads_q=2, heads_k=2)

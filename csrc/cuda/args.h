@@ -115,10 +115,10 @@ typedef struct wan_attn_cuda_merge_args {
 #define WAN_ATTN_CUDA_SMEM_SM90(head_dim, block_n, consumers, stages)                              \
     (2 * (head_dim) * (64 * (consumers) + 2 * (stages) * (block_n)) + 64 * (stages) + 16)
 
-/* Limits of find_scale. 32 weights of at most 1 times 2^9 stay far below f16's 65504, rounding
- * included; 2^15 does so alone, and leaves the largest range below: what is 2^-32 of the largest
- * still has bf16's eight bits. */
-#define WAN_ATTN_CUDA_LIMIT_SUM_F16 9
+/* Limits of find_scale. 32 weights of at most 2^9 (P_SHIFT) times 2^1 stay below f16's 65504,
+ * rounding included; 2^15 does so alone, and leaves the largest range below: what is 2^-32 of the
+ * largest still has bf16's eight bits. */
+#define WAN_ATTN_CUDA_LIMIT_SUM_F16 1
 #define WAN_ATTN_CUDA_LIMIT_F16 15
 
 #endif /* WAN_ATTN_CUDA_ARGS_H */

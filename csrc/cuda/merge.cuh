@@ -4,7 +4,9 @@
  *     lse = log sum_s exp(lse_s)          out = sum_s exp(lse_s - lse) out_s
  *
  * One warp makes one row of one head; the sums are made in order of the parts, in f32. A part that
- * saw no key has lse_s = -inf and weighs nothing; a row that saw none becomes 0 with lse = -inf.
+ * saw no key has lse_s = -inf and out 0; one that saw keys whose scores all are -inf has NaN for
+ * out. Both weigh nothing beside others. If there are only such, their sum is the row's out, and
+ * its lse is NaN like it, or -inf.
  */
 #include "cuda/args.h"
 #include "cuda/ptx/ptx.cuh"
@@ -36,16 +38,20 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, 1, wan_attn_cuda_merge_args, args) {
 
     i64 to =
         sample * args.out.batch_stride + row * args.out.row_stride + head * args.out.head_stride;
+    bool has_nan = false; /* in the lane's last column */
     for (int d = 2 * lane; d < args.head_dim; d += 64) {
         float low = 0.0f, high = 0.0f;
-        for (int s = 0; s < args.num_splits && !is_empty; s++) {
-            float weight = weight_of(load_global_f32(args.part_lse + s * rows + lse_at) - largest);
+        for (int s = 0; s < args.num_splits; s++) {
+            float lse = load_global_f32(args.part_lse + s * rows + lse_at);
+            float weight = is_empty ? 1.0f : weight_of(lse - largest);
             float x[2];
             load_global_f32x2(x, args.part_out + s * rows * args.head_dim + out_at + d);
-            low += weight * x[0];
-            high += weight * x[1];
+            bool counts = is_empty || lse != minus_infinity;
+            low += counts ? weight * x[0] : 0.0f;
+            high += counts ? weight * x[1] : 0.0f;
         }
-        float factor = is_empty ? 0.0f : reciprocal(sum);
+        has_nan = low != low;
+        float factor = is_empty ? 1.0f : reciprocal(sum);
         low *= factor;
         high *= factor;
         if (args.out_dtype == 0)
@@ -57,5 +63,7 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, 1, wan_attn_cuda_merge_args, args) {
     if (args.lse && lane == 0)
         store_global_f32(args.lse + sample * args.lse_batch_stride + head * args.lse_head_stride +
                              row * args.lse_row_stride,
-                         is_empty ? minus_infinity : largest + natural_log(sum));
+                         !is_empty ? largest + natural_log(sum)
+                         : has_nan ? float_from_bits(0x7fffffffu)
+                                   : minus_infinity);
 }

@@ -32,14 +32,15 @@
  * are 64 bits wide. A NaN or infinity in V reaches every row of a tile that a mask cuts, also rows
  * that do not see it (0 * NaN; README.md says why), but never from behind the real lengths.
  * Numerics: scores, weights and sums in f32; P is rounded to the operands' dtype, its row sum is
- * not; exp2.approx.ftz; each tile's weights are summed from zero. With PV_SUM_F16 (rows pv16, for
- * GeForce, where that product then runs twice as fast) P and V are f16 and 32 keys at a time are
- * summed in f16: eleven bits of P instead of bf16's eight outweigh those roundings. V comes scaled
- * (args.h), so that no sum of finite numbers can overflow; NaN and infinities pass through.
+ * not; exp2.approx.ftz; each tile's weights, and its P V on all cards but WIDE ones, are summed from
+ * zero. With PV_SUM_F16 (rows pv16, for GeForce, where that product then runs twice as fast) P and V
+ * are f16 and 32 keys at a time are summed in f16: eleven bits of P instead of bf16's eight outweigh
+ * those roundings. V comes scaled (args.h), so that no sum of finite numbers can overflow; NaN and
+ * infinities pass through.
  * bf16 on Turing: f16 has three bits more than bf16 and a far smaller range, so that every operand
- * comes with a power of two: K and V one a head (args.h), Q one a row, found as it is loaded; P
- * needs none. The products then are those of the bf16 numbers, exactly; what is smaller than 2^-32
- * of its head's or row's largest loses bits. out is rounded to bf16 in integer arithmetic.
+ * comes with a power of two: K and V one a head (args.h), Q one a row, found as it is loaded, P
+ * 2^P_SHIFT. The products then are those of the bf16 numbers; what is smaller than 2^-32 of its
+ * head's or row's largest (of P: than 2^-27) loses bits. out is rounded to bf16 by integers.
  * Measured: no GPU was at hand. What the instruction counts allow: benchmarks/static_model.py.
  */
 #include "cuda/args.h"
@@ -53,33 +54,39 @@
 #endif
 #define BF16_AS_F16 (IS_BF16 && !HAS_BF16)
 #if IS_BF16 && HAS_BF16 /* of products */
-#define PACK_P pack_bf16
 #define MMA mma_m16n8k16_bf16
 #else
-#define PACK_P pack_f16
 #define MMA mma_m16n8k16_f16
+#endif
+/* Weights are made 2^P_SHIFT times as large. Of f16 weights between 0 and 1 those below 2^-25 would
+ * be lost; there may be many, and all of the result where the largest weights meet a V of 0. (No
+ * power of two: P_SHIFT + score - maximum then is P_SHIFT itself for the largest, also rounded.) */
+#if IS_BF16 && HAS_BF16 && !PV_SUM_F16
+#define PACK_P pack_bf16
+#define P_SHIFT 0
+#else
+#define PACK_P pack_f16
+#define P_SHIFT (PV_SUM_F16 ? 9 : 13)
 #endif
 
 #include "cuda/tile/swizzle.cuh"
 #include "cuda/tile/softmax.cuh"
 #include "cuda/tile/output.cuh"
+#include "cuda/tile/multiply_pv.cuh"
 
 enum {
-    M_TILES = BLOCK_M / (16 * NUM_WARPS),
     K_STEPS = HEAD_DIM / 16,
-    V_STEPS = BLOCK_N / 16,
-    F16_STEPS = 2, /* products that are summed in f16: 32 keys */
-    V_SMEM = 0,    /* offsets in shared memory */
+    V_SMEM = 0, /* offsets in shared memory */
     K_SMEM = TILE_BYTES,
     Q_SMEM = TILE_BYTES * (1 + STAGES),
     Q_BYTES = Q_IN_REGS ? 0 : BLOCK_M * ROW_BYTES,
     BOUNDS_SMEM = Q_SMEM + Q_BYTES,
-    /* Unrolled, loading Q would keep dozens of loads in flight, and their registers. */
-    Q_UNROLL = Q_IN_REGS ? K_STEPS : 1
+    /* Four times these loads of Q are under way together. */
+    Q_TILES_AT_ONCE = Q_IN_REGS ? M_TILES : 1,
+    Q_STEPS_AT_ONCE = Q_IN_REGS || K_STEPS % 4 != 0 ? K_STEPS : 4
 };
 static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row tiles");
 static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two K tiles");
-static_assert(V_STEPS % F16_STEPS == 0, "the last f16 sum must be added as well");
 static_assert(!BF16_AS_F16 || Q_IN_REGS, "a row of Q is scaled where all of it is at hand");
 static_assert(BOUNDS_SMEM + 16 ==
                   WAN_ATTN_CUDA_SMEM_SM80(HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, Q_IN_REGS),
@@ -134,16 +141,12 @@ DEVICE int row_in_block(int m_tile) {
 }
 
 /* Two neighbouring elements of Q as a packed pair of the row's dtype. */
-DEVICE u32 load_q_pair(const wan_attn_cuda_args &args, i64 at) {
-    u32 pair;
-    if (args.q_is_f32) {
-        float x[2];
-        load_global_f32x2(x, (const float *)args.q.data + at);
-        pair = PACK(x[0], x[1]);
-    } else {
-        pair = load_global_b32((const char *)args.q.data + at * 2);
-    }
-    return pair ^ args.q_sign;
+DEVICE u32 load_q_pair(const wan_attn_cuda_args &args, i64 at, bool is_f32) {
+    if (!is_f32)
+        return load_global_b32((const char *)args.q.data + at * 2);
+    float x[2];
+    load_global_f32x2(x, (const float *)args.q.data + at);
+    return PACK(x[0], x[1]);
 }
 
 #if BF16_AS_F16
@@ -185,31 +188,42 @@ DEVICE void scale_q(const wan_attn_cuda_args &args, const block_place &place, q_
 }
 #endif
 
-/* Straight from global memory into fragments: once a block, so that its small loads do not matter,
- * and f32 needs no pass of its own. Rows behind the real length are not read. In shared memory a
- * fragment lies as its lanes hold it; lanes read only what they wrote. */
-DEVICE void load_q(const wan_attn_cuda_args &args, const block_place &place, int used_q,
-                   q_fragments &q) {
+/* Fragments of one dtype. Nothing between the loads is conditional: a branch would make each wait
+ * for the one before it, a trip to memory every time. So a row behind the real length is another
+ * copy of the block's first row, which is real; store_rows drops what comes of it. In shared memory
+ * a fragment lies as its lanes hold it; lanes read only what they wrote. */
+DEVICE void load_q_as(const wan_attn_cuda_args &args, const block_place &place, int used_q,
+                      q_fragments &q, bool is_f32) {
     i64 head = place.sample * args.q.batch_stride + place.head * args.q.head_stride;
     int t = thread_index() % 4;
-    q.smem = shared_base() + Q_SMEM + (u32)(thread_index() / 32) * (M_TILES * K_STEPS * 512) +
-             (u32)(thread_index() % 32) * 16;
-#pragma unroll(Q_UNROLL)
+#pragma unroll(Q_TILES_AT_ONCE)
     for (int m = 0; m < M_TILES; m++)
-#pragma unroll(Q_UNROLL)
+#pragma unroll(Q_STEPS_AT_ONCE)
         for (int step = 0; step < K_STEPS; step++) {
             u32 a[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int row = place.row_begin + row_in_block(m) + i % 2 * 8;
-                i64 at = head + row * args.q.row_stride + 16 * step + 8 * (i / 2) + 2 * t;
-                a[i] = row < used_q ? load_q_pair(args, at) : 0;
+                i64 at = head + (row < used_q ? row : place.row_begin) * args.q.row_stride;
+                at += 16 * step + 8 * (i / 2) + 2 * t;
+                a[i] = load_q_pair(args, at, is_f32) ^ args.q_sign;
                 if (Q_IN_REGS)
                     q.in_regs[m][step][i] = a[i];
             }
             if (!Q_IN_REGS)
                 store_shared_b32x4(q.smem + (u32)(m * K_STEPS + step) * 512, a);
         }
+}
+
+/* Straight from global memory into fragments, so that f32 needs no pass of its own. */
+DEVICE void load_q(const wan_attn_cuda_args &args, const block_place &place, int used_q,
+                   q_fragments &q) {
+    q.smem = shared_base() + Q_SMEM + (u32)(thread_index() / 32) * (M_TILES * K_STEPS * 512) +
+             (u32)(thread_index() % 32) * 16;
+    if (args.q_is_f32)
+        load_q_as(args, place, used_q, q, true);
+    else
+        load_q_as(args, place, used_q, q, false);
 #if BF16_AS_F16
     scale_q(args, place, q);
 #endif
@@ -263,78 +277,6 @@ DEVICE void multiply_qk(float s[M_TILES][S_TILES][4], const q_fragments &q, u32 
         }
     }
 }
-
-#if PV_SUM_F16
-DEVICE void add_f16(float o[4], const u32 sum[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float low, high;
-        unpack_f16(&low, &high, sum[r]);
-        o[2 * r] += low;
-        o[2 * r + 1] += high;
-    }
-}
-
-/* O += P V(n), where 32 keys at a time are summed in f16 and then added to O in f32. (All 64 would
- * be cheaper, but then a V far from zero mean has larger errors than bf16 with f32 sums.) Columns
- * are the outer loop, so that a few accumulators suffice. */
-DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_TILES][4],
-                        u32 v_read) {
-    u32 a[M_TILES][V_STEPS][4];
-#pragma unroll
-    for (int i = 0; i < M_TILES * V_STEPS * 4; i++) {
-        int m = i / (V_STEPS * 4), step = i / 4 % V_STEPS;
-        const float *pair = &p[m][2 * step + i % 4 / 2][2 * (i % 2)];
-        a[m][step][i % 4] = pack_f16(pair[0], pair[1]);
-    }
-#pragma unroll
-    for (int j = 0; j < O_TILES; j += 2) {
-        u32 sum[M_TILES][2][2];
-#pragma unroll
-        for (int step = 0; step < V_STEPS; step++) {
-            u32 b[4];
-            ldmatrix_x4_trans(b, advanced(v_read, j / 2) + (u32)(step * 16 * ROW_BYTES));
-#pragma unroll
-            for (int i = 0; i < M_TILES * 2; i++) {
-                int m = i / 2, column = i % 2;
-                u32 *to = sum[m][column];
-                if (step % F16_STEPS == 0)
-                    to[0] = to[1] = 0;
-                mma_m16n8k16_f16_sum_f16(to, a[m][step], b[2 * column], b[2 * column + 1]);
-                if (step % F16_STEPS == F16_STEPS - 1)
-                    add_f16(o[m][j + column], to);
-            }
-        }
-    }
-}
-#else
-/* O += P V(n) */
-DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_TILES][4],
-                        u32 v_read) {
-#pragma unroll
-    for (int step = 0; step < V_STEPS; step++) {
-        u32 a[M_TILES][4];
-#pragma unroll
-        for (int m = 0; m < M_TILES; m++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float *pair = &p[m][2 * step + i / 2][2 * (i % 2)];
-                a[m][i] = PACK_P(pair[0], pair[1]);
-            }
-#pragma unroll
-        for (int j = 0; j < O_TILES; j += 2) {
-            u32 b[4];
-            ldmatrix_x4_trans(b, advanced(v_read, j / 2) + (u32)(step * 16 * ROW_BYTES));
-#pragma unroll
-            for (int m = 0; m < M_TILES; m++) {
-                MMA(o[m][j], a[m], b[0], b[1]);
-                MMA(o[m][j + 1], a[m], b[2], b[3]);
-            }
-        }
-    }
-}
-
-#endif
 
 /* Tile n: the pipeline of this file's head. is_masked is a constant in each of its two copies. */
 DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked,

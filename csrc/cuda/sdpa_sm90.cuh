@@ -25,7 +25,8 @@
  *     start S(n) = Q K(n)^T                    the tensor cores are busy with these two products
  *     wait V(n+1), start O += P(n+1) V(n+1)    while the softmax below runs; the turn is passed on,
  *     wait S(n), free K(n)                     so that one warpgroup's softmax runs beside the
- *     softmax of S(n), mask first              products of another one (ping-pong)
+ *     softmax of S(n), mask first              products of another one (ping-pong); computed()
+ *                                              keeps the compiler from doing it after the wait
  *     wait O, free V(n+1)
  *     rescale O if a maximum grew, P(n) = S(n) in 16 bits
  * Barriers: full_k/v[stage], one arrival and the bytes of a tile; empty_k/v[stage], one arrival of
@@ -46,104 +47,29 @@
 #define WGMMA(form, n, type) JOINED(form, n, type)
 #if IS_BF16
 #define PACK pack_bf16
+#define P_SHIFT 0 /* as in sdpa_sm80.cuh */
 #define MULTIPLY_SS WGMMA(ss, BLOCK_N, bf16)
 #define MULTIPLY_RS WGMMA(rs, HEAD_DIM, bf16)
 #else
 #define PACK pack_f16
+#define P_SHIFT 13
 #define MULTIPLY_SS WGMMA(ss, BLOCK_N, f16)
 #define MULTIPLY_RS WGMMA(rs, HEAD_DIM, f16)
 #endif
 
 #include "cuda/tile/output.cuh"
-#include "cuda/tile/cluster_work.cuh"
-#include "cuda/tile/ring.cuh"
+#include "cuda/tile/producer.cuh"
 
-typedef wan_attn_cuda_sm90_args sm90_args;
-
-/* A tile of R rows lies as HEAD_DIM / 64 panels of [R][64 columns], a row being 128 bytes. */
 enum {
-    BLOCK_M = 64 * CONSUMERS,
-    PANELS = HEAD_DIM / 64,
-    Q_PANEL = BLOCK_M * 128,
-    KV_PANEL = BLOCK_N * 128,
-    Q_BYTES = PANELS * Q_PANEL,
-    KV_BYTES = PANELS * KV_PANEL,
     K_STEPS = HEAD_DIM / 16,
     V_STEPS = BLOCK_N / 16,
-    LOADED_ROWS = BLOCK_N / CLUSTER, /* of each tile, by each block */
-    Q_SMEM = 0,                      /* offsets in shared memory; Q's place is O's on its way out */
-    K_SMEM = Q_BYTES,
-    V_SMEM = K_SMEM + STAGES * KV_BYTES,
-    FULL_Q = V_SMEM + STAGES * KV_BYTES,
-    FULL_K = FULL_Q + 16,
-    EMPTY_K = FULL_K + 16 * STAGES,
-    FULL_V = EMPTY_K + 16 * STAGES,
-    EMPTY_V = FULL_V + 16 * STAGES,
-    USED_SMEM = EMPTY_V + 16 * STAGES,
     /* Named barriers. */
     TURN = 1,          /* + consumer */
     WARPGROUP = 1 + 3, /* + consumer */
     ALL_CONSUMERS = 1 + 6
 };
-static_assert(HEAD_DIM % 64 == 0, "a panel is 64 columns");
-static_assert(BLOCK_N % 16 == 0 && LOADED_ROWS % 8 == 0, "a swizzle pattern is 8 rows");
 static_assert(CONSUMERS == 2 || CONSUMERS == 3, "ping-pong takes two");
-static_assert(CLUSTER == 1 || CLUSTER == 2, "a tile is loaded whole or in halves");
-static_assert(USED_SMEM == WAN_ATTN_CUDA_SMEM_SM90(HEAD_DIM, BLOCK_N, CONSUMERS, STAGES),
-              "args.h must say what is used");
 static_assert(128 * (REGS_PRODUCER + CONSUMERS * REGS_CONSUMER) <= 65536, "registers of an SM");
-
-DEVICE u32 barrier_at(u32 first, u32 stage) { return shared_base() + first + 16 * stage; }
-
-/* This block's share of the tile that begins with `row`, to all blocks of the cluster. */
-DEVICE void load_tile(const wan_attn_cuda_tensor_map &map, u32 to, u32 full, int row, int head,
-                      int sample) {
-    mbarrier_arrive_and_expect(full, KV_BYTES);
-    u32 first = CLUSTER > 1 ? cluster_rank() * LOADED_ROWS : 0;
-#pragma unroll
-    for (int panel = 0; panel < PANELS; panel++) {
-        u32 place = to + (u32)panel * KV_PANEL + first * 128;
-        if (CLUSTER > 1)
-            tma_load_multicast(place, &map, full, (1u << CLUSTER) - 1, panel * 64, row + (int)first,
-                               head, sample);
-        else
-            tma_load(place, &map, full, panel * 64, row, head, sample);
-    }
-}
-
-DEVICE void load_k(const sm90_args &args, const assignment &a, ring &r, int row) {
-    mbarrier_wait(barrier_at(EMPTY_K, r.stage), r.parity ^ 1);
-    load_tile(args.k, shared_base() + K_SMEM + r.stage * KV_BYTES, barrier_at(FULL_K, r.stage), row,
-              a.place.head / args.call.heads_per_key_head, a.place.sample);
-    advance(r);
-}
-
-DEVICE void load_v(const sm90_args &args, const assignment &a, ring &r, int row) {
-    mbarrier_wait(barrier_at(EMPTY_V, r.stage), r.parity ^ 1);
-    load_tile(args.v, shared_base() + V_SMEM + r.stage * KV_BYTES, barrier_at(FULL_V, r.stage), row,
-              a.place.head / args.call.heads_per_key_head, a.place.sample);
-    advance(r);
-}
-
-/* One thread. In the order in which consumers need them: K is a tile ahead of V. */
-DEVICE void produce(const sm90_args &args, const assignment &a) {
-    ring k = {0, 0}, v = {0, 0};
-    if (a.work.num_tiles > 0) {
-        u32 full = barrier_at(FULL_Q, 0);
-        mbarrier_arrive_and_expect(full, Q_BYTES);
-        for (int panel = 0; panel < PANELS; panel++)
-            tma_load(shared_base() + Q_SMEM + (u32)panel * Q_PANEL, &args.q, full, panel * 64,
-                     a.place.row_begin, a.place.head, a.place.sample);
-    }
-    int row = a.first_row;
-    for (int i = 0; i < a.num_loaded; i++, row -= BLOCK_N) {
-        load_k(args, a, k, row);
-        if (i > 0)
-            load_v(args, a, v, row + BLOCK_N);
-    }
-    if (a.num_loaded > 0)
-        load_v(args, a, v, row + BLOCK_N);
-}
 
 /* What a consumer carries from tile to tile. */
 typedef struct consumer {
@@ -223,7 +149,7 @@ DEVICE bool weigh(consumer &c, float s[S_TILES][4], float factor[2], float scale
     bool has_grown = any_lane(new_max[0] > c.row_max[0] || new_max[1] > c.row_max[1]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float shift = -new_max[r], sum = 0.0f;
+        float shift = P_SHIFT - new_max[r], sum = 0.0f;
         factor[r] = exp2_approx(c.row_max[r] - new_max[r]);
         c.row_max[r] = new_max[r];
 #pragma unroll
@@ -338,6 +264,7 @@ DEVICE void process_tile(const sm90_args &args, const block_work &work, consumer
         mask_tile(args.call, work, c, n, s);
     bool has_grown = weigh(c, s, factor, args.call.scale_log2e);
     hold_tiles(s, S_TILES);
+    computed(c.row_sum[0], c.row_sum[1], shared_base());
     wgmma_wait<0>();
     hold_tiles(c.o, O_TILES);
     hold_tiles(s, S_TILES);
@@ -382,11 +309,11 @@ DEVICE void process_tiles(const sm90_args &args, const assignment &a, consumer &
 DEVICE void store_by_tma(const sm90_args &args, const block_place &place, const consumer &c,
                          int used_q) {
     int row = place.row_begin + row_in_block(c);
-    float factor[2];
+    row_end end[2];
 #pragma unroll
     for (int r = 0; r < 2; r++, row += 8)
-        factor[r] = finish_row(args.call, place, row, row < args.call.seqlen_q, used_q,
-                               c.row_max[r], c.row_sum[r]);
+        end[r] = finish_row(args.call, place, row, row < args.call.seqlen_q, used_q, c.row_max[r],
+                            c.row_sum[r]);
 
     /* Lane 8i + x brings row x of matrix i: 0 and 1 are 16 rows of 8 columns, 2 and 3 of the next
      * 8 columns. All warps must have done with Q. */
@@ -400,9 +327,8 @@ DEVICE void store_by_tma(const sm90_args &args, const block_place &place, const 
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float *pair = &c.o[j + i / 2][2 * (i % 2)];
-            float f = factor[i % 2];
-            /* What a row without keys has summed up may be NaN. */
-            x[i] = f == 0.0f ? 0 : PACK(pair[0] * f, pair[1] * f);
+            float f = end[i % 2].factor;
+            x[i] = end[i % 2].sees_none ? 0 : PACK(pair[0] * f, pair[1] * f);
         }
         u32 chunk = (u32)(j % 8 + lane / 16);
         stmatrix_x4(panel_at + (u32)(j / 8 * Q_PANEL) + line * 128 + (chunk ^ line % 8) * 16, x);
@@ -448,22 +374,6 @@ DEVICE void consume(const sm90_args &args, const assignment &a) {
     else
         store_rows(args.call, place, place.row_begin + row_in_block(c), used_q, 1.0f, c.o,
                    c.row_max, c.row_sum);
-}
-
-DEVICE void init_barriers(const sm90_args &args) {
-    if (thread_index() == 0) {
-        tma_prefetch_map(&args.q);
-        tma_prefetch_map(&args.k);
-        tma_prefetch_map(&args.v);
-        mbarrier_init(barrier_at(FULL_Q, 0), 1);
-        for (u32 stage = 0; stage < STAGES; stage++) {
-            mbarrier_init(barrier_at(FULL_K, stage), 1);
-            mbarrier_init(barrier_at(FULL_V, stage), 1);
-            mbarrier_init(barrier_at(EMPTY_K, stage), 4 * CONSUMERS * CLUSTER);
-            mbarrier_init(barrier_at(EMPTY_V, stage), 4 * CONSUMERS * CLUSTER);
-        }
-        mbarrier_init_fence();
-    }
 }
 
 /* All threads of the block, in a cluster of all blocks. */

@@ -31,6 +31,7 @@ void warpgroup_wait(int pending, site where);
 void warpgroup_multiply(float (*d)[4], int n, bool is_bf16, const u32 *a, u64 a_matrix,
                         u64 b_matrix, bool adds, site where);
 void check_held(float x, site where);
+void check_computed(float x, float y, u32 at, site where);
 } // namespace emu
 
 DEVICE u32 cluster_rank() { return static_cast<u32>(emu::the_machine().rank()); }
@@ -95,6 +96,9 @@ template <int pending> DEVICE void wgmma_wait(emu::site at = {}) {
     emu::warpgroup_wait(pending, at);
 }
 DEVICE void hold(float &x, emu::site at = {}) { emu::check_held(x, at); }
+DEVICE void computed(float x, float y, u32 to, emu::site at = {}) {
+    emu::check_computed(x, y, own_shared(to, at), at);
+}
 
 #define WGMMA_SS(n, type, is_bf16)                                                                 \
     DEVICE void wgmma_ss_n##n##_##type(float d[][4], u64 a, u64 b, bool adds, emu::site at = {}) { \

@@ -18,7 +18,7 @@ from emu.rows import CSRC, Tile
 
 UNBOUNDED = 1 << 29
 SMALLEST_SCALE = 1.1754944e-38
-LIMIT_SUM_F16, LIMIT_F16 = 9, 15  # of find_scale
+LIMIT_SUM_F16, LIMIT_F16 = 1, 15  # of find_scale
 LOG2_E = 1.4426950408889634
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -82,6 +82,23 @@ def count(code: tuple[Instruction, ...], *opcodes: str) -> int:
     )
 
 
+def loads_under_way(code: tuple[Instruction, ...], opcode: str) -> int:
+    """Most loads that begin like `opcode` that straight code issues before it uses one of them."""
+    most, waiting = 0, set[str]()
+    for i in code:
+        if not i.is_executed:
+            continue
+        named = re.findall(r"\bR(\d+)\b", i.text)
+        if i.opcode.startswith(opcode):
+            waiting.add(named[0])
+        elif re.match(r"(BRA|BSSY|BSYNC|BAR|CALL|EXIT|WARPSYNC)\b", i.opcode):
+            waiting.clear()
+        elif waiting.intersection(named):
+            waiting.clear()
+        most = max(most, len(waiting))
+    return most
+
+
 def histogram(code: tuple[Instruction, ...]) -> Counter[str]:
     return Counter(i.opcode for i in code if i.is_executed)
 

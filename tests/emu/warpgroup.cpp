@@ -364,4 +364,15 @@ void check_held(float x, site where) {
         gpu().fail(line_of(where) + "an accumulator is used while its wgmma is under way");
 }
 
+// The store must not happen, but if it did, it should not hit anything beside the block's memory.
+void check_computed(float x, float y, u32 at, site where) {
+    if (x < 0.0f || y < 0.0f)
+        gpu().fail(line_of(where) + "a sum of weights is below 0");
+    std::string problem = gpu().shared().check_address(at);
+    if (!problem.empty())
+        gpu().fail(line_of(where) + problem);
+    check_held(x, where);
+    check_held(y, where);
+}
+
 } // namespace emu

@@ -48,6 +48,7 @@ KERNEL(k_wgmma_fence) { wgmma_fence(); }
 KERNEL(k_wgmma_commit) { wgmma_commit(); }
 KERNEL(k_wgmma_wait) { wgmma_wait<1>(); }
 KERNEL(k_hold, float *x) { hold(*x); }
+KERNEL(k_computed, float x, float y, u32 at) { computed(x, y, at); }
 
 #define SS(n, type)                                                                                \
     KERNEL(k_ss_n##n##_##type, float (*d)[4], u64 a, u64 b, int x) {                               \

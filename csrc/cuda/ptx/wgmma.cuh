@@ -12,7 +12,7 @@
  *
  * Between wgmma_commit and the wgmma_wait that ends the group, d, a and the tiles must stay
  * untouched. The compiler does not know that: hold() at the end of the wait stops it from using a
- * value earlier.
+ * value earlier; computed() before a wait stops it from doing the work after it.
  */
 #ifndef WAN_ATTN_CUDA_PTX_WGMMA_H
 #define WAN_ATTN_CUDA_PTX_WGMMA_H
@@ -30,6 +30,16 @@ template <int pending> DEVICE void wgmma_wait() {
 
 /* The value has been computed before, and is not used before. No instruction. */
 DEVICE void hold(float &x) { asm volatile("" : "+f"(x)::"memory"); }
+
+/* Sums of weights, which are never below 0, have been computed before what follows. It is a store
+ * that never happens: hold() binds the first half of the compiler only, and the second (ptxas) moves
+ * a wait up as far as it can. `at`: any place in shared memory. */
+DEVICE void computed(float x, float y, u32 at) {
+    asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; setp.lt.or.f32 p, %1, 0f00000000, "
+                 "p; @p st.shared.f32 [%2], %0; }" ::"f"(x),
+                 "f"(y), "r"(at)
+                 : "memory");
+}
 
 #define WGMMA_D8(j)                                                                                \
     "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3]), "+f"(d[j + 1][0]),                 \

@@ -35,19 +35,31 @@ DEVICE void store_row_f32(char *row, const float values[O_TILES][2], bool has_ro
             store_global_f32x2(row + (8 * j + 2 * t) * 4, values[j][0], values[j][1]);
 }
 
-/* lse of one row, if there is one to write, and what its sums have to be multiplied with: 0, with
- * an lse of -inf, if it sees no key. All lanes must call. */
-DEVICE float finish_row(const wan_attn_cuda_args &args, const block_place &place, int row,
-                        bool has_row, int used_q, float row_max, float row_sum) {
+/* What becomes of one row's sums. */
+typedef struct row_end {
+    bool sees_none; /* no key, or no such row: 0 instead of what was summed up */
+    float factor;   /* else: times this. NaN or infinite where sums are not finite or 0 */
+} row_end;
+
+/* How a row ends, and its lse, if there is one to write: -inf if it sees no key; NaN if the scores
+ * of all the keys that it sees are -inf, but -inf from a part, whose other parts may have more. All
+ * lanes must call. */
+DEVICE row_end finish_row(const wan_attn_cuda_args &args, const block_place &place, int row,
+                          bool has_row, int used_q, float row_max, float row_sum) {
     i64 lse_at = place.sample * args.lse_batch_stride + place.head * args.lse_head_stride +
                  place.split * args.lse_split_stride;
     float sum = quad_sum(row_sum);
-    bool sees_none = row >= used_q || (row_max == lowest() && sum == 0.0f);
-    if (args.lse && has_row && thread_index() % 4 == 0)
+    row_end end = {!sees_keys(args, place, row, used_q, BLOCK_N), reciprocal(sum)};
+    if (args.lse && has_row && thread_index() % 4 == 0) {
+        /* The largest weight is 2^P_SHIFT, whatever P_SHIFT - row_max was rounded to. */
+        float unshifted = sum * (1.0f / (1 << P_SHIFT));
+        float lse = fused_multiply_add(row_max, 0.69314718f, natural_log(unshifted));
+        if (sum == 0.0f && args.num_splits == 1)
+            lse = float_from_bits(0x7fffffffu); /* NaN */
         store_global_f32(args.lse + lse_at + row * args.lse_row_stride,
-                         sees_none ? minus_infinity()
-                                   : fused_multiply_add(row_max, 0.69314718f, natural_log(sum)));
-    return sees_none ? 0.0f : reciprocal(sum);
+                         end.sees_none ? minus_infinity() : lse);
+    }
+    return end;
 }
 
 /* Rows `row` and `row + 8` of the head, times scale; those that see no key become 0, not what
@@ -60,12 +72,12 @@ DEVICE void store_rows(const wan_attn_cuda_args &args, const block_place &place,
 #pragma unroll
     for (int r = 0; r < 2; r++, row += 8) {
         bool has_row = row < args.seqlen_q;
-        float inverse = finish_row(args, place, row, has_row, used_q, row_max[r], row_sum[r]);
+        row_end end = finish_row(args, place, row, has_row, used_q, row_max[r], row_sum[r]);
         float values[O_TILES][2];
 #pragma unroll
         for (int j = 0; j < O_TILES; j++) {
-            values[j][0] = inverse == 0.0f ? 0.0f : o[j][2 * r] * inverse * scale;
-            values[j][1] = inverse == 0.0f ? 0.0f : o[j][2 * r + 1] * inverse * scale;
+            values[j][0] = end.sees_none ? 0.0f : o[j][2 * r] * end.factor * scale;
+            values[j][1] = end.sees_none ? 0.0f : o[j][2 * r + 1] * end.factor * scale;
         }
         if (args.out_is_f32)
             store_row_f32((char *)args.out.data + (at + row * args.out.row_stride) * 4, values,

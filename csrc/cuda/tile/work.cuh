@@ -55,6 +55,16 @@ DEVICE key_range visible_keys(const wan_attn_cuda_args &args, int diagonal, int 
     return keys;
 }
 
+/* Whether there is such a row and it sees any key of this part. */
+DEVICE bool sees_keys(const wan_attn_cuda_args &args, const block_place &place, int row, int used_q,
+                      int block_n) {
+    int used_k = length_at(args.seqused_k, place.sample, args.seqlen_k);
+    int first = place.split * args.split_tiles * block_n;
+    key_range keys = visible_keys(args, row + used_k - used_q, used_k);
+    return row < used_q && larger_int(larger_int(keys.begin, 0), first) <
+                               smaller_int(keys.end, first + args.split_tiles * block_n);
+}
+
 DEVICE int used_rows(const wan_attn_cuda_args &args, const block_place &place) {
     return length_at(args.seqused_q, place.sample, args.seqlen_q);
 }
