@@ -76,7 +76,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/cuda/sdpa_rows.def": [],
     "csrc/cuda/ptx/ptx*.cuh": ["cuda/ptx/*.cuh", "emu/*.h"],
     "csrc/cuda/ptx/*.cuh": [],
-    "csrc/cuda/tile/*.cuh": ["cuda/args.h", "cuda/ptx/ptx*.cuh", "cuda/tile/*.cuh"],
+    "csrc/cuda/tile/*.cuh": ["cuda/args*.h", "cuda/ptx/ptx*.cuh", "cuda/tile/*.cuh"],
     "csrc/cuda/*.cuh": ["cuda/args*.h", "cuda/ptx/ptx*.cuh", "cuda/tile/*.cuh"],
     "csrc/torch/*": ["wan_attn.h", "torch/torch_abi.h", "<stdbool.h>", *C_LIBRARY],
 }

@@ -24,19 +24,19 @@
  *         start V(n), start K(n - 1)        under way while S(n) and its softmax are computed
  *     barrier 2: V(n) has landed            K(n - 1) stays under way through P V
  * STAGES = 1: K(n - 1) starts after barrier 2, when all are done with K(n).
- * Tiles run backwards, so that the ragged one comes first; it and those that a mask cuts have their
- * own copy of the loop body, and the clean tiles between carry no trace of them.
- * Budget, d128: 16 rows a warp: O 64 + S 32 + Q 32 registers of at most 255; 32 rows: O 128 + S 64,
- * Q in shared memory. Shared memory: args.h. No spills: tests/test_cuda_static.py.
+ * Tiles run backwards, so that the ragged one comes first; it and those that a mask cuts have
+ * their own copy of the loop body, and the clean tiles between carry no trace of them.
+ * Budget, d128: 16 rows a warp: O 64 + S 32 + Q 32 registers of at most 255; 32 rows: O 128 + S
+ * 64, Q in shared memory. Shared memory: args.h. No spills: tests/test_cuda_static.py.
  * Limits: head_dim a multiple of 16, up to 256; alignment as in args.h; seqlen below 2^29, offsets
  * are 64 bits wide. A NaN or infinity in V reaches every row of a tile that a mask cuts, also rows
  * that do not see it (0 * NaN; README.md says why), but never from behind the real lengths.
  * Numerics: scores, weights and sums in f32; P is rounded to the operands' dtype, its row sum is
- * not; exp2.approx.ftz; each tile's weights, and its P V on all cards but WIDE ones, are summed from
- * zero. With PV_SUM_F16 (rows pv16, for GeForce, where that product then runs twice as fast) P and V
- * are f16 and 32 keys at a time are summed in f16: eleven bits of P instead of bf16's eight outweigh
- * those roundings. V comes scaled (args.h), so that no sum of finite numbers can overflow; NaN and
- * infinities pass through.
+ * not; exp2.approx.ftz; each tile's weights, and its P V on all cards but WIDE ones, are summed
+ * from zero. With PV_SUM_F16 (rows pv16, for GeForce, where that product then runs twice as fast)
+ * P and V are f16 and 32 keys at a time are summed in f16: eleven bits of P instead of bf16's
+ * eight outweigh those roundings. V comes scaled (args.h), so that no sum of finite numbers can
+ * overflow; NaN and infinities pass through.
  * bf16 on Turing: f16 has three bits more than bf16 and a far smaller range, so that every operand
  * comes with a power of two: K and V one a head (args.h), Q one a row, found as it is loaded, P
  * 2^P_SHIFT. The products then are those of the bf16 numbers; what is smaller than 2^-32 of its
@@ -58,9 +58,10 @@
 #else
 #define MMA mma_m16n8k16_f16
 #endif
-/* Weights are made 2^P_SHIFT times as large. Of f16 weights between 0 and 1 those below 2^-25 would
- * be lost; there may be many, and all of the result where the largest weights meet a V of 0. (No
- * power of two: P_SHIFT + score - maximum then is P_SHIFT itself for the largest, also rounded.) */
+/* Weights are made 2^P_SHIFT times as large. Of f16 weights between 0 and 1 those below 2^-25
+ * would be lost; there may be many, and all of the result where the largest weights meet a V of 0.
+ * (No power of two: P_SHIFT + score - maximum then is P_SHIFT itself for the largest, also
+ * rounded.) */
 #if IS_BF16 && HAS_BF16 && !PV_SUM_F16
 #define PACK_P pack_bf16
 #define P_SHIFT 0
@@ -150,8 +151,8 @@ DEVICE u32 load_q_pair(const wan_attn_cuda_args &args, i64 at, bool is_f32) {
 }
 
 #if BF16_AS_F16
-/* Row r of an m tile from bf16 to f16, times the power of two that brings its largest finite number
- * to between 2^14 and 2^15. Returns what undoes it. */
+/* Row r of an m tile from bf16 to f16, times the power of two that brings its largest finite
+ * number to between 2^14 and 2^15. Returns what undoes it. */
 DEVICE float scale_q_row(u32 q[K_STEPS][4], int r) {
     int exponent = 15; /* biased; less would scale by more than a float holds */
 #pragma unroll

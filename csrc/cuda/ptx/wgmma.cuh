@@ -32,8 +32,8 @@ template <int pending> DEVICE void wgmma_wait() {
 DEVICE void hold(float &x) { asm volatile("" : "+f"(x)::"memory"); }
 
 /* Sums of weights, which are never below 0, have been computed before what follows. It is a store
- * that never happens: hold() binds the first half of the compiler only, and the second (ptxas) moves
- * a wait up as far as it can. `at`: any place in shared memory. */
+ * that never happens: hold() binds the first half of the compiler only, and the second (ptxas)
+ * moves a wait up as far as it can. `at`: any place in shared memory. */
 DEVICE void computed(float x, float y, u32 at) {
     asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; setp.lt.or.f32 p, %1, 0f00000000, "
                  "p; @p st.shared.f32 [%2], %0; }" ::"f"(x),

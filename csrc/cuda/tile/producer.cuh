@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * producer.cuh - shared memory of a block of sdpa_sm90.cuh, its mbarriers, and the thread that fills
- * it: Q once, K and V into rings. Includer sets HEAD_DIM, BLOCK_N, CONSUMERS, STAGES and CLUSTER.
+ * producer.cuh - shared memory of a block of sdpa_sm90.cuh, its mbarriers, and the thread that
+ * fills it: Q once, K and V into rings. Includer sets HEAD_DIM, BLOCK_N, CONSUMERS, STAGES and
+ * CLUSTER.
  *
  * full_k/v[stage]: one arrival and the bytes of a tile. empty_k/v[stage]: one arrival of each
  * consumer warp of the cluster.

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * softmax.cuh - the online softmax of one 16-row tile of a warp, in the registers of its mma
  * accumulators (ptx/mma.cuh): element e of S tile j is row g + 8 * (e / 2), key 8j + 2t + e % 2.
- * Includer sets HEAD_DIM, BLOCK_N and P_SHIFT: weights, and with them their sums, are 2^P_SHIFT times
- * as large as the definition has them, which cancels in the quotient.
+ * Includer sets HEAD_DIM, BLOCK_N and P_SHIFT: weights, and with them their sums, are 2^P_SHIFT
+ * times as large as the definition has them, which cancels in the quotient.
  *
  * Scores stay unscaled; the scale is part of exp2's argument, one fused multiply-add. row_max is
  * the largest score times the row's scale, rounded once: every weight of a row is relative to that
