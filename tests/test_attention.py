@@ -453,10 +453,10 @@ def test_a_steady_call_is_short(name: str, native: str, record_property: Any) ->
     q, k, v = operands(dtype=(F32, F32, BF16))
     FRAMES_OF[name](q, k, v)
     entered = frames(lambda: FRAMES_OF[name](q, k, v))
-    assert entered[-1] == "native._call" or native == "ctypes"
+    assert "native._call" in entered or native == "ctypes"
     ours = [f for f in entered if not f.startswith(("bindings.", "shim."))]
     record_property("summary", f"Python frames of {name}: {len(ours)} of {FRAMES_MAX}")
-    assert len(ours) <= FRAMES_MAX, ours
+    assert len(ours) <= FRAMES_MAX, "\n".join(ours)
 
 
 def test_plans_do_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def expected(tile: Tile) -> dict[str, int]:
 
 def parts(tile: Tile) -> int:
     """Sums of P V from zero in a tile; 0: O is the tensor cores' own sum (tile/multiply_pv.cuh)."""
-    if tile.rows_per_warp > 16 or tile.head_dim + tile.block_n > 288:
+    if tile.rows_per_warp > 16 or tile.head_dim + tile.block_n >= 288:
         return 0
     return tile.block_n // 32 if tile.pv_sum_f16 else 1
 

@@ -116,6 +116,9 @@ def test_the_machine_code_is_as_designed(compiler: str, tile: TileSm90, tmp_path
     executed = sum(sass.histogram(loop).values())
     assert executed <= MOST[tile.head_dim, tile.block_n], sass.histogram(loop)
 
+    # A relaxed meeting of the cluster at the start, none at the end.
+    assert not sass.count(whole, "MEMBAR.ALL.GPU", "ERRBAR")
+    assert sass.count(whole, "UCGABAR_ARV") == (tile.cluster > 1)
     multicast = sass.count(whole, "UTMALDG.4D.MULTICAST")
     assert sass.count(whole, "UTMALDG") - multicast >= panels if tile.cluster > 1 else not multicast
     assert (multicast > 0) == (tile.cluster > 1)

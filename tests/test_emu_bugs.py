@@ -22,9 +22,12 @@ from emu.run import Schedule
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
-KERNEL, WORK, SOFTMAX, SWIZZLE, OUTPUT = (
+KERNEL, WORK, SOFTMAX, SWIZZLE, OUTPUT, MULTIPLY_PV = (
     f"cuda/{name}.cuh"
-    for name in ("sdpa_sm80", "tile/work", "tile/softmax", "tile/swizzle", "tile/output")
+    for name in (
+        "sdpa_sm80",
+        *("tile/work", "tile/softmax", "tile/swizzle", "tile/output", "tile/multiply_pv"),
+    )
 )
 
 
@@ -137,7 +140,7 @@ BUGS = (
     ),
     Bug(
         "f16 sums are not added up",
-        KERNEL,
+        MULTIPLY_PV,
         "o[2 * r + 1] += high;",
         "o[2 * r + 1] = high;",
         "out is wrong",
@@ -206,9 +209,9 @@ BUGS = (
     ),
     Bug(
         "padding rows of out keep garbage",
-        OUTPUT,
-        "sees_none = row >= used_q ||",
-        "sees_none =",
+        WORK,
+        "return row < used_q && larger_int(",
+        "return larger_int(",
         "",
     ),
     Bug(
@@ -238,7 +241,7 @@ BUGS = (
         "is wrong",
     ),
     Bug("an array too short", SOFTMAX, "O_TILES = HEAD_DIM / 8", "O_TILES = HEAD_DIM / 8 - 2", ""),
-    Bug("P forgets a step", KERNEL, "&p[m][2 * step + i / 2]", "&p[m][2 * step]", "out is wrong"),
+    Bug("P forgets a step", MULTIPLY_PV, "&p[2 * step + i / 2]", "&p[2 * step]", "out is wrong"),
     Bug(
         "Q fragments in the wrong place",
         KERNEL,

@@ -24,8 +24,8 @@ from emu.run import Schedule
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
-KERNEL, RING, WORK = (
-    f"cuda/{name}.cuh" for name in ("sdpa_sm90", "tile/ring", "tile/cluster_work")
+KERNEL, PRODUCER, RING, WORK = (
+    f"cuda/{name}.cuh" for name in ("sdpa_sm90", "tile/producer", "tile/ring", "tile/cluster_work")
 )
 
 
@@ -44,24 +44,26 @@ class Bug:
 
 BUGS = (
     # mbarriers and rings
-    Bug("producer waits for the wrong parity", "EMPTY_K, r.stage), r.parity ^ 1", "EMPTY_K, r.stage), r.parity", "deadlock"),
-    Bug("producer does not wait for K's place", "mbarrier_wait(barrier_at(EMPTY_K, r.stage), r.parity ^ 1);\n", "\n", ""),
-    Bug("producer does not wait for V's place", "mbarrier_wait(barrier_at(EMPTY_V, r.stage), r.parity ^ 1);\n", "\n", ""),
-    Bug("half the bytes are announced", "mbarrier_arrive_and_expect(full, KV_BYTES);", "mbarrier_arrive_and_expect(full, KV_BYTES / 2);", ""),
-    Bug("too many bytes are announced", "mbarrier_arrive_and_expect(full, Q_BYTES);", "mbarrier_arrive_and_expect(full, Q_BYTES + 16);", "deadlock"),
+    Bug("producer waits for the wrong parity", "EMPTY_K, r.stage), r.parity ^ 1", "EMPTY_K, r.stage), r.parity", "deadlock", file=PRODUCER),
+    Bug("producer does not wait for K's place", "mbarrier_wait(barrier_at(EMPTY_K, r.stage), r.parity ^ 1);\n", "\n", "", file=PRODUCER),
+    Bug("producer does not wait for V's place", "mbarrier_wait(barrier_at(EMPTY_V, r.stage), r.parity ^ 1);\n", "\n", "", file=PRODUCER),
+    Bug("half the bytes are announced", "mbarrier_arrive_and_expect(full, KV_BYTES);", "mbarrier_arrive_and_expect(full, KV_BYTES / 2);", "", file=PRODUCER),
+    Bug("too many bytes are announced", "mbarrier_arrive_and_expect(full, Q_BYTES);", "mbarrier_arrive_and_expect(full, Q_BYTES + 16);", "deadlock", file=PRODUCER),
     Bug("Q is not waited for", "mbarrier_wait(barrier_at(FULL_Q, 0), 0);\n", "\n", "line"),
     Bug("K is not waited for", "    mbarrier_wait(barrier_at(FULL_K, c.k.stage), c.k.parity);\n    wait_for_turn(c);", "    wait_for_turn(c);", "line"),
     Bug("V is not waited for", "    mbarrier_wait(barrier_at(FULL_V, c.v.stage), c.v.parity);\n    start_pv(c);\n    if (n > 0", "    start_pv(c);\n    if (n > 0", "line"),
     Bug("parity does not turn", "        r.parity ^= 1;\n", "\n", "", file=RING),
-    Bug("V of the same tile, not of the one before", "        if (i > 0)\n            load_v(args, a, v, row + BLOCK_N);", "        if (i > 0)\n            load_v(args, a, v, row);", "is wrong"),
-    Bug("no fence after the barriers' initialisation", "        mbarrier_init_fence();\n", "\n", "not made visible"),
+    Bug("V of the same tile, not of the one before", "        if (i > 0)\n            load_v(args, a, v, row + BLOCK_N);", "        if (i > 0)\n            load_v(args, a, v, row);", "is wrong", file=PRODUCER),
+    Bug("no fence after the barriers' initialisation", "        mbarrier_init_fence();\n", "\n", "initialisation", file=PRODUCER),
     Bug("no meeting after the barriers' initialisation", "    assignment a = find_assignment(args.call, BLOCK_M, BLOCK_N);\n    meet();", "    assignment a = find_assignment(args.call, BLOCK_M, BLOCK_N);", "line"),
-    Bug("one arrival too few expected", "mbarrier_init(barrier_at(EMPTY_V, stage), 4 * CONSUMERS * CLUSTER)", "mbarrier_init(barrier_at(EMPTY_V, stage), 4 * CONSUMERS * CLUSTER - 1)", ""),
+    Bug("one arrival too few expected", "mbarrier_init(barrier_at(EMPTY_V, stage), 4 * CONSUMERS * CLUSTER)", "mbarrier_init(barrier_at(EMPTY_V, stage), 4 * CONSUMERS * CLUSTER - 1)", "", file=PRODUCER),
     # clusters
     Bug("the other block is not told", "        if (lane < CLUSTER)\n            mbarrier_arrive_at(empty, lane);", "        if (lane == 0)\n            mbarrier_arrive(empty);", "deadlock"),
-    Bug("a block leaves before the other one has done", "        warp_barrier();\n        meet();\n    }", "    }", ""),
-    Bug("both blocks load the first half", "u32 first = CLUSTER > 1 ? cluster_rank() * LOADED_ROWS : 0;", "u32 first = 0;", ""),
-    Bug("only to the own block", "(1u << CLUSTER) - 1", "1u << cluster_rank()", ""),
+    Bug("a block leaves before the other one has done", "stage < STAGES && CLUSTER > 1; stage++", "stage < 0; stage++", "", file=PRODUCER),
+    Bug("a block leaves before the other one has done with V", "        mbarrier_wait(barrier_at(EMPTY_V, v.stage), v.parity ^ 1);\n        advance(k);", "        advance(k);", "", file=PRODUCER),
+    Bug("a block waits for one stage only", "stage < STAGES && CLUSTER > 1; stage++", "stage < 1 && CLUSTER > 1; stage++", "", file=PRODUCER),
+    Bug("both blocks load the first half", "u32 first = CLUSTER > 1 ? cluster_rank() * LOADED_ROWS : 0;", "u32 first = 0;", "", file=PRODUCER),
+    Bug("only to the own block", "(1u << CLUSTER) - 1", "1u << cluster_rank()", "", file=PRODUCER),
     Bug("the surplus block loads nothing", "    a.num_loaded = all.num_tiles;", "    a.num_loaded = a.work.num_tiles;", "", file=WORK),
     Bug("tiles that only the other block sees are not passed on", "    skip_tiles(c, a.skipped_before);\n", "\n", ""),
     Bug("nor those at the other end", "    skip_tiles(c, a.skipped_after);\n", "\n", ""),
@@ -109,7 +111,7 @@ BUGS = (
     Bug("P forgets a tile", "&s[2 * (i / 4) + i % 4 / 2]", "&s[2 * (i / 4)]", "is wrong"),
     Bug("no swizzle on the way out", "(chunk ^ line % 8) * 16", "chunk * 16", ""),
     Bug("rows without a key", "c.row_max[r] = lowest();", "c.row_max[r] = minus_infinity();", ""),
-    Bug("wrong head of K", "a.place.head / args.call.heads_per_key_head, a.place.sample);\n    advance(r);\n}\n\nDEVICE void load_v", "a.place.head, a.place.sample);\n    advance(r);\n}\n\nDEVICE void load_v", ""),
+    Bug("wrong head of K", "a.place.head / args.call.heads_per_key_head, a.place.sample);\n    advance(r);\n}\n\nDEVICE void load_v", "a.place.head, a.place.sample);\n    advance(r);\n}\n\nDEVICE void load_v", "", file=PRODUCER),
     Bug("both warpgroups have the same rows", "return c.number * 64 + thread_index() % 128 / 32 * 16", "return thread_index() % 128 / 32 * 16", ""),
 )  # fmt: skip
 

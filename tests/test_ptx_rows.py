@@ -27,4 +27,6 @@ def test_calls_and_that_they_run_every_opcode(job: Job) -> None:
         matrix.check(runner, case, number)
     if isinstance(runner.tile, TileSm90):
         matrix.check_outputs(runner)
-    assert not matrix.never_run(runner)
+    # On Hopper one store pins the order of the machine code and never happens (ptx/wgmma.cuh).
+    pin = ["st.shared.f32"] if isinstance(runner.tile, TileSm90) else []
+    assert matrix.never_run(runner) == pin

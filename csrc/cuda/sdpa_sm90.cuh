@@ -376,7 +376,7 @@ DEVICE void consume(const sm90_args &args, const assignment &a) {
                    c.row_max, c.row_sum);
 }
 
-/* All threads of the block, in a cluster of all blocks. */
+/* All threads of the block, in a cluster of all blocks: barriers have been initialised. */
 DEVICE void meet() {
     if (CLUSTER > 1) {
         cluster_arrive();
@@ -397,11 +397,5 @@ WAN_ATTN_CLUSTER_KERNEL(KERNEL_NAME, NUM_THREADS, CLUSTER, wan_attn_cuda_sm90_ar
     } else {
         take_registers<REGS_CONSUMER>();
         consume(args, a);
-    }
-    /* A block may not leave while another one still writes to its memory, or arrives there. Lanes
-     * that had nothing to do wait for the one that had. */
-    if (CLUSTER > 1) {
-        warp_barrier();
-        meet();
     }
 }

@@ -90,9 +90,9 @@ static int fails(const char *name) {
 }
 #define FAIL_IF_ASKED(name)                                                                        \
     do {                                                                                           \
-        int error = fails(name);                                                                   \
-        if (error)                                                                                 \
-            return error;                                                                          \
+        int its_error = fails(name);                                                               \
+        if (its_error)                                                                             \
+            return its_error;                                                                      \
     } while (0)
 
 int cuInit(unsigned flags) {

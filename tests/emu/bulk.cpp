@@ -19,6 +19,7 @@ struct mbarrier {
     int completed = 0;   // phases
     int awaited = 0;     // of these, those that somebody has waited for
     int last_bulk = 0;   // the last phase that bulk copies were part of
+    int last_remote = 0; // or another block's arrivals
     knowledge gathered, known;
     int made_by = 0; // lane
     tick made_at = 0;
@@ -46,9 +47,17 @@ struct transfer {
     bool is_committed, has_read;
 };
 
+// On its way to another block.
+struct arrival {
+    int block;
+    u32 barrier;
+    knowledge sent;
+};
+
 std::vector<std::map<u32, mbarrier>> barriers; // per block of the cluster, by address
 std::deque<transfer> loads;                    // that have not come
 std::deque<transfer> stores;                   // that nobody has waited for
+std::deque<arrival> arrivals;                  // from other blocks, that have not come
 unsigned turn = 0;                             // which transfer comes next
 
 machine &gpu() { return the_machine(); }
@@ -141,6 +150,16 @@ void land(const transfer &t) {
         gpu().report("mbarrier at " + hex(t.barrier) + ": " + problem);
 }
 
+void land(const arrival &a) {
+    mbarrier &b = barriers[static_cast<std::size_t>(a.block)].at(a.barrier);
+    b.pending--;
+    b.last_remote = b.completed + 1;
+    b.gathered.join(a.sent);
+    std::string problem = advance(b);
+    if (!problem.empty())
+        gpu().report("mbarrier at " + hex(a.barrier) + ": " + problem);
+}
+
 void write_out(transfer &t) {
     t.has_read = true;
     shared_memory &memory = gpu().shared_of(t.block);
@@ -176,6 +195,7 @@ void begin_bulk_units() {
     barriers.assign(static_cast<std::size_t>(gpu().cluster_size()), {});
     loads.clear();
     stores.clear();
+    arrivals.clear();
     turn = 0;
 }
 
@@ -186,6 +206,12 @@ bool land_something() {
             write_out(t);
             return true;
         }
+    if (!arrivals.empty() && (turn % 2 == 0 || loads.empty())) {
+        arrival a = arrivals.front();
+        arrivals.pop_front();
+        land(a);
+        return true;
+    }
     if (loads.empty())
         return false;
     auto which = loads.begin() + static_cast<long>(turn % loads.size());
@@ -202,9 +228,16 @@ std::string bulk_leftovers(int block_rank) {
     for (const transfer &t : stores)
         if (t.block == block_rank)
             return "a block has ended with a bulk store that may still read its shared memory";
-    for (auto &[address, b] : barriers[static_cast<std::size_t>(block_rank)])
+    for (const arrival &a : arrivals)
+        if (a.block == block_rank)
+            return "a block has ended with another block's arrival under way to its mbarrier";
+    for (auto &[address, b] : barriers[static_cast<std::size_t>(block_rank)]) {
         if (b.bytes != 0 || b.awaited < b.last_bulk)
             return "a block has ended without a wait for bulk copies counted at " + hex(address);
+        if (b.awaited < b.last_remote)
+            return "a block has ended without a wait for another block's arrivals at " +
+                   hex(address);
+    }
     return "";
 }
 
@@ -232,12 +265,22 @@ void mbarrier_init(u32 at, int count, site where) {
     known[at] = b;
 }
 
-void mbarrier_init_fence() { gpu().fence_async_proxy(); }
+void mbarrier_init_fence() { gpu().fence_mbarrier_init(); }
 
 void mbarrier_arrive(u32 at, int block_rank, u32 bytes, site where) {
     if (block_rank < 0 || block_rank >= gpu().cluster_size() || gpu().has_left(block_rank))
         gpu().fail(line_of(where) + "arrival at an mbarrier of a block that is not there");
     mbarrier &b = barrier_at(at, block_rank, false, where);
+    if (block_rank != gpu().rank()) {
+        arrival a = {block_rank, at, gpu().knows()};
+        gpu().release(a.sent);
+        landing when = gpu().settings().copies;
+        if (when == landing::early || (when == landing::random && gpu().coin()))
+            land(a);
+        else
+            arrivals.push_back(a);
+        return;
+    }
     b.bytes += bytes;
     b.pending--;
     gpu().release(b.gathered);

@@ -78,6 +78,7 @@ void machine::run_cluster(std::uint32_t shared_bytes) {
     for (int i = 0; i < count; i++) {
         lanes[i].is = state::ready;
         lanes[i].cluster_phase = 0;
+        lanes[i].fenced.reset();
         lanes[i].knows.reset(entities);
         lanes[i].knows.generic.set(i, 0);
         stacks.prepare(i, lanes[i].fiber, enter);
@@ -245,10 +246,21 @@ void machine::check_lines() {
     }
 }
 
-void machine::cluster_arrive() {
-    lanes[running].cluster_phase++;
+void machine::fence_mbarrier_init() {
+    knowledge &mine = lanes[running].knows;
+    mine.async.join(mine.generic);
+    lanes[running].fenced = std::make_shared<knowledge>(mine);
+    mine.generic.set(running, static_cast<tick>(mine.generic.at(running) + 1));
+}
+
+void machine::cluster_arrive(bool is_relaxed) {
+    lane &self = lanes[running];
+    self.cluster_phase++;
     cluster_arrived++;
-    release(cluster_knows);
+    if (!is_relaxed)
+        release(cluster_knows);
+    else if (self.fenced)
+        cluster_knows.join(*self.fenced);
     advance_cluster();
 }
 

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -62,6 +63,9 @@ class machine {
     void release(int lane_number, knowledge &to);
     void release(knowledge &to) { release(running, to); }
     void fence_async_proxy();
+    // What this thread has done with mbarriers is known after the cluster's barrier, also a
+    // relaxed one.
+    void fence_mbarrier_init();
     int entity_of_warp(int warp) const { return static_cast<int>(lanes.size()) + warp; }
     int entity_of_mbarrier(int block_rank, int number) const {
         return entity_of_warp(static_cast<int>(warps.size())) + block_rank * MBARRIERS + number;
@@ -71,7 +75,8 @@ class machine {
     void together(const char *what, site at, void *brought, warp_action action);
     void block_barrier(site at);
     void named_barrier(int id, int count, bool waits, site at);
-    void cluster_arrive();
+    // is_relaxed: orders nothing but initialisations of mbarriers that have been fenced.
+    void cluster_arrive(bool is_relaxed);
     void cluster_wait(site at);
     // Until somebody wakes those that sleep over `reason`; a thread may be woken without need.
     void sleep(const void *reason, const char *what, site at);
@@ -112,6 +117,7 @@ class machine {
         const void *reason = nullptr; // asleep
         int cluster_phase = 0;        // meetings of the cluster it has arrived at
         knowledge knows;
+        std::shared_ptr<knowledge> fenced; // at its last fence_mbarrier_init
     };
     struct warp {
         int met = 0;      // lanes that wait for the others

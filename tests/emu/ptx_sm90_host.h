@@ -35,7 +35,7 @@ void check_computed(float x, float y, u32 at, site where);
 } // namespace emu
 
 DEVICE u32 cluster_rank() { return static_cast<u32>(emu::the_machine().rank()); }
-DEVICE void cluster_arrive() { emu::the_machine().cluster_arrive(); }
+DEVICE void cluster_arrive() { emu::the_machine().cluster_arrive(true); }
 DEVICE void cluster_wait(emu::site at = {}) { emu::the_machine().cluster_wait(at); }
 DEVICE void warp_barrier(emu::site at = {}) { emu::warp_barrier(at); }
 DEVICE void named_barrier_sync(int id, int threads, emu::site at = {}) {

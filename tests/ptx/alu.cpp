@@ -89,6 +89,17 @@ template <class T, bool f(T, T)> void compare(Warp &w, const Ins &, const int *o
     w.define(o[0], mask, w.defined[o[1]] & w.defined[o[2]]);
 }
 
+/* setp.lt.or: the comparison or a predicate. */
+void less_or(Warp &w, const Ins &, const int *o, u32 mask) {
+    const float *a = w.at<float>(o[1]), *b = w.at<float>(o[2]);
+    u32 result = w.r[o[3]].x[0];
+    for (int l = 0; l < LANES; l++)
+        result |= (u32)(a[l] < b[l]) << l;
+    u32 &d = w.r[o[0]].x[0];
+    d = (d & ~mask) | (result & mask);
+    w.define(o[0], mask, w.defined[o[1]] & w.defined[o[2]] & w.defined[o[3]]);
+}
+
 /* selp: only the operand that is chosen has to be known. */
 template <class T> void select(Warp &w, const Ins &, const int *o, u32 mask) {
     T *d = w.at<T>(o[0]);
@@ -184,6 +195,8 @@ template <class T> bool ge(T a, T b) { return a >= b; }
 bool geu(float a, float b) { return !(a < b); }
 bool ltu(float a, float b) { return !(a >= b); }
 bool neu(float a, float b) { return !(a == b); }
+bool num(float a, float b) { return a == a && b == b; }
+bool unordered(float a, float b) { return a != a || b != b; }
 
 int min_relu(int a, int b) { return larger(smaller(a, b), 0); }
 int high_s32(int a, int b) { return (int)((i64)a * b >> 32); }
@@ -296,10 +309,13 @@ const std::vector<Op> ALU_OPS = [] {
         FLOATS(le),
         FLOATS(gt),
         FLOATS(ge),
+        {"setp.num.f32", "=p r r", compare<float, num>},
+        {"setp.nan.f32", "=p r r", compare<float, unordered>},
         {"setp.ne.f32", "=p r r", compare<float, ne<float>>},
         {"setp.geu.f32", "=p r r", compare<float, geu>},
         {"setp.ltu.f32", "=p r r", compare<float, ltu>},
         {"setp.neu.f32", "=p r r", compare<float, neu>},
+        {"setp.lt.or.f32", "=p r r p", less_or},
         {"and.pred", "=p p p", predicates<both<u32>>},
         {"or.pred", "=p p p", predicates<either<u32>>},
         {"xor.pred", "=p p p", predicates<one_of<u32>>},

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from wan_attn.request import Call, gate, wants_grad
 
@@ -50,9 +51,13 @@ class _Guard:
 
         def guarded(keyset: Any, *operands: Any, **keywords: Any) -> Any:
             query, key, value = operands[:3]
-            gate.without_tangent(query=query, key=key, value=value)  # which it would drop
-            if gate.is_transformed(query, key, value) and wants_grad(query, key, value):
-                return self._in_torch(*operands, **keywords)
+            # As in gate.in_forward_mode(), without a call: a tangent would be dropped.
+            if getattr(forward_ad, "_current_level", 0) >= 0:
+                gate.without_tangent(query=query, key=key, value=value)
+            # Outside of torch.func, as most calls are, this asks one question.
+            if gate.innermost_transform() is not None and gate.is_transformed(query, key, value):
+                if wants_grad(query, key, value):
+                    return self._in_torch(*operands, **keywords)
             return kernel(keyset, *operands, **keywords)
 
         self._library.impl(op, guarded, key, **options)

@@ -164,7 +164,7 @@ def wants_grad(query: Tensor, key: Tensor, value: Tensor) -> bool:
         query.requires_grad
         or key.requires_grad
         or value.requires_grad
-        or gate.wants_grad_below(query, key, value)
+        or (gate.innermost_transform() is not None and gate.wants_grad_below(query, key, value))
     )
 
 
@@ -303,7 +303,7 @@ def host_lengths(name: str, lengths: Tensor | None, batch: int, seqlen: int) -> 
         return [seqlen] * batch
     if lengths.device.type != "cpu":
         return None
-    is_transformed = gate.is_transformed(lengths)
+    is_transformed = gate.innermost_transform() is not None and gate.is_transformed(lengths)
     values: list[int] = (
         gate.untransformed(lengths).flatten() if is_transformed else lengths
     ).tolist()

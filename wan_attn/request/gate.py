@@ -224,6 +224,10 @@ def dense(name: str, value: object) -> None:
         refuse(name, DENSE, f"{value.layout} on {value.device}")
 
 
+# The innermost transform of torch.func that is at work; None outside of all.
+innermost_transform = functorch.peek_interpreter_stack
+
+
 def in_forward_mode() -> bool:
     """Whether a tensor may carry a tangent now: in torch.func.jvp, jacfwd or hessian, or within
     forward_ad.dual_level(). Must cost next to nothing: every call asks."""
@@ -254,7 +258,7 @@ def without_tangent(**tensors: object) -> None:
 
 def is_transformed(*tensors: Tensor | None) -> bool:
     """Whether torch.func (vmap, grad) wraps one of these: its numbers cannot be read here."""
-    if functorch.peek_interpreter_stack() is None:
+    if innermost_transform() is None:
         return False
     is_wrapped = functorch.is_functorch_wrapped_tensor
     return any(tensor is not None and is_wrapped(tensor) for tensor in tensors)

@@ -18,10 +18,11 @@ DEVICE u32 cluster_rank() {
     return rank;
 }
 
-/* All threads of the cluster that have not left; what they did before arriving is visible to all
- * after waiting. */
+/* All threads of the cluster that have not left. Of what they did before arriving, only the
+ * initialisation of mbarriers before mbarrier_init_fence() is visible to all after waiting:
+ * .release would make all of memory so, with a MEMBAR.ALL.GPU. */
 DEVICE void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }

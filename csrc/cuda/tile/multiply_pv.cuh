@@ -14,7 +14,7 @@
  * where they are summed in f16 (64 would be cheaper, but a V far from zero mean then has larger
  * errors than bf16 with f32 sums), else a tile. Where O and S leave no registers for that, O is
  * the tensor cores' own sum. */
-#define PV_IN_PARTS (BLOCK_M == 16 * NUM_WARPS && HEAD_DIM + BLOCK_N <= 288)
+#define PV_IN_PARTS (BLOCK_M == 16 * NUM_WARPS && HEAD_DIM + BLOCK_N < 288)
 static_assert(PV_IN_PARTS || !PV_SUM_F16, "O itself is f32");
 
 enum {

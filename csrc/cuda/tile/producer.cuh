@@ -106,6 +106,14 @@ DEVICE void produce(const sm90_args &args, const assignment &a) {
     }
     if (a.num_loaded > 0)
         load_v(args, a, v, row + BLOCK_N);
+    /* A block may not leave while another one still writes to its memory, or arrives at its
+     * barriers. When every place is free again, all of the cluster has done with this block. */
+    for (int stage = 0; stage < STAGES && CLUSTER > 1; stage++) {
+        mbarrier_wait(barrier_at(EMPTY_K, k.stage), k.parity ^ 1);
+        mbarrier_wait(barrier_at(EMPTY_V, v.stage), v.parity ^ 1);
+        advance(k);
+        advance(v);
+    }
 }
 
 #endif /* WAN_ATTN_CUDA_TILE_PRODUCER_H */
