@@ -181,12 +181,12 @@ static fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
     return why ? CANNOT : TAKES;
 }
 
-static wan_attn_status forced_row_in_range(int32_t row, wan_attn_error *err) {
-    if (row < -1 || row >= KERNEL_COUNT)
-        return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT,
-                             "kernel must be -1 (the best) or a row from 0 to %d, got %d",
-                             KERNEL_COUNT - 1, (int)row);
-    return WAN_ATTN_OK;
+static int is_row(int32_t row) { return row >= 0 && row < KERNEL_COUNT; }
+
+static wan_attn_status no_such_row(int32_t row, wan_attn_error *err) {
+    return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT,
+                         "kernel must be -1 (the best) or a row from 0 to %d, got %d",
+                         KERNEL_COUNT - 1, (int)row);
 }
 
 static wan_attn_status take(wan_attn_problem *p, int32_t row, wan_attn_error *err) {
@@ -263,9 +263,8 @@ static wan_attn_status no_row(wan_attn_problem *p, fit best, wan_attn_error *err
 /* The row to run: the forced one if it can, else the first exact one that can. */
 wan_attn_status wan_attn_choose(wan_attn_problem *p, wan_attn_error *err) {
     int32_t forced = p->params->kernel;
-    wan_attn_status status = forced_row_in_range(forced, err);
-    if (status != WAN_ATTN_OK || forced >= 0)
-        return status == WAN_ATTN_OK ? take(p, forced, err) : status;
+    if (forced != -1)
+        return is_row(forced) ? take(p, forced, err) : no_such_row(forced, err);
     char reason[200];
     fit best = OTHER_DEVICE;
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
@@ -273,7 +272,7 @@ wan_attn_status wan_attn_choose(wan_attn_problem *p, wan_attn_error *err) {
             continue;
         fit found = kind_of(&KERNELS[r].info, p);
         if (found == TAKES) {
-            status = find_arch(p, "no kernel takes this call", err);
+            wan_attn_status status = find_arch(p, "no kernel takes this call", err);
             if (status != WAN_ATTN_OK)
                 return status;
             found = ask(r, p, reason, sizeof(reason));
@@ -290,8 +289,7 @@ wan_attn_status wan_attn_ask_row(const wan_attn_problem *p, int32_t row, wan_att
     if (row < 0)
         return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, "row must be at least 0, got %d",
                              (int)row);
-    wan_attn_status status = forced_row_in_range(row, err);
-    return status == WAN_ATTN_OK ? take(&asked, row, err) : status;
+    return is_row(row) ? take(&asked, row, err) : no_such_row(row, err);
 }
 
 const wan_attn_kernel *wan_attn_kernel_of(int32_t row) { return &KERNELS[row]; }

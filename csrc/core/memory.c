@@ -79,7 +79,7 @@ wan_attn_status wan_attn_check_workspace(const wan_attn_problem *p, wan_attn_err
 
 /* What is written must be where nothing else is that the call needs. */
 wan_attn_status wan_attn_check_sharing(const wan_attn_problem *p, wan_attn_error *err) {
-    enum { FIRST_WRITTEN = 5, WORKSPACE = 7, ALL };
+    enum { FIRST_WRITTEN = 5, WORKSPACE = 7, ALL = 8 };
     const wan_attn_params *a = p->params;
     wan_attn_tensor workspace = {a->workspace, WAN_ATTN_I32, a->q.device_type, a->q.device_index, 1,
                                  {0},          {1}};

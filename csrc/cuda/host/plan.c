@@ -41,7 +41,7 @@ static void plan_scale(const wan_attn_problem *p, wan_attn_cuda_plan *plan,
 }
 
 static int is_step(int64_t size, int64_t stride) {
-    return size == 1 || (stride > 0 && stride < (1ll << 39)); /* of two bytes each */
+    return size == 1 || (stride > 0 && stride < ((int64_t)1 << 39)); /* of two bytes each */
 }
 
 int wan_attn_cuda_is_spread(const wan_attn_view *v, int64_t batch, int64_t rows, int64_t heads) {
