@@ -19,8 +19,8 @@ from wan_attn.request import (
     Call,
     Refusal,
     Request,
+    check,
     check_dense,
-    check_floating,
     check_scale,
     host_lengths,
     transforms,
@@ -177,8 +177,8 @@ def _dtypes(
     dtype = compute_dtype(value.dtype, call.dtype, query.device, settings.force_fp16)
     if call.dtype is None and not settings.force_fp16:
         return query.dtype, key.dtype, dtype
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_floating(name, tensor)
+    # Before anything is converted, which for operands that do not fit may want endless memory.
+    check(query, key, value, call, takes_any_strides=True, takes_any_float=True)
     query_dtype, key_dtype = (t.dtype if t.dtype == torch.float32 else dtype for t in (query, key))
     return query_dtype, key_dtype, dtype
 
