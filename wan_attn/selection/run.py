@@ -84,9 +84,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
     if plan is not None and plan.settings is not settings:
         plan = None
     dtypes = _dtypes(query, key, value, call, settings) if plan is None else plan.dtypes
-    query = query if query.dtype == dtypes[0] else query.to(dtypes[0])
-    key = key if key.dtype == dtypes[1] else key.to(dtypes[1])
-    value = value if value.dtype == dtypes[2] else value.to(dtypes[2])
+    query = query if query.dtype == dtypes[0] else _converted(query, dtypes[0])
+    key = key if key.dtype == dtypes[1] else _converted(key, dtypes[1])
+    value = value if value.dtype == dtypes[2] else _converted(value, dtypes[2])
     if plan is None:
         plan = _make_plan(query, key, value, call, settings)
         _keep(kind, plan)
@@ -131,6 +131,13 @@ def _readable(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
         x if x.dim() != 4 or x.stride(3) == 1 else x.contiguous() for x in (query, key, value)
     )
     return query, key, value
+
+
+def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype. torch keeps the order of its strides, in which, where rows overlap, the last
+    dimension is not the innermost one."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _kind(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Any, ...]:
