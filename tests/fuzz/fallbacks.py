@@ -70,8 +70,7 @@ def _machine(folder: Path) -> Iterator[Gpu]:
         native._op = before
         torch.cuda.is_current_stream_capturing = asks_cuda
         log.LOGGER.setLevel(level)
-        first_call.forget()
-        wan_attn.config.refresh()
+        wan_attn.config.forget()
         _close(gpu)
 
 
@@ -98,8 +97,7 @@ def _call(length: int) -> str:
 def try_fault(function: str, code: int, folder: Path) -> tuple[str, list[str]]:
     """A line of the table, and what is wrong."""
     with _machine(folder) as gpu:
-        wan_attn.config.refresh()
-        first_call.forget()
+        wan_attn.config.forget()  # plans and verdicts of the machine before are not this one's
         gpu.fail(function, code)
         results = [_call(LENGTHS[0]) for _ in range(TIMES)]
         same = _attempts(gpu, function)
