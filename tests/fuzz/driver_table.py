@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""driver_table.py - the campaign of driver_faults.py as a page: one line for the driver's calls that
-behave alike, one column for each kind of error."""
+"""driver_table.py - the campaign of driver_faults.py as a page: a line for the driver's calls that
+behave alike, a column for each kind of error."""
 
 from __future__ import annotations
 
