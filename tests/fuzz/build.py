@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """build.py - compiles the C campaigns, against the library that is installed or with all of csrc/,
-plain and under the sanitizers; keeps them under build/fuzz as long as no source changes."""
+plain and under the sanitizers, where signed overflow is no wrap-around; keeps them under build/fuzz as long as no source changes."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "sanitized": ("gcc", ["-O1", *_SANITIZERS]),
     "clang": ("clang", ["-O2"]),
     "sanitized clang": ("clang", ["-O1", *_SANITIZERS]),
+    "threads": ("gcc", ["-O1", "-fsanitize=thread"]),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = "python tests/fuzz/driver_faults.py --table docs/driver-faults.md"
+COMMAND = "make fuzz ARGS='--only driver --table docs/driver-faults.md'"
 
 
 class Fault(Protocol):
@@ -52,19 +52,20 @@ _FOOT = """
 *Raises*: a RuntimeError with the driver's words (torch's OutOfMemoryError for want of memory);
 nothing else computes on a device that is lost, or hides why.
 
+*Goes on*: the call is computed. What was pushed is popped; a failure there changes nothing.
+
 | in every fault | |
 |---|---|
-| the message | names the driver's error and what was being done: `{example}` |
-| the results | right, or none at all; right again once the driver is well{except_} |
-| what is left behind | no library (what was loaded is unloaded), no context on the stack |
-| who tries again | {retries} |
+| message | the driver's error, in its words, and what was being done: `{example}` |
+| result | right or none; right again once the driver is well{except_} |
+| leak | none: what was loaded is unloaded, and no context stays on the stack |
+| tried again | {retries} |
 """
 
 _RETRIES = (
-    "C tries again at the next call. Python remembers: after a fall back this kind of call stays"
-    " with the other backend, and a kernel that failed its self-check is not loaded again. Out of"
-    " memory is tried once more after torch has released its cache. A driver that does not start"
-    " is tried again ever more rarely; after {final} never"
+    "what raises: by every call. What falls back: not for this kind of call, and a kernel that"
+    " failed its self-check is not loaded again. Out of memory: once more in the same call, after"
+    " torch has released its cache. `cuInit`: ever more rarely; after {final} never"
 )
 
 
@@ -119,7 +120,7 @@ def page(rows: Sequence[Fault], codes: Mapping[int, str], final: Sequence[int]) 
     example = next(row.said for row in rows if row.function == "cuLaunchKernel" and row.code == 700)
     foot = _FOOT.format(
         example=example,
-        except_=f" (but not after `{'`, `'.join(sorted(stays_out))}`, see below)"
+        except_=f" (except for `{'`, `'.join(sorted(stays_out))}`, as said below)"
         if stays_out
         else "",
         retries=_RETRIES.format(final=", ".join(map(str, final))),

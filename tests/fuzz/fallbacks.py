@@ -21,6 +21,7 @@ from torch import Tensor
 
 import wan_attn.config
 from cuda_mock.gpu import CARDS, Gpu
+from fuzz.count import Count
 from fuzz.driver_faults import CODES, TROUBLE, _close
 from tolerances import assert_close_to_oracle
 from wan_attn import log
@@ -135,14 +136,14 @@ def campaign() -> Iterator[tuple[str, list[str]]]:
 
 
 def main() -> int:
-    wrong = 0
+    count = Count()
     for line, problems in campaign():
         print(line)
         for problem in problems:
             print(f"    WRONG: {problem}")
-            wrong += 1
-    print(f"{wrong} wrong")
-    return 1 if wrong else 0
+        count.calls += 1
+        count.wrong += bool(problems)
+    return count.end()
 
 
 if __name__ == "__main__":
