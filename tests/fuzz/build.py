@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """build.py - compiles the C campaigns, against the library that is installed or with all of csrc/,
-plain and under the sanitizers, where signed overflow is no wrap-around; keeps them under build/fuzz as long as no source changes."""
+plain and under the sanitizers, where signed overflow does not wrap around; keeps them under
+build/fuzz as long as no source changes."""
 
 from __future__ import annotations
 
