@@ -5,8 +5,10 @@ build/fuzz as long as no source changes."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from emu.build import made
@@ -59,6 +61,7 @@ def program(name: str, variant: str) -> Path:
         objects.append(lib_path())
         more = [f"-Wl,-rpath,{lib_path().parent}"]
     else:
-        objects += [_object(compiler, flags, source, headers) for source in library]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects += pool.map(lambda source: _object(compiler, flags, source, headers), library)
     command = [compiler, *more, *map(str, objects), "-lm", "-lpthread", "-ldl"]
     return made(name, "", objects, command, BUILT)

@@ -48,11 +48,10 @@ ours, with each of {codes} errors, on the mock driver (`tests/cuda_mock`).
 """
 
 _FOOT = """
-*Falls back*: the next backend computes, and one line in the log has the driver's words.
-*Raises*: a RuntimeError with the driver's words (torch's OutOfMemoryError for want of memory);
-nothing else computes on a device that is lost, or hides why.
-
-*Goes on*: the call is computed. What was pushed is popped; a failure there changes nothing.
+- *Falls back*: the next backend computes, and one line in the log has the driver's words.
+- *Raises*: a RuntimeError with the driver's words (torch's OutOfMemoryError for want of memory);
+  nothing else computes on a device that is lost, or hides why.
+- *Goes on*: the call is computed. What was pushed is popped; a failure there changes nothing.
 
 | in every fault | |
 |---|---|
