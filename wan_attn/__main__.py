@@ -120,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen == "run" and command is not None:
         ours, rest = split_script(command, words[1:])
         words = ["run", *ours]
-    args = parser.parse_args(words)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:  # argparse itself would show the usage of all commands
+        (command or parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.command is None:
         parser.print_help()
         return USAGE
