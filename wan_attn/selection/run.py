@@ -15,7 +15,6 @@ from torch import Tensor
 from wan_attn import config, log
 from wan_attn.backends import REGISTRY, native
 from wan_attn.backends._errors import is_device_error
-from wan_attn.native.interruption import is_interruption
 from wan_attn.request import (
     Call,
     Refusal,
@@ -29,6 +28,7 @@ from wan_attn.request import (
 )
 from wan_attn.selection import profile
 from wan_attn.selection.choose import Choice, compute_dtype, select, title
+from wan_attn.transient import is_interruption
 
 # What a backend may raise for reasons of its own: a missing symbol, a changed signature, a shape it
 # did not expect.
