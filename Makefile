@@ -9,6 +9,7 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
 JOBS ?= 2
+MINUTES ?= 2
 ARGS ?=
 
 python = $(VENV)/bin/python
@@ -19,7 +20,7 @@ help:
 	@echo 'make test          the tests'
 	@echo 'make check         formatters, linters, types, warnings as errors, sanitizers, tables of the docs'
 	@echo 'make check-fast    the part of it that takes seconds; pre-commit runs the same'
-	@echo 'make fuzz          the campaign against faults; ARGS="--seconds 600 --seed 7"'
+	@echo 'make fuzz          the campaign against faults; MINUTES=10 ARGS="--seed 7"'
 	@echo 'make format        put C and Python sources into their format'
 	@echo 'make tables        write the generated tables of the documentation'
 	@echo 'make bench         the benchmarks that need no GPU (an idle machine tells more)'
@@ -50,7 +51,7 @@ fuzz:
 	@echo '== environment for the tests'
 	@$(setup) test,demo
 	@echo '== fuzz'
-	@$(python) tests/fuzz/run.py $(ARGS)
+	@$(python) tests/fuzz/run.py --minutes $(MINUTES) $(ARGS)
 
 # What each of these runs is said once, in .ci/check-fast and .ci/check-c.
 check: check-fast check-warnings check-analyzers check-sanitizers check-tables

@@ -232,8 +232,8 @@ static void fill(const wan_attn_params *a, wan_attn_problem *p) {
     p->k = view_of(&a->k);
     p->v = view_of(&a->v);
     p->softmax_scale = a->has_softmax_scale ? a->softmax_scale : 1.0 / sqrt((double)p->head_dim);
-    p->window_left = window_bound(a->window_size_left);
-    p->window_right = a->is_causal ? 0 : window_bound(a->window_size_right);
+    p->window_size_left = window_bound(a->window_size_left);
+    p->window_size_right = a->is_causal ? 0 : window_bound(a->window_size_right);
 }
 
 wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *problem,

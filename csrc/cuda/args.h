@@ -55,7 +55,7 @@ typedef struct wan_attn_cuda_args {
     int seqlen_q, seqlen_k; /* padded lengths, below 2^29 */
     int m_blocks;           /* ceil(seqlen_q / BLOCK_M) */
     /* Keys left and right of the diagonal, at most WAN_ATTN_CUDA_UNBOUNDED. */
-    int window_left, window_right;
+    int window_size_left, window_size_right;
     int q_is_f32, out_is_f32;
     /* |softmax_scale| * log2(e). Never 0: the host passes WAN_ATTN_CUDA_SMALLEST_SCALE instead, so
      * that -inf, the score of a hidden key, times the scale stays -inf. */

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""parse.py - PTX text to a list of instructions: labels, scopes, operands (PTX ISA 4 and 5)."""
+"""parse.py - PTX text to a list of instructions: labels, scopes, operands (PTX ISA, "Syntax")."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from wan_attn import config, log
 from wan_attn.backends import REGISTRY, native
 from wan_attn.backends._errors import is_device_error
-from wan_attn.native.interruption import is_interruption
 from wan_attn.request import (
     Call,
     Refusal,
@@ -29,6 +28,7 @@ from wan_attn.request import (
 )
 from wan_attn.selection import profile
 from wan_attn.selection.choose import Choice, compute_dtype, select, title
+from wan_attn.transient import is_interruption
 
 # What a backend may raise for reasons of its own: a missing symbol, a changed signature, a shape it
 # did not expect.
@@ -123,8 +123,9 @@ def _readable(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     try:
         if query.stride(-1) == 1 and key.stride(-1) == 1 and value.stride(-1) == 1:
             return query, key, value
-    except (RuntimeError, IndexError):  # a layout without strides, or no dimension
-        pass
+    except (RuntimeError, IndexError) as error:  # a layout without strides, or no dimension
+        if is_interruption(error):
+            raise
     check_dense(query, key, value)
     query, key, value = (
         x if x.dim() != 4 or x.stride(3) == 1 else x.contiguous() for x in (query, key, value)
