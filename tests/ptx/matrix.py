@@ -27,6 +27,7 @@ from ptx import collect
 from ptx.calls import Runner
 from ptx.helpers import HELPERS, Helpers
 from ptx.machine import Knobs
+from ptx.parse import Refused
 from wan_attn.cuda.rows import SHIPPED
 
 # Settings that no result may depend on: order of warps, landing of copies, what uninitialised
@@ -132,9 +133,12 @@ def _attention(runner: Runner, seed: int, total: Total) -> None:
     for number, case in enumerate(full(runner.tile, seed)):
         try:
             check(runner, case, number)
-        except AssertionError as error:
+        except (AssertionError, Refused) as error:
             failed += 1
             print(f"    WRONG {error}", flush=True)
+            if isinstance(error, Refused):
+                total.wrong += 1
+                return
         count += 1
     if isinstance(runner.tile, TileSm90):
         check_outputs(runner)
@@ -160,9 +164,10 @@ def _helpers(compiler: collect.Compiler, total: Total) -> None:
         calls = Helpers(compiler, arch)
         try:
             calls.check_all()
-        except AssertionError as error:
+        except (AssertionError, Refused) as error:
             total.wrong += 1
             print(f"    WRONG {arch}: {error}", flush=True)
+            continue
         total.opcodes.update(calls.counts())
         total.kernels += len(HELPERS)
     seconds = time.process_time() - begin
