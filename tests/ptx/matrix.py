@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -177,6 +178,11 @@ def _helpers(compiler: collect.Compiler, total: Total) -> None:
     )
 
 
+def _body(text: str) -> str:
+    """A module without what says whom it is for."""
+    return re.sub(r"//[^\n]*|\.(target|version)[^\n]*", "", text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="every kernel from its PTX, against the oracle")
     parser.add_argument("--compiler", default="", help="only those whose name contains this")
@@ -189,9 +195,17 @@ def main() -> None:
         total = Total()
         if wanted.kernel in "helpers":
             _helpers(compiler, total)
+        texts: dict[str, Job] = {}
         for job in collect.shipped():
-            if job.name.startswith("sdpa") and wanted.kernel in f"{job.name} {job.target}":
+            if not job.name.startswith("sdpa") or wanted.kernel not in f"{job.name} {job.target}":
+                continue
+            first = texts.setdefault(_body(collect.ptx_of(job, compiler)), job)
+            if first is job:
                 _attention(Runner(job, compiler), wanted.seed, total)
+            else:
+                total.kernels += 1
+                named = f"{compiler.name:12} {job.name:36} {job.target:7}"
+                print(f"{named} has the text of {first.target}", flush=True)
         print(
             f"{compiler.name}: {total.kernels} kernels, {total.calls} calls of attention,"
             f" {total.seconds:.0f} s, {total.wrong} wrong; how often each opcode ran"
