@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""test_ptx_knobs.py - what sums may cost that a tensor core cuts off."""
+"""test_ptx_knobs.py - what liberties of the hardware may cost: lse, which the matrix does not judge
+where they are taken.
+"""
 
 from __future__ import annotations
 
@@ -41,3 +43,18 @@ def test_lse_of_sums_that_are_cut_off(job: Job) -> None:
         got.lse is not None and (got.lse.double() - torch.from_numpy(want[1])).abs().max() <= bound
     )
     assert math.isfinite(bound) and bound < 1e-2
+
+
+@pytest.mark.parametrize("job", ROWS[::3], ids=lambda job: f"{job.name}-{job.target}")
+def test_lse_where_ex2_errs(job: Job) -> None:
+    """By 2 units in the last place, 2^-22 at most: so far may each weight be off, and the factor of
+    each tile where the maximum grew. Their sum and its logarithm then are off by as much."""
+    found = []
+    for error in (0, 2):
+        runner = with_knobs(Runner(job, collect.nvrtcs()[0]), ex2_error=error)
+        operands = cases.operands(Case(17, 2 * runner.tile.block_n + 9), runner.tile)
+        found.append(runner(runner.tile, *operands).lse)
+    right, off = found
+    assert right is not None and off is not None
+    tiles, rounding = 3, 2.0**-22  # of lse, which is below 8
+    assert (right - off).abs().max() <= (1 + tiles) * 2.0**-22 + rounding

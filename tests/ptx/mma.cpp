@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * mma.cpp - mma.sync: PTX ISA 9.7.14.5.7 and .8 (fragments of m16n8k8 and m16n8k16), .14.
+ * mma.cpp - mma.sync: PTX ISA, "Multiply-and-Accumulate Instruction: mma", "Matrix Fragments for
+ * mma.m16n8k8", "Matrix Fragments for mma.m16n8k16 with floating point type".
  */
 #include <cstring>
 

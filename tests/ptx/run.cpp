@@ -54,7 +54,7 @@ bool settle(Warp &w) {
     return !w.stack.empty();
 }
 
-/* 9.7.15: registers of products in flight. Reading A meanwhile is allowed, nothing else. */
+/* "wgmma.mma_async": registers of products in flight. A may be read meanwhile, and nothing else. */
 void check_busy(Warp &w, const Ins &ins) {
     const Program &p = w.machine->program;
     for (int i = ins.args; i < (&ins)[1].args; i++) {
@@ -145,7 +145,7 @@ Warp *choose(Machine &m) {
     return m.knobs.order == HIGHEST ? ready.back() : ready[m.dice() % ready.size()];
 }
 
-/* 9.7.13.4: over when all that have not left have arrived. */
+/* "barrier.cluster": over when all that have not left have arrived. */
 void end_cluster_phase(Machine &m) {
     if (!m.cluster_arrived)
         return;

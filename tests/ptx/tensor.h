@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  * tensor.h - how a tensor core sums. The manual says "accumulation with at least single precision"
- * and leaves order and rounding open (PTX ISA 9.7.14.5.14, 9.7.15.5.2); so it is a knob.
+ * and leaves order and rounding open (PTX ISA, "mma", "wgmma.mma_async"); so it is a knob.
  */
 #ifndef WAN_ATTN_TESTS_PTX_TENSOR_H
 #define WAN_ATTN_TESTS_PTX_TENSOR_H

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from wan_attn import log
 from wan_attn.backends._torch_kernels import SDPA
-from wan_attn.native.interruption import is_interruption
 from wan_attn.request import Call, check, check_dense, gate, refuse
+from wan_attn.transient import is_interruption
 
 REASON = "a mask is given, and wan_attn's kernels know lengths, causal and window only"
 
