@@ -83,7 +83,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
 
 # From the bottom up: a module may import its own layer and those below. "" is the package itself.
 PYTHON_LAYERS = [
-    {"version", "workloads", "console"},
+    {"version", "transient", "workloads", "console"},
     {"config"},
     {"request"},
     {"log", "merge"},

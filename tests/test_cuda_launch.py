@@ -23,7 +23,8 @@ from cuda_mock.gpu import CARDS, STREAM, Card, Gpu
 from emu.build import compiler
 from tolerances import assert_close_to_oracle
 from wan_attn.backends._errors import is_device_error
-from wan_attn.native import library, op
+from wan_attn.native import kernels, library, op
+from wan_attn.request import Request
 
 pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)"),
@@ -307,6 +308,42 @@ def test_failures_of_the_driver(gpu: Gpu, function: str, error: int, message: st
     gpu.fail("", 0)
     if function != "cuInit":  # of NO_DEVICE no driver gets well
         check(gpu, *normal())
+
+
+def ask_for_a_row(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What Python's choice of a backend hears about this machine: a row's name, or why none."""
+    monkeypatch.setattr(library, "lib", lambda: gpu.lib)
+    call = Request(1, 8, 8, 1, 1, 64, *[BF16] * 3, torch.device("cuda:0"))
+    kernel, reasons = kernels.select(call)
+    return reasons if kernel is None else kernel.name
+
+
+LOST = (700, 702, 709, 719)
+
+
+@pytest.mark.parametrize("error", (2, *LOST))
+def test_a_driver_that_does_not_start_leaves_the_call_to_another_backend(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """Whatever the error: cuInit knows no context, so that nothing of the caller's is lost."""
+    gpu.fail("cuInit", error)
+    reasons = ask_for_a_row(gpu, monkeypatch)
+    assert "the driver does not start: CUDA_ERROR_" in reasons
+    assert not is_device_error(RuntimeError(reasons))
+    gpu.fail("", 0)
+    assert any(ask_for_a_row(gpu, monkeypatch) == "sdpa_sm80_d64" for _ in range(3))
+
+
+@pytest.mark.parametrize("function", ("cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetAttribute"))
+def test_a_lost_device_is_no_reason_for_another_backend(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    for error in LOST:
+        gpu.fail(function, error)
+        with pytest.raises(RuntimeError, match="CUDA driver error .* when asked what cuda:0 is"):
+            ask_for_a_row(gpu, monkeypatch)
+    gpu.fail(function, 999)
+    assert "the driver does not tell what cuda:0 is" in ask_for_a_row(gpu, monkeypatch)
 
 
 @pytest.mark.parametrize("error", (2, 304, 802, 999))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,7 +80,8 @@ def test_the_programs_defaults_do_not_matter(device: str) -> None:
 def test_what_is_wrong_is_said(run: first_call.Run) -> None:
     found = first_call.wrong(run, CPU, torch.bfloat16, 64)
     assert found is not None and "instead of" in found
-    assert f"Lq={first_call.SEQLEN_Q} Lk={first_call.SEQLEN_K} D=64" in found
+    lengths = f"seqlen_q={first_call.SEQLEN_Q} seqlen_k={first_call.SEQLEN_K}"
+    assert f"{lengths} head_dim=64" in found
 
 
 def test_rings_go_round_and_clusters_have_rows() -> None:
@@ -147,14 +149,15 @@ def test_no_memory_for_a_module_is_tried_once_more(
             return torch.zeros(1), torch.zeros(1)
         raise RuntimeError("wan_attn: CUDA driver error 2: out of memory, when loading sdpa_sm80")
 
+    query = SimpleNamespace(is_cuda=True)
     monkeypatch.setattr(native, "_op", op)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
     if gets_well:
-        native._call(None)
+        native._call(query)  # type: ignore[arg-type]
     else:
         with pytest.raises(torch.cuda.OutOfMemoryError, match="when loading sdpa_sm80"):
-            native._call(None)
+            native._call(query)  # type: ignore[arg-type]
     assert done == ["call", "empty", "call"]
 
 

@@ -9,6 +9,7 @@ import importlib as _importlib
 import types as _types
 import warnings as _warnings
 
+from wan_attn.transient import is_transient as _is_transient
 from wan_attn.version import __version__
 
 __all__ = [
@@ -88,6 +89,8 @@ try:
         raise AttributeError(f"module 'wan_attn' has no attribute {name!r}")
 
 except (ImportError, OSError, RuntimeError, ValueError) as _error:
+    if _is_transient(_error):
+        raise  # this import ends, and the next one may go well
     # No torch, one whose DLLs do not load, a variable that holds something impossible: raised at
     # the first use, not here, because `python -m wan_attn doctor` has to import this file in order
     # to say what is wrong.

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import wan_attn
+from test_transforms import FUNCTIONS
+from wan_attn import config
 
 Q, K, V = torch.randn(3, 2, 7, 2, 16, generator=torch.Generator().manual_seed(0)).unbind()
 
@@ -28,6 +31,40 @@ def torchs(query: Tensor, key: Tensor = K, value: Tensor = V) -> Tensor:
 
 class Tagged(Tensor):
     """A subclass that does nothing of its own."""
+
+
+class Recording(Tensor):
+    """One that sees every function of torch's that is called with it."""
+
+    seen: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Dispatched(Tensor):
+    """One that holds another tensor and sees every operator: quantisers' and DTensor's kind."""
+
+    ops: ClassVar[list[str]] = []
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Dispatched:
+        made = Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.ops.append(str(func))
+        args, kwargs = tree_map(
+            lambda x: x.inner if isinstance(x, cls) else x, (args, kwargs or {})
+        )
+        return tree_map(lambda x: cls(x) if isinstance(x, Tensor) else x, func(*args, **kwargs))
 
 
 class Layer(torch.nn.Module):
@@ -65,6 +102,56 @@ def test_a_subclass_stays_one() -> None:
     out = ours(Q.as_subclass(Tagged))
     assert type(out) is Tagged
     assert_same(out.as_subclass(Tensor), torchs(Q))
+
+
+def test_a_subclass_sees_what_is_computed() -> None:
+    """Its own functions are asked: memory is not read behind its back."""
+    out = ours(Q.as_subclass(Recording))
+    assert type(out) is Recording and any("wan_attn" in str(f) for f in Recording.seen)
+    out = ours(*(Dispatched(x) for x in (Q, K, V)))
+    assert isinstance(out, Dispatched) and torch.equal(out.inner, ours(Q))
+    assert any(op.startswith("wan_attn") for op in Dispatched.ops)
+
+
+def test_lengths_that_cannot_be_read() -> None:
+    lens = Dispatched(torch.tensor([7, 7]))
+    with pytest.raises(RuntimeError, match="k_lens must be a tensor whose .*, got a Dispatched"):
+        wan_attn.sdpa(Q, K, V, k_lens=lens)
+
+
+def test_a_tensor_spread_over_processes_is_refused() -> None:
+    """torch has no sharding rule for our ops, and its words name no argument."""
+    spread = type("DTensor", (Tensor,), {})
+    for index, name in enumerate(("query", "key", "value")):
+        operands = [Q, K, V]
+        operands[index] = operands[index].as_subclass(spread)
+        with pytest.raises(RuntimeError, match=rf"{name} must be .*to_local.*, got a DTensor"):
+            ours(*operands)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_another_default_dtype_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    """What a function makes for itself takes its dtype from the operands."""
+    want = FUNCTIONS[name](Q)
+    before = torch.get_default_dtype()
+    config.forget()  # what was kept of the call above
+    try:
+        torch.set_default_dtype(dtype)
+        out = FUNCTIONS[name](Q)
+    finally:
+        torch.set_default_dtype(before)
+    assert out.dtype == want.dtype and torch.equal(out, want)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("wants_grad", [False, True])
+def test_another_default_device_changes_nothing(name: str, wants_grad: bool) -> None:
+    q = Q.clone().requires_grad_(wants_grad)
+    want = FUNCTIONS[name](q)
+    config.forget()
+    with torch.device("meta"):
+        assert torch.equal(FUNCTIONS[name](q), want)
 
 
 def test_layouts_and_dtypes_that_are_refused() -> None:

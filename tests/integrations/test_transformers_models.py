@@ -51,6 +51,9 @@ def chosen(model: Any) -> set[str]:
     return {part.config._attn_implementation for _, part, _ in parts}
 
 
+TOKENS = torch.arange(20).view(2, 10) + 3
+
+
 def logits(model: Any) -> Tensor:
     ids, mask = models.tokens("right")
     with torch.no_grad():
@@ -121,6 +124,45 @@ def test_disable_finds_what_was_enabled(
     assert not dtypes
     if way in ("deepcopy", "torch.save"):
         assert chosen(model) == {"wan_attn"}, "a copy's business is not the original's"
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant: bool, dtypes: list[torch.dtype]) -> None:
+    gradients = []
+    for is_ours in (False, True):
+        model = models.make_language_model("llama", "sdpa").train()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        if is_ours:
+            wan_transformers.enable(model)
+        model.enable_input_require_grads()
+        model(TOKENS, use_cache=False).logits.square().mean().backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    assert len(dtypes) == 4, "each of two layers once more"
+    assert torch.allclose(*gradients, atol=1e-4 * float(gradients[0].abs().max()))
+
+
+def test_offload_hooks(dtypes: list[torch.dtype]) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    model = models.make_language_model("llama", "sdpa")
+    theirs = logits(model)
+    wan_transformers.enable(model)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert torch.allclose(logits(model), theirs, atol=1e-4) and dtypes
+    wan_transformers.disable(model)
+    assert torch.equal(logits(model), theirs)
+
+
+def test_export() -> None:
+    """While a graph is traced transformers hands over a mask, and such calls are sdpa's."""
+    model = models.make_language_model("llama", "sdpa")
+    with torch.no_grad():
+        theirs = model(TOKENS, use_cache=False).logits
+    wan_transformers.enable(model)
+    with torch.no_grad():
+        graph = torch.export.export(model, (TOKENS,), {"use_cache": False}, strict=False)
+        assert torch.allclose(graph.module()(TOKENS, use_cache=False).logits, theirs, atol=1e-4)
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert sum("scaled_dot_product_attention" in target for target in targets) == 2
 
 
 def test_save_pretrained_does_not_write_it(tmp_path: Path) -> None:

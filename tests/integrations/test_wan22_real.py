@@ -185,3 +185,16 @@ def test_stock_generate_runs_unchanged(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("usage: generate.py") and "--ckpt_dir" in done.stdout
     assert "wan_attn: 10 of 10 names patched in `wan`" in done.stdout
+
+
+def test_copies_and_trainers(tmp_path: Path) -> None:
+    """Copies, Wan2.2's own FSDP, DDP and both kinds of checkpointing, around the patched model."""
+    result = tmp_path / "wrapped.json"
+    found = finish(start("wrapped", str(result), "0", str(tmp_path / "meet")), result)
+    assert found.keys() == {
+        *("deepcopy", "torch.save", "FSDP", "DDP", "checkpoint False", "checkpoint True"),
+    }
+    # Reentrant checkpointing runs forward without a gradient, which is our kernels' business, and
+    # PyTorch's for the gradient: their outputs differ by bfloat16's rounding.
+    bounds = dict.fromkeys(found, 1e-5) | {"checkpoint True": 2.0**-7}
+    assert {title: x for title, x in found.items() if not x <= bounds[title]} == {}

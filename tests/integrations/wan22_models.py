@@ -73,7 +73,12 @@ def wan_model_converted() -> Tensor:
 
 def wan_model_float32() -> Tensor:
     """No autocast at all: q, k, v float32."""
-    return _flat(wan_model()(**_wan_model_inputs()))
+    return run(wan_model())
+
+
+def run(model: Any) -> Tensor:
+    """wan_model(), or what was made of it, once."""
+    return _flat(model(**_wan_model_inputs()))
 
 
 def clip() -> Tensor:

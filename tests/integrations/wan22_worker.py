@@ -9,7 +9,9 @@ RESULT.json and judges nothing.
 
 from __future__ import annotations
 
+import copy
 import functools
+import io
 import json
 import logging
 import sys
@@ -182,12 +184,58 @@ def ulysses(rank: int, rendezvous: str) -> dict[str, Any]:
     return {"pieces": compare({"ulysses": wan22_models.wan_model_ulysses})}
 
 
+def wrapped(rank: int, rendezvous: str) -> dict[str, Any]:
+    """What trainers do to the patched model: how far output and gradient move, of the largest."""
+    wan22_harness.start_gloo(rank, 1, rendezvous)
+    wan22.patch()
+    import wan22_models
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.checkpoint import checkpoint
+    from wan.distributed.fsdp import shard_model
+
+    model: Any = wan22_models.wan_model()
+    want = wan22_models.run(model)
+
+    def saved() -> Any:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        return torch.load(file, weights_only=False)
+
+    def sharded() -> Any:
+        options = {"param_dtype": torch.float32, "sync_module_states": False}
+        return shard_model(copy.deepcopy(model), torch.device("cpu"), **options)
+
+    def gradient(use_reentrant: bool | None) -> Tensor:
+        other = copy.deepcopy(model)
+        names = ("e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens")
+        for block in other.blocks if use_reentrant is not None else ():
+            block.forward = functools.partial(
+                lambda plain, x, **k: checkpoint(
+                    plain, x, *(k[name] for name in names), use_reentrant=use_reentrant
+                ),
+                block.forward,
+            )
+        with torch.enable_grad():
+            wan22_models.run(other).square().mean().backward()
+        return other.blocks[0].self_attn.q.weight.grad
+
+    def off(got: Tensor, want: Tensor) -> float:
+        return error(got, want)["max"] / float(want.abs().max())
+
+    models = {"deepcopy": copy.deepcopy(model), "torch.save": saved(), "FSDP": sharded()}
+    models["DDP"] = DistributedDataParallel(copy.deepcopy(model))
+    plain = gradient(None)
+    found = {title: off(wan22_models.run(other), want) for title, other in models.items()}
+    return found | {f"checkpoint {way}": off(gradient(way), plain) for way in (False, True)}
+
+
 def main() -> None:
     task, result, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     wan22_harness.prepare()
     arguments = (int(rest[0]), rest[1]) if rest else ()
-    tasks = {f.__name__: f for f in (patch_first, import_first, ulysses)}
+    tasks = {f.__name__: f for f in (patch_first, import_first, ulysses, wrapped)}
     Path(result).write_text(json.dumps(tasks[task](*arguments)))
 
 

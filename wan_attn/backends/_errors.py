@@ -5,41 +5,32 @@ from __future__ import annotations
 
 import torch
 
-# After one of these the device (or its memory) is the problem: another backend would fail too, or
-# hide the cause.
-_DEVICE_ERROR_TYPES: tuple[type[BaseException], ...] = tuple(
-    kind
-    for kind in (
-        MemoryError,
-        getattr(torch, "OutOfMemoryError", None),  # torch >= 2.5; torch.cuda's is the same class
-        torch.cuda.OutOfMemoryError,
-        getattr(torch, "AcceleratorError", None),  # torch >= 2.8
-    )
-    if kind is not None
-)
+from wan_attn.transient import is_out_of_memory
+
+# After one of these the device is the problem: another backend would fail too, or hide the cause.
+# torch >= 2.8 has a type for it.
+_DEVICE_ERROR_TYPES = tuple(filter(None, (getattr(torch, "AcceleratorError", None),)))
 _DEVICE_ERROR_WORDS = (
     "cuda error",
     "hip error",
     "cuda driver error",
-    "out of memory",
     "illegal memory access",
     "device-side assert",
-    "can't allocate memory",  # DefaultCPUAllocator
-    "not enough memory",  # DefaultCPUAllocator on Windows
     "device_error",  # status of wan_attn's own C ABI
+)
+# These say what a library or a driver cannot do, whatever words of the driver's follow.
+_NO_DEVICE_ERROR_WORDS = (
+    "no kernel image",  # a library built for other cards; this one is well
+    "there is no usable nvidia driver",  # it does not start: no context of the caller's is lost
 )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the driver had no memory left, which torch's cache may hold."""
-    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
-
-
 def is_device_error(error: BaseException) -> bool:
-    """Whether `error` must be raised rather than answered by the next backend."""
+    """Whether `error`, of a device in trouble or of its memory or the host's, must be raised rather
+    than answered by the next backend."""
     text = str(error).lower()
-    if "no kernel image" in text:  # a library built for other cards; this one is well
+    if any(word in text for word in _NO_DEVICE_ERROR_WORDS):
         return False
-    if isinstance(error, _DEVICE_ERROR_TYPES):
+    if is_out_of_memory(error) or isinstance(error, _DEVICE_ERROR_TYPES):
         return True
     return isinstance(error, RuntimeError) and any(word in text for word in _DEVICE_ERROR_WORDS)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from wan_attn.backends._common import capability, empty_result, in_graph
-from wan_attn.native.interruption import is_interruption
 from wan_attn.request import MAX_HEAD_DIM, Call, Request, host_lengths
+from wan_attn.transient import is_transient
 
 NOT_INSTALLED = "not installed"
 
@@ -39,7 +39,7 @@ def load(*names: str) -> tuple[ModuleType | None, str]:
             if error.name not in (name, name.split(".")[0]):
                 return None, f"{name} is installed but broken: {error}"
         except Exception as error:  # noqa: BLE001 - foreign code that runs at import
-            if is_interruption(error):
+            if is_transient(error):
                 raise
             return None, f"{name} is installed but broken: {type(error).__name__}: {error}"
     return None, NOT_INSTALLED

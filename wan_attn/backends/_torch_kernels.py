@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan_attn import config
 from wan_attn.backends._errors import is_device_error
-from wan_attn.native.interruption import is_interruption
+from wan_attn.transient import is_interruption
 
 # Torch's own function, by its C name: programs put SageAttention's, or ours, in the place of
 # torch.nn.functional's, and that one drops masks and scales, or calls us again.

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from wan_attn.backends import torch_sdpa
-from wan_attn.backends._errors import is_device_error, is_out_of_memory
+from wan_attn.backends._errors import is_device_error
 from wan_attn.native import bindings, cuda_driver, kernels, op, shim
-from wan_attn.native.interruption import is_interruption
 from wan_attn.request import Call, Request
 from wan_attn.selfcheck import first_call
+from wan_attn.transient import is_interruption, is_out_of_memory
 
 NAME = "sdpa"
 TITLE = "wan_attn SDPA"
@@ -57,7 +57,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, 
     float32 query and key beside a half value are read as they are, without a converted copy.
     """
     if query.is_cuda:
-        _require_proof(query.device, value.dtype, query.shape[3])
+        _require_self_check(query.device, value.dtype, query.shape[3])
     left, right = call.window
     out, lse = _call(
         query,
@@ -74,7 +74,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, 
     return out, lse if call.return_lse else None
 
 
-def _require_proof(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def _require_self_check(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Raises RuntimeError, so that the next backend is tried, for a kernel that is wrong here."""
     wrong = first_call.verdict(_answer, last_kernel, device, dtype, head_dim, _is_final)
     if wrong is not None:
@@ -98,23 +98,23 @@ def _answer(
     return _call(query, key, value, q_lens, k_lens, is_causal=is_causal, return_lse=True)
 
 
-def _call(*operands: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+def _call(query: Tensor, *operands: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     """The op. What C could not pass on, it raises: Ctrl-C while a kernel was compiled, and torch's
     own exception where there was no memory."""
     try:
-        out, lse = _op(*operands, **options)
+        out, lse = _op(query, *operands, **options)
     except RuntimeError as error:
         cuda_driver.raise_interruption()
         shim.raise_out_of_memory(error)
         is_drivers = is_out_of_memory(error) and type(error) is RuntimeError
-        if not is_drivers or torch.cuda.is_current_stream_capturing():
+        if not is_drivers or not query.is_cuda or torch.cuda.is_current_stream_capturing():
             raise
     else:
         return out, lse
     # The driver had none left for a module, of which torch may hold gigabytes in its cache.
     torch.cuda.empty_cache()
     try:
-        out, lse = _op(*operands, **options)
+        out, lse = _op(query, *operands, **options)
     except RuntimeError as error:
         if is_out_of_memory(error) and not isinstance(error, torch.cuda.OutOfMemoryError):
             raise torch.cuda.OutOfMemoryError(str(error)) from error

@@ -21,6 +21,7 @@ from pathlib import Path
 from wan_attn import config, log
 from wan_attn.cuda import nvrtc, store
 from wan_attn.cuda.rows import Job, RowError, jobs_for, serving
+from wan_attn.transient import is_transient
 from wan_attn.version import REINSTALL
 
 SHIPPED_FOLDER = Path(__file__).with_name("cubin")
@@ -112,6 +113,8 @@ def _jobs(kernels: Sequence[str], arch: int) -> tuple[Job, ...]:
     except RowError as error:
         raise ImageError(str(error)) from error
     except OSError as error:
+        if is_transient(error):
+            raise
         raise ImageError(
             f"the package is damaged: the text of its kernels is missing ({error}); {REINSTALL}"
         ) from error
@@ -157,6 +160,8 @@ def _read(folder: Path, name: str) -> bytes | None:
     try:
         return store.read(folder, name)
     except OSError as error:
+        if is_transient(error):
+            raise
         _warn(("damaged", folder, name), f"{error}: not used")
         return None
 
@@ -168,6 +173,8 @@ def _may_look(folder: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
+        if is_transient(error):
+            raise
         why = f"{error}; WAN_ATTN_CACHE_DIR names another folder"
         _warn(("not kept", folder), f"the cache of CUDA kernels is not used: {why}")
         return False
@@ -213,11 +220,13 @@ def _make(job: Job) -> Image:
     why = "; ".join(map(str, reasons)) or nvrtc.not_found()
     if reasons and all(isinstance(reason, nvrtc.UnknownArch) for reason in reasons):
         why += "; a newer torch brings a newer NVRTC"
-    _failed[job] = (
+    why = (
         f"{job.name} for {job.target}: the package has no ready machine code for this GPU and"
         f" it cannot be compiled: {why}"
     )
-    raise ImageError(_failed[job])
+    if not any(map(is_transient, reasons)):
+        _failed[job] = why
+    raise ImageError(why)
 
 
 def _keep(job: Job, version: tuple[int, int], data: bytes) -> str:
@@ -231,6 +240,8 @@ def _keep(job: Job, version: tuple[int, int], data: bytes) -> str:
             store.write(folder, job.made_by(version), data)
             return ""
         except OSError as error:
+            if is_transient(error):
+                raise
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             why = f"{folder} is full" if full else str(error)
     why += "; WAN_ATTN_CACHE_DIR names another folder"

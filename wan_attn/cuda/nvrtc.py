@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from wan_attn import config
+from wan_attn.transient import is_transient
 
 MAJORS = (12, 13)  # what the kernels are tested with
 INSTALL = "pip install nvidia-cuda-nvrtc-cu12"
@@ -238,6 +239,8 @@ def _open(where: Found) -> ctypes.CDLL:
             function = getattr(lib, name)
             function.restype, function.argtypes = restype, argtypes
     except (OSError, AttributeError) as error:
+        if is_transient(error):
+            raise
         raise NvrtcError(f"{where.path} does not load: {error}; reinstall it: {INSTALL}") from error
     return lib
 

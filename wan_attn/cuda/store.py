@@ -14,6 +14,8 @@ import stat
 import tempfile
 from pathlib import Path
 
+from wan_attn.transient import is_transient
+
 SUFFIX = ".cubin"
 # No cubin is larger by far: what is, is none, and must not be read into memory.
 _BYTES_MAX = 1 << 26
@@ -33,6 +35,8 @@ def problem(folder: Path) -> str:
     try:
         state = folder.lstat()
     except OSError as error:
+        if is_transient(error):
+            raise
         return str(error)
     if os.name == "nt":
         return ""
@@ -53,8 +57,10 @@ def is_there(folder: Path) -> bool:
         folder.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError:
-        pass  # problem() says what
+    except OSError as error:
+        if is_transient(error):
+            raise
+        # problem() says what
     return True
 
 
@@ -122,7 +128,9 @@ def names(folder: Path) -> dict[str, int]:
     try:
         files = sorted(folder.glob(f"[!.]*{SUFFIX}")) if folder.is_dir() else []
         return {file.stem: file.stat().st_size for file in files}
-    except OSError:
+    except OSError as error:
+        if is_transient(error):
+            raise
         return {}
 
 

@@ -6,7 +6,6 @@ Knows modules, attributes and Python's import system; knows nothing about attent
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -16,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+from wan_attn.transient import is_interruption, is_transient
 
 # What a package with a broken binary raises on import: a missing DLL, an undefined symbol, an
 # operator registered twice, a name its torch no longer has.
@@ -124,8 +125,11 @@ class ImportHook(importlib.abc.MetaPathFinder):
         for name, module in sys.modules.copy().items():
             if self.owns(name) and isinstance(module, ModuleType) and is_initialising(module):
                 # If that import fails, this one repeats it; its error is the first importer's.
-                with contextlib.suppress(Exception):
+                try:
                     importlib.import_module(name)
+                except Exception as error:  # noqa: BLE001 - see above
+                    if is_interruption(error):
+                        raise
 
     def remove(self) -> None:
         """Leave the import system as it was."""
@@ -188,6 +192,8 @@ class ImportHook(importlib.abc.MetaPathFinder):
         except ModuleNotFoundError:
             raise
         except BROKEN_INSTALL as error:
+            if is_transient(error):
+                raise  # the module is sound, and may be imported later
             reason = f"{type(error).__name__}: {error}"
             self.broken[module.__name__] = reason
             raise ModuleNotFoundError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from wan_attn.config import current
 from wan_attn.cuda import images
 from wan_attn.native import library as native
-from wan_attn.native.interruption import is_interruption
+from wan_attn.transient import is_interruption
 
 # What has been handed to C, for good: C holds the address while it loads, and the second device of
 # a kind asks for the same.

@@ -20,6 +20,7 @@ from ctypes import (
 )
 from pathlib import Path
 
+from wan_attn.transient import is_transient
 from wan_attn.version import REINSTALL
 
 ABI_VERSION = 1
@@ -215,6 +216,8 @@ def _open() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         lib = opened(path)
     except (OSError, AttributeError) as error:
+        if is_transient(error):
+            raise
         return None, f"{path.name} does not load: {error}; {REINSTALL}"
     version = lib.wan_attn_abi_version()
     if version != ABI_VERSION:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from wan_attn.native import library
-from wan_attn.native.interruption import is_interruption
+from wan_attn.transient import is_interruption, is_transient
 from wan_attn.version import REINSTALL
 
 # Before 2.9 arguments were encoded otherwise: a shim made for 2.9 loads in 2.7 and computes
@@ -67,6 +67,8 @@ def load() -> str | None:
         _declare(shim)
         configure(shim)
     except (OSError, AttributeError) as error:
+        if is_transient(error):
+            raise
         return f"{path().name} does not load: {error}"
     except _Missing as missing:
         return f"torch {torch.__version__} has no {missing}, which the shim calls"

@@ -15,7 +15,6 @@ from torch import Tensor
 from wan_attn import config, log
 from wan_attn.backends import REGISTRY, native
 from wan_attn.backends._errors import is_device_error
-from wan_attn.native.interruption import is_interruption
 from wan_attn.request import (
     Call,
     Refusal,
@@ -23,12 +22,13 @@ from wan_attn.request import (
     check_dense,
     check_floating,
     check_scale,
-    gate,
     host_lengths,
+    transforms,
     wants_grad,
 )
 from wan_attn.selection import profile
 from wan_attn.selection.choose import Choice, compute_dtype, select, title
+from wan_attn.transient import is_interruption
 
 # What a backend may raise for reasons of its own: a missing symbol, a changed signature, a shape it
 # did not expect.
@@ -76,8 +76,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
         RuntimeError: a bad argument; no backend takes the call; or the device is in trouble.
     """
     query, key, value = _readable(query, key, value)
-    if gate.in_forward_mode():  # a known kind of call is not checked again
-        gate.without_tangent(query=query, key=key, value=value)
+    if transforms.in_forward_mode():  # a known kind of call is not checked again
+        transforms.without_tangent(query=query, key=key, value=value)
     settings = config.current()
     kind = _kind(query, key, value, call)
     plan = _plans.get(kind)
@@ -102,7 +102,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
             if is_device_error(error) or is_interruption(error):
                 raise
             plan = _next_plan(plan, error, call.version)
-            if not gate.is_transformed(query, key, value):  # else it may be no fault of its own
+            # Under a transform it may be no fault of its own.
+            if not transforms.is_transformed(query, key, value):
                 _keep(kind, plan)
         else:
             if recorder is not None:
@@ -123,8 +124,9 @@ def _readable(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     try:
         if query.stride(-1) == 1 and key.stride(-1) == 1 and value.stride(-1) == 1:
             return query, key, value
-    except (RuntimeError, IndexError):  # a layout without strides, or no dimension
-        pass
+    except (RuntimeError, IndexError) as error:  # a layout without strides, or no dimension
+        if is_interruption(error):
+            raise
     check_dense(query, key, value)
     query, key, value = (
         x if x.dim() != 4 or x.stride(3) == 1 else x.contiguous() for x in (query, key, value)

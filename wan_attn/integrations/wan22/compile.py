@@ -17,6 +17,7 @@ import torch
 
 from wan_attn import log
 from wan_attn.backends._errors import is_device_error
+from wan_attn.transient import is_interruption
 
 SHAPE_LIMIT = 8
 """Different input shapes after which compiling costs more than it gives: torch's own limit for
@@ -44,6 +45,13 @@ def _compile_errors() -> tuple[type[BaseException], ...]:
 
     limit = getattr(exc, "FailOnRecompileLimitHit", None)
     return COMPILE_ERRORS if limit is None else (*COMPILE_ERRORS, limit)
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """What interrupted torch.compile, which wraps what it does not know in an error of its own."""
+    if type(error).__module__ != "torch._dynamo.exc":
+        return error
+    return getattr(error, "inner_exception", None) or error.__context__ or error
 
 
 def _signature(values: Iterable[object]) -> tuple[object, ...]:
@@ -93,8 +101,11 @@ class CompiledForward:
                 with _raise_at_recompile_limit():
                     return compiled(block, *args, **kwargs)
             except _compile_errors() as error:
+                # These say nothing about compiling, and a second call would hide them.
+                if is_interruption(error):
+                    raise _unwrapped(error) from None
                 if is_device_error(error):
-                    raise  # says nothing about compiling, and a second call would hide it
+                    raise
                 # If the model itself is at fault, the plain call below raises its own error.
                 lines = str(error).strip().splitlines() or [""]
                 self._switch_off(f"{type(error).__name__}: {lines[0]}")
