@@ -125,7 +125,7 @@ clean:
 	@rm -rf wan_attn/cuda/cubin
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help demo test fuzz check check-environment check-fast check-format check-lint check-types \
+.PHONY: help demo test fuzz ptx-matrix check check-environment check-fast check-format check-lint check-types \
 	check-spelling check-scripts check-files check-rules check-commits check-warnings \
 	check-analyzers check-sanitizers check-tables format tables build bench wheel install-matrix \
 	host-matrix clean

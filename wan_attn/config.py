@@ -79,7 +79,7 @@ VARIABLES: tuple[Variable, ...] = (
         "flag",
         _FLAG,
         "0",
-        "Set to 1 to compute attention in fp16 for every input dtype.",
+        "1 computes attention in fp16 for every input dtype.",
     ),
     Variable(
         "WAN_COMPILE",

@@ -28,8 +28,8 @@ typedef struct wan_attn_lengths {
     int64_t stride;
 } wan_attn_lengths;
 
-/* Stands for "no bound" in window_size_left and window_size_right: larger than any key index, small enough to
- * be added to one. */
+/* Stands for "no bound" in window_size_left and window_size_right: larger than any key index, small
+ * enough to be added to one. */
 #define WAN_ATTN_UNBOUNDED (INT64_MAX / 4)
 
 /* arch_max of rows that newer GPUs can run too. */

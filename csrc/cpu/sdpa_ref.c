@@ -63,8 +63,8 @@ static void load_keys(const wan_attn_problem *p, int64_t b, int64_t head, int64_
             block->k_transposed[d][n] = 0.0f;
 }
 
-/* s[n] = softmax_scale * <q, k[n]> for the whole block: a fixed trip count vectorises, and a few unused
- * scores cost less. */
+/* s[n] = softmax_scale * <q, k[n]> for the whole block: a fixed trip count vectorises, and a few
+ * unused scores cost less. */
 static void score_row(const float *q, const key_block *block, int64_t head_dim, float softmax_scale,
                       float s[BLOCK_N]) {
     float sum[BLOCK_N] = {0};

@@ -4,7 +4,7 @@
  * has no system headers.
  *
  * Launch: grid (m_blocks * num_splits * num_heads_q * batch, 1, 1), block (32 * NUM_WARPS, 1, 1),
- * dynamic shared memory and tile constants as in the kernel's row of sdpa_rows.def.
+ * dynamic shared memory and tile constants as in the kernel's TILE line of sdpa_rows.def.
  */
 #ifndef WAN_ATTN_CUDA_ARGS_H
 #define WAN_ATTN_CUDA_ARGS_H
@@ -108,8 +108,8 @@ typedef struct wan_attn_cuda_merge_args {
 
 /* Bytes of shared memory of a block, by what its line in sdpa_rows.def says. Of sdpa_sm80.cuh: V
  * and STAGES tiles of K, Q if it is not in registers, bounds of the mask. Of sdpa_sm90.cuh: Q,
- * STAGES tiles of K and of V, an mbarrier of 16 bytes for Q and four a stage. wan_attn/cuda/rows.py
- * reads these two lines. */
+ * STAGES tiles of K and of V, an mbarrier of 16 bytes for Q and four a stage. tiles.py of
+ * wan_attn/cuda reads these two lines. */
 #define WAN_ATTN_CUDA_SMEM_SM80(head_dim, block_m, block_n, stages, q_in_regs)                     \
     (2 * (head_dim) * ((block_n) * ((stages) + 1) + (block_m) * (1 - (q_in_regs))) + 16)
 #define WAN_ATTN_CUDA_SMEM_SM90(head_dim, block_n, consumers, stages)                              \

@@ -113,6 +113,22 @@ def test_a_subclass_sees_what_is_computed() -> None:
     assert any(op.startswith("wan_attn") for op in Dispatched.ops)
 
 
+def test_lengths_that_cannot_be_read() -> None:
+    lens = Dispatched(torch.tensor([7, 7]))
+    with pytest.raises(RuntimeError, match="k_lens must be a tensor whose .*, got a Dispatched"):
+        wan_attn.sdpa(Q, K, V, k_lens=lens)
+
+
+def test_a_tensor_spread_over_processes_is_refused() -> None:
+    """torch has no sharding rule for our ops, and its words name no argument."""
+    spread = type("DTensor", (Tensor,), {})
+    for index, name in enumerate(("query", "key", "value")):
+        operands = [Q, K, V]
+        operands[index] = operands[index].as_subclass(spread)
+        with pytest.raises(RuntimeError, match=rf"{name} must be .*to_local.*, got a DTensor"):
+            ours(*operands)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_another_default_dtype_changes_nothing(name: str, dtype: torch.dtype) -> None:

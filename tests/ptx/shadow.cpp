@@ -4,9 +4,9 @@
  * Order follows PTX ISA, "Memory Consistency Model": an access is ordered after another one if a
  * chain of barriers leads from one to the other. Vector clocks keep that chain: a release copies
  * what a warp knows into a barrier, an acquire takes it out. The verdict does not depend on the
- * schedule. Async proxy ("membar / fence", .proxy): what a thread has stored is visible to wgmma
- * and bulk copies only after its own fence.proxy.async; the manual would also let another thread
- * fence what it has seen, which no code here does.
+ * schedule. Async proxy ("membar / fence"): what a thread has stored is visible to wgmma and
+ * bulk copies only after its own fence.proxy.async; the manual would also let another thread fence
+ * what it has seen, which no code here does.
  */
 #include <algorithm>
 #include <cstdarg>

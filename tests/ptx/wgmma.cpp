@@ -39,8 +39,8 @@ Operands operands_of(const Shape &shape, const int *o) {
     return {o, a, b, b + 1, b + 2};
 }
 
-/* "Matrix Descriptor Format": bits 0-13 start address / 16, 16-29 leading, 32-45 stride offset
- * / 16, 49-51 base offset, 62-63 swizzle: 1 is 128 bytes. */
+/* "Matrix Descriptor Format", in units of 16 bytes: bits 0-13 start, 16-29 leading, 32-45 stride;
+ * 49-51 base offset, 62-63 swizzle: 1 is 128 bytes. */
 struct Descriptor {
     u32 start, leading, stride;
 };

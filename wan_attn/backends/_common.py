@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wan_attn import config
-from wan_attn.request import gate
+from wan_attn.request import transforms
 
 SCORE_ELEMENTS = 1 << 22  # elements of one block of fp32 scores, for the log-sum-exp: 16 MiB
 
@@ -60,7 +60,7 @@ def empty_result(
 
 def with_all_batches(query: Tensor, *others: Tensor | None) -> Tensor:
     """query, batched by every torch.func.vmap that batches one of the others: see empty_result."""
-    if gate.is_transformed(*others):
+    if transforms.is_transformed(*others):
         for other in others:
             if other is not None:
                 query = query + other[:0].sum().to(query.dtype)  # which is 0

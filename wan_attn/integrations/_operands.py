@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_attn.request import DTYPES, refuse
+from wan_attn.request import DTYPES, gate, refuse
 
 
 def under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,16 +33,7 @@ def why_not_dtypes(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None if query.dtype in DTYPES else f"it is {names[0]}"
 
 
-def kind_of(value: Any) -> str:
-    """What was given, for a refusal: None, a short string as it is, else the type's name."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return repr(value)
-    if isinstance(value, str) and len(value) <= 60:
-        return repr(value)
-    return f"a {type(value).__name__}"
-
-
 def check_module(argument: str, value: Any, rule: str) -> None:
     """Refuse what is no torch.nn.Module, before anything is looked up in it."""
     if not isinstance(value, torch.nn.Module):
-        refuse(argument, rule, kind_of(value))
+        refuse(argument, rule, gate.kind_of(value))

@@ -13,8 +13,7 @@ import torch
 
 from wan_attn import config
 from wan_attn.backends import fa2
-from wan_attn.integrations import _operands
-from wan_attn.request import DTYPES, Request, refuse
+from wan_attn.request import DTYPES, Request, gate, refuse
 from wan_attn.selection.choose import DISABLED
 
 FLASH, OURS, SDPA, EAGER = "flash_attention_2", "wan_attn", "sdpa", "eager"
@@ -54,11 +53,11 @@ def choose(
         device, dtype: where and in what it will run; None: the part's own, or the CPU, float32.
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
-        refuse("dtype", "a torch.dtype or None", _operands.kind_of(dtype))
+        refuse("dtype", "a torch.dtype or None", gate.kind_of(dtype))
     try:
         device = None if device is None else torch.device(device)
     except (RuntimeError, TypeError):
-        refuse("device", "the name of a device that torch has, or None", _operands.kind_of(device))
+        refuse("device", "the name of a device that torch has, or None", gate.kind_of(device))
     model = part if model is None else model
     weight = next(iter(part.parameters()), None) if part is not None else None
     if device is None:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from wan_attn import attention, config, log
-from wan_attn.integrations import _operands, _rebind
+from wan_attn.integrations import _rebind
 from wan_attn.integrations._rebind import Binding
-from wan_attn.request import DTYPES, refuse
+from wan_attn.request import DTYPES, gate, refuse
 from wan_attn.signatures._masked import REASON
 
 NAME = "wan_attn"
@@ -142,7 +142,7 @@ def register(host: Any) -> Attention:
         if not callable(getattr(host, name, None)):
             if not isinstance(getattr(host, "__name__", None), str):
                 rule = "ComfyUI's module comfy.ldm.modules.attention"
-                refuse("host", rule, _operands.kind_of(host))
+                refuse("host", rule, gate.kind_of(host))
             raise RuntimeError(
                 f"wan_attn: ComfyUI must be one whose comfy.ldm.modules.attention has {name},"
                 " got an older one: update it"
@@ -265,7 +265,7 @@ def enable(host: Any, model: Any, backend: str) -> Any:
             f"wan_attn: backend must be one of {', '.join(backends(host))}, got {backend!r}"
         )
     if not callable(getattr(model, "clone", None)):
-        refuse("model", "a ModelPatcher of ComfyUI's", _operands.kind_of(model))
+        refuse("model", "a ModelPatcher of ComfyUI's", gate.kind_of(model))
     patched = model.clone()
     options = dict(patched.model_options.get("transformer_options", {}))
     if backend == NAME:

@@ -22,7 +22,7 @@ from wan_attn import attention, config, log
 from wan_attn.integrations import _diffusers_backend as _backend
 from wan_attn.integrations import _diffusers_layers as _around
 from wan_attn.integrations import _operands
-from wan_attn.request import refuse
+from wan_attn.request import gate, refuse
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query, key, value), each [batch, seqlen, heads, head_dim] -> the same shape as query."""
@@ -192,7 +192,7 @@ def replace_processors(target: Any, function: AttentionFunction) -> int:
         How many layers; 0 is no error. All or none: if one refuses, every one has what it had.
     """
     if not callable(function):
-        refuse("function", "one of (query, key, value)", _operands.kind_of(function))
+        refuse("function", "one of (query, key, value)", gate.kind_of(function))
     done: list[tuple[Any, Any]] = []
     try:
         for layer, processor in list(_layers(target)):

@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from wan_attn import attention, log
-from wan_attn.integrations import _operands, _rebind
+from wan_attn.integrations import _rebind
 from wan_attn.integrations._rebind import Binding
-from wan_attn.request import refuse
+from wan_attn.request import gate, refuse
 
 MODULE, FUNCTION = "shared.attention", "pay_attention"
 
@@ -57,7 +57,7 @@ def _current(module: ModuleType | None) -> Callable[..., Any]:
     function: Any = getattr(module, FUNCTION, None)
     if not isinstance(module, ModuleType) or not callable(function):
         got = f"the module {module.__name__}" if isinstance(module, ModuleType) else None
-        refuse("module", f"one with {FUNCTION}", got or _operands.kind_of(module))
+        refuse("module", f"one with {FUNCTION}", got or gate.kind_of(module))
     found: Callable[..., Any] = function
     return found
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from wan_attn.request import Call, gate, wants_grad
+from wan_attn.request import Call, transforms, wants_grad
 
 # Elements of one [batch, heads, rows, seqlen_k] block of weights: 256 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 26
@@ -51,11 +51,13 @@ class _Guard:
 
         def guarded(keyset: Any, *operands: Any, **keywords: Any) -> Any:
             query, key, value = operands[:3]
-            # As in gate.in_forward_mode(), without a call: a tangent would be dropped.
+            # As in transforms.in_forward_mode(), without a call: a tangent would be dropped.
             if getattr(forward_ad, "_current_level", 0) >= 0:
-                gate.without_tangent(query=query, key=key, value=value)
+                transforms.without_tangent(query=query, key=key, value=value)
             # Outside of torch.func, as most calls are, this asks one question.
-            if gate.innermost_transform() is not None and gate.is_transformed(query, key, value):
+            if transforms.innermost_transform() is not None and transforms.is_transformed(
+                query, key, value
+            ):
                 if wants_grad(query, key, value):
                     return self._in_torch(*operands, **keywords)
             return kernel(keyset, *operands, **keywords)

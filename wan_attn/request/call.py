@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wan_attn.request import gate
+from wan_attn.request import gate, transforms
 from wan_attn.request.gate import refuse, refuse_having
 from wan_attn.workloads import Workload
 
@@ -164,7 +164,10 @@ def wants_grad(query: Tensor, key: Tensor, value: Tensor) -> bool:
         query.requires_grad
         or key.requires_grad
         or value.requires_grad
-        or (gate.innermost_transform() is not None and gate.wants_grad_below(query, key, value))
+        or (
+            transforms.innermost_transform() is not None
+            and transforms.wants_grad_below(query, key, value)
+        )
     )
 
 
@@ -193,7 +196,7 @@ def check(
         takes_any_float: the caller will convert the operands to what is computed in.
     """
     _check_operands(query, key, value, takes_any_strides, takes_any_float)
-    gate.without_tangent(query=query, key=key, value=value)
+    transforms.without_tangent(query=query, key=key, value=value)
     _check_shapes(query, key, value)
     check_scale(call.scale)
     if len(call.window) != 2:
@@ -305,9 +308,14 @@ def host_lengths(name: str, lengths: Tensor | None, batch: int, seqlen: int) -> 
         return [seqlen] * batch
     if lengths.device.type != "cpu":
         return None
-    is_transformed = gate.innermost_transform() is not None and gate.is_transformed(lengths)
+    is_transformed = transforms.innermost_transform() is not None and transforms.is_transformed(
+        lengths
+    )
+    # A subclass that computes its own operators holds its numbers elsewhere.
+    if type(lengths).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        refuse(name, "a tensor whose numbers can be read", gate.kind_of(lengths))
     values: list[int] = (
-        gate.untransformed(lengths).flatten() if is_transformed else lengths
+        transforms.untransformed(lengths).flatten() if is_transformed else lengths
     ).tolist()
     for index, length in enumerate(values):
         if not 0 <= length <= seqlen:

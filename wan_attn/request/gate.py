@@ -13,21 +13,16 @@ import numbers
 import operator
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch.autograd import forward_ad
 
 # Compared with, as a tracer cannot look for its own integers in a range.
 _LEAST, _MOST = -(1 << 63), (1 << 63) - 1
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)  # numbers that a tracer follows
 DENSE = "a dense tensor on cpu or cuda"
-_NO_TANGENT = (
-    "without a tangent of forward-mode AD (jvp, jacfwd, hessian): only reverse mode is here"
-)
 
 
 class Refusal(RuntimeError):
@@ -66,8 +61,13 @@ def refuse_having(argument: str, rule: str, got: object) -> NoReturn:
 
 
 def kind_of(value: object) -> str:
-    """What stands in place of a tensor: its type, as its contents may be endless."""
-    return "None" if value is None else type(value).__name__
+    """What stands in place of a tensor, a model or a function: a short value as it is, else its
+    type alone, as its contents may be endless."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return shown(value)
+    if isinstance(value, str) and len(value) <= 60:
+        return repr(value)
+    return f"a {type(value).__name__}"
 
 
 def shown(value: object) -> str:
@@ -214,7 +214,7 @@ def dense(name: str, value: object) -> None:
     """A tensor that lies in memory by strides.
 
     Raises:
-        Refusal: it is no tensor, or sparse, nested, of mkldnn or quantised.
+        Refusal: it is no tensor, or sparse, nested, of mkldnn, or spread over processes.
     """
     if not isinstance(value, Tensor):
         refuse(name, "a tensor", kind_of(value))
@@ -222,63 +222,6 @@ def dense(name: str, value: object) -> None:
         refuse(name, DENSE, "a nested tensor")
     if value.layout != torch.strided:
         refuse(name, DENSE, f"{value.layout} on {value.device}")
-
-
-# The innermost transform of torch.func that is at work; None outside of all.
-innermost_transform = functorch.peek_interpreter_stack
-
-
-def in_forward_mode() -> bool:
-    """Whether a tensor may carry a tangent now: in torch.func.jvp, jacfwd or hessian, or within
-    forward_ad.dual_level(). Must cost next to nothing: every call asks."""
-    # The public question, unpack_dual(), costs a call of torch for each tensor.
-    return getattr(forward_ad, "_current_level", 0) >= 0
-
-
-def without_tangent(**tensors: object) -> None:
-    """Tensors that forward-mode AD does not follow: a tangent that was dropped would read as 0.
-
-    Raises:
-        Refusal: one is a dual tensor.
-    """
-    if not in_forward_mode():
-        return
-    stack = functorch.get_interpreter_stack() or ()
-    forward = {one.level() for one in stack if one.key() == functorch.TransformType.Jvp}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            continue
-        if functorch.is_functorch_wrapped_tensor(tensor):
-            is_dual = any(functorch.maybe_get_level(layer) in forward for layer in _layers(tensor))
-        else:
-            is_dual = forward_ad.unpack_dual(tensor).tangent is not None
-        if is_dual:
-            refuse(name, _NO_TANGENT, "a dual tensor")
-
-
-def is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func (vmap, grad) wraps one of these: its numbers cannot be read here."""
-    if innermost_transform() is None:
-        return False
-    is_wrapped = functorch.is_functorch_wrapped_tensor
-    return any(tensor is not None and is_wrapped(tensor) for tensor in tensors)
-
-
-def untransformed(tensor: Tensor) -> Tensor:
-    """What torch.func has wrapped, all samples of every vmap together; only for reading numbers."""
-    return list(_layers(tensor))[-1]
-
-
-def wants_grad_below(*tensors: Tensor) -> bool:
-    """Whether a torch.func.grad further out than the innermost transform follows one of these."""
-    return is_transformed(*tensors) and any(
-        layer.requires_grad for tensor in tensors for layer in _layers(tensor)
-    )
-
-
-def _layers(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor as each transform of torch.func sees it, from the innermost transform out."""
-    yield tensor
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-        yield tensor
+    # Known by name, as importing it costs more than all of this package.
+    if type(value) is not Tensor and "DTensor" in (x.__name__ for x in type(value).__mro__):
+        refuse(name, "this process's own part, as .to_local() gives", "a DTensor")

@@ -22,8 +22,8 @@ from wan_attn.request import (
     check_dense,
     check_floating,
     check_scale,
-    gate,
     host_lengths,
+    transforms,
     wants_grad,
 )
 from wan_attn.selection import profile
@@ -76,8 +76,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
         RuntimeError: a bad argument; no backend takes the call; or the device is in trouble.
     """
     query, key, value = _readable(query, key, value)
-    if gate.in_forward_mode():  # a known kind of call is not checked again
-        gate.without_tangent(query=query, key=key, value=value)
+    if transforms.in_forward_mode():  # a known kind of call is not checked again
+        transforms.without_tangent(query=query, key=key, value=value)
     settings = config.current()
     kind = _kind(query, key, value, call)
     plan = _plans.get(kind)
@@ -102,7 +102,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
             if is_device_error(error) or is_interruption(error):
                 raise
             plan = _next_plan(plan, error, call.version)
-            if not gate.is_transformed(query, key, value):  # else it may be no fault of its own
+            # Under a transform it may be no fault of its own.
+            if not transforms.is_transformed(query, key, value):
                 _keep(kind, plan)
         else:
             if recorder is not None:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wan_attn.request import Call, gate, refuse
+from wan_attn.request import Call, gate, refuse, transforms
 from wan_attn.selection.traced import route
 
 # More runs than this are padded instead, if that no more than doubles the memory: a call costs some
@@ -200,7 +200,7 @@ def _may_read(cu_seqlens: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(cu_seqlens) is Tensor
         and cu_seqlens.device.type == "cpu"
-        and not gate.is_transformed(cu_seqlens)
+        and not transforms.is_transformed(cu_seqlens)
     )
 
 

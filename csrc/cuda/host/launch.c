@@ -198,8 +198,8 @@ static void fill_operands(const call *c, wan_attn_cuda_args *args) {
     args->lse_split_stride = p->batch * args->lse_batch_stride;
 }
 
-/* A tensor map of one operand: boxes of 64 columns and box_rows rows; README.md of csrc/cuda, "To
- * launch a row of sm_90a". */
+/* A tensor map of one operand: boxes of 64 columns and box_rows rows; README.md of csrc/cuda,
+ * "Launch: sdpa_sm90.cuh". */
 static wan_attn_cu_result encode(const call *c, wan_attn_cuda_tensor_map *map,
                                  const wan_attn_cuda_view *v, int64_t seqlen, int64_t heads,
                                  int box_rows) {

@@ -12,7 +12,7 @@ import threading
 from types import ModuleType
 
 from wan_attn import config, log
-from wan_attn.integrations import _operands, _rebind
+from wan_attn.integrations import _rebind
 from wan_attn.integrations._rebind import Binding
 from wan_attn.integrations.wan22 import compile, tf32
 from wan_attn.integrations.wan22.adapters import (
@@ -21,7 +21,7 @@ from wan_attn.integrations.wan22.adapters import (
     make_flash_attn_func,
 )
 from wan_attn.integrations.wan22.report import PatchReport
-from wan_attn.request import refuse
+from wan_attn.request import gate, refuse
 from wan_attn.selection import profile
 
 DEFINER = "modules.attention"
@@ -248,10 +248,10 @@ def patch(*, package: str = "wan", attention: Attention | None = None) -> PatchR
         Whatever a module raises that does not let its names be replaced: nothing is patched then.
     """
     if not isinstance(package, str) or not all(p.isidentifier() for p in package.split(".")):
-        refuse("package", "the name of a package, as in `import wan`", _operands.kind_of(package))
+        refuse("package", "the name of a package, as in `import wan`", gate.kind_of(package))
     if attention is not None and not callable(attention):
         rule = "a function with Wan2.2's signature, or None"
-        refuse("attention", rule, _operands.kind_of(attention))
+        refuse("attention", rule, gate.kind_of(attention))
     settings = config.current()
     session, is_new = _begin(package, attention, settings)
     try:
