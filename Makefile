@@ -9,6 +9,7 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
 JOBS ?= 2
+MINUTES ?= 2
 ARGS ?=
 
 python = $(VENV)/bin/python
@@ -19,7 +20,7 @@ help:
 	@echo 'make test          the tests'
 	@echo 'make check         formatters, linters, types, warnings as errors, sanitizers, tables of the docs'
 	@echo 'make check-fast    the part of it that takes seconds; pre-commit runs the same'
-	@echo 'make fuzz          the campaign against faults; ARGS="--seconds 600 --seed 7"'
+	@echo 'make fuzz          the campaign against faults; MINUTES=10 ARGS="--seed 7"'
 	@echo 'make format        put C and Python sources into their format'
 	@echo 'make tables        write the generated tables of the documentation'
 	@echo 'make bench         the benchmarks that need no GPU (an idle machine tells more)'
@@ -50,7 +51,7 @@ fuzz:
 	@echo '== environment for the tests'
 	@$(setup) test,demo
 	@echo '== fuzz'
-	@$(python) tests/fuzz/run.py $(ARGS)
+	@$(python) tests/fuzz/run.py --minutes $(MINUTES) $(ARGS)
 
 # What each of these runs is said once, in .ci/check-fast and .ci/check-c.
 check: check-fast check-warnings check-analyzers check-sanitizers check-tables
@@ -124,7 +125,7 @@ clean:
 	@rm -rf wan_attn/cuda/cubin
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help demo test fuzz check check-environment check-fast check-format check-lint check-types \
+.PHONY: help demo test fuzz ptx-matrix check check-environment check-fast check-format check-lint check-types \
 	check-spelling check-scripts check-files check-rules check-commits check-warnings \
 	check-analyzers check-sanitizers check-tables format tables build bench wheel install-matrix \
 	host-matrix clean

@@ -53,7 +53,7 @@ SHAPES = {  # batch, queries, keys, heads, head_dim, real keys of each sample
     "d80": (1, 4096, 4096, 4, 80, None),
 }
 QUICK = {"s1": (1, 1024, 1024, 2, 128, None), "s4": (2, 1024, 512, 2, 128, (512, 77))}
-# Which peak a row is measured against, and the goals for its ratio to torch.
+# The peak that a row is measured against; of a row that is not here, the share is not known.
 PEAKS = {
     "sdpa_amx": "tile_amx_bf16",
     "sdpa_avx512_bf16": "dot_avx512_bf16",

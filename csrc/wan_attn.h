@@ -68,8 +68,8 @@ typedef enum wan_attn_device {
 #define WAN_ATTN_MAX_NDIM 4
 
 /* One operand, as its owner describes it. data == NULL with ndim == 0: the operand is absent. Where
- * data is read or written it is a multiple of the element's size. From the first byte to the last
- * there are at most 2^60; a stride that is never walked along may be any number. */
+ * data is read or written it is a multiple of the element's size. It spans at most
+ * 2^60 bytes. The stride of a dimension of size 1 may be any number. */
 typedef struct wan_attn_tensor {
     void *data;
     int32_t dtype;        /* wan_attn_dtype */

@@ -340,6 +340,7 @@ def test_a_call_that_sees_nothing_has_a_gradient_of_zero(backend: str, lens: Any
         (RuntimeError("HIP error: invalid device function"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("CUDA error: no kernel image is available for execution"), False),
+        (RuntimeError("there is no usable NVIDIA driver: CUDA_ERROR (out of memory)"), False),
         (RuntimeError("No available kernel. Aborting execution."), False),
         (TypeError("unexpected keyword argument 'window_size'"), False),
         (ValueError("out of memory"), False),

@@ -71,6 +71,16 @@ def test_bad_arguments_end_with_2_and_say_which(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_an_unknown_option_shows_the_usage_of_its_command(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"why": ["--shape", "1x1x1x1"], "comfyui": ["install", "x"], "run": []}
+    assert exit_code([name, *arguments.get(name, []), "--nope"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"usage: wan-attn {name} ") and f"wan-attn {name}: error: " in err
+
+
 @pytest.mark.parametrize("name", ["run", "doctor", "why", "comfyui", "demo"])
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code([name, "--help"]) == 0

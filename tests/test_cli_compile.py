@@ -85,6 +85,26 @@ def test_list_compiles_nothing(
     assert {line[2] for line in lines} == {"to compile"}
 
 
+def test_list_has_a_line_for_each_gpu(
+    machine: Machine, capsys: pytest.CaptureFixture[str], no_gpu: None
+) -> None:
+    for arch in rows.SHIPPED:
+        for job in rows.jobs_for(arch):
+            ship(machine, job.name, arch)
+    run(capsys, "--arch", "87", "--row", MERGE)
+    code, out = run(capsys, "--list")
+    *lines, _, where = out.splitlines()
+    assert code == 0 and where == f"cache: {machine.cache}"
+    assert [line.split()[0] for line in lines] == [f"sm_{arch}" for arch in rows.gpus()]
+    told = {line.split()[0]: line for line in lines}
+    found = cuda.facts([])
+    for arch in [*found["shipped"], *found["also"]]:  # as doctor says
+        assert told.pop(f"sm_{arch}").split(maxsplit=1)[1] == f"{len(rows.jobs_for(arch))} shipped"
+    count = len(rows.jobs_for(87))
+    assert f"{count - 1} to compile" in told["sm_87"] and "1 cached" in told.pop("sm_87")
+    assert told and all(re.search(r" \d+ to compile$", line) for line in told.values())
+
+
 def test_all_compiles_for_every_gpu_of_the_list(
     machine: Machine, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import readme_tables
 import torch
 
+from source_tree import read
 from wan_attn import config, log
 from wan_attn.attention import sdpa
 from wan_attn.backends import REGISTRY, _common, fa2, fa3
@@ -168,6 +171,38 @@ def test_every_variable_is_in_one_of_the_two_lists() -> None:
     lines = "\n".join(map(readme_tables.variable_list, (False, True))).splitlines()
     for variable in VARIABLES:
         assert sum(line.startswith(f"- `{variable.name}` (") for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("WAN_ATTN_STRCT", "did you mean WAN_ATTN_STRICT?"),
+        ("wan_attn_log", "did you mean WAN_ATTN_LOG?"),
+        ("WAN_ATTN_CACHEDIR", "did you mean WAN_ATTN_CACHE_DIR?"),
+        ("WAN_ATTN_SHIM", "`wan-attn --help` lists all that it reads"),  # gone
+    ],
+)
+def test_a_variable_that_nothing_reads_is_told(name: str, hint: str) -> None:
+    expected = f"{name} is set, but wan_attn reads no variable of that name; {hint}"
+    assert config.unknown({name: "1", "WANDB_MODE": "off"}) == [expected]
+
+
+def test_every_variable_that_something_reads_is_known() -> None:
+    asked = re.findall(r'(?:asked|environ\.get)\("(WAN_ATTN_\w+)"', read(Path("setup.py")))
+    assert set(asked) == set(config.BUILD_VARIABLES)
+    names = [variable.name for variable in VARIABLES]
+    assert config.unknown(dict.fromkeys([*names, *asked], "1")) == []
+
+
+def test_a_misspelt_variable_is_a_warning_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WAN_ATTN_STRCT", "1")
+    config.forget()
+    config.current()
+    config.refresh()
+    told = [r for r in caplog.records if "WAN_ATTN_STRCT" in r.getMessage()]
+    assert [r.levelname for r in told] == ["WARNING"]
 
 
 def test_forget_reaches_every_memory_of_the_engine() -> None:

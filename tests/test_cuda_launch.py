@@ -23,7 +23,8 @@ from cuda_mock.gpu import CARDS, STREAM, Card, Gpu
 from emu.build import compiler
 from tolerances import assert_close_to_oracle
 from wan_attn.backends._errors import is_device_error
-from wan_attn.native import library, op
+from wan_attn.native import kernels, library, op
+from wan_attn.request import Request
 
 pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)"),
@@ -112,6 +113,12 @@ def test_hopper_gets_the_tile_and_the_copies_that_it_needs(tmp_path: Path) -> No
     assert check(gpu, *normal(head_dim=80, batch=1)) == ["sdpa_sm80_bf16_d80"]
     out, lse = gpu.sdpa(*normal(70, 0))
     assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+def test_hopper_with_one_row_or_one_key(tmp_path: Path) -> None:
+    """The stride of a dimension of size 1 is never used, but the driver looks at it."""
+    gpu = Gpu(tmp_path, CARDS[90])
+    assert check(gpu, *normal(1, 1, head_dim=128)) == ["sdpa_sm90_bf16_d128"]
 
 
 def test_hopper_without_tensor_maps(tmp_path: Path) -> None:
@@ -307,6 +314,42 @@ def test_failures_of_the_driver(gpu: Gpu, function: str, error: int, message: st
     gpu.fail("", 0)
     if function != "cuInit":  # of NO_DEVICE no driver gets well
         check(gpu, *normal())
+
+
+def ask_for_a_row(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What Python's choice of a backend hears about this machine: a row's name, or why none."""
+    monkeypatch.setattr(library, "lib", lambda: gpu.lib)
+    call = Request(1, 8, 8, 1, 1, 64, *[BF16] * 3, torch.device("cuda:0"))
+    kernel, reasons = kernels.select(call)
+    return reasons if kernel is None else kernel.name
+
+
+LOST = (700, 702, 709, 719)
+
+
+@pytest.mark.parametrize("error", (2, *LOST))
+def test_a_driver_that_does_not_start_leaves_the_call_to_another_backend(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """Whatever the error: cuInit knows no context, so that nothing of the caller's is lost."""
+    gpu.fail("cuInit", error)
+    reasons = ask_for_a_row(gpu, monkeypatch)
+    assert "the driver does not start: CUDA_ERROR_" in reasons
+    assert not is_device_error(RuntimeError(reasons))
+    gpu.fail("", 0)
+    assert any(ask_for_a_row(gpu, monkeypatch) == "sdpa_sm80_d64" for _ in range(3))
+
+
+@pytest.mark.parametrize("function", ("cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetAttribute"))
+def test_a_lost_device_is_no_reason_for_another_backend(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    for error in LOST:
+        gpu.fail(function, error)
+        with pytest.raises(RuntimeError, match="CUDA driver error .* when asked what cuda:0 is"):
+            ask_for_a_row(gpu, monkeypatch)
+    gpu.fail(function, 999)
+    assert "the driver does not tell what cuda:0 is" in ask_for_a_row(gpu, monkeypatch)
 
 
 @pytest.mark.parametrize("error", (2, 304, 802, 999))

@@ -29,6 +29,7 @@ KEYS = {
     "packages": dict,
     "settings": list,
     "settings_error": (str, type(None)),
+    "unknown_variables": list,
     "import_error": (str, type(None)),
     "backends": list,
     "kernels": list,
@@ -176,6 +177,19 @@ def test_an_impossible_variable_is_the_finding(
     assert found["settings_error"] in found["next"][0]["text"]
     assert main(["doctor"]) == 1
     assert "WRONG  USE_ATTENTION_BACKEND must be one of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", ["torch", "flash"])
+def test_a_misspelt_variable_is_told(
+    backend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WAN_ATTN_STRCT", "1")
+    monkeypatch.setenv("USE_ATTENTION_BACKEND", backend)
+    _, found = report(capsys, "--no-selftest")
+    (told,) = found["unknown_variables"]
+    assert told.startswith("WAN_ATTN_STRCT is set") and "WAN_ATTN_STRICT" in told
+    main(["doctor", "--no-selftest"])
+    assert f"unknown {told}" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.usefixtures("one_case")

@@ -150,6 +150,15 @@ def test_the_recipe_that_leaves_flash_attn_out() -> None:
     assert "requirements" not in advice(replace(SOUND, packages=_with(flash_attn="2.8.3")))
 
 
+def test_stock_wan22_is_not_advised_without_a_gpu() -> None:
+    without = replace(SOUND, gpus=[], driver="", driver_gpus=[])
+    assert "generate.py" in advice(SOUND) and "needs an NVIDIA GPU" not in advice(SOUND)
+    assert "requirements" not in advice(without) and "generate.py" not in advice(without)
+    assert "needs an NVIDIA GPU" in advice(without)
+    # A torch without CUDA is another matter: its own finding says so.
+    assert "generate.py" in advice(replace(without, driver_gpus=["a card"]))
+
+
 def test_the_recipe_leaves_everything_else_in(tmp_path: Path) -> None:
     if sys.platform == "win32":
         pytest.skip("the shell recipe")

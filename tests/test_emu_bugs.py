@@ -112,8 +112,8 @@ BUGS = (
     Bug(
         "the last key is masked",
         WORK,
-        "args.window_right + 1, num_keys)",
-        "args.window_right, num_keys)",
+        "args.window_size_right + 1, num_keys)",
+        "args.window_size_right, num_keys)",
         "is wrong",
     ),
     Bug("a key too many", SOFTMAX, "8 * j + e >= end", "8 * j + e > end", ""),

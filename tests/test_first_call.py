@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import wan_attn
+from emu.rows import tiles, tiles_sm90
 from wan_attn import config, log
 from wan_attn.backends import native
 from wan_attn.request import Call
@@ -77,7 +79,18 @@ def test_the_programs_defaults_do_not_matter(device: str) -> None:
 @pytest.mark.parametrize("run", (reads_padding, one_element, lse_in_base_2, nothing_written))
 def test_what_is_wrong_is_said(run: first_call.Run) -> None:
     found = first_call.wrong(run, CPU, torch.bfloat16, 64)
-    assert found is not None and "instead of" in found and "Lq=149 Lk=331 D=64" in found
+    assert found is not None and "instead of" in found
+    lengths = f"seqlen_q={first_call.SEQLEN_Q} seqlen_k={first_call.SEQLEN_K}"
+    assert f"{lengths} head_dim=64" in found
+
+
+def test_rings_go_round_and_clusters_have_rows() -> None:
+    """Two buffers, two blocks of a cluster, a loop for clean tiles: all of a kernel is run."""
+    every = (*tiles(), *tiles_sm90())
+    assert {tile.head_dim for tile in every} == {64, 80, 128, 256}
+    for tile in every:
+        assert -(-first_call.SEQLEN_K // tile.block_n) >= 5, tile.name
+        assert first_call.SEQLEN_Q > tile.block_m, tile.name
 
 
 def test_each_kind_of_call_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +149,15 @@ def test_no_memory_for_a_module_is_tried_once_more(
             return torch.zeros(1), torch.zeros(1)
         raise RuntimeError("wan_attn: CUDA driver error 2: out of memory, when loading sdpa_sm80")
 
+    query = SimpleNamespace(is_cuda=True)
     monkeypatch.setattr(native, "_op", op)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
     if gets_well:
-        native._call(None)
+        native._call(query)  # type: ignore[arg-type]
     else:
         with pytest.raises(torch.cuda.OutOfMemoryError, match="when loading sdpa_sm80"):
-            native._call(None)
+            native._call(query)  # type: ignore[arg-type]
     assert done == ["call", "empty", "call"]
 
 

@@ -15,15 +15,11 @@ from typing import Any
 import pytest
 
 from emu.build import compiler
-from fuzz import build, driver_faults, fallbacks, malformed, surroundings
+from fuzz import build, caches, driver_faults, driver_table, fallbacks, malformed, run, surroundings
+from fuzz.count import Count
 from wan_attn.native import library
 
 SEED = 12
-
-# One switch for what is known to be wrong: True once the faults that these find are mended. Then
-# nothing here may fail. Malformed Python calls are beyond it: they are right.
-IS_MENDED = False
-until_mended = pytest.mark.xfail(not IS_MENDED, reason="faults that are known", strict=False)
 
 pytestmark = pytest.mark.skipif(
     os.name == "nt" or sys.platform == "darwin", reason="guard pages, forks and signals of Linux"
@@ -31,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def c_campaign(name: str, count: int) -> str:
-    """The last line of a C campaign, which must find nothing."""
+    """What a C campaign says at the end; it must find nothing."""
     variant = next(build.compilers(), None)
     if variant is None:
         pytest.skip("no C compiler")
@@ -41,14 +37,28 @@ def c_campaign(name: str, count: int) -> str:
     return done.stdout.strip()
 
 
-@until_mended
 def test_random_legal_calls_of_the_abi(record_property: Any) -> None:
     record_property("summary", c_campaign("legal", 600))
 
 
-@until_mended
 def test_broken_calls_of_the_abi(record_property: Any) -> None:
     record_property("summary", c_campaign("broken", 1000))
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("print('counted: 3 calls, 0 crashes, 0 wrong, 0 accepted')", Count(calls=3)),
+        ("print('counted: 3 calls, 0 crashes, 1 wrong, 0 accepted'); exit(1)", Count(3, 0, 1)),
+        ("print('counted: 3 calls, 0 crashes, 0 wrong, 0 accepted'); exit(1)", Count(3, 1)),
+        ("import os; os.abort()", Count(crashes=1)),
+        ("pass", Count(crashes=1)),
+        ("import time; time.sleep(100)", Count(crashes=1)),
+    ],
+    ids=("good", "wrong", "died at the end", "died", "says nothing", "hangs"),
+)
+def test_what_a_campaign_comes_to(program: str, expected: Count) -> None:
+    assert run.run([sys.executable, "-c", program], limit=5.0) == expected
 
 
 def test_malformed_python_calls(native: str, record_property: Any) -> None:
@@ -58,7 +68,6 @@ def test_malformed_python_calls(native: str, record_property: Any) -> None:
     assert not bad, f"{len(bad)} of {len(findings)}\n" + "\n".join(bad)
 
 
-@until_mended
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 @pytest.mark.skipif(library.load() is None, reason="no native library")
 def test_failures_of_the_driver(record_property: Any) -> None:
@@ -66,21 +75,21 @@ def test_failures_of_the_driver(record_property: Any) -> None:
     wrong = [f"{row}\n    {problem}" for row in rows for problem in row.problems]
     record_property("summary", f"{len(rows)} failures of the driver, {len(wrong)} wrong")
     assert not wrong, "\n".join(wrong)
+    page = driver_table.page(rows, driver_faults.CODES, driver_faults.FINAL)
+    assert "**0 wrong**" in page and "| `cuInit` | falls back | falls back | falls back" in page
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
-@until_mended
 @pytest.mark.parametrize("code", (209, 700), ids=driver_faults.CODES.get)
 def test_fallbacks(code: int, native: str, tmp_path: Path) -> None:
-    for function in fallbacks.FUNCTIONS[:2]:
+    for function in fallbacks.FUNCTIONS[:3]:
         line, problems = fallbacks.try_fault(function, code, tmp_path)
         assert not problems, f"{line}: {problems}"
 
 
-@until_mended
-@pytest.mark.parametrize("name", surroundings.CACHES)
+@pytest.mark.parametrize("name", caches.CACHES)
 def test_a_cache_in_trouble(name: str, tmp_path: Path) -> None:
-    assert surroundings.cache_fault(name, tmp_path) is None
+    assert caches.cache_fault(name, tmp_path) is None
 
 
 def test_threads() -> None:
@@ -91,7 +100,6 @@ def test_forks() -> None:
     assert surroundings.forks(SEED, 6) is None
 
 
-@until_mended
 @pytest.mark.parametrize("kind", surroundings.KINDS, ids=lambda kind: kind.__name__)
 def test_signals(kind: type[BaseException]) -> None:
     assert surroundings.signals(SEED, 0.25, kind) is None

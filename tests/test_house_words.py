@@ -35,7 +35,9 @@ SYNONYMS = {
 IN_C = SYNONYMS | {
     "seqused_q, seqused_k": "q_lens k_lens kv_lens q_len k_len actual_seqlen",
     "softmax_scale": "sm_scale inv_temperature",
-    "is_causal, window_size_left, window_size_right": "causal local is_local",
+    "is_causal, window_size_left, window_size_right": (
+        "causal local is_local window_left window_right"
+    ),
     "lse": "logsumexp",
 }
 IN_PYTHON = SYNONYMS | {

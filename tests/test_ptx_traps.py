@@ -143,3 +143,11 @@ def test_right_programs_run(landing: int) -> None:
     )
     assert torch.equal(out[:, 2], (thread % 8).int())
     assert torch.equal(out[:, 3], ((thread ^ 1) % 8).int())
+
+
+def test_a_part_may_be_dropped() -> None:
+    """As NVRTC 13 writes it."""
+    body = """mov.b64 %l5, {%r0, %r9}; mov.b64 {_, %r10}, %l5; mov.b64 {%r11, _}, %l5;
+    st.global.v2.b32 [%l4], {%r10, %r11}; st.global.v2.b32 [%l4+8], {%r9, %r9};"""
+    out = run(body).out.view(64, 4)
+    assert (out[:, 0] == 7).all() and torch.equal(out[:, 1], torch.arange(64).int())

@@ -337,7 +337,7 @@ K = torch.zeros(2, 7, 2, 8)
         ({"key": K[:1], "value": K[:1]}, "key must"),
         ({"query": Q[:, :, :3]}, "query must have a multiple of key's heads"),
         ({"query": Q[..., :7]}, "key must"),
-        ({"key": K.half()}, "key must be float32 or have value's dtype"),
+        ({"key": K.half()}, "key must have value's dtype float32, got float16"),
         ({"k_lens": torch.tensor([1])}, r"k_lens must be \[batch\]"),
         ({"k_lens": torch.tensor([1.0, 2.0])}, "k_lens must be int32 or int64"),
         ({"k_lens": torch.zeros(2, dtype=torch.int32, device="meta")}, "k_lens must be on the CPU"),

@@ -138,7 +138,7 @@ def test_a_gpu_call_can_be_asked_about_without_a_gpu(capsys: pytest.CaptureFixtu
     ("argv", "message"),
     [
         ([], "the following arguments are required: --shape"),
-        (["--shape", "12"], "--shape must be BxLxHxD"),
+        (["--shape", "12"], "argument --shape: must be BxLxHxD"),
         (["--shape", "0x1x1x1"], "batch must be at least 1, got 0"),
         (["--shape", "1x8x6x64", "--kv-heads", "4"], "num_heads_k must divide num_heads_q, got 4"),
         (["--shape", "1x8x6x64", "--lk", "-3"], "seqlen_k must be at least 0, got -3"),
@@ -167,7 +167,9 @@ def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixt
     except SystemExit as end:
         code = end.code
     assert code == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("usage: wan-attn why ") and "\nwan-attn why: error: " in err
 
 
 def test_an_impossible_variable_is_told(

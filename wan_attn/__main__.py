@@ -69,7 +69,8 @@ def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, argparse.Argum
 def _epilog() -> str:
     codes = "\n".join(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())
     return (
-        "`wan-attn COMMAND --help` tells more about a command.\n\n"
+        "`wan-attn COMMAND --help` tells more about a command.\n"
+        "README.md and CONTRIBUTING.md are those of the repository.\n\n"
         f"exit codes (that of `run` is the script's):\n{codes}\n\n"
         f"environment variables (README.md says what they do):\n{_variables(False)}\n\n"
         f"for tests and development (CONTRIBUTING.md says what they do):\n{_variables(True)}"
@@ -120,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen == "run" and command is not None:
         ours, rest = split_script(command, words[1:])
         words = ["run", *ours]
-    args = parser.parse_args(words)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:  # argparse itself would show the usage of all commands
+        (command or parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.command is None:
         parser.print_help()
         return USAGE

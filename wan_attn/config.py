@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -78,7 +79,7 @@ VARIABLES: tuple[Variable, ...] = (
         "flag",
         _FLAG,
         "0",
-        "Set to 1 to compute attention in fp16 for every input dtype.",
+        "1 computes attention in fp16 for every input dtype.",
     ),
     Variable(
         "WAN_COMPILE",
@@ -195,6 +196,10 @@ VARIABLES: tuple[Variable, ...] = (
     ),
 )
 
+PREFIX = "WAN_ATTN_"
+# setup.py reads these, and a shell may still have them when wan_attn runs.
+BUILD_VARIABLES = ("WAN_ATTN_NATIVE", "WAN_ATTN_CUDA", "WAN_ATTN_KEPT")
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -282,6 +287,26 @@ def _reject_contradictions(settings: Settings) -> None:
             f"DISABLE_FLASH_ATTN=1 and USE_ATTENTION_BACKEND={settings.backend} contradict each"
             " other: unset DISABLE_FLASH_ATTN, or name another backend"
         )
+
+
+def unknown(env: Mapping[str, str] | None = None) -> list[str]:
+    """A sentence for each variable in `env` (default: os.environ) that is named like ours, but that
+    nothing reads: it is misspelt, or it belongs to another version."""
+    known = [*(variable.name for variable in VARIABLES), *BUILD_VARIABLES]
+    ours = [name.removeprefix(PREFIX) for name in known if name.startswith(PREFIX)]
+    sentences = []
+    for name in sorted(os.environ if env is None else env):
+        word = name.upper()
+        if name in known or not word.startswith(PREFIX):
+            continue
+        near = difflib.get_close_matches(word.removeprefix(PREFIX), ours, n=1)
+        hint = (
+            f"did you mean {PREFIX}{near[0]}?"
+            if near
+            else "`wan-attn --help` lists all that it reads"
+        )
+        sentences.append(f"{name} is set, but wan_attn reads no variable of that name; {hint}")
+    return sentences
 
 
 _current: Settings | None = None

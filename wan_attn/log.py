@@ -118,6 +118,8 @@ def _obey(settings: config.Settings) -> None:
     if _handler in LOGGER.handlers:
         LOGGER.setLevel(_LEVELS[settings.log_level])
     if before is None:
+        for sentence in config.unknown():
+            once(sentence, logging.WARNING, sentence)
         return
     with _lock:
         _said.clear()

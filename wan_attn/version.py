@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """version.py - the one place that states the package's version; setup.py reads it as text."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 REINSTALL = (
     "to install it again, in the folder that holds the folder wan_attn:"

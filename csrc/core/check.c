@@ -122,9 +122,10 @@ static wan_attn_status check_inputs(const wan_attn_params *a, wan_attn_error *er
         status = check_device(names[n], inputs[n], q, err);
     if (status != WAN_ATTN_OK)
         return status;
+    const char *f32_or = v->dtype == WAN_ATTN_F32 ? "" : "be float32 or ";
     for (int n = 0; n < 2; n++)
         if (inputs[n]->dtype != v->dtype && inputs[n]->dtype != WAN_ATTN_F32)
-            return INVALID(err, "%s must be float32 or have value's dtype %s, got %s", names[n],
+            return INVALID(err, "%s must %shave value's dtype %s, got %s", names[n], f32_or,
                            wan_attn_dtype_name(v->dtype), wan_attn_dtype_name(inputs[n]->dtype));
     if (q->shape[3] < 1)
         return INVALID(err, "query must have a head_dim of at least 1, got %s",
@@ -231,8 +232,8 @@ static void fill(const wan_attn_params *a, wan_attn_problem *p) {
     p->k = view_of(&a->k);
     p->v = view_of(&a->v);
     p->softmax_scale = a->has_softmax_scale ? a->softmax_scale : 1.0 / sqrt((double)p->head_dim);
-    p->window_left = window_bound(a->window_size_left);
-    p->window_right = a->is_causal ? 0 : window_bound(a->window_size_right);
+    p->window_size_left = window_bound(a->window_size_left);
+    p->window_size_right = a->is_causal ? 0 : window_bound(a->window_size_right);
 }
 
 wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *problem,

@@ -96,7 +96,7 @@ static uint32_t allowed_cpu_features(const wan_attn_params *params) {
     return params->cpu_features ? detected & params->cpu_features : detected;
 }
 
-/* The same for the call's GPU: whether a CUDA row was made for it. */
+/* Whether a CUDA row was not made for the call's GPU; then reason says so. */
 static int refused_by_arch(const wan_attn_kernel_info *info, const wan_attn_problem *p,
                            char *reason, size_t size) {
     int32_t arch = p->arch, index = p->params->q.device_index;

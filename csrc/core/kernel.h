@@ -28,8 +28,8 @@ typedef struct wan_attn_lengths {
     int64_t stride;
 } wan_attn_lengths;
 
-/* Stands for "no bound" in window_left and window_right: larger than any key index, small enough to
- * be added to one. */
+/* Stands for "no bound" in window_size_left and window_size_right: larger than any key index, small
+ * enough to be added to one. */
 #define WAN_ATTN_UNBOUNDED (INT64_MAX / 4)
 
 /* arch_max of rows that newer GPUs can run too. */
@@ -60,7 +60,8 @@ typedef struct wan_attn_problem {
     int64_t lse_batch_stride, lse_head_stride, lse_row_stride;
     wan_attn_lengths seqused_q, seqused_k;
     double softmax_scale;
-    int64_t window_left, window_right; /* >= 0; is_causal has become window_right = 0 */
+    int64_t window_size_left,
+        window_size_right; /* >= 0; is_causal has become window_size_right = 0 */
 } wan_attn_problem;
 
 /* One row of the kernel table. */
@@ -146,8 +147,8 @@ static inline wan_attn_key_range wan_attn_visible_keys(const wan_attn_problem *p
     if (i >= len_q)
         return r;
     int64_t diagonal = i + len_k - len_q;
-    r.begin = diagonal - p->window_left;
-    r.end = diagonal + p->window_right + 1;
+    r.begin = diagonal - p->window_size_left;
+    r.end = diagonal + p->window_size_right + 1;
     r.begin = r.begin > 0 ? r.begin : 0;
     r.end = r.end < len_k ? r.end : len_k;
     return r;

@@ -7,12 +7,14 @@
  * FlashAttention does (Dao et al., arXiv 2205.14135, algorithm 1); forward only.
  *
  *              BLOCK_N = 32 keys
- *            +-----------+    S = scale * Q K^T  one row of S at a time, vectors along the keys
+ *            +-----------+    S = softmax_scale * Q K^T  a row at a time, vectors along keys
  *  BLOCK_M   |  S  -> P  |    P = exp(S - row_max)
  *  = 16 rows +-----------+    O = O * alpha + P V  vectors along head_dim
  *
  * Who does what: one task = 16 query rows of one head of one sample; tasks share nothing but their
  * inputs.
+ * Pipeline: none; nothing is loaded ahead. Limits: none within the contract.
+ * Measured: not for speed; it is what the others are compared with.
  * Budget: 106 KiB of stack at the largest head_dim (Q, O, K^T, V as float); a block of K and V is
  * converted once per 16 rows.
  * Numerics: products and sums in float32. Each block of keys is summed from zero and then added to
@@ -61,9 +63,9 @@ static void load_keys(const wan_attn_problem *p, int64_t b, int64_t head, int64_
             block->k_transposed[d][n] = 0.0f;
 }
 
-/* s[n] = scale * <q, k[n]> for the whole block: a fixed trip count vectorises, and a few unused
- * scores cost less. */
-static void score_row(const float *q, const key_block *block, int64_t head_dim, float scale,
+/* s[n] = softmax_scale * <q, k[n]> for the whole block: a fixed trip count vectorises, and a few
+ * unused scores cost less. */
+static void score_row(const float *q, const key_block *block, int64_t head_dim, float softmax_scale,
                       float s[BLOCK_N]) {
     float sum[BLOCK_N] = {0};
     for (int64_t first = 0; first < head_dim; first += PART_D) {
@@ -75,7 +77,7 @@ static void score_row(const float *q, const key_block *block, int64_t head_dim, 
             sum[n] += part[n];
     }
     for (int n = 0; n < BLOCK_N; n++)
-        s[n] = sum[n] * scale;
+        s[n] = sum[n] * softmax_scale;
 }
 
 /* Adds the keys [begin, end) of this block to row m. */

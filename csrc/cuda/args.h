@@ -4,7 +4,7 @@
  * has no system headers.
  *
  * Launch: grid (m_blocks * num_splits * num_heads_q * batch, 1, 1), block (32 * NUM_WARPS, 1, 1),
- * dynamic shared memory and tile constants as in the kernel's row of sdpa_rows.def.
+ * dynamic shared memory and tile constants as in the kernel's TILE line of sdpa_rows.def.
  */
 #ifndef WAN_ATTN_CUDA_ARGS_H
 #define WAN_ATTN_CUDA_ARGS_H
@@ -55,7 +55,7 @@ typedef struct wan_attn_cuda_args {
     int seqlen_q, seqlen_k; /* padded lengths, below 2^29 */
     int m_blocks;           /* ceil(seqlen_q / BLOCK_M) */
     /* Keys left and right of the diagonal, at most WAN_ATTN_CUDA_UNBOUNDED. */
-    int window_left, window_right;
+    int window_size_left, window_size_right;
     int q_is_f32, out_is_f32;
     /* |softmax_scale| * log2(e). Never 0: the host passes WAN_ATTN_CUDA_SMALLEST_SCALE instead, so
      * that -inf, the score of a hidden key, times the scale stays -inf. */
@@ -108,8 +108,8 @@ typedef struct wan_attn_cuda_merge_args {
 
 /* Bytes of shared memory of a block, by what its line in sdpa_rows.def says. Of sdpa_sm80.cuh: V
  * and STAGES tiles of K, Q if it is not in registers, bounds of the mask. Of sdpa_sm90.cuh: Q,
- * STAGES tiles of K and of V, an mbarrier of 16 bytes for Q and four a stage. wan_attn/cuda/rows.py
- * reads these two lines. */
+ * STAGES tiles of K and of V, an mbarrier of 16 bytes for Q and four a stage. tiles.py of
+ * wan_attn/cuda reads these two lines. */
 #define WAN_ATTN_CUDA_SMEM_SM80(head_dim, block_m, block_n, stages, q_in_regs)                     \
     (2 * (head_dim) * ((block_n) * ((stages) + 1) + (block_m) * (1 - (q_in_regs))) + 16)
 #define WAN_ATTN_CUDA_SMEM_SM90(head_dim, block_n, consumers, stages)                              \

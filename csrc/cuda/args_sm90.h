@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  * args_sm90.h - what the host passes to a kernel of sdpa_sm90.cuh: the call of args.h and the
- * tensor maps that TMA reads. Plain C; how to fill it: README.md, "To launch a row of sm_90a".
+ * tensor maps that TMA reads. Plain C; how to fill it: README.md, "Launch: sdpa_sm90.cuh".
  */
 #ifndef WAN_ATTN_CUDA_ARGS_SM90_H
 #define WAN_ATTN_CUDA_ARGS_SM90_H

@@ -60,8 +60,8 @@
 #endif
 /* Weights are made 2^P_SHIFT times as large. Of f16 weights between 0 and 1 those below 2^-25
  * would be lost; there may be many, and all of the result where the largest weights meet a V of 0.
- * (No power of two: P_SHIFT + score - maximum then is P_SHIFT itself for the largest, also
- * rounded.) */
+ * P_SHIFT is added to score - maximum within exp2's argument. It is no power of two, so that the
+ * largest score's argument is exactly P_SHIFT after rounding. */
 #if IS_BF16 && HAS_BF16 && !PV_SUM_F16
 #define PACK_P pack_bf16
 #define P_SHIFT 0

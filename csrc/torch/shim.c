@@ -4,7 +4,7 @@
  * through its stable C ABI: one binary serves every torch from 2.9 on. Knows no kernel.
  *
  * Nothing of torch or libwan_attn is linked: Python finds every function by its name
- * (wan_attn/native/bindings.py) and hands over the addresses.
+ * (wan_attn/native/shim.py) and hands over the addresses.
  *
  * An error is thrown by torch itself: a C++ exception that passes through the frames of this file.
  * They own nothing at that time, and the compiler writes unwind tables for them (setup.py).

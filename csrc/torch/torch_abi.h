@@ -60,7 +60,7 @@ typedef void (*torch_kernel)(torch_value *stack, uint64_t num_inputs, uint64_t n
     F(torch_status, torch_get_num_threads, (uint32_t *))                                           \
     /* torch >= 2.13, which returns a status; before, C++'s operator delete */                     \
     F(void, torch_delete_stable_ivalue, (torch_value *))                                           \
-    /* Python's. 0: there is no memory, message holds torch's own words; else it is there now */   \
+    /* Python's: asks torch for the bytes. 0: there are none, and message has torch's words. */    \
     F(int32_t, why_no_memory,                                                                      \
       (int64_t bytes, int32_t cuda_index, char *message, size_t message_size))
 

@@ -26,7 +26,10 @@ class Args(ctypes.Structure):
         *(("out_split_stride", c_longlong), ("lse_split_stride", c_longlong)),
         *((name, c_int) for name in ("num_splits", "split_tiles", "batch", "num_heads_q")),
         *((name, c_int) for name in ("heads_per_key_head", "seqlen_q", "seqlen_k", "m_blocks")),
-        *((name, c_int) for name in ("window_left", "window_right", "q_is_f32", "out_is_f32")),
+        *(
+            (name, c_int)
+            for name in ("window_size_left", "window_size_right", "q_is_f32", "out_is_f32")
+        ),
         *(("scale_log2e", c_float), ("q_sign", c_uint)),
     ]
 

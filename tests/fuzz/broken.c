@@ -218,5 +218,7 @@ int main(int argc, char **argv) {
     for (int found = 0; found < OUTCOMES; found++)
         printf(" %d %s", counts[found], OUTCOME_NAMES[found]);
     printf("; %d wrong about pointers\n", wrong);
+    printf("counted: %llu calls, %d crashes, %d wrong, %d accepted\n", (unsigned long long)n,
+           counts[CRASHED], wrong + counts[WORDS] + counts[WROTE], counts[ACCEPTED]);
     return wrong != 0 || (uint64_t)counts[REFUSED] != n;
 }

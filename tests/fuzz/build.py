@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """build.py - compiles the C campaigns, against the library that is installed or with all of csrc/,
-plain and under the sanitizers; keeps them under build/fuzz as long as no source changes."""
+plain and under the sanitizers, where signed overflow does not wrap around; keeps them under
+build/fuzz as long as no source changes."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from emu.build import made
@@ -29,6 +32,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "sanitized": ("gcc", ["-O1", *_SANITIZERS]),
     "clang": ("clang", ["-O2"]),
     "sanitized clang": ("clang", ["-O1", *_SANITIZERS]),
+    "threads": ("gcc", ["-O1", "-fsanitize=thread"]),
 }
 
 
@@ -57,6 +61,7 @@ def program(name: str, variant: str) -> Path:
         objects.append(lib_path())
         more = [f"-Wl,-rpath,{lib_path().parent}"]
     else:
-        objects += [_object(compiler, flags, source, headers) for source in library]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects += pool.map(lambda source: _object(compiler, flags, source, headers), library)
     command = [compiler, *more, *map(str, objects), "-lm", "-lpthread", "-ldl"]
     return made(name, "", objects, command, BUILT)

@@ -3,12 +3,15 @@
 of error, on the mock driver: what is said, whether something else takes over, whether anything is
 left behind, whether it is tried again for ever, and whether calls are right once all is well.
 
-    python tests/fuzz/driver_faults.py [--short]      prints a table, then what is wrong
+    python tests/fuzz/driver_faults.py [--short] [--table docs/driver-faults.md]
+
+Prints a line for each fault, then what is wrong; --table writes the summary of driver_table.py.
 """
 
 from __future__ import annotations
 
 import _ctypes
+import argparse
 import ctypes
 import sys
 import tempfile
@@ -20,6 +23,8 @@ from typing import Any
 import torch
 
 from cuda_mock.gpu import CARDS, LAUNCH, Gpu
+from fuzz import driver_table
+from fuzz.count import Count
 from tolerances import assert_close_to_oracle
 from wan_attn.backends._errors import is_device_error
 
@@ -53,6 +58,7 @@ CODES = {
     999: "UNKNOWN",
 }
 TROUBLE = (700, 702, 709, 719)
+FINAL = (1, 3, 4, 100, 101, 803)  # a driver that does not start so never will in this process
 SHORT_CODES = (2, 209, 700, 702, 709, 800)
 
 # What fails -> the calls of it that a call of ours makes: after so many, the next one fails.
@@ -77,6 +83,7 @@ FUNCTIONS = {
 }
 ASKING = tuple(FUNCTIONS)[:6]  # they only ask what there is: without an answer, another backend
 TIMES = 3  # calls while the driver fails
+UNTIL_WELL = 50  # calls within which a driver is started again
 
 
 @dataclass
@@ -96,7 +103,7 @@ class Row:
     def __str__(self) -> str:
         name = f"{self.function}+{self.after}"
         what = "falls back" if self.is_fallback else "raises"
-        again = "right again" if self.is_well_again else "NOT WELL AGAIN"
+        again = "right again" if self.is_well_again else "stays out"
         return (
             f"{name:27} {CODES[self.code]:26} {what:10} {self.attempts:3} attempts"
             f" {self.loads:2} loads  {again:15} {self.said[:110]}"
@@ -163,29 +170,39 @@ def try_fault(
     if row.loads - unloads > len(set(gpu.asked)):
         images = len(set(gpu.asked))
         row.problems.append(f"{row.loads - unloads} modules of {images} images: one a call leaks")
-    gpu.fail("", 0)
+    if row.attempts > 0:
+        status, _, said = first.partition(": ")
+        row.said = said
+        row.is_fallback = bool(first) and not is_device_error(RuntimeError(f"wan_attn: {said}"))
+        _judge_refusal(row, status)
+        if gpu.driver.mock_depth() != 0:
+            row.problems.append("a context is left on the stack")
+        gpu.fail("", 0)
+        _judge_afterwards(row, gpu, arguments, is_emulated)
+    _close(gpu)
+    return row if row.attempts > 0 else None
+
+
+def _judge_afterwards(row: Row, gpu: Gpu, arguments: dict[str, Any], is_emulated: bool) -> None:
+    """Once the driver is well again, so are calls; but for one that never starts."""
+    is_final = row.function == "cuInit" and row.code in FINAL
     if not is_emulated:
         gpu.driver.mock_on_launch(ctypes.cast(None, LAUNCH))
-    if row.attempts == 0:
-        _close(gpu)
-        return None
-    status, _, said = first.partition(": ")
-    row.said = said
-    row.is_fallback = bool(first) and not is_device_error(RuntimeError(f"wan_attn: {said}"))
-    _judge_refusal(row, status)
-    if gpu.driver.mock_depth() != 0:
-        row.problems.append("a context is left on the stack")
-    try:
-        out, lse = gpu.sdpa(**arguments)
+    for _ in range(UNTIL_WELL if row.function == "cuInit" and not is_final else 1):
+        try:
+            out, lse = gpu.sdpa(**arguments)
+        except RuntimeError as error:
+            said = str(error)
+            continue
         wrong = _check_result(arguments, out, lse) if is_emulated else ""
         row.is_well_again = not wrong
         if wrong:
             row.problems.append(f"a wrong result afterwards: {wrong}")
-    except RuntimeError as error:
-        if function != "cuInit":  # tried again by some of the next calls, or never
-            row.problems.append(f"not well again: {error}")
-    _close(gpu)
-    return row
+        if is_final:
+            row.problems.append("a driver that cannot start is tried again")
+        return
+    if not is_final:
+        row.problems.append(f"not well again: {said}")
 
 
 def _judge_refusal(row: Row, status: str) -> None:
@@ -199,7 +216,13 @@ def _judge_refusal(row: Row, status: str) -> None:
         row.problems.append(f"status {status}")
     if name not in row.said:
         row.problems.append("the message does not name the driver's error")
-    if row.code in TROUBLE and row.function not in ASKING and row.is_fallback:
+    if row.function == "cuInit":  # it knows no context: nothing of the caller's can be lost
+        if not row.is_fallback:
+            row.problems.append("a driver that does not start stops the call")
+        if row.code in FINAL and row.attempts > 1:
+            row.problems.append(f"tried {row.attempts} times, and it never starts")
+        return
+    if row.code in TROUBLE and row.is_fallback:
         row.problems.append("the device is lost, and another backend would compute on it")
     if row.function in ASKING and row.code not in (2, *TROUBLE) and not row.is_fallback:
         row.problems.append("a device that cannot be asked stops the call")
@@ -217,16 +240,22 @@ def campaign(short: bool) -> Iterator[Row]:
                         yield row
 
 
-def main(arguments: list[str]) -> int:
-    wrong = 0
-    for row in campaign("--short" in arguments):
-        print(row)
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--short", action="store_true", help="one place and some errors of each")
+    parser.add_argument("--table", type=Path, help="write the summary there, as Markdown")
+    options = parser.parse_args()
+    rows = []
+    for row in campaign(options.short):
+        rows.append(row)
+        print(row, flush=True)
         for problem in row.problems:
             print(f"    WRONG: {problem}")
-            wrong += 1
-    print(f"{wrong} wrong")
-    return 1 if wrong else 0
+    wrong = sum(bool(row.problems) for row in rows)
+    if options.table is not None:
+        options.table.write_text(driver_table.page(rows, CODES, FINAL))
+    return Count(calls=len(rows), wrong=wrong).end()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import wan_attn.config
 from cuda_mock.gpu import CARDS, Gpu
+from fuzz.count import Count
 from fuzz.driver_faults import CODES, TROUBLE, _close
 from tolerances import assert_close_to_oracle
 from wan_attn import log
@@ -30,6 +31,7 @@ from wan_attn.selfcheck import first_call
 OF_THE_IMAGE = (200, 209, 222)  # something else may run the call, and this kernel never will
 OTHERS = (1, 2, 500, 701, 800, 999)
 FUNCTIONS = (
+    "cuInit",
     "cuLibraryLoadData",
     "cuLibraryGetKernel",
     "cuLaunchKernel",
@@ -55,23 +57,38 @@ def _op(gpu: Gpu) -> Any:
     return sdpa
 
 
+class _Lines(logging.Handler):
+    """What the log says, instead of showing it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
 @contextlib.contextmanager
-def _machine(folder: Path) -> Iterator[Gpu]:
-    gpu, before, level = Gpu(folder, CARDS[80]), native._op, log.LOGGER.level
+def _machine(folder: Path) -> Iterator[tuple[Gpu, _Lines]]:
+    gpu, before, lines, logger = Gpu(folder, CARDS[80]), native._op, _Lines(), log.LOGGER
+    level, propagates = logger.level, logger.propagate
     asks_cuda, torch.cuda.is_current_stream_capturing = (
         torch.cuda.is_current_stream_capturing,
         lambda: False,  # the real one needs a driver
     )
     native._op = _op(gpu)
-    log.LOGGER.setLevel(logging.CRITICAL + 1)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(lines)
     try:
-        yield gpu
+        yield gpu, lines
     finally:
         native._op = before
         torch.cuda.is_current_stream_capturing = asks_cuda
-        log.LOGGER.setLevel(level)
-        first_call.forget()
-        wan_attn.config.refresh()
+        logger.setLevel(level)
+        logger.propagate = propagates
+        logger.removeHandler(lines)
+        wan_attn.config.forget()
         _close(gpu)
 
 
@@ -97,21 +114,25 @@ def _call(length: int) -> str:
 
 def try_fault(function: str, code: int, folder: Path) -> tuple[str, list[str]]:
     """A line of the table, and what is wrong."""
-    with _machine(folder) as gpu:
-        wan_attn.config.refresh()
-        first_call.forget()
+    with _machine(folder) as (gpu, lines):
+        wan_attn.config.forget()  # plans and verdicts of the machine before are not this one's
         gpu.fail(function, code)
         results = [_call(LENGTHS[0]) for _ in range(TIMES)]
         same = _attempts(gpu, function)
         results += [_call(length) for length in LENGTHS[1:]]
         others = _attempts(gpu, function)
+        said = [line for line in lines.said if f"CUDA_ERROR_{CODES[code]}" in line]
         for _ in range(TIMES):
             with contextlib.suppress(RuntimeError):
                 first_call.verdict(native._answer, str, CPU, torch.bfloat16, 64, native._is_final)
         proofs = _attempts(gpu, function)
     problems = [f"a wrong result: {r}" for r in results if r not in ("raises", "right")]
-    if code in TROUBLE and "right" in results:
+    if code in TROUBLE and function != "cuInit" and "right" in results:  # it knows no context
         problems.append("the device is lost, and another backend computes")
+    if function == "cuInit" and "raises" in results:
+        problems.append("a driver that does not start stops the call")
+    if "right" in results and len(said) != 1:
+        problems.append(f"{len(said)} lines of the log say why another backend computes")
     if code in OF_THE_IMAGE and function.startswith("cuLibrary"):
         if "raises" in results:
             problems.append("a kernel that cannot be had stops the call")
@@ -135,14 +156,14 @@ def campaign() -> Iterator[tuple[str, list[str]]]:
 
 
 def main() -> int:
-    wrong = 0
+    count = Count()
     for line, problems in campaign():
         print(line)
         for problem in problems:
             print(f"    WRONG: {problem}")
-            wrong += 1
-    print(f"{wrong} wrong")
-    return 1 if wrong else 0
+        count.calls += 1
+        count.wrong += bool(problems)
+    return count.end()
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ _GENERAL: dict[int, dict[str, str]] = {
     id(v.FLAG): odd.LEGAL_FLAGS,
     id(v.WINDOW): odd.LEGAL_PAIRS,
     id(v.SCALE): _NUMBERS | odd.LEGAL_NUMBERS,
-    id(v.Q_SCALE): odd.LEGAL_NUMBERS,
+    id(v.Q_SCALE): odd.LEGAL_NUMBERS
+    | dict.fromkeys(("leaf", "Parameter"), "a tensor is multiplied in, with its gradient"),
     id(v.PROBABILITY): {"tensor": _NUMBERS["tensor"]} | odd.LEGAL_NUMBERS,
     id(v.SOFTCAP): {"tensor": _NUMBERS["tensor"]} | odd.LEGAL_NUMBERS,
     id(v.LENGTHS): {
@@ -327,6 +328,8 @@ def _of_hosts() -> list[Function]:
             wan_attn.patch,
             lambda: {"package": "a_package_that_is_not_there"},
             {"package": {n: f for n, f in v.MODEL.items() if n != "str"}, "attention": v.NOTHING},
+            {},
+            {("package", "text of one's own"): "the name of a package, like any text"},
         ),
     ]
 

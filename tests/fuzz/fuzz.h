@@ -63,8 +63,10 @@ static void on_signal(int number) {
 /* The sanitizers, where the program has them, end it by SIGABRT. */
 const char *__asan_default_options(void);
 const char *__ubsan_default_options(void);
+const char *__tsan_default_options(void);
 const char *__asan_default_options(void) { return "abort_on_error=1:detect_leaks=0"; }
 const char *__ubsan_default_options(void) { return "abort_on_error=1:print_stacktrace=1"; }
+const char *__tsan_default_options(void) { return "abort_on_error=1:halt_on_error=1"; }
 
 static void say_the_case_of_every_death(const char *name) {
     static const int SIGNALS[] = {SIGABRT, SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGALRM};

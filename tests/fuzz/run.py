@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """run.py - the campaign against faults, in bounded time.
 
-    make fuzz ARGS="--seconds 600 --seed 7"        everything, the time shared out
+    make fuzz MINUTES=10 ARGS="--seed 7"                everything, the time shared out
     make fuzz ARGS="--only legal --seed 7 --case 123 [--variant sanitized]"     one case again
 
-legal         random calls of the C ABI against float64, with guard pages, on every row (legal.c)
 broken        calls of the C ABI that break its contract (broken.c)
 malformed     every argument of every Python function, broken in every way (malformed.py)
 driver        every call of the CUDA driver fails, with every error (driver_faults.py), and what
-              Python makes of it (fallbacks.py)
+              Python makes of it (fallbacks.py); --table FILE writes the summary
 surroundings  caches, threads, forks, signals (surroundings.py)
+legal         random calls of the C ABI against float64, with guard pages, on every row (legal.c)
 
-Ends with 1 if anything is wrong. The same seed makes the same cases.
+The C campaigns run plain, under the address and undefined-behaviour sanitizers of gcc and clang,
+and under gcc's thread sanitizer. Ends with a line for each campaign, and with 1 if anything is
+wrong. The same seed makes the same cases.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,76 +31,107 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "support"), str(ROOT), str(ROOT / ".ci")]
 
 from fuzz import build  # noqa: E402 - behind the path
+from fuzz.count import Count, counted  # noqa: E402
 
-# Shares of the time; those that are not named take what they need.
-SHARES = {"legal": 0.6, "broken": 0.1, "surroundings": 0.1}
+# Shares of the time; malformed and driver take what they need, and legal gets the rest.
+SHARES = {"broken": 0.1, "surroundings": 0.1}
+LEAST_FOR_LEGAL = 0.3
 CAMPAIGNS = ("broken", "malformed", "driver", "surroundings", "legal")
+VARIANTS = {
+    "legal": ("plain", "sanitized", "sanitized clang", "threads"),
+    "broken": ("plain", "sanitized", "sanitized clang"),
+}
+SPARE = 120.0  # seconds beyond its own time after which a campaign hangs
+LIMIT = 900.0  # of those that have none
 
 
-def run(command: list[str], limit: float | None = None) -> bool:
-    """Whether the command ended well; its output is shown as it comes."""
+def run(command: list[str], limit: float = LIMIT) -> Count:
+    """What the command counts; its output is shown as it comes."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:4]), "OMP_WAIT_POLICY": "passive"}
-    try:
-        return subprocess.run(command, env=env, cwd=ROOT, timeout=limit).returncode == 0
-    except subprocess.TimeoutExpired:
-        print(f"FAILED: it hangs: {' '.join(command)}")
-        return False
+    found = None
+    with subprocess.Popen(
+        command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
+        timer = threading.Timer(limit, process.kill)
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            found = counted(line) or found
+        process.wait()
+        is_over = not timer.is_alive()
+        timer.cancel()
+    if found is not None and found.is_bad == bool(process.returncode):
+        return found
+    how = "hangs" if is_over else f"ended with {process.returncode}"
+    print(f"FAILED: {' '.join(command)}: {how}", flush=True)
+    return (found or Count()) + Count(crashes=1)
 
 
-def run_c(name: str, options: argparse.Namespace, seconds: float) -> bool:
+def run_c(name: str, options: argparse.Namespace, seconds: float) -> Count:
     """A C campaign in each of its variants, each with other cases of the same seed."""
-    wanted = options.variant.split(",") if options.variant else ["plain", "sanitized"]
+    wanted = options.variant.split(",") if options.variant else VARIANTS[name]
     variants = [v for v in wanted if v in build.compilers()]
-    if not variants:
-        print(f"{name}: not run, there is no compiler for {', '.join(wanted)}")
-    well = True
-    for number, variant in enumerate(variants):
-        program = str(build.program(name, variant))
+    for missing in set(wanted) - set(variants):
+        print(f"-- {name}, {missing}: not run, there is no such compiler here")
+    programs = {v: str(build.program(name, v)) for v in variants}  # which takes time of its own
+    total, end = Count(), time.monotonic() + seconds
+    for number, (variant, program) in enumerate(programs.items()):
         print(f"-- {name}, {variant}, seed {options.seed}", flush=True)
         if options.case is not None:
             first, count, time_limit = options.case, 1, 60.0
         else:
             first, count = number << 40, 1 << 40
-            time_limit = seconds / len(variants)
+            time_limit = max(1.0, (end - time.monotonic()) / (len(programs) - number))
         if name == "broken" and options.case is None:
-            first = 0  # the single faults in both
+            first = 0  # the single faults in each
         command = [program, str(options.seed), str(first), str(count), f"{time_limit:g}"]
-        well &= run(command, time_limit + 120)
-    return well
+        total += run(command, time_limit + SPARE)
+    return total
 
 
-def run_campaign(name: str, options: argparse.Namespace) -> bool:
-    """One campaign; its share of the time."""
-    seconds = options.seconds * (1.0 if options.only else SHARES.get(name, 0.0))
+def run_campaign(name: str, options: argparse.Namespace, left: float) -> Count:
+    """One campaign; its share of the time, or what is left of it."""
+    whole = options.minutes * 60
+    seconds = whole * SHARES.get(name, 0.0)
+    if name == "legal" or options.only:
+        seconds = max(left, whole * LEAST_FOR_LEGAL)
     print(f"== {name}", flush=True)
     python = [sys.executable, "-X", "faulthandler"]
-    if name in ("legal", "broken"):
+    if name in VARIANTS:
         return run_c(name, options, seconds)
     if name == "malformed":
         return run([*python, str(HERE / "malformed.py")])
     if name == "driver":
-        short = ["--short"] if options.short else []
-        well = run([*python, str(HERE / "driver_faults.py"), *short])
-        return run([*python, str(HERE / "fallbacks.py")]) and well
-    return run([*python, str(HERE / "surroundings.py"), str(options.seed), f"{seconds:g}"])
+        more = [f"--table={options.table}"] if options.table else []
+        more += ["--short"] if options.short else []
+        found = run([*python, str(HERE / "driver_faults.py"), *more])
+        return found + run([*python, str(HERE / "fallbacks.py")])
+    command = [*python, str(HERE / "surroundings.py"), str(options.seed), f"{seconds:g}"]
+    return run(command, seconds + LIMIT)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--seconds", type=float, default=120.0, help="for all of it, about")
+    parser.add_argument("--minutes", type=float, default=2.0, help="for all of it, about")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000_000)
     parser.add_argument("--only", choices=CAMPAIGNS)
     parser.add_argument("--case", type=int, help="of legal or broken, as a failure prints it")
     parser.add_argument("--variant", help=f"some of {', '.join(build.VARIANTS)}")
     parser.add_argument("--short", action="store_true", help="fewer errors of the driver")
+    parser.add_argument("--table", help="write what came of the driver's errors there")
     options = parser.parse_args(arguments)
-    print(
-        f"seed {options.seed}: make fuzz ARGS='--seconds {options.seconds:g} --seed {options.seed}'"
-    )
+    again = f"make fuzz MINUTES={options.minutes:g} ARGS='--seed {options.seed}'"
+    print(f"seed {options.seed}: {again}", flush=True)
+    end = time.monotonic() + options.minutes * 60
     chosen = [options.only] if options.only else list(CAMPAIGNS)
-    wrong = [name for name in chosen if not run_campaign(name, options)]
-    print(f"== wrong: {', '.join(wrong)}" if wrong else "== all right")
-    return 1 if wrong else 0
+    found = {name: run_campaign(name, options, end - time.monotonic()) for name in chosen}
+    print("== summary")
+    for name, count in found.items():
+        print(f"{name:13} {count}")
+    total = sum(found.values(), Count())
+    print(f"{'all':13} {total}: {'WRONG' if total.is_bad else 'all right'} (seed {options.seed})")
+    return int(total.is_bad)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * alu.cpp - arithmetic, comparison, logic and moves: PTX ISA 9.7.1 to 9.7.8.
+ * alu.cpp - arithmetic, comparison, logic and moves: PTX ISA, "Integer Arithmetic Instructions",
+ * "Floating Point Instructions", "Comparison and Selection Instructions", "Logic and Shift
+ * Instructions", "mov".
  *
  * A result is uninitialised in a lane where one of its operands is. Floats are IEEE singles,
  * rounded to nearest even, subnormals kept unless .ftz says otherwise. A 16-bit register is the low
@@ -53,7 +55,7 @@ template <class T, T f(T, T, T)> void ternary(Warp &w, const Ins &, const int *o
     w.define(o[0], mask, w.defined[o[1]] & w.defined[o[2]] & w.defined[o[3]]);
 }
 
-/* The second operand is a 32-bit count, whatever the type: 9.7.8.6 shl, 9.7.8.7 shr. */
+/* The second operand is a 32-bit count, whatever the type: "shl", "shr". */
 template <class T, T f(T, u32)> void shift(Warp &w, const Ins &, const int *o, u32 mask) {
     using S = typename Stored<T>::type;
     S *d = w.at<S>(o[0]);
@@ -69,7 +71,7 @@ template <class T, T f(T, u32)> void shift(Warp &w, const Ins &, const int *o, u
     w.define(o[0], mask, w.defined[o[1]] & w.defined[o[2]]);
 }
 
-/* 9.7.1.3 mul.wide: from T to the twice as wide D. */
+/* "mul", .wide: from T to the twice as wide D. */
 template <class D, class T> void wide(Warp &w, const Ins &, const int *o, u32 mask) {
     D *d = w.at<D>(o[0]), result[LANES];
     const u32 *a = w.at<u32>(o[1]), *b = w.at<u32>(o[2]);
@@ -123,7 +125,7 @@ template <bool inverted> void predicate(Warp &w, const Ins &, const int *o, u32 
     w.define(o[0], mask, w.defined[o[1]]);
 }
 
-/* 9.7.9.2 mov, packing: {low, high} of 16 bits to 32, of 32 bits to 64; and back. */
+/* "mov", packing: {low, high} of 16 bits to 32, of 32 bits to 64; and back. */
 void pack_32(Warp &w, const Ins &, const int *o, u32 mask) {
     u32 *d = w.at<u32>(o[0]);
     const u32 *low = w.at<u32>(o[1]), *high = w.at<u32>(o[2]);
@@ -201,7 +203,7 @@ bool unordered(float a, float b) { return a != a || b != b; }
 int min_relu(int a, int b) { return larger(smaller(a, b), 0); }
 int high_s32(int a, int b) { return (int)((i64)a * b >> 32); }
 u32 high_u32(u32 a, u32 b) { return (u32)((u64)a * b >> 32); }
-/* 9.7.1.8 div: by zero is unspecified; -2^31 / -1 does not fit. */
+/* "div": by zero is unspecified; -2^31 / -1 does not fit. */
 int quotient(int a, int b) { return b == 0 || (b == -1 && a < -0x7fffffff) ? 0x5bad : a / b; }
 int remainder_of(int a, int b) { return b == 0 || b == -1 ? (b ? 0 : 0x5bad) : a % b; }
 u32 quotient_u(u32 a, u32 b) { return b ? a / b : ALL; }

@@ -16,6 +16,7 @@ from emu.rows import Job
 from ptx import asm_rules, collect, matrix
 from ptx.bug_list import BUGS, Bug
 from ptx.calls import Runner
+from ptx.helpers import Helpers
 from ptx.machine import Knobs
 from ptx.parse import Refused
 
@@ -80,9 +81,7 @@ def finding(bug: Bug, csrc: Path, knobs: Knobs | None = None) -> str:
         return rules[0]
     try:
         if bug.row == "convert":
-            from test_ptx_helpers import check_conversion
-
-            check_conversion(csrc)
+            Helpers(collect.nvrtcs()[0], 80, csrc).check_one_conversion()
             return ""
         runner = Runner(job_of(bug.row), collect.nvrtcs()[0], csrc)
         for number, case in enumerate(matrix.short(runner.tile)):

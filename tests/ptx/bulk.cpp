@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
- * bulk.cpp - bulk copies of boxes of a tensor: PTX ISA 9.7.9.27.1 (cp.async.bulk.tensor),
- * 9.7.9.25.4 (groups), 5.5 (tensors, boxes, swizzle); and the map that cuTensorMapEncodeTiled
- * makes of one: CUDA driver API, "Tensor Map Object Management" (maps.py checks its rules).
+ * bulk.cpp - bulk copies of boxes of a tensor: PTX ISA, "cp.async.bulk.tensor",
+ * "cp.async.bulk.commit_group", "cp.async.bulk.wait_group" and "Tensors" (boxes, swizzle); and the
+ * map that cuTensorMapEncodeTiled makes of one: CUDA driver API, "Tensor Map Object Management"
+ * (maps.py checks its rules).
  */
 #include <cstring>
 

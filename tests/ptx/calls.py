@@ -162,7 +162,7 @@ def _run(
 
 
 def takes_tma(x: Tensor) -> bool:
-    """What the host asks before it makes maps: README.md, "To launch a row of sm_90a"."""
+    """What the host asks before it makes maps: README.md, "Launch: sdpa_sm90.cuh"."""
     strides = [x.stride(d) for d in range(3) if x.shape[d] > 1]
     return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * convert.cpp - cvt (PTX ISA 9.7.9.21) and the approximations ex2 and rcp (9.7.3).
+ * convert.cpp - PTX ISA, "cvt", and the approximations "ex2" and "rcp".
  */
 #include <cmath>
 

@@ -34,7 +34,7 @@ inline float from_f16(u32 x) {
     return float_of(y | sign);
 }
 
-/* 9.7.9.21, cvt.rn: nearest, ties to even; NaN becomes 0x7fff. */
+/* "cvt", .rn: nearest, ties to even; NaN becomes 0x7fff. */
 inline u32 to_bf16(float x) {
     u32 bits = bits_of(x);
     bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;

@@ -4,8 +4,8 @@
  * A warp is a vector of 32 lanes. Every instruction is executed for all lanes of a mask at once.
  * Where a branch parts the lanes, they go on one group after the other and meet again at the
  * branch's immediate post-dominator. A warp keeps its own place in the program, so that changing
- * from one to another costs nothing. Sections named here and in the other files are those of the
- * PTX ISA manual, version 8.7 (what NVRTC 12.8 writes).
+ * from one to another costs nothing. What stands in quotation marks here and in the other files
+ * are titles of sections of the PTX ISA manual; their numbers change with its versions.
  */
 #ifndef WAN_ATTN_TESTS_PTX_MACHINE_H
 #define WAN_ATTN_TESTS_PTX_MACHINE_H
@@ -64,6 +64,8 @@ struct Knobs {
     int sum_block;    /* products that a tensor core adds at a time; 0: all, rounded once */
     int sum_bits;     /* fraction bits that it keeps below the largest of them */
     int ex2_error;    /* units in the last place that ex2 and rcp may be wrong by */
+    int flush_sums;   /* 1: tensor cores make a sum below 2^-126 a zero */
+    int registers;    /* that a thread is launched with; 0: as many as the launch bound allows */
     unsigned garbage; /* what uninitialised registers and memory hold */
 };
 

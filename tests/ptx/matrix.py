@@ -3,18 +3,19 @@
 
     python tests/ptx/matrix.py [--compiler NAME] [--kernel NAME] [--seed N]
 
-prints, for each compiler and kernel: calls, seconds, instructions that no call has run; then how
-often each opcode ran.
+prints, for each compiler and kernel: calls, seconds, opcodes that no call has run; then how often
+each opcode ran.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,14 +26,18 @@ from emu.rows import Job, TileSm90
 from emu.run import Schedule
 from ptx import collect
 from ptx.calls import Runner
+from ptx.helpers import HELPERS, Helpers
 from ptx.machine import Knobs
+from ptx.parse import Refused
+from wan_attn.cuda.rows import SHIPPED
 
 # Settings that no result may depend on: order of warps, landing of copies, what uninitialised
-# registers and memory hold, where shared memory begins, how tensor cores sum and how much ex2 errs.
+# registers and memory hold, where shared memory begins, how tensor cores sum, whether they keep
+# subnormal sums, and how much ex2 errs.
 SETTINGS = (
     Knobs(landing=0, order=0, garbage=0xFFFFFFFF),
     Knobs(landing=1, order=1, garbage=0x7FC07FC0),
-    Knobs(landing=2, order=2, garbage=0, ex2_error=2),
+    Knobs(landing=2, order=2, garbage=0, ex2_error=2, flush_sums=1),
     Knobs(landing=1, order=2, window=0x800, garbage=0x3C003C00),
     Knobs(landing=2, order=0, sum_block=16, sum_bits=25),
     Knobs(landing=0, order=2, sum_block=8, sum_bits=24),
@@ -73,13 +78,13 @@ def full(tile: Any, seed: int = 0) -> Iterator[Case]:
 def check(runner: Runner, case: Case, number: int) -> None:
     """Runs a call under one of the settings and holds it against the oracle.
 
-    Of sums that are cut off, lse is not judged here: torch's, by which our error is measured, are
-    rounded. test_ptx_knobs.py holds it against what the cuts can add up to.
+    Of sums that are cut off and of an ex2 that errs, lse is not judged here: torch's, by which our
+    error is measured, are rounded. test_ptx_knobs.py holds it against what that can add up to.
     """
     knobs = replace(SETTINGS[number % len(SETTINGS)], seed=number)
-    if knobs.sum_block and case.split_tiles:  # needs lse to put the parts together
-        knobs = replace(knobs, sum_block=0)
-    judged = case.return_lse and not knobs.sum_block
+    if case.split_tiles:  # needs lse to put the parts together
+        knobs = replace(knobs, sum_block=0, ex2_error=0)
+    judged = case.return_lse and not knobs.sum_block and not knobs.ex2_error
     case = replace(case, schedule=Schedule(knobs.landing, number), return_lse=judged)
     cases.check(case, runner.tile, runner=replace(runner, knobs=knobs))
 
@@ -114,26 +119,69 @@ def never_run(runner: Runner) -> list[str]:
     return sorted(name for name, times in runner.program.counts().items() if times == 0)
 
 
-def _run(runner: Runner, seed: int) -> Counter[str]:
+@dataclass
+class Total:
+    """What a compiler's kernels have done."""
+
+    kernels: int = 0
+    calls: int = 0
+    wrong: int = 0
+    seconds: float = 0.0
+    opcodes: Counter[str] = field(default_factory=Counter)
+
+
+def _attention(runner: Runner, seed: int, total: Total) -> None:
     begin, count, failed = time.process_time(), 0, 0
     for number, case in enumerate(full(runner.tile, seed)):
         try:
             check(runner, case, number)
-        except AssertionError as error:
+        except (AssertionError, Refused) as error:
             failed += 1
             print(f"    WRONG {error}", flush=True)
+            if isinstance(error, Refused):
+                total.wrong += 1
+                return
         count += 1
     if isinstance(runner.tile, TileSm90):
         check_outputs(runner)
-    executed = runner.program.executed
-    idle = sum(times == 0 for times in executed)
+        count += 3
+    seconds = time.process_time() - begin
+    idle = [name for name, n in runner.program.counts().items() if not n]
     print(
         f"{runner.compiler.name:12} {runner.job.name:36} {runner.job.target:7} {count:4} calls"
-        f" {time.process_time() - begin:6.1f} s  {failed} wrong  {idle} of {len(executed)}"
-        " instructions never ran",
+        f" {seconds:6.1f} s  {failed} wrong  opcodes never run: {' '.join(sorted(idle)) or 'none'}",
         flush=True,
     )
-    return runner.program.counts()
+    total.kernels += 1
+    total.calls += count
+    total.wrong += failed
+    total.seconds += seconds
+    total.opcodes += Counter({name: 0 for name in idle})
+    total.opcodes.update(runner.program.counts())
+
+
+def _helpers(compiler: collect.Compiler, total: Total) -> None:
+    begin = time.process_time()
+    for arch in SHIPPED:
+        calls = Helpers(compiler, arch)
+        try:
+            calls.check_all()
+        except (AssertionError, Refused) as error:
+            total.wrong += 1
+            print(f"    WRONG {arch}: {error}", flush=True)
+            continue
+        total.opcodes.update(calls.counts())
+        total.kernels += len(HELPERS)
+    seconds = time.process_time() - begin
+    total.seconds += seconds
+    print(
+        f"{compiler.name:12} helpers on {len(SHIPPED)} architectures {seconds:6.1f} s", flush=True
+    )
+
+
+def _body(text: str) -> str:
+    """A module without what says whom it is for."""
+    return re.sub(r"//[^\n]*|\.(target|version)[^\n]*", "", text)
 
 
 def main() -> None:
@@ -145,13 +193,26 @@ def main() -> None:
     for compiler in collect.all_compilers():
         if wanted.compiler not in compiler.name:
             continue
-        total: Counter[str] = Counter()
+        total = Total()
+        if wanted.kernel in "helpers":
+            _helpers(compiler, total)
+        texts: dict[str, Job] = {}
         for job in collect.shipped():
-            if job.name.startswith("sdpa") and wanted.kernel in f"{job.name} {job.target}":
-                total += _run(Runner(job, compiler), wanted.seed)
-        print(f"{compiler.name}: how often each opcode ran")
-        for name, times in sorted(total.items()):
-            print(f"    {times:14,} {name}")
+            if not job.name.startswith("sdpa") or wanted.kernel not in f"{job.name} {job.target}":
+                continue
+            first = texts.setdefault(_body(collect.ptx_of(job, compiler)), job)
+            if first is job:
+                _attention(Runner(job, compiler), wanted.seed, total)
+            else:
+                total.kernels += 1
+                named = f"{compiler.name:12} {job.name:36} {job.target:7}"
+                print(f"{named} has the text of {first.target}", flush=True)
+        print(
+            f"{compiler.name}: {total.kernels} kernels, {total.calls} calls of attention,"
+            f" {total.seconds:.0f} s, {total.wrong} wrong; how often each opcode ran"
+        )
+        for name, times in sorted(total.opcodes.items()):
+            print(f"    {times:14,} {name}{'' if times else '   NEVER'}")
 
 
 if __name__ == "__main__":

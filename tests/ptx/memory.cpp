@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * memory.cpp - loads and stores (PTX ISA 9.7.9.8 ld, 9.7.9.11 st), ldmatrix and stmatrix
- * (9.7.14.5.15, .16), cp.async (9.7.9.25.3), mapa (9.7.9.23), prefetch.tensormap.
+ * memory.cpp - loads, stores and copies: PTX ISA, "ld", "ld.global.nc", "st", "Warp-level matrix
+ * load instruction: ldmatrix", "Warp-level matrix store instruction: stmatrix", "cp.async", "mapa",
+ * "prefetch".
  */
 #include <cstring>
 
@@ -40,7 +41,7 @@ template <int BYTES> void get(Warp &w, const int *registers, int words, int lane
     }
 }
 
-/* 5.1.6: kernel parameters have addresses from 0 on. */
+/* "Kernel Function Parameters": they have addresses from 0 on. */
 template <int BYTES, int WORDS> void load_param(Warp &w, const Ins &, const int *o, u32 mask) {
     const int *m = o + WORDS;
     w.need(m[0], mask, "an address");
@@ -55,7 +56,7 @@ template <int BYTES, int WORDS> void load_param(Warp &w, const Ins &, const int 
     }
 }
 
-/* 9.7.9.8: into a wider register, by the sign of the type. */
+/* "Operand Size Exceeding Instruction-Type Size": a wider register gets it by its sign. */
 template <bool SIGNED> void load_param_wide(Warp &w, const Ins &, const int *o, u32 mask) {
     w.need(o[1], mask, "an address");
     for (u32 rest = mask; rest; rest &= rest - 1) {

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * mma.cpp - mma.sync: PTX ISA 9.7.14.5.7 and .8 (fragments of m16n8k8 and m16n8k16), .14.
+ * mma.cpp - mma.sync: PTX ISA, "Multiply-and-Accumulate Instruction: mma", "Matrix Fragments for
+ * mma.m16n8k8", "Matrix Fragments for mma.m16n8k16 with floating point type".
  */
 #include <cstring>
 
@@ -58,7 +59,8 @@ template <int K, bool IS_BF16> void mma_f32(Warp &w, const Ins &, const int *o, 
     multiply<8>(w.machine->knobs, d, a, b, 16, K);
     for (int i = 0; i < 4; i++) {
         for (int l = 0; l < LANES; l++)
-            w.at<float>(o[i])[l] = (float)d[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2];
+            w.at<float>(o[i])[l] =
+                result_of(w.machine->knobs, d[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2]);
         w.define(o[i], mask, ALL);
     }
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""parse.py - PTX text to a list of instructions: labels, scopes, operands (PTX ISA 4 and 5)."""
+"""parse.py - PTX text to a list of instructions: labels, scopes, operands (PTX ISA, "Syntax")."""
 
 from __future__ import annotations
 
@@ -60,6 +60,8 @@ _DIRECTIVES = re.compile(
 _STATEMENT = re.compile(r"\s*(?:(?P<label>[\w$%]+)\s*:|(?P<brace>[{}])|(?P<text>[^;]*);)", re.S)
 _OPERAND = re.compile(r"\[[^\]]*\]|\{[^}]*\}|[^,\[\]{}]+")
 _NAME = re.compile(r"%?[A-Za-z_$][\w$]*(?:\.[xyz])?")
+
+_HALVES = {"mov.b64": 32, "mov.b32": 16}  # bits of what a mov takes apart
 
 
 def parsed(text: str) -> Kernel:
@@ -138,9 +140,18 @@ class _Body:
         if not match:
             raise Refused(f"line {line}: {text[:80]!r}")
         operands = [part.strip() for part in _OPERAND.findall(match[4]) if part.strip()]
+        if match[3] in _HALVES:
+            operands[0] = self._without_sink(operands[0], _HALVES[match[3]])
         one = Instruction(line, match[3], operands, match[2] or "", match[1] == "!")
         self.kernel.code.append(one)
         self.pending.append((one, tuple(self.scopes)))
+
+    def _without_sink(self, operand: str, bits: int) -> str:
+        """A mov may drop a part of the number, `_`: to a register that nothing reads."""
+        if operand.startswith("{") and re.search(r"\b_\b", operand):
+            self.kernel.registers[f"%sink{bits}"] = bits
+            return re.sub(r"\b_\b", f"%sink{bits}", operand)
+        return operand
 
     def _registers(self, text: str) -> None:
         match = re.match(r"\.reg\s+\.(\w+)\s+(.*)$", text, re.S)

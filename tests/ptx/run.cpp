@@ -54,7 +54,7 @@ bool settle(Warp &w) {
     return !w.stack.empty();
 }
 
-/* 9.7.15: registers of products in flight. Reading A meanwhile is allowed, nothing else. */
+/* "wgmma.mma_async": registers of products in flight. A may be read meanwhile, and nothing else. */
 void check_busy(Warp &w, const Ins &ins) {
     const Program &p = w.machine->program;
     for (int i = ins.args; i < (&ins)[1].args; i++) {
@@ -145,7 +145,7 @@ Warp *choose(Machine &m) {
     return m.knobs.order == HIGHEST ? ready.back() : ready[m.dice() % ready.size()];
 }
 
-/* 9.7.13.4: over when all that have not left have arrived. */
+/* "barrier.cluster": over when all that have not left have arrived. */
 void end_cluster_phase(Machine &m) {
     if (!m.cluster_arrived)
         return;
@@ -234,7 +234,7 @@ void start_warp(Machine &m, Block &block, Warp &w, int index) {
     w.busy.assign((size_t)p.slots, 0);
     w.touched.assign((size_t)p.slots, 0);
     w.clocks.at[w.id] = 1;
-    w.registers = std::min(65536 / p.threads / 8 * 8, 255);
+    w.registers = m.knobs.registers ? m.knobs.registers : std::min(65536 / p.threads / 8 * 8, 255);
     w.stack.push_back({0, -1, ALL});
     for (int l = 0; l < LANES; l++) {
         u32 base = (u32)m.knobs.window + (m.knobs.rank_bits ? (u32)block.rank << RANK_SHIFT : 0u);

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  * shadow.cpp - who may touch memory, and when: addresses, alignment, and the order of accesses.
  *
- * Order follows the memory consistency model (PTX ISA 8): an access is ordered after another one if
- * a chain of barriers leads from one to the other. Vector clocks keep that chain: a release copies
+ * Order follows PTX ISA, "Memory Consistency Model": an access is ordered after another one if a
+ * chain of barriers leads from one to the other. Vector clocks keep that chain: a release copies
  * what a warp knows into a barrier, an acquire takes it out. The verdict does not depend on the
- * schedule. Async proxy (9.7.13.5, fence.proxy): what a thread has stored is visible to wgmma and
+ * schedule. Async proxy ("membar / fence"): what a thread has stored is visible to wgmma and
  * bulk copies only after its own fence.proxy.async; the manual would also let another thread fence
  * what it has seen, which no code here does.
  */
@@ -150,7 +150,7 @@ void note_write(Warp &w, Place at, u32 bytes, int lane) {
     });
 }
 
-/* 9.7.9.25.3 cp.async: until it is waited for, its bytes are anybody's guess. */
+/* "cp.async": until it is waited for, its bytes are anybody's guess. */
 void begin_copy(Warp &w, Place at, u32 bytes, int lane) {
     each_granule(at, bytes, [&](Granule &g, u16 bits) {
         check_writable(w, g, lane, at.offset);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * sync.cpp - barriers of blocks and clusters (PTX ISA 9.7.13.1, .4), mbarriers (9.7.13.15), fences
- * (9.7.13.5).
+ * sync.cpp - barriers of blocks and clusters, mbarriers, fences: PTX ISA, "bar, barrier",
+ * "barrier.cluster", "mbarrier", "membar / fence".
  */
 #include "machine.h"
 
@@ -72,7 +72,7 @@ void arrive_some(Warp &w, const Ins &, const int *o, u32 mask) {
     arrived(w, named(w, one_value(w, o[0], mask), one_value(w, o[1], mask), mask));
 }
 
-/* 9.7.13.4 barrier.cluster: of all threads of the cluster that have not exited. */
+/* "barrier.cluster": of all threads of the cluster that have not exited. */
 template <bool RELEASES> void cluster_arrive(Warp &w, const Ins &, const int *, u32 mask) {
     need_whole_warp(w, mask, "barrier.cluster.arrive");
     Machine &m = *w.machine;
@@ -107,7 +107,7 @@ u32 address_of(Warp &w, const int *m, int lane) {
     return w.at<u32>(m[0])[lane] + (u32)m[1];
 }
 
-/* 9.7.13.15.9 mbarrier.init */
+/* "mbarrier.init" */
 void mbarrier_init(Warp &w, const Ins &, const int *o, u32 mask) {
     w.need(o[2], mask, "mbarrier.init");
     for (u32 rest = mask; rest; rest &= rest - 1) {
@@ -158,7 +158,7 @@ template <bool OWN_BLOCK> void mbarrier_arrive(Warp &w, const Ins &, const int *
                                                    OWN_BLOCK)));
 }
 
-/* 9.7.13.15.13: first expect-tx, then arrive-on. */
+/* "mbarrier.arrive", .expect_tx: first expect-tx, then arrive-on. */
 void arrive_and_expect(Warp &w, const Ins &, const int *o, u32 mask) {
     w.need(o[2], mask, "mbarrier.arrive.expect_tx");
     for (u32 rest = mask; rest; rest &= rest - 1) {
@@ -171,7 +171,7 @@ void arrive_and_expect(Warp &w, const Ins &, const int *o, u32 mask) {
     }
 }
 
-/* 9.7.13.15.16: true if the phase of that parity has completed; it is the one before the current
+/* "mbarrier.try_wait": true if the phase of that parity has completed, the one before the current
  * one. May suspend: this machine then runs others first. */
 void try_wait(Warp &w, const Ins &, const int *o, u32 mask) {
     w.need(o[3], mask, "mbarrier.try_wait");
@@ -195,7 +195,7 @@ void try_wait(Warp &w, const Ins &, const int *o, u32 mask) {
     w.define(o[0], mask, ALL);
 }
 
-/* 9.7.13.5: other threads, blocks and proxies see initialised mbarriers after it. */
+/* "membar / fence", .mbarrier_init: others see this thread's mbarriers initialised after it. */
 void fence_mbarrier_init(Warp &w, const Ins &, const int *, u32) {
     for (auto &[offset, b] : w.block->mbarriers)
         if (b.maker == w.id)
@@ -230,7 +230,7 @@ Mbarrier &mbarrier_at(Warp &w, Place at) {
     return b;
 }
 
-/* 9.7.13.15.5: complete-tx, on behalf of a bulk copy. */
+/* "Complete-tx Operation": complete-tx, on behalf of a bulk copy. */
 void complete_bytes(Machine &m, Block &block, u32 offset, i64 bytes) {
     auto found = block.mbarriers.find(offset);
     if (found == block.mbarriers.end())

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  * tensor.h - how a tensor core sums. The manual says "accumulation with at least single precision"
- * and leaves order and rounding open (PTX ISA 9.7.14.5.14, 9.7.15.5.2); so it is a knob.
+ * and leaves order and rounding open (PTX ISA, "mma", "wgmma.mma_async"); so it is a knob.
  */
 #ifndef WAN_ATTN_TESTS_PTX_TENSOR_H
 #define WAN_ATTN_TESTS_PTX_TENSOR_H
@@ -32,6 +32,12 @@ inline double cut_sum(double c, const double *products, int count, int bits) {
         return sum;
     unit = std::ldexp(1.0, std::ilogb(sum) - 23);
     return std::trunc(sum / unit) * unit;
+}
+
+/* The f32 that comes of a sum. */
+inline float result_of(const Knobs &knobs, double sum) {
+    float x = (float)sum;
+    return knobs.flush_sums && std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x;
 }
 
 /* c + sum of a[k] * b[k * stride], as the knobs have it; not yet rounded to the result's type. */

@@ -56,7 +56,7 @@ def translated(kernel: Kernel, table: Table) -> Translated:
 
 
 def _literal(text: str, bits: int) -> int | None:
-    """The bits of a constant of this size; None if it is none (PTX ISA 4.5)."""
+    """The bits of a constant of this size; None if it is none (PTX ISA, "Constants")."""
     if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
         return int(match[1], 16)
     if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):

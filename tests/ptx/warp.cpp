@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * warp.cpp - lanes that talk to each other: shfl, vote, redux, elect (PTX ISA 9.7.9.6, 9.7.13.9 to
- * .11, .14), bar.warp.sync (9.7.13.2), setmaxnreg (9.7.19.5).
+ * warp.cpp - lanes that talk to each other: PTX ISA, "shfl.sync", "vote.sync", "redux.sync",
+ * "elect.sync", "bar.warp.sync"; and "setmaxnreg".
  *
  * The manual wants every lane that membermask names at the same instruction. Lanes that are
  * elsewhere would be waited for; in kernels whose branches are what ptxas makes of them that is a

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * wgmma.cpp - asynchronous products of warpgroups: PTX ISA 9.7.15 (matrix descriptors 9.7.15.5.1,
- * fragments 9.7.15.5.1.1, mma_async 9.7.15.5.2, fence .6.1, commit_group .6.2, wait_group .6.3).
+ * wgmma.cpp - asynchronous products of warpgroups: PTX ISA, "Asynchronous Warpgroup Level
+ * Matrix Instructions" ("Register Fragments", "Shared Memory Matrix Layout", "Matrix Descriptor
+ * Format", "wgmma.mma_async", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group").
  *
  * Each warp makes its 16 of the 64 rows. Until wait_group retires it, an accumulator may not be
  * touched and the registers of A may not be written: Warp::busy counts who still needs a slot.
@@ -38,7 +39,7 @@ Operands operands_of(const Shape &shape, const int *o) {
     return {o, a, b, b + 1, b + 2};
 }
 
-/* 9.7.15.5.1.2: bits 0-13 start address / 16, 16-29 leading and 32-45 stride byte offset / 16,
+/* "Matrix Descriptor Format", in units of 16 bytes: bits 0-13 start, 16-29 leading, 32-45 stride;
  * 49-51 base offset, 62-63 swizzle: 1 is 128 bytes. */
 struct Descriptor {
     u32 start, leading, stride;
@@ -120,8 +121,8 @@ template <int N> void compute(Warp &w, const Shape &shape, const Operands &o, co
     multiply<N>(w.machine->knobs, d, a, b, 16, 16);
     for (int i = 0; i < N / 2; i++)
         for (int l = 0; l < LANES; l++)
-            w.at<float>(o.d[i])[l] =
-                (float)d[l / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (l % 4) + i % 2];
+            w.at<float>(o.d[i])[l] = result_of(
+                w.machine->knobs, d[l / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (l % 4) + i % 2]);
 }
 
 /* Everything that the product will read; marks it as being read. */

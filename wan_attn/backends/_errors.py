@@ -18,13 +18,18 @@ _DEVICE_ERROR_WORDS = (
     "device-side assert",
     "device_error",  # status of wan_attn's own C ABI
 )
+# These say what a library or a driver cannot do, whatever words of the driver's follow.
+_NO_DEVICE_ERROR_WORDS = (
+    "no kernel image",  # a library built for other cards; this one is well
+    "there is no usable nvidia driver",  # it does not start: no context of the caller's is lost
+)
 
 
 def is_device_error(error: BaseException) -> bool:
     """Whether `error`, of a device in trouble or of its memory or the host's, must be raised rather
     than answered by the next backend."""
     text = str(error).lower()
-    if "no kernel image" in text:  # a library built for other cards; this one is well
+    if any(word in text for word in _NO_DEVICE_ERROR_WORDS):
         return False
     if is_out_of_memory(error) or isinstance(error, _DEVICE_ERROR_TYPES):
         return True

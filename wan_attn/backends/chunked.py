@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""chunked.py - backend `chunked`: exact attention whose memory does not grow with Lq*Lk.
+"""chunked.py - backend `chunked`: exact attention whose memory does not grow as the scores do.
 
 Four ways, from the cheapest: `direct` (PyTorch's SDPA), `rows` (blocks of queries over all keys),
 `chunked` (all queries over blocks of keys, joined by their log-sum-exp) and `ring` (_ring.py:
@@ -46,7 +46,7 @@ def needed(request: Request, threshold: int) -> str | None:
     """
     if request.seqlen_q * request.seqlen_k <= threshold or why_not(request) is not None:
         return None
-    size = f"Lq*Lk = {request.seqlen_q * request.seqlen_k} > {threshold}"
+    size = f"seqlen_q * seqlen_k = {request.seqlen_q * request.seqlen_k} > {threshold}"
     reason = torch_sdpa.needs_square_memory(request)
     if reason is not None:
         return f"{reason}, and {size} scores would be stored"

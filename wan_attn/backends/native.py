@@ -57,7 +57,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, 
     float32 query and key beside a half value are read as they are, without a converted copy.
     """
     if query.is_cuda:
-        _require_proof(query.device, value.dtype, query.shape[3])
+        _require_self_check(query.device, value.dtype, query.shape[3])
     left, right = call.window
     out, lse = _call(
         query,
@@ -74,7 +74,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, 
     return out, lse if call.return_lse else None
 
 
-def _require_proof(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def _require_self_check(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Raises RuntimeError, so that the next backend is tried, for a kernel that is wrong here."""
     wrong = first_call.verdict(_answer, last_kernel, device, dtype, head_dim, _is_final)
     if wrong is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import TypeAlias
 
@@ -57,7 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile cached kernels again; ready kernels of the package stay as they are",
     )
-    parser.add_argument("--list", action="store_true", help="show what is ready, compile nothing")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="show what is ready, compile nothing; a line for each GPU, with --row for each kernel",
+    )
     parser.epilog = (
         "Exit code: 0 every kernel is ready; 1 one cannot be compiled or the cache cannot be"
         " written; 2 nothing to do. WAN_ATTN_CACHE_DIR names another cache."
@@ -70,11 +75,15 @@ def main(args: argparse.Namespace) -> int:
         jobs = chosen(args)
     except CannotCompile as error:
         return refuse("compile", error)
-    width = max(len(job.name) for job in jobs)
-    console.emit(_line(HEAD, width))
     failures: list[str] = []
-    for line in _states(jobs, failures) if args.list else _compiled(jobs, args.force, failures):
-        console.emit(_line(line, width))
+    if args.list and not args.row:
+        for text in _summaries(jobs, failures):
+            console.emit(text)
+    else:
+        width = max(len(job.name) for job in jobs)
+        console.emit(_line(HEAD, width))
+        for line in _states(jobs, failures) if args.list else _compiled(jobs, args.force, failures):
+            console.emit(_line(line, width))
     where = images.cache_folder()
     console.emit(f"\ncache: {where or 'none, this user has no home directory'}")
     for failure in dict.fromkeys(failures):
@@ -124,6 +133,13 @@ def _states(jobs: list[rows.Job], failures: list[str]) -> Iterator[Line]:
             failures.append(str(error))
             where = "FAILED, see below"
         yield job.name, job.target, "", "", where
+
+
+def _summaries(jobs: list[rows.Job], failures: list[str]) -> Iterator[str]:
+    """One line for each architecture: how many of its kernels are in which state."""
+    for arch in dict.fromkeys(job.arch for job in jobs):
+        states = Counter(line[4] for line in _states([j for j in jobs if j.arch == arch], failures))
+        yield f"sm_{arch:<5}" + ", ".join(f"{n:>2} {state}" for state, n in states.items())
 
 
 def _compiled(jobs: list[rows.Job], force: bool, failures: list[str]) -> Iterator[Line]:

@@ -89,8 +89,11 @@ def _diffusers(options: Options) -> int:
     recorder = Recorder()
     ours, layers, records = runs.through_wan_attn(subject, options, "2/3 wan_attn", recorder)
     _say("2/3 wan_attn", ours.median_step_seconds, recorder.titles)
-    rounding = runs.other_rounding(subject, options, "3/3 yardstick")
-    print("  3/3 yardstick   stock again, rounded in another order", flush=True)
+    rounding = runs.other_rounding(subject, options, "3/3 rounding")
+    print(
+        "  3/3 rounding    stock again with another order of sums: what rounding alone changes",
+        flush=True,
+    )
 
     picture = options.output / "compare.png"
     amplification = render.write_sheet(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 
 import torch
 
@@ -71,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grad", action="store_true", help="a gradient is wanted")
     parser.add_argument("--lse", action="store_true", help="the log-sum-exp is wanted")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(refuse=parser.error)
     parser.epilog = "Exit code: 0 something takes the call; 1 nothing does; 2 bad arguments."
 
 
@@ -81,8 +83,8 @@ def main(args: argparse.Namespace) -> int:
         settings = refresh()
     except ConfigError as error:
         return refuse("why", error)
-    except ValueError as error:
-        return refuse("why", f"--{error}" if str(error).startswith("shape ") else error)
+    except ValueError as error:  # said as argparse says what it finds itself
+        args.refuse(re.sub("^shape ", "argument --shape: ", str(error)))
     answer = explain(make_request(args, call, settings), call, settings)
     console.emit(json.dumps(answer, indent=2) if args.json else render(answer))
     return FINE if answer["backend"] else WRONG

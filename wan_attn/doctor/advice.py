@@ -51,13 +51,20 @@ def advice(report: dict[str, Any], machine: Machine) -> list[dict[str, Any]]:
         add(f"The native library is missing, PyTorch computes instead: {load_error}.")
     if report["settings_error"] or not any(b["usable"] for b in report["backends"]):
         return steps
-    windows = machine.system == "Windows"
-    if "flash_attn" not in machine.packages:
+    if machine.gpus or machine.driver_gpus:
+        if "flash_attn" not in machine.packages:
+            windows = machine.system == "Windows"
+            add(
+                "Stock Wan2.2 asks for flash_attn, which wan_attn makes unnecessary. Install the"
+                " rest:",
+                *RECIPE["powershell" if windows else "sh"],
+            )
+        add("Run stock Wan2.2, unchanged, in its own folder:", RUN)
+    else:
         add(
-            "Stock Wan2.2 asks for flash_attn, which wan_attn makes unnecessary. Install the rest:",
-            *RECIPE["powershell" if windows else "sh"],
+            "Stock Wan2.2 itself needs an NVIDIA GPU, and there is none here. In diffusers and"
+            " ComfyUI wan_attn serves the CPU."
         )
-    add("Run stock Wan2.2, unchanged, in its own folder:", RUN)
     add("See it work without any weights:", "python -m wan_attn demo")
     return steps
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import wan_attn
+from wan_attn import config
 from wan_attn.doctor import advice, facts, known
 from wan_attn.doctor.facts import Guard, Machine
 from wan_attn.version import __version__
@@ -36,6 +37,7 @@ def examine(selftest: bool = True, isolated: bool = True) -> dict[str, Any]:
         "packages": machine.packages,
         "settings": variables,
         "settings_error": settings_error,
+        "unknown_variables": guard.run("variables", config.unknown, []),
         "import_error": None if wan_attn._import_error is None else str(wan_attn._import_error),
         "backends": [],
         "kernels": [],
@@ -104,16 +106,14 @@ def verdict(report: dict[str, Any]) -> tuple[str, int]:
 
 
 def _settings() -> tuple[str | None, list[dict[str, Any]]]:
-    from wan_attn.config import VARIABLES, ConfigError, Settings, refresh
-
-    error, settings = None, Settings()
+    error, settings = None, config.Settings()
     try:
-        settings = refresh()
-    except ConfigError as problem:
+        settings = config.refresh()
+    except config.ConfigError as problem:
         error = str(problem)
-    default = Settings()
+    default = config.Settings()
     rows = []
-    for variable in VARIABLES:
+    for variable in config.VARIABLES:
         value = getattr(settings, variable.field)
         is_set = value != getattr(default, variable.field)
         rows.append(

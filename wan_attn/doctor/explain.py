@@ -30,7 +30,7 @@ def explain(request: Request, call: Workload, settings: Settings) -> dict[str, A
         {
             "name": name,
             "title": REGISTRY[name].TITLE,
-            "reason": why_not(name, request, settings, version=None, wrapper_failed=False),
+            "reason": _why_not(name, request, settings),
             "asked": name in asked,
             "chosen": name == backend,
         }
@@ -60,6 +60,14 @@ def explain(request: Request, call: Workload, settings: Settings) -> dict[str, A
         "kernels": kernels,
         "no_kernels": "" if kernels else op.binding_reason(),
     }
+
+
+def _why_not(name: str, request: Request, settings: Settings) -> str | None:
+    """A backend's own answer; of a device in trouble, what it says."""
+    try:
+        return why_not(name, request, settings, version=None, wrapper_failed=False)
+    except RuntimeError as error:
+        return str(error)
 
 
 def _describe(request: Request, call: Workload) -> dict[str, Any]:

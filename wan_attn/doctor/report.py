@@ -92,11 +92,13 @@ def _devices(report: Report) -> str:
 
 
 def _settings(report: Report) -> str:
+    title = heading("environment variables")
+    unknown = "".join(f"\n{wrap(f'unknown  {told}')}" for told in report["unknown_variables"])
     if report["settings_error"]:
-        return f"{heading('environment variables')}\n{wrap('WRONG  ' + report['settings_error'])}"
+        return f"{title}\n{wrap('WRONG  ' + report['settings_error'])}{unknown}"
     changed = [(s["name"], s["value"]) for s in report["settings"] if not s["is_default"]]
     rest = ", ".join(s["name"] for s in report["settings"] if s["is_default"])
-    text = heading("environment variables")
+    text = title + unknown
     if changed:
         text += "\n" + pairs(changed)
     return f"{text}\n{wrap(f'at their defaults: {rest}')}"

@@ -113,11 +113,17 @@ def why_not(request: Request, row: int) -> str | None:
 
 
 def select(request: Request) -> tuple[KernelInfo | None, str]:
-    """The row that would run and "", or None and every row's reason (or a broken contract)."""
+    """The row that would run and "", or None and every row's reason (or a broken contract).
+
+    Raises:
+        RuntimeError: the device is in trouble: another backend would fail there, or hide it.
+    """
     if library.load() is None:
         return None, library.load_error() or ""
     error, row = library.Error(), c_int32(-1)
     status = library.lib().wan_attn_select(_params(request), ctypes.byref(row), ctypes.byref(error))
     if status == library.OK:
         return kernels()[row.value], ""
+    if status == library.DEVICE_ERROR:
+        raise RuntimeError(f"wan_attn: {error.text()}")
     return None, error.text()

@@ -255,8 +255,10 @@ def _check_operands(
             refuse(name, f"on query's device {query.device}", tensor.device)
     for name, tensor in (("query", query), ("key", key)):
         if not takes_any_float and tensor.dtype not in (torch.float32, value.dtype):
-            rule = f"float32 or have value's dtype {dtype_word(value.dtype)}"
-            refuse(name, rule, dtype_word(tensor.dtype))
+            rule = f"value's dtype {dtype_word(value.dtype)}"
+            if value.dtype == torch.float32:
+                refuse_having(name, rule, dtype_word(tensor.dtype))
+            refuse(name, f"float32 or have {rule}", dtype_word(tensor.dtype))
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

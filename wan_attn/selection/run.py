@@ -124,8 +124,9 @@ def _readable(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     try:
         if query.stride(-1) == 1 and key.stride(-1) == 1 and value.stride(-1) == 1:
             return query, key, value
-    except (RuntimeError, IndexError):  # a layout without strides, or no dimension
-        pass
+    except (RuntimeError, IndexError) as error:  # a layout without strides, or no dimension
+        if is_interruption(error):
+            raise
     check_dense(query, key, value)
     query, key, value = (
         x if x.dim() != 4 or x.stride(3) == 1 else x.contiguous() for x in (query, key, value)

@@ -55,7 +55,8 @@ class Case:
         return (self.seqlen_q, self.seqlen_k, self.head_dim) == (*max(LENGTHS), max(HEAD_DIMS))
 
     def __str__(self) -> str:
-        return f"Lq={self.seqlen_q} Lk={self.seqlen_k} D={self.head_dim} {self.mask}"
+        lengths = f"seqlen_q={self.seqlen_q} seqlen_k={self.seqlen_k}"
+        return f"{lengths} head_dim={self.head_dim} {self.mask}"
 
 
 def cases() -> Iterator[Case]:
@@ -91,10 +92,10 @@ def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 class Truth:
     """A case in float64."""
 
-    out: Tensor  # [B, Lq, H, D]
-    lse: Tensor  # [B, H, Lq]
+    out: Tensor  # [batch, seqlen_q, heads, head_dim]
+    lse: Tensor  # [batch, heads, seqlen_q]
     spread: Tensor  # Σ p|v|, as out
-    peak: Tensor  # largest |score| of each row, [B, Lq, H, 1]
+    peak: Tensor  # largest |score| of each row, [batch, seqlen_q, heads, 1]
 
     def out_bound(self, unit: float, is_ours: bool) -> Tensor:
         weights = self.spread if is_ours else self.spread * (1 + self.peak)

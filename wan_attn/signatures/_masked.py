@@ -13,6 +13,7 @@ from torch import Tensor
 from wan_attn import log
 from wan_attn.backends._torch_kernels import SDPA, laid_out
 from wan_attn.request import Call, check, check_dense, gate, refuse
+from wan_attn.transient import is_interruption
 
 REASON = "a mask is given, and wan_attn's kernels know lengths, causal and window only"
 
@@ -50,7 +51,9 @@ def attend(
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     try:
         fits = torch.broadcast_shapes(mask.shape, shape) == shape
-    except RuntimeError:
+    except RuntimeError as error:
+        if is_interruption(error):
+            raise
         fits = False
     if not fits:
         refuse(argument, f"broadcastable to {list(shape)}", list(mask.shape))

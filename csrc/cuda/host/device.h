@@ -15,9 +15,9 @@ const wan_attn_cuda_device *wan_attn_cuda_find_device(int32_t index, wan_attn_er
 /* The driver's name for a device that has been found. */
 wan_attn_cu_device wan_attn_cuda_handle_of(int32_t index);
 
-/* Makes this thread work on the device. A context of it that is this thread's already stays so: it
- * is torch's, or one of its green ones, in whose stream and on whose part of the GPU the caller
- * works. Otherwise the primary one, which is torch's too, becomes this thread's until leave. */
+/* Makes this thread work on the device. If the thread already has a context of this device, that
+ * one stays: torch's, or a green context (a part of the GPU) that the caller has chosen. Otherwise
+ * the primary context, which torch uses too, is current until leave. */
 wan_attn_status wan_attn_cuda_enter(const wan_attn_cuda_driver *driver, int32_t index,
                                     int *is_pushed, wan_attn_error *err);
 void wan_attn_cuda_leave(const wan_attn_cuda_driver *driver, int is_pushed);

@@ -157,8 +157,8 @@ static void fill_numbers(const wan_attn_problem *p, wan_attn_cuda_args *args) {
     args->heads_per_key_head = (int)(p->num_heads_q / p->num_heads_k);
     args->seqlen_q = (int)p->seqlen_q;
     args->seqlen_k = (int)p->seqlen_k;
-    args->window_left = bound_of(p->window_left);
-    args->window_right = bound_of(p->window_right);
+    args->window_size_left = bound_of(p->window_size_left);
+    args->window_size_right = bound_of(p->window_size_right);
     double scale = fabs(p->softmax_scale) * WAN_ATTN_LOG2_E;
     args->scale_log2e =
         scale > WAN_ATTN_CUDA_SMALLEST_SCALE ? (float)scale : WAN_ATTN_CUDA_SMALLEST_SCALE;
@@ -198,8 +198,8 @@ static void fill_operands(const call *c, wan_attn_cuda_args *args) {
     args->lse_split_stride = p->batch * args->lse_batch_stride;
 }
 
-/* A tensor map of one operand: boxes of 64 columns and box_rows rows; README.md of csrc/cuda, "To
- * launch a row of sm_90a". */
+/* A tensor map of one operand: boxes of 64 columns and box_rows rows; README.md of csrc/cuda,
+ * "Launch: sdpa_sm90.cuh". */
 static wan_attn_cu_result encode(const call *c, wan_attn_cuda_tensor_map *map,
                                  const wan_attn_cuda_view *v, int64_t seqlen, int64_t heads,
                                  int box_rows) {

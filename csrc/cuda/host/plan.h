@@ -34,8 +34,8 @@ typedef struct wan_attn_cuda_plan {
 int wan_attn_cuda_is_aligned(const wan_attn_view *view, int64_t batch, int64_t rows, int64_t heads,
                              int64_t bytes);
 
-/* Whether TMA takes these strides, where a dimension is walked along: none that stands still or
- * goes back, none of 2^40 bytes. */
+/* Whether TMA takes these strides, where a dimension is walked along: each is
+ * above 0 and below 2^40 bytes. */
 int wan_attn_cuda_is_spread(const wan_attn_view *view, int64_t batch, int64_t rows, int64_t heads);
 
 /* Whether a call has so few rows and so many keys that they are shared out, where a row can. */

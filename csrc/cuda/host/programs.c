@@ -185,7 +185,7 @@ static wan_attn_status load(const wan_attn_cuda_driver *d, int32_t device_index,
         return wan_attn_cuda_kernel_failed(d, error, "when loading", symbol, err);
     error = load_image(d, device_index, program, symbol, image, made);
     wan_attn_cu_result not_put_back = d->capture_mode(&mode);
-    if (error == 0 && not_put_back != 0) {
+    if (error == 0 && not_put_back != 0) { /* told; that it could not be unloaded says no more */
         (void)d->library_unload(made->library);
         error = not_put_back;
     }
@@ -245,7 +245,7 @@ wan_attn_status wan_attn_cuda_kernel(const wan_attn_cuda_driver *d, int32_t devi
     *place = is_late ? *place : made.kernel;
     *kernel = *place;
     wan_attn_release(&lock);
-    if (is_late)
+    if (is_late) /* a second copy costs memory, no result */
         (void)d->library_unload(made.library);
     return WAN_ATTN_OK;
 }

@@ -7,7 +7,8 @@
 #include "cuda/host/plan.h"
 
 static const wan_attn_cuda_tile *tile_for(const wan_attn_problem *p, int32_t arch) {
-    int is_masked = p->window_left < WAN_ATTN_UNBOUNDED || p->window_right < WAN_ATTN_UNBOUNDED;
+    int is_masked =
+        p->window_size_left < WAN_ATTN_UNBOUNDED || p->window_size_right < WAN_ATTN_UNBOUNDED;
     return wan_attn_cuda_tile_of(p->kernel_name, arch, is_masked, p->seqlen_q);
 }
 

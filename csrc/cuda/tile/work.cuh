@@ -50,8 +50,8 @@ DEVICE int length_at(const wan_attn_cuda_lengths &lengths, int sample, int padde
 /* What a row sees that is aligned with the key `diagonal`, if there are num_keys. */
 DEVICE key_range visible_keys(const wan_attn_cuda_args &args, int diagonal, int num_keys) {
     key_range keys;
-    keys.begin = diagonal - args.window_left;
-    keys.end = smaller_int(diagonal + args.window_right + 1, num_keys);
+    keys.begin = diagonal - args.window_size_left;
+    keys.end = smaller_int(diagonal + args.window_size_right + 1, num_keys);
     return keys;
 }
 
@@ -81,7 +81,7 @@ DEVICE block_place find_place(const wan_attn_cuda_args &args, int block_m) {
     number /= (u32)args.num_splits;
     place.head = (int)(number % (u32)args.num_heads_q);
     place.sample = (int)(number / (u32)args.num_heads_q);
-    if (args.window_right < args.seqlen_k)
+    if (args.window_size_right < args.seqlen_k)
         m_block = args.m_blocks - 1 - m_block;
     place.row_begin = m_block * block_m;
     return place;
