@@ -312,6 +312,21 @@ def full(machine: Machine) -> str:
 FOLDERS = (somebody_elses, open_to_all, linked, a_file, read_only, full)
 
 
+@pytest.mark.parametrize("error", [errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP])
+def test_a_cache_that_cannot_be_looked_at(
+    machine: Machine, caplog: pytest.LogCaptureFixture, error: int
+) -> None:
+    """A name too long, another user's home: left out, and one line says so."""
+
+    def refuse(path: Path) -> None:
+        raise OSError(error, os.strerror(error), str(path))
+
+    machine.patch.setattr(Path, "lstat", refuse)
+    assert machine.get().origin == "NVRTC 12.8"
+    lines = [r.getMessage() for r in caplog.records if os.strerror(error) in r.getMessage()]
+    assert len(lines) == 1 and "WAN_ATTN_CACHE_DIR" in lines[0]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="owners and modes of POSIX")
 @pytest.mark.parametrize("fault", FOLDERS, ids=lambda f: f.__name__)
 def test_a_cache_that_cannot_be_used(
