@@ -3,7 +3,7 @@
 
 Needs a C compiler; asks nothing of torch, a GPU, a driver or a CUDA toolkit. A build says what it
 leaves out, and writes it into wan_attn/build_record.json, which `wan-attn doctor` reads. Runs with
-setuptools 61 and newer, with or without the package `wheel`. The environment can say:
+setuptools 64 and newer, with or without the package `wheel`. The environment can say:
 
 WAN_ATTN_NATIVE=1|0      the C library and the shim (default), or PyTorch's attention alone
 WAN_ATTN_CUDA=auto|0|1   ready CUDA kernels: if NVRTC 12 is here (default), never, or always
@@ -24,12 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Command, find_packages, setup
+from setuptools.command.build import build
 from setuptools.dist import Distribution
-
-try:  # setuptools >= 62
-    from setuptools.command.build import build
-except ImportError:
-    from distutils.command.build import build  # type: ignore[no-redef]
 
 try:  # moved into setuptools itself in a later version
     from setuptools._distutils.ccompiler import new_compiler

@@ -117,6 +117,7 @@ class bdist_wheel(Command):
         shutil.rmtree(source)
 
     def write_wheelfile(self, wheelfile_base: str) -> None:
+        self.ensure_finalized()  # setuptools 64 calls this of a command that it has not finalized
         lines = ["Wheel-Version: 1.0", "Generator: wan_attn", "Root-Is-Purelib: false"]
         Path(wheelfile_base, "WHEEL").write_text(
             "\n".join([*lines, f"Tag: {'-'.join(self.get_tag())}", ""]), "utf-8"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 
 from source_tree import ROOT, files
 
-pytest.importorskip("setuptools")
+Distribution = pytest.importorskip("setuptools").Distribution
 UNSAFE = ["-ffast-math", "-Ofast", "-funsafe-math-optimizations", "-fassociative-math"]
 NEITHER = {"WAN_ATTN_NATIVE": "0", "WAN_ATTN_CUDA": "0"}  # Python alone: a build of a second
 
@@ -160,6 +161,17 @@ def test_a_plain_wheel_is_like_any_other(checkout: Path) -> None:
             (record,) = (n for n in members.namelist() if n.endswith("RECORD"))
             listed = {line.split(",")[0] for line in members.read(record).decode().splitlines()}
             assert listed == set(members.namelist())
+
+
+def test_a_plain_wheel_has_its_tag_before_it_is_finalized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an editable install of setuptools 64 asks for it."""
+    for name in ("wheel", "wheel.wheelfile"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    command = runpy.run_path(str(ROOT / ".ci/plain_wheel.py"))["bdist_wheel"](Distribution())
+    command.write_wheelfile(str(tmp_path))
+    assert re.search(r"^Tag: py3-none-\w+$", (tmp_path / "WHEEL").read_text(), re.MULTILINE)
 
 
 def test_requirements_of_a_plain_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
