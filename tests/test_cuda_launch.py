@@ -115,6 +115,12 @@ def test_hopper_gets_the_tile_and_the_copies_that_it_needs(tmp_path: Path) -> No
     assert (out == 0).all() and (lse == -torch.inf).all()
 
 
+def test_hopper_with_one_row_or_one_key(tmp_path: Path) -> None:
+    """The stride of a dimension of size 1 is never used, but the driver looks at it."""
+    gpu = Gpu(tmp_path, CARDS[90])
+    assert check(gpu, *normal(1, 1, head_dim=128)) == ["sdpa_sm90_bf16_d128"]
+
+
 def test_hopper_without_tensor_maps(tmp_path: Path) -> None:
     gpu = Gpu(tmp_path, CARDS[90])
     gpu.fail("cuTensorMapEncodeTiled", 1)

@@ -64,6 +64,8 @@ struct Knobs {
     int sum_block;    /* products that a tensor core adds at a time; 0: all, rounded once */
     int sum_bits;     /* fraction bits that it keeps below the largest of them */
     int ex2_error;    /* units in the last place that ex2 and rcp may be wrong by */
+    int flush_sums;   /* 1: tensor cores make a sum below 2^-126 a zero */
+    int registers;    /* that a thread is launched with; 0: as many as the launch bound allows */
     unsigned garbage; /* what uninitialised registers and memory hold */
 };
 

@@ -42,6 +42,8 @@ class Knobs:
     sum_block: int = 0
     sum_bits: int = 24
     ex2_error: int = 0
+    flush_sums: int = 0
+    registers: int = 0
     garbage: int = 0xFFFFFFFF
 
 
@@ -49,6 +51,7 @@ class _Knobs(ctypes.Structure):
     _fields_ = [
         *((name, c_int) for name in ("landing", "order", "seed", "check_order", "rank_bits")),
         *((name, c_int) for name in ("window", "sum_block", "sum_bits", "ex2_error")),
+        *((name, c_int) for name in ("flush_sums", "registers")),
         ("garbage", c_uint),
     ]
 

@@ -59,7 +59,8 @@ template <int K, bool IS_BF16> void mma_f32(Warp &w, const Ins &, const int *o, 
     multiply<8>(w.machine->knobs, d, a, b, 16, K);
     for (int i = 0; i < 4; i++) {
         for (int l = 0; l < LANES; l++)
-            w.at<float>(o[i])[l] = (float)d[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2];
+            w.at<float>(o[i])[l] =
+                result_of(w.machine->knobs, d[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2]);
         w.define(o[i], mask, ALL);
     }
 }

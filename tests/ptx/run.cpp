@@ -234,7 +234,7 @@ void start_warp(Machine &m, Block &block, Warp &w, int index) {
     w.busy.assign((size_t)p.slots, 0);
     w.touched.assign((size_t)p.slots, 0);
     w.clocks.at[w.id] = 1;
-    w.registers = std::min(65536 / p.threads / 8 * 8, 255);
+    w.registers = m.knobs.registers ? m.knobs.registers : std::min(65536 / p.threads / 8 * 8, 255);
     w.stack.push_back({0, -1, ALL});
     for (int l = 0; l < LANES; l++) {
         u32 base = (u32)m.knobs.window + (m.knobs.rank_bits ? (u32)block.rank << RANK_SHIFT : 0u);

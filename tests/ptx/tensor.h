@@ -34,6 +34,12 @@ inline double cut_sum(double c, const double *products, int count, int bits) {
     return std::trunc(sum / unit) * unit;
 }
 
+/* The f32 that comes of a sum. */
+inline float result_of(const Knobs &knobs, double sum) {
+    float x = (float)sum;
+    return knobs.flush_sums && std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x;
+}
+
 /* c + sum of a[k] * b[k * stride], as the knobs have it; not yet rounded to the result's type. */
 inline double dot(const Knobs &knobs, double c, const float *a, const float *b, int stride, int k) {
     int block = knobs.sum_block ? knobs.sum_block : k;

@@ -121,8 +121,8 @@ template <int N> void compute(Warp &w, const Shape &shape, const Operands &o, co
     multiply<N>(w.machine->knobs, d, a, b, 16, 16);
     for (int i = 0; i < N / 2; i++)
         for (int l = 0; l < LANES; l++)
-            w.at<float>(o.d[i])[l] =
-                (float)d[l / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (l % 4) + i % 2];
+            w.at<float>(o.d[i])[l] = result_of(
+                w.machine->knobs, d[l / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (l % 4) + i % 2]);
 }
 
 /* Everything that the product will read; marks it as being read. */
