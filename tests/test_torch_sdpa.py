@@ -250,3 +250,20 @@ def test_needs_square_memory(
     monkeypatch.setattr(_torch_kernels, "has_flash", lambda: flash)
     said = torch_sdpa.needs_square_memory(request_)
     assert said is None if reason is None else said is not None and reason in said, said
+
+
+@pytest.mark.parametrize(
+    "strides", [(1, 80, 16, 1), (0, 80, 16, 1), (64, 1, 16, 1), (64, 16, 3, 1)]
+)
+def test_rows_that_overlap_are_read_where_they_lie(strides: tuple[int, ...]) -> None:
+    """The result has query's order of strides, and torch expects the usual one of it."""
+    q, k, v = (torch.randn(2, 4, 5, 16) for _ in range(3))
+    q = torch.randn(2000).as_strided(q.shape, strides)
+    out = _torch_kernels.attend(q, k, v, None, False, 0.25, 0.0)
+    want = _torch_kernels.attend(q.contiguous(), k, v, None, False, 0.25, 0.0)
+    assert torch.equal(out, want)
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    tril = torch.ones(5, 5, dtype=torch.bool).tril()
+    out = wan_attn.sageattn(*heads, tensor_layout="NHD", attn_mask=tril)
+    want = _torch_kernels.attend(q.contiguous(), k, v, tril, False, 0.25, 0.0)
+    assert torch.allclose(out, want.transpose(1, 2), atol=1e-6)

@@ -11,8 +11,6 @@ from torch import Tensor
 from wan_attn.request import DTYPES, Call, Refusal, gate, refuse
 from wan_attn.selection.traced import route
 
-_NO_LIST = (Tensor, type(None))  # lengths that need not be made a tensor of first
-
 # Of flash_attention's arguments: what the rest of the package calls them -> what its callers do.
 _NAMES = {
     **{"query": "q", "key": "k", "value": "v"},
@@ -64,8 +62,8 @@ def sdpa(
     torch.compile(fullgraph=True).
     """
     call = Call(
-        q_lens=q_lens if isinstance(q_lens, _NO_LIST) else gate.lengths("q_lens", q_lens),
-        k_lens=k_lens if isinstance(k_lens, _NO_LIST) else gate.lengths("k_lens", k_lens),
+        q_lens=None if q_lens is None else gate.lengths("q_lens", q_lens),
+        k_lens=None if k_lens is None else gate.lengths("k_lens", k_lens),
         scale=scale if scale is None or type(scale) is float else gate.number("scale", scale),
         is_causal=is_causal if type(is_causal) is bool else gate.flag("is_causal", is_causal),
         window=gate.pair("window", window),
@@ -132,8 +130,8 @@ def flash_attention(
     if q_scale is not None:
         q, softmax_scale = _with_q_scale(q, q_scale, softmax_scale)
     call = Call(
-        q_lens=q_lens if isinstance(q_lens, _NO_LIST) else gate.lengths("q_lens", q_lens),
-        k_lens=k_lens if isinstance(k_lens, _NO_LIST) else gate.lengths("k_lens", k_lens),
+        q_lens=None if q_lens is None else gate.lengths("q_lens", q_lens),
+        k_lens=None if k_lens is None else gate.lengths("k_lens", k_lens),
         scale=softmax_scale,
         is_causal=causal if type(causal) is bool else gate.flag("causal", causal),
         window=gate.pair("window_size", window_size),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import wan_attn
+from fuzz import odd_values as odd
 from fuzz import values as v
 
 OPERANDS = frozenset({"query", "key", "value"})
@@ -48,10 +49,21 @@ _NUMBERS = {
     "tensor": "a tensor of one element is a number to torch",
 }
 _GENERAL: dict[int, dict[str, str]] = {
-    id(v.SCALE): _NUMBERS,
-    id(v.PROBABILITY): {"tensor": _NUMBERS["tensor"]},
-    id(v.SOFTCAP): {"tensor": _NUMBERS["tensor"]},
-    id(v.LENGTHS): {"list of whole floats": "nothing is lost of 1.0; refusing it is right, too"},
+    **{id(x): odd.LEGAL_TENSORS for x in (v.OPERAND, v.TOKENS, v.PACKED, v.LSE, v.OUT, v.MASK)},
+    id(v.CU_SEQLENS): odd.LEGAL_INTEGERS | {"2^62 expanded": "only memory is wanting"},
+    id(v.COUNT): odd.LEGAL_COUNTS,
+    id(v.FLAG): odd.LEGAL_FLAGS,
+    id(v.WINDOW): odd.LEGAL_PAIRS,
+    id(v.SCALE): _NUMBERS | odd.LEGAL_NUMBERS,
+    id(v.Q_SCALE): odd.LEGAL_NUMBERS
+    | dict.fromkeys(("leaf", "Parameter"), "a tensor is multiplied in, with its gradient"),
+    id(v.PROBABILITY): {"tensor": _NUMBERS["tensor"]} | odd.LEGAL_NUMBERS,
+    id(v.SOFTCAP): {"tensor": _NUMBERS["tensor"]} | odd.LEGAL_NUMBERS,
+    id(v.LENGTHS): {
+        "list of whole floats": "nothing is lost of 1.0; refusing it is right, too",
+        **odd.LEGAL_INTEGERS,
+        **odd.LEGAL_LISTS,
+    },
 }
 
 
@@ -197,6 +209,14 @@ def _of_torchs_dispatcher() -> dict[tuple[str, str], str]:
     rules |= {("scale", x): converted for x in ("bool", "bool tensor")}
     rules |= {(n, f"nested {x}"): refused for n in OPERANDS for x in ("strided", "jagged")}
     rules |= {(n, "negative"): "-1 is no bound, or the best row" for n in bounds}
+    # numpy's and tensors' scalars are numbers and bools to it, and fractions integers.
+    scalars = ("0d numpy", "numpy of one", "0d tensor", "numpy bool", "numpy complex")
+    scalars += ("leaf", "Parameter", "whole float", "Fraction", "10^5000")
+    # It asks for a __torch_function__, which these have, and shows what it cannot convert.
+    others = ("Anything", "Raising", "list of Raising", "weak", "deaf subclass")
+    names = (*OPERANDS, "q_lens", "k_lens", "scale", "is_causal", "return_lse", *bounds)
+    rules |= {(n, x): converted for n in names[5:] for x in scalars}
+    rules |= {(n, x): refused for n in names for x in others}
     return rules | {("scale", "sparse tensor"): refused}
 
 
@@ -308,6 +328,8 @@ def _of_hosts() -> list[Function]:
             wan_attn.patch,
             lambda: {"package": "a_package_that_is_not_there"},
             {"package": {n: f for n, f in v.MODEL.items() if n != "str"}, "attention": v.NOTHING},
+            {},
+            {("package", "text of one's own"): "the name of a package, like any text"},
         ),
     ]
 

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 import wan_attn.config
+from fuzz import odd_values
 from fuzz.count import Count
 from fuzz.functions import OP, Function, allowed, functions
+from wan_attn.transient import is_out_of_memory
 
 Bits = tuple[torch.Tensor, ...]
 
@@ -34,15 +36,16 @@ class Outcome(enum.Enum):
     ALLOWED = "legal"  # taken, and functions.py says why that is right
     ACCEPTED = "ACCEPTED"
     WORDS = "WORDS"  # refused, and the message does not say which argument, or which rule
+    WRONG = "WRONG"  # taken, and the result is not that of the same numbers in a plain tensor
     HARMED = "HARMED"  # good calls are no longer what they were
 
 
 MODES = ("inference", "training")
 
 # Two operands do not fit each other: the message may be about either.
-_MISFITS = ("another", "no heads", "head_dim", "meta", "as out")
+_MISFITS = ("another", "no heads", "head_dim", "meta", "as out", "none in", "2^")
 
-BAD = (Outcome.ACCEPTED, Outcome.WORDS, Outcome.HARMED)
+BAD = (Outcome.ACCEPTED, Outcome.WORDS, Outcome.WRONG, Outcome.HARMED)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def _is_said_by_torch(function: Function, error: Exception, argument: str) -> bo
 def judge(function: Function, argument: str, value: str, error: Exception | None) -> Outcome:
     """What the outcome of this call is worth."""
     is_legal = allowed(function, argument, value) is not None
-    if error is None or (is_legal and function.name == OP):
+    if error is None or (is_legal and (function.name == OP or is_out_of_memory(error))):
         return Outcome.ALLOWED if is_legal else Outcome.ACCEPTED
     if not isinstance(error, (RuntimeError, TypeError, ValueError, OverflowError)):
         return Outcome.WORDS
@@ -92,6 +95,7 @@ def judge(function: Function, argument: str, value: str, error: Exception | None
     others = function.words.get(argument, frozenset())
     if value.startswith(_MISFITS):
         others = others | {"query", "key", "value", "q", "k", "v", "kv", "out2", "lse1", "lse2"}
+        others |= {"q_lens", "k_lens", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"}
     if _is_said_properly(str(error), others):
         return Outcome.ALIAS
     return Outcome.REFUSED if _is_said_by_torch(function, error, argument) else Outcome.WORDS
@@ -105,6 +109,14 @@ def _tensors(result: Any) -> Bits:
 def _same(one: Bits, other: Bits) -> bool:
     return len(one) == len(other) and all(
         a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _alike(one: Bits, other: Bits) -> bool:
+    """Equal but for rounding: another backend may read a copy."""
+    return len(one) == len(other) and all(
+        a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-2, equal_nan=True)
+        for a, b in zip(one, other, strict=True)
     )
 
 
@@ -138,7 +150,7 @@ def break_one(function: Function, argument: str, value: str, mode: str) -> Findi
         warnings.simplefilter("ignore")  # torch's, about prototypes
         try:
             bad = function.kinds[argument][value](arguments.get(argument))
-        except (RuntimeError, TypeError):
+        except (AttributeError, RuntimeError, TypeError):
             return None
         result, error = _call(function, {**arguments, argument: bad})
     outcome = judge(function, argument, value, error)
@@ -148,6 +160,10 @@ def break_one(function: Function, argument: str, value: str, mode: str) -> Findi
     reason = allowed(function, argument, value)
     if outcome is Outcome.ALLOWED:
         said = f"{reason}"
+        if error is None and value in odd_values.SAME:
+            good = function.call(**{**arguments, argument: odd_values.plain(bad)})
+            if not _alike(_tensors(result), _tensors(good)):
+                outcome, said = Outcome.WRONG, "another result than the same numbers in a copy"
     return Finding(function.name, argument, value, mode, outcome, said)
 
 

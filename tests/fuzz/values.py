@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fuzz import odd_values as odd
+
 Make = Callable[[Any], Any]
 
 HUGE = 2**70
@@ -67,6 +69,7 @@ _TENSORS: dict[str, Make] = {
 }
 
 OPERAND: dict[str, Make] = {
+    **odd.TENSORS,
     **_NO_TENSORS,
     **_TENSORS,
     "sparse_csr": lambda x: x.detach()[0, 0].to_sparse_csr(),
@@ -81,6 +84,7 @@ OPERAND: dict[str, Make] = {
 
 # Packed tokens [total, heads, head_dim].
 TOKENS: dict[str, Make] = {
+    **odd.TENSORS,
     **_NO_TENSORS,
     **{n: f for n, f in _TENSORS.items() if n not in ("nested strided", "nested jagged")},
     "another half": lambda x: x.to(torch.float16),
@@ -91,6 +95,7 @@ TOKENS: dict[str, Make] = {
 
 # qkv and kv: a dimension of 3 or 2 inside.
 PACKED: dict[str, Make] = {
+    **odd.TENSORS,
     **_NO_TENSORS,
     **{n: f for n, f in _TENSORS.items() if n not in ("nested strided", "nested jagged")},
     "too few": lambda x: x.narrow(-3, 0, x.shape[-3] - 1),
@@ -98,6 +103,7 @@ PACKED: dict[str, Make] = {
 }
 
 _INTEGER_TENSORS: dict[str, Make] = {
+    **odd.INTEGERS,
     "float tensor": lambda x: x.float(),
     "bool tensor": lambda x: x.bool(),
     "int8 tensor": lambda x: x.to(torch.int8),
@@ -114,6 +120,7 @@ _INTEGER_TENSORS: dict[str, Make] = {
 }
 
 LENGTHS: dict[str, Make] = {
+    **odd.LISTS,
     **_INTEGER_TENSORS,
     "too many": lambda x: torch.cat([x, x]),
     "too few": lambda x: x[:1],
@@ -144,6 +151,7 @@ LENGTHS: dict[str, Make] = {
 }
 
 CU_SEQLENS: dict[str, Make] = {
+    **odd.OBJECTS,
     **_INTEGER_TENSORS,
     "None": lambda x: None,
     "list": lambda x: x.tolist(),
@@ -158,6 +166,7 @@ CU_SEQLENS: dict[str, Make] = {
 }
 
 SCALE: dict[str, Make] = {
+    **odd.NUMBERS,
     "nan": lambda x: math.nan,
     "inf": lambda x: math.inf,
     "-inf": lambda x: -math.inf,
@@ -199,6 +208,7 @@ SOFTCAP: dict[str, Make] = {
 }
 
 COUNT: dict[str, Make] = {
+    **odd.COUNTS,
     "fraction": lambda x: 4.9,
     "nan": lambda x: math.nan,
     "inf": lambda x: math.inf,
@@ -217,6 +227,7 @@ COUNT: dict[str, Make] = {
 }
 
 WINDOW: dict[str, Make] = {
+    **odd.PAIRS,
     "None": lambda x: None,
     "str": lambda x: "12",
     "bytes": lambda x: b"\1\2",
@@ -244,6 +255,7 @@ WINDOW: dict[str, Make] = {
 }
 
 FLAG: dict[str, Make] = {
+    **odd.FLAGS,
     "None": lambda x: None,
     "str": lambda x: "no",
     "empty str": lambda x: "",
@@ -260,6 +272,7 @@ FLAG: dict[str, Make] = {
 }
 
 DTYPE: dict[str, Make] = {
+    **odd.OBJECTS,
     "None": lambda x: None,
     "str": lambda x: "float16",
     "int64": lambda x: torch.int64,
@@ -272,6 +285,7 @@ DTYPE: dict[str, Make] = {
 }
 
 VERSION: dict[str, Make] = {
+    **odd.OBJECTS,
     "1": lambda x: 1,
     "4": lambda x: 4,
     "str": lambda x: "3",
@@ -283,6 +297,7 @@ VERSION: dict[str, Make] = {
 }
 
 WORD: dict[str, Make] = {
+    **odd.OBJECTS,
     "unknown": lambda x: "XYZ",
     "small": lambda x: str(x).swapcase(),
     "empty": lambda x: "",
@@ -295,6 +310,7 @@ WORD: dict[str, Make] = {
 }
 
 MASK: dict[str, Make] = {
+    **odd.TENSORS,
     "int32": lambda x: x.to(torch.int32),
     "complex": lambda x: x.to(torch.complex64),
     "another shape": lambda x: x[..., :-1],
@@ -313,6 +329,7 @@ MASK: dict[str, Make] = {
 
 # An argument that must be None, as nothing here has it.
 NOTHING: dict[str, Make] = {
+    **odd.OBJECTS,
     "tensor": lambda x: torch.ones(4),
     "meta": lambda x: torch.ones(4, device="meta"),
     "sparse": lambda x: torch.ones(4).to_sparse(),
@@ -337,6 +354,7 @@ Q_SCALE: dict[str, Make] = {
 
 # lse of merge_states, [batch, heads, seqlen].
 LSE: dict[str, Make] = {
+    **odd.TENSORS,
     **_NO_TENSORS,
     **{n: f for n, f in _TENSORS.items() if n not in ("nested strided", "nested jagged")},
     "float16": lambda x: x.to(torch.float16),
@@ -346,6 +364,7 @@ LSE: dict[str, Make] = {
 }
 
 OUT: dict[str, Make] = {
+    **odd.TENSORS,
     **_NO_TENSORS,
     **_TENSORS,
     "another batch": lambda x: x[:1],
@@ -353,6 +372,7 @@ OUT: dict[str, Make] = {
 }
 
 MODEL: dict[str, Make] = {
+    **odd.OBJECTS,
     "None": lambda x: None,
     "str": lambda x: "model",
     "int": lambda x: 3,

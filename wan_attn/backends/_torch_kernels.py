@@ -120,6 +120,7 @@ def attend(
             query, key, value, attn_mask=keep, dropout_p=dropout_p, is_causal=is_causal, scale=scale
         )
 
+    query = laid_out(query)
     order = order_for(query.device)
     if not order or torch.compiler.is_compiling():  # a tracer follows neither locks nor flags
         return call()
@@ -150,6 +151,19 @@ def attend(
                 _remember(_settled, kind)
             return out
     return call()  # the user switched all of ours off: PyTorch says so
+
+
+def laid_out(query: Tensor) -> Tensor:
+    """query as SDPA may read it: the result gets the order of its strides, and a kernel that takes
+    the last dimension for the innermost one writes it wrongly where another dimension steps by less
+    (rows that overlap). Torch 2.15's CPU kernel gives garbage then."""
+    if torch.compiler.is_compiling():  # strides may be symbols
+        return query
+    head_dim = query.shape[-1]
+    for size, stride in zip(query.shape[:-1], query.stride()[:-1], strict=True):
+        if size > 1 and 0 < stride < head_dim:
+            return query.contiguous()
+    return query
 
 
 def _by(kernel: SDPBackend, call: Callable[[], Tensor]) -> Tensor:

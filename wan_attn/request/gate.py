@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from wan_attn.transient import is_transient
+
 # Compared with, as a tracer cannot look for its own integers in a range.
 _LEAST, _MOST = -(1 << 63), (1 << 63) - 1
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)  # numbers that a tracer follows
@@ -72,13 +74,15 @@ def kind_of(value: object) -> str:
 
 def shown(value: object) -> str:
     """A value as messages show it: short, and tensors by their shape."""
-    if isinstance(value, Tensor):
-        if value.is_nested:  # which has no one shape
-            return "a nested Tensor"
-        return f"a Tensor of shape {list(value.shape)}"
     try:
+        if isinstance(value, Tensor):
+            if value.is_nested:  # which has no one shape
+                return "a nested Tensor"
+            return f"a Tensor of shape {list(value.shape)}"
         return reprlib.repr(value)
-    except Exception:  # noqa: BLE001 - an integer too long to print, a repr that raises
+    except Exception as error:  # noqa: BLE001 - an integer too long to print, a repr that raises
+        if is_transient(error):
+            raise
         return f"a {type(value).__name__}"
 
 
@@ -97,6 +101,10 @@ def number(name: str, value: object) -> float:
             value = float(value)
         except OverflowError:
             refuse(name, "finite as a float", shown(value))
+        except Exception as error:  # noqa: BLE001 - of the value's own kind; numpy's times are Real
+            if is_transient(error):
+                raise
+            refuse(name, "a number", shown(value))
     if not -math.inf < value < math.inf:
         refuse(name, "finite", f"{value:g}")
     return value
@@ -153,7 +161,9 @@ def _index(value: Any) -> int | None:
         return None
     try:
         return operator.index(value)
-    except TypeError:
+    except Exception as error:  # noqa: BLE001 - of the value's own kind
+        if is_transient(error):
+            raise
         return None
 
 
@@ -167,8 +177,10 @@ def integers(name: str, values: object, rule: str = "a tensor or a list of integ
     is_sequence = isinstance(values, Sequence) or is_array
     if not is_sequence or isinstance(values, (str, bytes, bytearray, memoryview)):
         refuse(name, rule, shown(values))
-    found = []
+    found: list[int] = []
     for value in values:  # type: ignore[attr-defined]
+        if len(found) == len(values):  # type: ignore[arg-type]  # one of an endless sequence
+            refuse(name, rule, kind_of(values))
         if type(value) is not int:
             if isinstance(value, (Sequence, Mapping)) or _index(value) is None:
                 refuse(name, rule, shown(values))
@@ -181,7 +193,10 @@ def integers(name: str, values: object, rule: str = "a tensor or a list of integ
 
 def lengths(name: str, values: object) -> Tensor | None:
     """Real lengths as a tensor; one that is given is only checked with the rest of the call."""
-    if values is None or isinstance(values, Tensor):
+    if values is None or type(values) is Tensor:
+        return values
+    if isinstance(values, Tensor):
+        dense(name, values)
         return values
     # The CPU by name: the program may have another default device.
     return torch.tensor(integers(name, values), dtype=torch.int64, device="cpu")
@@ -216,9 +231,14 @@ def dense(name: str, value: object) -> None:
     Raises:
         Refusal: it is no tensor, or sparse, nested, of mkldnn, or spread over processes.
     """
-    if not isinstance(value, Tensor):
+    # A weak reference passes for an instance, and is none.
+    if not isinstance(value, Tensor) or not issubclass(type(value), Tensor):
         refuse(name, "a tensor", kind_of(value))
-    if value.is_nested:  # of which one kind calls its layout strided
+    try:
+        is_nested = value.is_nested
+    except TypeError:  # a subclass whose __torch_function__ takes nothing
+        refuse(name, "a tensor that torch's functions take", kind_of(value))
+    if is_nested:  # of which one kind calls its layout strided
         refuse(name, DENSE, "a nested tensor")
     if value.layout != torch.strided:
         refuse(name, DENSE, f"{value.layout} on {value.device}")

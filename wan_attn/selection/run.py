@@ -19,8 +19,8 @@ from wan_attn.request import (
     Call,
     Refusal,
     Request,
+    check,
     check_dense,
-    check_floating,
     check_scale,
     host_lengths,
     transforms,
@@ -84,9 +84,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
     if plan is not None and plan.settings is not settings:
         plan = None
     dtypes = _dtypes(query, key, value, call, settings) if plan is None else plan.dtypes
-    query = query if query.dtype == dtypes[0] else query.to(dtypes[0])
-    key = key if key.dtype == dtypes[1] else key.to(dtypes[1])
-    value = value if value.dtype == dtypes[2] else value.to(dtypes[2])
+    query = query if query.dtype == dtypes[0] else _converted(query, dtypes[0])
+    key = key if key.dtype == dtypes[1] else _converted(key, dtypes[1])
+    value = value if value.dtype == dtypes[2] else _converted(value, dtypes[2])
     if plan is None:
         plan = _make_plan(query, key, value, call, settings)
         _keep(kind, plan)
@@ -134,6 +134,13 @@ def _readable(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return query, key, value
 
 
+def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype. torch keeps the order of its strides, in which, where rows overlap, the last
+    dimension is not the innermost one."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _kind(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Any, ...]:
     """Everything about a call that a plan depends on; must cost next to nothing."""
     q_lens, k_lens = call.q_lens, call.k_lens
@@ -178,8 +185,8 @@ def _dtypes(
     dtype = compute_dtype(value.dtype, call.dtype, query.device, settings.force_fp16)
     if call.dtype is None and not settings.force_fp16:
         return query.dtype, key.dtype, dtype
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_floating(name, tensor)
+    # Before anything is converted, which for operands that do not fit may want endless memory.
+    check(query, key, value, call, takes_any_strides=True, takes_any_float=True)
     query_dtype, key_dtype = (t.dtype if t.dtype == torch.float32 else dtype for t in (query, key))
     return query_dtype, key_dtype, dtype
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wan_attn import log
-from wan_attn.backends._torch_kernels import SDPA
+from wan_attn.backends._torch_kernels import SDPA, laid_out
 from wan_attn.request import Call, check, check_dense, gate, refuse
 from wan_attn.transient import is_interruption
 
@@ -68,6 +68,6 @@ def attend(
         sees = mask > -math.inf
     else:
         sees = mask
-    out = SDPA(query, key, value, attn_mask=mask, scale=scale)
+    out = SDPA(laid_out(query), key, value, attn_mask=mask, scale=scale)
     # What a softmax over nothing gives depends on torch's version and kernel.
     return out.masked_fill(~sees.any(-1, keepdim=True), 0)
