@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tolerances import assert_close_to_oracle
+from wan_attn.attention import flash_attention
 from wan_attn.native import library
 from wan_attn.native.bindings import describe
 
@@ -238,3 +239,13 @@ def test_strides_that_are_never_walked(stride: int) -> None:
         described = getattr(call.params, field)
         described.shape[1], described.data = 0, None
     assert call.run() == "" and not out.any()
+
+
+@pytest.mark.parametrize("strides", [(1, 32, 16, 1), (0, 1, 16, 1)])
+def test_rows_that_overlap_are_converted(strides: tuple[int, ...], caplog: Any) -> None:
+    """Converting keeps the order of strides, and the kernels want the last one to be 1."""
+    q, k, _ = (torch.randn(2, 7, 2, 16) for _ in range(3))
+    v = torch.randn(2000).as_strided(q.shape, strides)
+    out = flash_attention(q, k, v)
+    assert torch.equal(out, flash_attention(q, k, v.contiguous()))
+    assert "failed at run time" not in caplog.text

@@ -249,7 +249,8 @@ def patch(*, package: str = "wan", attention: Attention | None = None) -> PatchR
     """
     if not isinstance(package, str) or not all(p.isidentifier() for p in package.split(".")):
         refuse("package", "the name of a package, as in `import wan`", gate.kind_of(package))
-    if attention is not None and not callable(attention):
+    is_function = callable(attention) and isinstance(getattr(attention, "__name__", ""), str)
+    if attention is not None and not is_function:
         rule = "a function with Wan2.2's signature, or None"
         refuse("attention", rule, gate.kind_of(attention))
     settings = config.current()
