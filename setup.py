@@ -23,6 +23,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
+
+# An older one knows no editable build, and would install without anything compiled.
+if int(setuptools.__version__.split(".")[0]) < 64:
+    sys.exit(
+        f"wan_attn: setuptools must be 64 or newer, got {setuptools.__version__}: leave out"
+        ' --no-build-isolation, or run first: pip install "setuptools>=64,<82"'
+    )
+
 from setuptools import Command, find_packages, setup
 from setuptools.command.build import build
 from setuptools.dist import Distribution

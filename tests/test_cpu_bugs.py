@@ -18,7 +18,7 @@ import pytest
 import c_driver
 from wan_attn.native import op
 
-CALLS = "24"
+CALLS = "40"
 CSRC = c_driver.ROOT / "csrc"
 
 pytestmark = pytest.mark.skipif(
@@ -41,6 +41,7 @@ class Bug:
     needs: str = "avx2"
 
 
+FEW = "cpu/sdpa_few.inc"
 TILE, PACK, FMA, BLOCKED, AMX = (
     f"cpu/{name}"
     for name in ("sdpa_tile.inc", "sdpa_pack.inc", "sdpa_fma.inc", "blocked.c", "sdpa_amx.c")
@@ -78,6 +79,21 @@ BUGS = (
         BLOCKED,
         "to.first_key + to.count > begin",
         "to.first_key >= begin",
+        BLOCKED,
+    ),
+    Bug("few: O is not rescaled", FEW, "SET1(alpha), sum[i])", "SET1(1.0f), sum[i])"),
+    Bug("few: a tail of O is not rescaled", FEW, "SET1(alpha), sum));", "SET1(1.0f), sum));"),
+    Bug("few: row_sum is not rescaled", FEW, ".sum * x->row[m].alpha +", ".sum +"),
+    Bug("few: weights behind the last key", FEW, "s[n] = 0.0f;", "s[n] = 1.0f;"),
+    Bug("few: the last key's scores twice", FEW, "(n + i < to ? n + i : to - 1)", "(to - 1)"),
+    Bug("few: a mask's end is not looked at", FEW, "keys.end < count ?", "0 ?"),
+    Bug("few: a row that sees nothing is not zero", FEW, ": zero_units());", ": set_units(1.0f));"),
+    Bug("few: heads of a task are one", FEW, "tile->head + m / p->seqlen_q", "tile->head"),
+    Bug(
+        "few: one task too few",
+        BLOCKED,
+        "plan.few_heads, comp",
+        "plan.few_heads - 1, comp",
         BLOCKED,
     ),
     Bug(

@@ -191,7 +191,7 @@ def test_the_next_backend_takes_over(
     plain = native.run
 
     def checked(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Any:
-        native._require_proof(query.device, value.dtype, query.shape[3])
+        native._require_self_check(query.device, value.dtype, query.shape[3])
         return plain(query, key, value, call)
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

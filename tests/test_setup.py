@@ -91,6 +91,13 @@ def test_without_a_compiler_the_build_says_how_to_get_one(checkout: Path) -> Non
         assert word in said
 
 
+def test_an_old_setuptools_is_refused(checkout: Path) -> None:
+    old = "import setuptools; setuptools.__version__ = '63.2.0'"
+    said = setup(checkout, "--version", prepare=old)
+    assert said.endswith("exit 1")
+    assert "setuptools must be 64 or newer, got 63.2.0" in said and "pip install" in said
+
+
 def test_a_word_that_no_variable_takes_is_refused(checkout: Path) -> None:
     for variable in NEITHER:
         said = setup(checkout, "-q", "build_native", **NEITHER | {variable: "perhaps"})

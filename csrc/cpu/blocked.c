@@ -42,6 +42,25 @@ static void choose_tiles(const wan_attn_problem *p, const wan_attn_blocking *blo
     plan->tiles_per_pair = plan->tiles_per_head * (p->num_heads_q / p->num_heads_k);
 }
 
+/* A panel of few rows would multiply mostly lanes that nobody reads. */
+static void plan_few(const wan_attn_problem *p, wan_attn_plan *plan) {
+    const int64_t block_n = plan->blocking->block_n;
+    const int64_t share = p->num_heads_q / p->num_heads_k; /* query heads with the same K and V */
+    const int64_t threads = wan_attn_workers(p->params, INT64_MAX);
+    int64_t heads = share;
+    while (heads > 1 && (share % heads || heads * p->seqlen_q > plan->blocking->few_rows ||
+                         p->batch * p->num_heads_q / heads < threads))
+        heads--;
+    plan->few_heads = heads;
+    plan->width = round_up(p->head_dim, CACHE_LINE / (int64_t)sizeof(float));
+    plan->workers = wan_attn_workers(p->params, p->batch * p->num_heads_q / heads);
+    /* Q and O, scores with a vector behind them; a block of K or V. */
+    int64_t floats_per_row = 2 * plan->width + block_n + CACHE_LINE / (int64_t)sizeof(float);
+    plan->scratch_floats = round_up(heads * p->seqlen_q * floats_per_row + block_n * plan->width,
+                                    CACHE_LINE / (int64_t)sizeof(float));
+    plan->workspace_bytes = (size_t)(plan->workers * plan->scratch_floats * (int64_t)sizeof(float));
+}
+
 static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blocking *blocking) {
     wan_attn_plan plan = {.blocking = blocking};
     plan.depth =
@@ -51,6 +70,10 @@ static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blockin
     /* Finite, or the largest score, 0 times this, would become NaN. */
     plan.log2_scale = (float)fmin(fabs(p->softmax_scale) * WAN_ATTN_LOG2_E, FLT_MAX);
 
+    if (p->seqlen_q <= blocking->few_rows) {
+        plan_few(p, &plan);
+        return plan;
+    }
     plan.k_bytes = blocking->block_n * plan.depth * (int64_t)sizeof(float);
     plan.v_bytes = blocking->block_n / blocking->unit * plan.width * (int64_t)sizeof(float);
     plan.blocks = wan_attn_divide_up(p->seqlen_k, blocking->block_n);
@@ -130,14 +153,28 @@ static wan_attn_tile tile_of(const wan_attn_plan *plan, int64_t task) {
     return at;
 }
 
+static float *scratch_of(const wan_attn_plan *plan, int64_t worker) {
+    char *end = (char *)plan->p->params->workspace + plan->workspace_bytes;
+    return (float *)end - (plan->workers - worker) * plan->scratch_floats;
+}
+
+/* Task numbers run over [sample][few_heads of the query heads]. */
+static void compute_few(int64_t task, int64_t worker, void *ctx) {
+    const wan_attn_plan *plan = (const wan_attn_plan *)ctx;
+    const wan_attn_problem *p = plan->p;
+    int64_t tasks = p->num_heads_q / plan->few_heads; /* of a sample */
+    wan_attn_tile tile = {.b = task / tasks,
+                          .head = task % tasks * plan->few_heads,
+                          .count = plan->few_heads * p->seqlen_q};
+    plan->blocking->compute_few(plan, &tile, scratch_of(plan, worker));
+}
+
 static void compute_tile(int64_t task, int64_t worker, void *ctx) {
     const wan_attn_plan *plan = (const wan_attn_plan *)ctx;
     int64_t after = task + plan->workers; /* tasks are handed out in order, to all in turn */
     int has_next = after < plan->group_pairs * plan->tiles_per_pair;
     wan_attn_tile tile = tile_of(plan, task), next = has_next ? tile_of(plan, after) : tile;
-    char *end = (char *)plan->p->params->workspace + plan->workspace_bytes;
-    float *scratch = (float *)end - (plan->workers - worker) * plan->scratch_floats;
-    plan->blocking->compute(plan, &tile, has_next ? &next : NULL, scratch);
+    plan->blocking->compute(plan, &tile, has_next ? &next : NULL, scratch_of(plan, worker));
 }
 
 /* The output and the workspace are often fresh from the system. */
@@ -155,6 +192,11 @@ void wan_attn_blocked_run(const wan_attn_problem *p) {
     memcpy(&plan, &p->plan, sizeof(plan));
     plan.p = p;
     prefer_large_pages(&plan);
+    if (plan.few_heads) {
+        wan_attn_run_tasks(p->params, p->batch * p->num_heads_q / plan.few_heads, compute_few,
+                           &plan);
+        return;
+    }
     for (; plan.first_pair < plan.pairs; plan.first_pair += plan.pairs_per_group) {
         plan.group_pairs = min_of(plan.pairs_per_group, plan.pairs - plan.first_pair);
         wan_attn_run_tasks(p->params, plan.group_pairs * plan.blocks, pack_block, &plan);

@@ -17,6 +17,8 @@
 
 enum { WAN_ATTN_MAX_PANELS = 4, WAN_ATTN_MAX_PANEL = 64 };
 
+enum { WAN_ATTN_MAX_FEW = 32 };
+
 typedef struct wan_attn_plan wan_attn_plan;
 
 /* Where a packed block of keys goes or is. */
@@ -38,6 +40,7 @@ typedef struct wan_attn_blocking {
     int64_t unit;           /* elements in a unit: 1 or 2                                     */
     int64_t block_n;        /* keys in a block                                                */
     int64_t panel;          /* queries in a panel, <= WAN_ATTN_MAX_PANEL                      */
+    int64_t few_rows;       /* up to so many queries pack nothing (sdpa_few.inc), <= MAX_FEW  */
     int64_t depth_multiple; /* units of K and Q are padded with zeros to a multiple of this   */
     int64_t width_multiple; /* rows of O^T (head_dim) are padded to a multiple of this        */
     void (*pack)(const wan_attn_plan *plan, int64_t b, int64_t head_k,
@@ -45,6 +48,8 @@ typedef struct wan_attn_blocking {
     /* `next`: the tile that this thread will probably compute next, or NULL; what to prefetch. */
     void (*compute)(const wan_attn_plan *plan, const wan_attn_tile *tile, const wan_attn_tile *next,
                     float *scratch);
+    /* All rows of few_heads heads from tile->head on; tile->count is how many rows these are. */
+    void (*compute_few)(const wan_attn_plan *plan, const wan_attn_tile *tile, float *scratch);
 } wan_attn_blocking;
 
 struct wan_attn_plan {
@@ -61,6 +66,7 @@ struct wan_attn_plan {
     int64_t first_pair, group_pairs; /* of the group at work */
     int64_t panels_per_tile, tiles_per_head, tiles_per_pair;
     int heads_together; /* the order of tiles: see blocked.c */
+    int64_t few_heads;  /* not 0: few rows; heads that a task of compute_few takes together */
     int64_t workers, scratch_floats;
     size_t workspace_bytes;
 };

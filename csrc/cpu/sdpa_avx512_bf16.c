@@ -34,6 +34,7 @@ static inline __m512 DOT(__m512 a, __m512 b, __m512 c) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
 }
 
+#define FEW_ROWS (PANEL / 4)
 #define ROW sdpa_avx512_bf16
 #include "cpu/row.inc"
 TARGET_END

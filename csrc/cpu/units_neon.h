@@ -77,6 +77,7 @@ static inline void store_floats(void *row, wan_attn_dtype dtype, int64_t first, 
 
 static inline void store_units(float *to, units x) { vst1q_f32(to, x); }
 static inline units load_units(const float *from) { return vld1q_f32(from); }
+static inline units add_units(units a, units b) { return vaddq_f32(a, b); }
 static inline units multiply_units(units a, units b) { return vmulq_f32(a, b); }
 static inline units divide_units(units a, units b) { return vdivq_f32(a, b); }
 static inline units set_units(float x) { return vdupq_n_f32(x); }

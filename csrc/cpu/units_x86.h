@@ -82,6 +82,7 @@ static inline void store_floats(void *row, wan_attn_dtype dtype, int64_t first, 
 
 static inline void store_units(float *to, units x) { _mm256_storeu_ps(to, x); }
 static inline units load_units(const float *from) { return _mm256_loadu_ps(from); }
+static inline units add_units(units a, units b) { return _mm256_add_ps(a, b); }
 static inline units multiply_units(units a, units b) { return _mm256_mul_ps(a, b); }
 static inline units divide_units(units a, units b) { return _mm256_div_ps(a, b); }
 static inline units set_units(float x) { return _mm256_set1_ps(x); }

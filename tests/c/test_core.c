@@ -113,6 +113,8 @@ static wan_attn_params random_call(void) {
     int64_t batch = pick(20) ? 1 + pick(3) : 0, heads_k = 1 + pick(3), head_dim = PICK(HEAD_DIMS);
     int64_t q_shape[4] = {batch, pick(20) ? PICK(LENGTHS) : 0, heads_k * (1 + pick(3)), head_dim};
     int64_t k_shape[4] = {batch, pick(20) ? PICK(KEYS) : 0, heads_k, head_dim};
+    if (pick(4) == 0) /* few rows, several blocks of keys: sdpa_few.inc */
+        q_shape[1] = 1 + pick(20), k_shape[1] = 200 + 100 * pick(2);
     int32_t dtype = PICK(DTYPES);
     if (pick(2))
         p.seqused_q = lengths_up_to(batch, q_shape[1]);

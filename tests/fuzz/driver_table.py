@@ -55,7 +55,7 @@ _FOOT = """
 
 | in every fault | |
 |---|---|
-| message | the driver's error, in its words, and what was being done: `{example}` |
+| message | the driver's error, in its words, and what was being done ("when launching ...") |
 | result | right or none; right again once the driver is well{except_} |
 | leak | none: what was loaded is unloaded, and no context stays on the stack |
 | tried again | {retries} |
@@ -116,9 +116,7 @@ def page(rows: Sequence[Fault], codes: Mapping[int, str], final: Sequence[int]) 
         ),
         rules="|".join("---" for _ in KINDS),
     )
-    example = next(row.said for row in rows if row.function == "cuLaunchKernel" and row.code == 700)
     foot = _FOOT.format(
-        example=example,
         except_=f" (except for `{'`, `'.join(sorted(stays_out))}`, as said below)"
         if stays_out
         else "",
