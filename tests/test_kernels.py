@@ -20,6 +20,8 @@ from wan_attn.native import op
 
 ROWS = calls.rows()
 # Tiles are powers of two up to 256: one, both sides of each, and an odd number between.
+# Rows of the CPU compute a few queries in another way (sdpa_few.inc) than whole panels of them.
+FEW_AND_MANY = pytest.mark.parametrize("seqlen_q", (5, 65), ids=("few", "many"))
 LENGTHS = (1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 101, 127, 128, 129, 255, 256, 257)
 
 pytestmark = pytest.mark.parametrize("row", ROWS, ids=calls.row_id)
@@ -69,8 +71,11 @@ def test_nothing_to_do(row: op.KernelInfo | None, batch: int, seqlen_q: int, seq
 
 @pytest.mark.parametrize("head_dim", (1, 2, 3, 8, 17, 40, 64, 80, 96, 100, 128, 160, 255, 256))
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-def test_head_dims(row: op.KernelInfo | None, head_dim: int, dtype: torch.dtype) -> None:
-    call = operands(head_dim=head_dim, dtype=dtype, seqlen_q=19, seqlen_k=35)
+@FEW_AND_MANY
+def test_head_dims(
+    row: op.KernelInfo | None, head_dim: int, dtype: torch.dtype, seqlen_q: int
+) -> None:
+    call = operands(head_dim=head_dim, dtype=dtype, seqlen_q=seqlen_q, seqlen_k=35)
     if row and (dtype not in row.dtypes or calls.head_dim_for(row, head_dim) != head_dim):
         with pytest.raises(RuntimeError, match=f"wan_attn: {row.name}: (takes head_dim|does not)"):
             sdpa(*call, row=row)
@@ -79,9 +84,13 @@ def test_head_dims(row: op.KernelInfo | None, head_dim: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize(("heads_q", "heads_k"), [(1, 1), (3, 3), (4, 2), (6, 2), (6, 1), (8, 4)])
-def test_grouped_heads(row: op.KernelInfo | None, heads_q: int, heads_k: int) -> None:
+@FEW_AND_MANY
+def test_grouped_heads(
+    row: op.KernelInfo | None, heads_q: int, heads_k: int, seqlen_q: int
+) -> None:
+    sizes = {"batch": 2, "seqlen_q": seqlen_q, "heads_q": heads_q, "heads_k": heads_k}
     for dtype in row_dtypes(row):
-        check(row, *some(row, batch=2, heads_q=heads_q, heads_k=heads_k, dtype=dtype))
+        check(row, *some(row, dtype=dtype, **sizes))
 
 
 @pytest.mark.parametrize("dtypes", MIXED, ids=lambda d: "-".join(NAMES[t] for t in d))
@@ -136,11 +145,12 @@ def test_batch_slices_and_odd_addresses(row: op.KernelInfo | None) -> None:
 
 
 @pytest.mark.parametrize("poison", (math.nan, math.inf, -math.inf))
-def test_padding_is_never_used(row: op.KernelInfo | None, poison: float) -> None:
-    q_lens, k_lens = [17, 9, 0, 3], [40, 13, 7, 0]
+@pytest.mark.parametrize("seqlen_q", (11, 65), ids=("few", "many"))
+def test_padding_is_never_used(row: op.KernelInfo | None, poison: float, seqlen_q: int) -> None:
+    q_lens, k_lens = [seqlen_q, 9, 0, 3], [40, 13, 7, 0]
     for dtype in row_dtypes(row):
         for mask in ({}, {"is_causal": True}, {"window": (5, 3)}):
-            clean = some(row, batch=4, seqlen_q=17, seqlen_k=40, dtype=dtype)
+            clean = some(row, batch=4, seqlen_q=seqlen_q, seqlen_k=40, dtype=dtype)
             call = {"q_lens": q_lens, "k_lens": k_lens, **mask}
             dirty = [
                 poisoned(x, n, poison) for x, n in zip(clean, (q_lens, k_lens, k_lens), strict=True)
@@ -179,28 +189,31 @@ def test_keys_outside_the_mask_are_never_used(row: op.KernelInfo | None, native:
                 assert not out[:, :, :2].isnan().any()
 
 
-def test_real_nan_stays_visible(row: op.KernelInfo | None) -> None:
+@FEW_AND_MANY
+def test_real_nan_stays_visible(row: op.KernelInfo | None, seqlen_q: int) -> None:
     for dtype in row_dtypes(row):
         for which in range(3):
-            call = some(row, seqlen_q=20, seqlen_k=70, dtype=dtype)
-            call[which][0, 11, 1, 0] = math.nan  # one element of one head
+            at = min(11, seqlen_q - 1) if which == 0 else 11
+            call = some(row, seqlen_q=seqlen_q, seqlen_k=70, dtype=dtype)
+            call[which][0, at, 1, 0] = math.nan  # one element of one head
             out, _ = check(row, *call, k_lens=[66])
             assert out[:, :, 1].isnan().any(), f"operand {which}: the NaN got lost"
             assert not out[:, :, 0].isnan().any(), f"operand {which}: the other head saw it"
-        call = some(row, seqlen_q=20, seqlen_k=70, dtype=dtype)
+        call = some(row, seqlen_q=seqlen_q, seqlen_k=70, dtype=dtype)
         call[2][0, 11, 1, 0] = math.inf
         out, _ = check(row, *call)
         assert out[0, :, 1, 0].isposinf().all()
 
 
 @pytest.mark.parametrize("hidden", ((0, 600), (600, 1200), (100, 133), (0, 1199)), ids=str)
+@FEW_AND_MANY
 def test_keys_whose_scores_are_minus_infinity(
-    row: op.KernelInfo | None, hidden: tuple[int, int]
+    row: op.KernelInfo | None, hidden: tuple[int, int], seqlen_q: int
 ) -> None:
     """A key mask that travels in a channel of K, as people smuggle one: whole blocks weigh nothing,
     whichever come first."""
     for dtype in row_dtypes(row):
-        query, key, value = some(row, seqlen_q=20, seqlen_k=1200, dtype=dtype)
+        query, key, value = some(row, seqlen_q=seqlen_q, seqlen_k=1200, dtype=dtype)
         query[..., 0], key[..., 0] = 1.0, 0.0
         key[:, hidden[0] : hidden[1], :, 0] = -math.inf
         out, lse = check(row, query, key, value)
@@ -273,10 +286,12 @@ def test_length_tensors(row: op.KernelInfo | None, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("scale", (-0.3, 0.0, 1e-3, 0.125, 1.0, 40.0))
-def test_any_scale_is_exact(row: op.KernelInfo | None, scale: float) -> None:
+@FEW_AND_MANY
+def test_any_scale_is_exact(row: op.KernelInfo | None, scale: float, seqlen_q: int) -> None:
     for dtype in row_dtypes(row):
-        check(row, *some(row, seqlen_k=70, dtype=dtype), scale=scale)
-        check(row, *some(row, dtype=dtype), scale=scale, is_causal=True, k_lens=[20])
+        call = some(row, seqlen_q=seqlen_q, seqlen_k=70, dtype=dtype)
+        check(row, *call, scale=scale)
+        check(row, *call, scale=scale, is_causal=True, k_lens=[20])
 
 
 def test_scale_defaults_to_one_over_the_root_of_head_dim(row: op.KernelInfo | None) -> None:
@@ -297,18 +312,20 @@ def test_peaky_scores(row: op.KernelInfo | None, peaky: float) -> None:
     check(row, query.abs(), (key.abs() * rising.flip(1)).to(key.dtype), value)
 
 
-def test_one_key_gives_exactly_its_value(row: op.KernelInfo | None) -> None:
+@FEW_AND_MANY
+def test_one_key_gives_exactly_its_value(row: op.KernelInfo | None, seqlen_q: int) -> None:
     for dtype in row_dtypes(row):
-        query, key, value = some(row, seqlen_k=1, dtype=dtype, peaky=20.0)
+        query, key, value = some(row, seqlen_q=seqlen_q, seqlen_k=1, dtype=dtype, peaky=20.0)
         out, _ = sdpa(query, key, value, row=row)
         assert torch.equal(out, value.expand_as(out))
 
 
-def test_large_common_offset(row: op.KernelInfo | None) -> None:
+@FEW_AND_MANY
+def test_large_common_offset(row: op.KernelInfo | None, seqlen_q: int) -> None:
     """Scores around 500: exp without the maximum taken off would overflow; lse must carry it."""
     head_dim = calls.head_dim_for(row, 64)
     for dtype in row_dtypes(row):
-        query, key, value = some(row, dtype=dtype, seqlen_k=90)
+        query, key, value = some(row, dtype=dtype, seqlen_q=seqlen_q, seqlen_k=90)
         query[..., 0], key[..., 0] = 64.0, 64.0
         _, lse = check(row, query, key, value)
         assert (lse > 0.5 * 4096 * head_dim**-0.5).all()
@@ -373,7 +390,8 @@ def test_a_sample_does_not_depend_on_its_batch(row: op.KernelInfo | None, native
 
 
 @pytest.mark.parametrize("dim", (0, 1, 2), ids=("batch", "row", "head"))
-def test_offsets_beyond_two_to_the_31(row: op.KernelInfo | None, dim: int) -> None:
+@FEW_AND_MANY
+def test_offsets_beyond_two_to_the_31(row: op.KernelInfo | None, dim: int, seqlen_q: int) -> None:
     """Each operand's last element lies over 2^31 elements from its first.
 
     The memory is reserved, not used. Views begin 2^31 elements into it, so that an offset that has
@@ -386,12 +404,12 @@ def test_offsets_beyond_two_to_the_31(row: op.KernelInfo | None, dim: int) -> No
     memory = calls.reserve(2**32 + 2**16, dtype)
     if memory is None:
         pytest.skip("this system does not lend address space without memory behind it")
-    shape = [2, 3, 2, head_dim]
-    stride = [6 * head_dim, 2 * head_dim, head_dim, 1]
+    shape = [2, seqlen_q, 2, head_dim]
+    stride = [2 * seqlen_q * head_dim, 2 * head_dim, head_dim, 1]
     stride[dim] = 2**31 // (shape[dim] - 1) + head_dim
     views = []
     for number in range(3):
-        view = memory.as_strided(shape, stride, 2**31 + 4096 * number)
+        view = memory.as_strided(shape, stride, 2**31 + 2**14 * number)
         view.copy_(torch.randn(shape))
         views.append(view)
     check(row, *views)
@@ -408,10 +426,11 @@ def test_sizes_whose_products_overflow(row: op.KernelInfo | None, native: str) -
         sdpa(one.expand(1, 2**40, 2**9, 1), one, one, row=row)
 
 
-def test_rows_of_long_sequences(row: op.KernelInfo | None) -> None:
+@FEW_AND_MANY
+def test_rows_of_long_sequences(row: op.KernelInfo | None, seqlen_q: int) -> None:
     """Many tiles of keys: errors must not grow with the number of blocks."""
     for dtype in row_dtypes(row):
-        query, key, value = some(row, seqlen_q=5, seqlen_k=4099, heads_q=1, dtype=dtype)
+        query, key, value = some(row, seqlen_q=seqlen_q, seqlen_k=4099, heads_q=1, dtype=dtype)
         check(row, query, key, value)
         check(row, query, key, value + 1)  # a mean of 1: rounding of the sum shows
 

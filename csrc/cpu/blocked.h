@@ -8,7 +8,8 @@
  *           +------------+   tile   up to MAX_PANELS panels: one task; they share a block of keys
  *
  * Phases of a call, for each group of pairs that fits the workspace: pack all blocks, then compute
- * all tiles. Both are lists of independent tasks for threads.h.
+ * all tiles. Both are lists of independent tasks for threads.h. Calls of few rows have one phase
+ * (sdpa_few.inc), and pack nothing.
  */
 #ifndef WAN_ATTN_CPU_BLOCKED_H
 #define WAN_ATTN_CPU_BLOCKED_H
@@ -17,6 +18,7 @@
 
 enum { WAN_ATTN_MAX_PANELS = 4, WAN_ATTN_MAX_PANEL = 64 };
 
+/* Rows that a task of compute_few may have. */
 enum { WAN_ATTN_MAX_FEW = 32 };
 
 typedef struct wan_attn_plan wan_attn_plan;

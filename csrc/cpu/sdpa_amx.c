@@ -232,7 +232,7 @@ static void compute_tile_with_tiles(const wan_attn_plan *plan, const wan_attn_ti
     _tile_release(); /* or the system saves 8 KiB more at every switch of threads */
 }
 
-#define FEW_ROWS (PANEL / 4)
+#define FEW_ROWS (PANEL / 4) /* an estimate: its float32 products are slower than this row's */
 #define ROW sdpa_amx
 #define REFUSAL wan_attn_amx_refusal()
 #define PACK pack_key_tiles

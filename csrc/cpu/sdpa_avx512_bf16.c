@@ -5,7 +5,8 @@
  * Budget: 8 x 3 accumulators + 3 + 1 of 32 registers; 24 vdpbf16ps for 11 loads. Panel of 48
  * queries.
  * Numerics: float32 query and key are rounded to bfloat16, as torch does; P is rounded to bfloat16,
- * row_sum adds up what it was before. vdpbf16ps takes subnormal numbers for zero.
+ * row_sum adds up what it was before. vdpbf16ps takes subnormal numbers for zero. Calls of up to
+ * FEW_ROWS queries have products in float32 instead (sdpa_few.inc).
  * Measured, as a multiple of torch's SDPA (AMD EPYC, Zen 4, one core, 2026-11-21, 4 heads x 4096 x
  * 4096 x 128; docs/measured.md): 2.51; 88 % of the core's peak.
  */
@@ -34,7 +35,7 @@ static inline __m512 DOT(__m512 a, __m512 b, __m512 c) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
 }
 
-#define FEW_ROWS (PANEL / 4)
+#define FEW_ROWS (PANEL / 4) /* an estimate: its float32 products are slower than this row's */
 #define ROW sdpa_avx512_bf16
 #include "cpu/row.inc"
 TARGET_END
