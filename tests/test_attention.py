@@ -230,7 +230,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_no_tensor_is_named() -> None:
-    with pytest.raises(RuntimeError, match=r"^wan_attn: q must be a tensor, got list$"):
+    with pytest.raises(RuntimeError, match=r"^wan_attn: q must be a tensor, got a list$"):
         flash_attention(*[cast(Any, [1.0])] * 3)
 
 

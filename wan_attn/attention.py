@@ -130,8 +130,12 @@ def flash_attention(
     if q_scale is not None:
         q, softmax_scale = _with_q_scale(q, q_scale, softmax_scale)
     call = Call(
-        q_lens=None if q_lens is None else gate.lengths("q_lens", q_lens),
-        k_lens=None if k_lens is None else gate.lengths("k_lens", k_lens),
+        q_lens=q_lens
+        if q_lens is None or type(q_lens) is Tensor
+        else gate.lengths("q_lens", q_lens),
+        k_lens=k_lens
+        if k_lens is None or type(k_lens) is Tensor
+        else gate.lengths("k_lens", k_lens),
         scale=softmax_scale,
         is_causal=causal if type(causal) is bool else gate.flag("causal", causal),
         window=gate.pair("window_size", window_size),

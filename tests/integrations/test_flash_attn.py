@@ -358,9 +358,9 @@ def test_softcap_of_0_or_less_is_off_as_in_the_original() -> None:
 VARLEN_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "paged": ({"block_table": torch.zeros(2, 3)}, r"block_table must be None, .* \[2, 3\]"),
     "q_dim": ({"q": torch.ones(1, 9, 2, 16)}, r"q must be \[total, heads, head_dim\], got"),
-    "q_type": ({"q": [1.0]}, "q must be a tensor, got list"),
+    "q_type": ({"q": [1.0]}, "q must be a tensor, got a list"),
     "v_shape": ({"v": torch.ones(8, 2, 16)}, r"v must be shaped like k, got \[8, 2, 16\]"),
-    "cu_type": ({"cu_seqlens_q": [0, 9]}, "cu_seqlens_q must be a tensor, got list"),
+    "cu_type": ({"cu_seqlens_q": [0, 9]}, "cu_seqlens_q must be a tensor, got a list"),
     "cu_dim": ({"cu_seqlens_k": torch.zeros(2, 2, dtype=torch.int32)}, r"cu_seqlens_k must be \["),
     "cu_dtype": ({"cu_seqlens_k": torch.zeros(2)}, "cu_seqlens_k must be int32 or int64"),
     "cu_count": ({"cu_seqlens_k": cumulative([4, 5])}, r"cu_seqlens_k must be \[batch \+ 1\] = \["),
