@@ -12,7 +12,8 @@ does. The peak is what benchmarks/cpu_peak.c reaches in registers, compiled here
 for publication wants an idle machine: no other process on any core, and --runs 15.
 
 Shapes are batch x queries x keys x heads x head_dim. s4 has real lengths of 512 and 77 keys; torch
-gets the same as a boolean mask, which is how a model gives it. FLOP count real keys alone.
+gets the same as a boolean mask, which is how a model gives it. FLOP count real keys alone. decode,
+frames (attention over time) and rows12 have few queries, which sdpa_few.inc computes.
 
 At the end torch and we take turns, call by call: what that costs beyond each side's own time.
 
@@ -51,6 +52,9 @@ SHAPES = {  # batch, queries, keys, heads, head_dim, real keys of each sample
     "s4": (2, 8192, 512, 4, 128, (512, 77)),
     "d64": (1, 4096, 4096, 4, 64, None),
     "d80": (1, 4096, 4096, 4, 80, None),
+    "decode": (1, 1, 4096, 32, 128, None),
+    "frames": (512, 5, 5, 8, 128, None),
+    "rows12": (1, 12, 512, 24, 128, None),
 }
 QUICK = {"s1": (1, 1024, 1024, 2, 128, None), "s4": (2, 1024, 512, 2, 128, (512, 77))}
 # The peak that a row is measured against; of a row that is not here, the share is not known.

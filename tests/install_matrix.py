@@ -38,6 +38,7 @@ SHIM_NEEDS_TORCH = (2, 9)
 TESTS = ["test_op.py", "test_kernels.py", "test_errors.py"]
 TEST_TOOLS = ["pytest", "hypothesis", "numpy", "expecttest"]
 TORCHS_SETUPTOOLS = "setuptools>=77,<82"
+PYENV = Path(os.environ["PYENV_ROOT"]) if os.environ.get("PYENV_ROOT") else None
 CCACHE = Path("/usr/lib/ccache")  # Debian's package ccache: every build compiles the same C files
 # As on a machine where nothing of this repository is set up.
 UNSET = ("PYTHONPATH", "VIRTUAL_ENV", "CFLAGS", "CPPFLAGS", "CC", "UV_PROJECT_ENVIRONMENT")
@@ -156,7 +157,7 @@ def pythons() -> dict[str, Path]:
     for minor in range(10, 20):
         version = f"3.{minor}"
         candidates = [shutil.which(f"python{version}")]
-        candidates += sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+        candidates += sorted(PYENV.glob(f"versions/{version}.*/bin/python")) if PYENV else []
         for candidate in candidates:
             if candidate and subprocess.run(
                 [candidate, "-c", "import venv, ensurepip"], capture_output=True, check=False

@@ -126,16 +126,16 @@ def flash_attention(
         dropout_p = gate.probability("dropout_p", dropout_p)
         if not torch.is_grad_enabled():
             dropout_p = 0.0
+    if q_lens is not None and type(q_lens) is not Tensor:
+        q_lens = gate.lengths("q_lens", q_lens)
+    if k_lens is not None and type(k_lens) is not Tensor:
+        k_lens = gate.lengths("k_lens", k_lens)
     given_q = q
     if q_scale is not None:
         q, softmax_scale = _with_q_scale(q, q_scale, softmax_scale)
     call = Call(
-        q_lens=q_lens
-        if q_lens is None or type(q_lens) is Tensor
-        else gate.lengths("q_lens", q_lens),
-        k_lens=k_lens
-        if k_lens is None or type(k_lens) is Tensor
-        else gate.lengths("k_lens", k_lens),
+        q_lens=q_lens,
+        k_lens=k_lens,
         scale=softmax_scale,
         is_causal=causal if type(causal) is bool else gate.flag("causal", causal),
         window=gate.pair("window_size", window_size),

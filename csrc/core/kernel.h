@@ -60,8 +60,8 @@ typedef struct wan_attn_problem {
     int64_t lse_batch_stride, lse_head_stride, lse_row_stride;
     wan_attn_lengths seqused_q, seqused_k;
     double softmax_scale;
-    int64_t window_size_left,
-        window_size_right; /* >= 0; is_causal has become window_size_right = 0 */
+    /* >= 0; is_causal has become window_size_right = 0. */
+    int64_t window_size_left, window_size_right;
 } wan_attn_problem;
 
 /* One row of the kernel table. */

@@ -148,8 +148,8 @@ static inline void do_chores(chores *c, int64_t most) {
     }
 }
 
-/* c[32][c_stride] = sum over tiles of a0, a1 times b; Tiles of a0 and of a1 lie one
- * behind another; b advances by 16 rows. After each tile, `rows` rows of the chores are done. */
+/* c[32][c_stride] = sum over tiles of a0, a1 times b. Tiles of a0 and of a1 lie one behind another;
+ * b advances by 16 rows. After each tile, `rows` rows of the chores are done. */
 static inline void multiply_tiles(const float *a0, const float *a1, const float *b, int64_t tiles,
                                   float *c, int64_t c_stride, chores *work, int64_t rows) {
     _tile_zero(0);
