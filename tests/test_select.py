@@ -329,8 +329,8 @@ K = torch.zeros(2, 7, 2, 8)
     ("change", "message"),
     [
         ({"query": None}, "query must be a tensor, got None"),
-        ({"key": [1]}, "key must be a tensor, got list"),
-        ({"q_lens": [1, 2]}, "q_lens must be a tensor, got list"),
+        ({"key": [1]}, "key must be a tensor, got a list"),
+        ({"q_lens": [1, 2]}, "q_lens must be a tensor, got a list"),
         ({"query": Q[0]}, "query must be .*, got"),
         ({"query": Q.long()}, "query must be float"),
         ({"value": K[:, :6]}, "value must be"),
