@@ -47,9 +47,8 @@ static void plan_few(const wan_attn_problem *p, wan_attn_plan *plan) {
     const int64_t block_n = plan->blocking->block_n;
     const int64_t share = p->num_heads_q / p->num_heads_k; /* query heads with the same K and V */
     const int64_t threads = wan_attn_workers(p->params, INT64_MAX);
-    int64_t heads = share;
-    while (heads > 1 && (share % heads || heads * p->seqlen_q > plan->blocking->few_rows ||
-                         p->batch * p->num_heads_q / heads < threads))
+    int64_t heads = max_of(1, min_of(share, plan->blocking->few_rows / max_of(1, p->seqlen_q)));
+    while (heads > 1 && (share % heads || p->batch * p->num_heads_q / heads < threads))
         heads--;
     plan->few_heads = heads;
     plan->width = round_up(p->head_dim, CACHE_LINE / (int64_t)sizeof(float));

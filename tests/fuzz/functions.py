@@ -48,8 +48,9 @@ _NUMBERS = {
     "Decimal": "it has a value as a float",
     "tensor": "a tensor of one element is a number to torch",
 }
+_TENSORS = (v.OPERAND, v.TOKENS, v.PACKED, v.PACKED_KEYS, v.LSE, v.OUT, v.MASK)
 _GENERAL: dict[int, dict[str, str]] = {
-    **{id(x): odd.LEGAL_TENSORS for x in (v.OPERAND, v.TOKENS, v.PACKED, v.LSE, v.OUT, v.MASK)},
+    **{id(x): odd.LEGAL_TENSORS for x in _TENSORS},
     id(v.CU_SEQLENS): odd.LEGAL_INTEGERS | {"2^62 expanded": "only memory is wanting"},
     id(v.COUNT): odd.LEGAL_COUNTS,
     id(v.FLAG): odd.LEGAL_FLAGS,
@@ -155,7 +156,7 @@ def _flash_function(name: str, *names: str, **more: Any) -> Function:
     kinds: dict[str, Mapping[str, v.Make]] = {}
     for n in names:
         if n in ("qkv", "kv"):
-            kinds[n] = v.PACKED
+            kinds[n] = v.PACKED if n == "qkv" else v.PACKED_KEYS
         else:
             kinds[n] = v.TOKENS if is_packed else v.OPERAND
         if n.startswith("cu_"):

@@ -152,7 +152,7 @@ TENSORS: dict[str, Make] = {
     "none in the third": lambda x: x[:, :, :0],
     "none in the last": lambda x: x[..., :0],
     "none at all": lambda x: torch.empty(0),
-    "2^31 in the second": lambda x: _huge(x, 1 << 31),
+    "2^40 in the second": lambda x: _huge(x, 1 << 40),
     "2^45 in the second": lambda x: _huge(x, 1 << 45),
     "2^50 in the second": lambda x: _huge(x, 1 << 50),
     "Anything": lambda x: Anything(),
@@ -163,7 +163,7 @@ TENSORS: dict[str, Make] = {
 _ITS_MEMORY = "the numbers are the same wherever they lie"
 _MISFIT = "what has no elements has a result, if it fits the other operands"
 LEGAL_TENSORS = {
-    "2^31 in the second": "a size for which only memory is wanting",
+    "2^40 in the second": "a size for which only memory is wanting",
     **dict.fromkeys(
         ("transposed memory", "unaligned memory", "every other element", "overlapping"), _ITS_MEMORY
     ),
