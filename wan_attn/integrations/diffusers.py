@@ -21,7 +21,7 @@ from torch import Tensor
 from wan_attn import attention, config, log
 from wan_attn.integrations import _diffusers_backend as _backend
 from wan_attn.integrations import _diffusers_layers as _around
-from wan_attn.integrations import _operands
+from wan_attn.signatures import _operands
 from wan_attn.request import gate, refuse
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
