@@ -15,7 +15,7 @@ def under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     """The operands in autocast's dtype where it is on: SDPA is among the functions that it converts
     for, and what stands in SDPA's place must compute in the same dtype. float64 stays, as there."""
     kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which meta has not
         return query, key, value
     dtype = torch.get_autocast_dtype(kind)
 

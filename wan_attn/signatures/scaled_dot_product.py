@@ -104,12 +104,13 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bo
     for x in (query, key, value):
         if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested or x.dim() != 4:
             return False
+        if x.is_meta or x.device != query.device:
+            return False
     batch, heads, seqlen_q, head_dim = query.shape
     of_key = key.shape
     return (
         query.dtype in DTYPES
         and query.dtype is key.dtype is value.dtype
-        and query.device == key.device == value.device
         and not torch.is_autocast_enabled(query.device.type)
         and of_key == value.shape
         and (batch, head_dim) == (of_key[0], of_key[3])
