@@ -44,7 +44,9 @@ def _thin_wrapper(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options:
 
 
 @pytest.mark.parametrize(
-    "other", [_drops_masks, _thin_wrapper, wan_attn.sageattn], ids=["drops", "wrapper", "ours"]
+    "other",
+    [_drops_masks, _thin_wrapper, wan_attn.sageattn, wan_attn.scaled_dot_product_attention],
+    ids=["drops", "wrapper", "sageattn", "torch's signature"],
 )
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 def test_whoever_replaces_torchs_function_does_not_reach_us(
