@@ -7,12 +7,12 @@ library here, C chooses the kernel (csrc/core/dispatch.c).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from wan_attn.backends import REGISTRY, chunked, native, torch_sdpa
+from wan_attn.backends import LOSSY, REGISTRY, chunked, native, torch_sdpa, xformers
 from wan_attn.backends._common import capability
 from wan_attn.backends._flash_attention import NOT_INSTALLED
 from wan_attn.config import FLASH_ATTENTION_BACKENDS, Settings
@@ -137,20 +137,31 @@ def compute_dtype(
     return torch.bfloat16
 
 
+_CUDA_ONLY = (*FLASH_ATTENTION_BACKENDS, xformers.NAME)
+
+
+def _is_for_auto(name: str) -> bool:
+    """Few have xFormers: to say of it in every reason that it is not installed would be noise."""
+    return name not in LOSSY and (name != xformers.NAME or xformers.is_installed())
+
+
 def order(request: Request, settings: Settings) -> tuple[str, ...]:
     """The backends in the order in which they are asked.
 
-    auto: FA3 > FA2 > ours > PyTorch > memory-bounded; off CUDA without FlashAttention, which has
-        nothing there; PyTorch before ours on the cards where CARDS says so. A named backend comes
-        first and the ones behind it follow.
+    auto: FA3 > FA2 > ours > xFormers > PyTorch > memory-bounded; off CUDA without FlashAttention
+        and xFormers, which have nothing there; PyTorch before ours on the cards where CARDS says
+        so. A named backend comes first and the ones behind it follow; all of auto's, behind a lossy
+        one, which auto never takes.
     """
-    names = tuple(REGISTRY)
+    names = tuple(name for name in REGISTRY if _is_for_auto(name))
     forced = settings.forced_backend
-    if forced is not None:
+    if forced is not None and forced in names:
         behind = names[names.index(forced) + 1 :]
         return (forced, *behind) if forced != chunked.NAME else (forced, torch_sdpa.NAME)
+    if forced is not None:
+        return (forced, *order(request, replace(settings, backend="auto")))
     if request.device.type != "cuda":
-        return tuple(name for name in names if name not in FLASH_ATTENTION_BACKENDS)
+        return tuple(name for name in names if name not in _CUDA_ONLY)
     if _card(request.device).is_torch_first:
         before = FLASH_ATTENTION_BACKENDS + (torch_sdpa.NAME,)
         return (*before, *(name for name in names if name not in before))
