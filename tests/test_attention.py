@@ -365,7 +365,7 @@ def test_strict_raises_where_the_named_backend_cannot(monkeypatch: pytest.Monkey
 
 def test_a_wrong_variable_is_an_error_at_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USE_ATTENTION_BACKEND", "flash")
-    with pytest.raises(ValueError, match="must be one of auto, sdpa, fa3, fa2, torch, chunked"):
+    with pytest.raises(ValueError, match="must be one of auto, sdpa, fa3, fa2, xformers, torch"):
         flash_attention(*operands(dtype=BF16))
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""other_libraries.py - xformers, sageattention and comfy_kitchen as they are called, computed by the
-oracle: none of them runs without a GPU.
+"""other_libraries.py - xformers, sageattention and comfy_kitchen as they are called, by the oracle:
+none of them runs without a GPU.
 
 Signatures and refusals are those of facebookresearch/xformers at 03b91d7 (0.0.35),
 thu-ml/SageAttention at d1a57a5 (2.2.0) and 0db4cbf (1.0.6), and Comfy-Org/comfy-kitchen at 7d86acf

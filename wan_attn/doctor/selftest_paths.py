@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_attn.backends import REGISTRY
+from wan_attn.backends import LOSSY, REGISTRY
 from wan_attn.doctor.selftest import Answer, Path
 from wan_attn.native import op
 from wan_attn.request import Call, Request
@@ -145,6 +145,6 @@ def paths() -> Iterator[Path]:
         for row in rows:
             if row.device == kind:
                 yield _kernel_path(row.index, row.name, device)
-        for name in REGISTRY:
+        for name in (n for n in REGISTRY if n not in LOSSY):  # those are wrong by any exact measure
             yield _backend_path(name, device)
         yield _function_path(device)

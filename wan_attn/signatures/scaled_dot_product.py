@@ -19,7 +19,6 @@ from wan_attn.backends._torch_kernels import SDPA, laid_out
 from wan_attn.request import DTYPES, Call, gate, refuse, transforms
 from wan_attn.selection.traced import route
 from wan_attn.signatures import _mask_plan, _operands, _top_left
-from wan_attn.transient import is_interruption
 
 _DTYPES = (*DTYPES, torch.float64)  # what torch's function computes in
 
@@ -212,7 +211,9 @@ def _check_mask(mask: Tensor, query: Tensor, scores: list[int], is_causal: bool)
         refuse("attn_mask", f"on query's device {query.device}", mask.device)
     sizes = zip(reversed(mask.shape), reversed(scores), strict=False)
     if not 2 <= mask.dim() <= len(scores) or any(size not in (1, whole) for size, whole in sizes):
-        refuse("attn_mask", f"of two dimensions or more and broadcastable to {scores}", [*mask.shape])
+        refuse(
+            "attn_mask", f"of two dimensions or more and broadcastable to {scores}", [*mask.shape]
+        )
 
 
 def _with_four(x: Tensor) -> Tensor:
@@ -265,12 +266,13 @@ def _by_torch(
 ) -> Tensor:
     """torch's own function, for a call that was checked."""
     log.traced(logging.INFO, f"Using PyTorch SDPA (scaled_dot_product_attention: {reason})")
-    options = {"attn_mask": mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-    if enable_gqa and not query.is_nested:  # torch 2.4 has no enable_gqa
-        key, value = (_repeated(x, query.shape[-3]) for x in (key, value))
-    elif enable_gqa:
-        options["enable_gqa"] = True
-    return SDPA(query if query.is_nested else laid_out(query), key, value, **options)
+    if query.is_nested:
+        return SDPA(
+            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if enable_gqa:  # which torch 2.4 has not
+        key, value = _repeated(key, query.shape[-3]), _repeated(value, query.shape[-3])
+    return SDPA(laid_out(query), key, value, mask, dropout_p, is_causal, scale=scale)
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
