@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""test_workloads.py - Wan2.2's and H3's shapes are the published ones; a wrong shape is told the rule."""
+"""test_workloads.py - the models' shapes are the published ones; a wrong shape is told the rule."""
 
 from __future__ import annotations
 
