@@ -7,6 +7,7 @@ threads, forks and signals in the middle of calls.
 
 from __future__ import annotations
 
+import gc
 import random
 import signal
 import sys
