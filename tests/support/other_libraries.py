@@ -68,7 +68,7 @@ def make_xformers(*, has_flash: bool = True) -> ModuleType:
         window = bias.window if isinstance(bias, LocalAttentionFromBottomRightMask) else (-1, -1)
         causal = isinstance(bias, LowerTriangularFromBottomRightMask)
         if bias is not None and not causal and window == (-1, -1):
-            raise NotImplementedError("No operator found for `memory_efficient_attention_forward`")
+            raise RuntimeError("No operator found for `memory_efficient_attention_forward`")
         return _exact(q, k, v, scale, causal, window)
 
     def memory_efficient_attention(

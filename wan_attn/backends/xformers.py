@@ -87,14 +87,14 @@ def _is_for(kernel: Any, arch: tuple[int, int], request: Request) -> bool:
     """Whether it was built, and for such cards and masks; the rest is said when it is called."""
     lowest = getattr(kernel, "CUDA_MINIMUM_COMPUTE_CAPABILITY", (0, 0))
     highest = getattr(kernel, "CUDA_MAXIMUM_COMPUTE_CAPABILITY", None) or arch
-    is_local = request.window != (-1, -1)
+    has_window = request.window != (-1, -1)
     biases = {bias.__name__ for bias in kernel.SUPPORTED_ATTN_BIAS_TYPES}
     return bool(
         lowest <= arch <= highest
         and request.dtype in kernel.SUPPORTED_DTYPES
         and request.head_dim <= kernel.SUPPORTED_MAX_K
-        and (not request.is_causal or is_local or _BIASES[0] in biases)
-        and (not is_local or _BIASES[1] in biases)
+        and (not request.is_causal or has_window or _BIASES[0] in biases)
+        and (not has_window or _BIASES[1] in biases)
         and kernel.is_available()
     )
 
