@@ -242,7 +242,9 @@ def but(**changes: Any) -> Request:
         (CUDA, None, True, None),
         (but(device=torch.device("cpu")), None, False, None),
         (but(device=torch.device("cpu"), dropout_p=0.1), None, False, "dropout"),
-        (but(device=torch.device("mps")), None, False, None),
+        (but(device=torch.device("mps")), None, False, "no fused kernel on Apple's GPUs"),
+        (but(device=torch.device("xpu")), None, False, None),
+        (but(device=torch.device("meta")), None, False, None),
     ],
 )
 def test_needs_square_memory(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from wan_attn.backends import LOSSY, REGISTRY, chunked, native, torch_sdpa, xformers
-from wan_attn.backends._common import capability
+from wan_attn.backends._common import accelerators, capability
 from wan_attn.backends._flash_attention import NOT_INSTALLED
 from wan_attn.config import FLASH_ATTENTION_BACKENDS, Settings
 from wan_attn.request import Request
@@ -227,13 +227,13 @@ def available(
     any other call. Allocates nothing.
 
     Args:
-        device: None: the current CUDA device where there is one, else the CPU.
+        device: None: the current CUDA device where there is one, or another GPU, else the CPU.
         dtype: what would be computed in.
 
     Returns:
         name, as in USE_ATTENTION_BACKEND -> reason or None.
     """
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else (*accelerators(), "cpu")[0]
     request = Request.of(WORKLOADS["ti2v-5b-720p"], dtype, device)
     return {name: backend.why_not(request) for name, backend in REGISTRY.items()}
