@@ -16,6 +16,8 @@ import hypothesis
 import pytest
 import torch
 
+pytest_plugins = ["fixtures"]  # of tests/support
+
 hypothesis.settings.register_profile(
     "ci",
     derandomize=True,  # the same calls on every run: a red run can be repeated

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import os
@@ -334,7 +335,7 @@ def test_pictures_need_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     def missing(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(plots.importlib, "import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(plots.NoPicture, match="pip install matplotlib"):
         plots.draw(small_report(), tmp_path / "x")
 

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -297,7 +298,7 @@ def read_only(machine: Machine) -> str:
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    machine.patch.setattr(store.tempfile, "mkstemp", refuse)
+    machine.patch.setattr(tempfile, "mkstemp", refuse)
     return "Permission denied"
 
 
@@ -305,7 +306,7 @@ def full(machine: Machine) -> str:
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    machine.patch.setattr(store.os, "replace", refuse)
+    machine.patch.setattr(os, "replace", refuse)
     return "cubin is full"
 
 
@@ -465,7 +466,7 @@ def test_a_file_that_another_process_holds(
         raise PermissionError(errno.EACCES, "Access is denied")
 
     data = machine.get().data
-    monkeypatch.setattr(store.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     assert not images.images([ROW], 89, force=True)[ROW].not_kept
     machine.file().unlink()
     assert "Access is denied" in images.images([ROW], 89, force=True)[ROW].not_kept

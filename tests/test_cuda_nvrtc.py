@@ -6,6 +6,7 @@ That every row compiles with every NVRTC is in test_cuda_static.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,8 +28,8 @@ TEXTS = {
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Nothing is found but what a test puts here."""
-    monkeypatch.setattr(nvrtc.sys, "path", [str(tmp_path / "site"), "", str(tmp_path / "absent")])
-    monkeypatch.setattr(nvrtc.sys, "prefix", str(tmp_path / "prefix"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), "", str(tmp_path / "absent")])
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
     monkeypatch.setattr(nvrtc, "_TOOLKITS", (str(tmp_path / "toolkit/lib64"),))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
@@ -181,7 +182,7 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
             monkeypatch.delenv(name, raising=False)
         for name, value in env.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(config.sys, "platform", platform)
+        monkeypatch.setattr(sys, "platform", platform)
         config.refresh()
         return config.cache_folder()
 

@@ -85,7 +85,7 @@ def test_a_worker_answers_what_the_compiler_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = io.StringIO(f'["{HELPERS[0]}", 75]\n["{HELPERS[1]}", 75]\n')
-    monkeypatch.setattr(ship.sys, "stdin", lines)
+    monkeypatch.setattr(sys, "stdin", lines)
     options = rows.Job.options
     broken = [*options(rows.jobs_for(75, HELPERS[:1])[0]), "--nonsense"]
     monkeypatch.setattr(

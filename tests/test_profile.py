@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
@@ -45,7 +46,7 @@ class Model(torch.nn.Module):
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Recorder]:
     """Profiling is on; nothing is left to happen at exit."""
-    monkeypatch.setattr(profile.atexit, "register", lambda function: None)
+    monkeypatch.setattr(atexit, "register", lambda function: None)
     monkeypatch.setattr(profile, "_recorder", None)
     monkeypatch.setenv("WAN_ATTN_PROFILE", str(tmp_path / "profile.json"))
     config.refresh()

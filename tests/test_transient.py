@@ -4,8 +4,10 @@ owner and are not held against a backend, a package or a compiler."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
+import importlib
 import signal
 import subprocess
 import sys
@@ -126,9 +128,7 @@ def test_while_operands_and_masks_are_looked_at(monkeypatch: pytest.MonkeyPatch)
 
 def test_while_flash_attention_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     signal.signal(SIGNAL, Object(TimeoutError))
-    monkeypatch.setattr(
-        _flash_attention.importlib, "import_module", lambda name: signal.raise_signal(SIGNAL)
-    )
+    monkeypatch.setattr(importlib, "import_module", lambda name: signal.raise_signal(SIGNAL))
     with pytest.raises(TimeoutError):
         _flash_attention.load("flash_attn")
 
@@ -136,7 +136,7 @@ def test_while_flash_attention_is_imported(monkeypatch: pytest.MonkeyPatch) -> N
 def test_while_a_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     signal.signal(SIGNAL, Object(TimeoutError))
     monkeypatch.setattr(cuda_driver.images, "image", lambda *_: signal.raise_signal(SIGNAL) or b"")
-    text = (cuda_driver.ctypes.c_char * 100)()
+    text = (ctypes.c_char * 100)()
     assert cuda_driver._find_image(b"row", 80, None, None, text, 100) == 1
     with pytest.raises(TimeoutError, match="time is up"):
         cuda_driver.raise_interruption()
@@ -214,7 +214,7 @@ def test_no_memory_while_flash_attention_is_imported(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would have been «installed but broken» until the process ends."""
-    monkeypatch.setattr(_flash_attention.importlib, "import_module", raiser(error))
+    monkeypatch.setattr(importlib, "import_module", raiser(error))
     with pytest.raises(type(error)):
         _flash_attention.load("flash_attn")
 
@@ -232,10 +232,10 @@ def test_our_own_libraries(transient: Callable[..., Any], monkeypatch: pytest.Mo
     with raises_it():
         library._open.__wrapped__()
     if shim.why_not() is None:
-        monkeypatch.setattr(shim.ctypes, "CDLL", transient)
+        monkeypatch.setattr(ctypes, "CDLL", transient)
         with raises_it():
             shim.load()
-    monkeypatch.setattr(nvrtc.ctypes, "CDLL", transient)
+    monkeypatch.setattr(ctypes, "CDLL", transient)
     with raises_it():
         nvrtc._open(nvrtc.Found(Path("libnvrtc.so.12"), None, (12, 8)))
 

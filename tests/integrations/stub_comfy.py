@@ -163,4 +163,4 @@ class Model:
     @property
     def override(self) -> Callable[..., Any] | None:
         found = self.model_options["transformer_options"].get("optimized_attention_override")
-        return found  # type: ignore[no-any-return]
+        return found

@@ -54,7 +54,7 @@ def test_patch_over_a_module_that_refuses(
 ) -> None:
     stub_wan.write(stubs)
     importlib.import_module("wan")
-    stubborn("flash_attention", sys.modules["wan.modules.attention"].flash_attention)  # type: ignore[attr-defined]
+    stubborn("flash_attention", sys.modules["wan.modules.attention"].flash_attention)
     finders = list(sys.meta_path)
     restored: list[Any] = []
     monkeypatch.setattr(tf32, "restore", restored.append)
@@ -92,7 +92,7 @@ def test_a_second_patch_that_fails_leaves_the_first(
 ) -> None:
     stub_wan.write(stubs)
     importlib.import_module("wan")
-    original = sys.modules["wan.modules.attention"].flash_attention  # type: ignore[attr-defined]
+    original = sys.modules["wan.modules.attention"].flash_attention
     patch()
     stubborn("theirs", original)
     with pytest.raises(RuntimeError, match="is final here"):

@@ -166,11 +166,11 @@ class TestWan2GP:
             "models.wan.model.pay_attention",
             "shared.attention.pay_attention",
         ]
-        assert host.pay_attention is model.pay_attention is not before  # type: ignore[attr-defined]
+        assert host.pay_attention is model.pay_attention is not before
         assert wan2gp.patch() == ()
         wan2gp.unpatch()
         wan2gp.unpatch()
-        assert host.pay_attention is before is model.pay_attention  # type: ignore[attr-defined]
+        assert host.pay_attention is before is model.pay_attention
 
     def test_a_wrapper_of_somebody_elses(self, host: Any, caplog: pytest.LogCaptureFixture) -> None:
         """functools.wraps copies attributes: the wrapper must not be taken for ours."""
@@ -185,7 +185,7 @@ class TestWan2GP:
         host.pay_attention = theirs
         with caplog.at_level(logging.INFO, "wan_attn"):
             wan2gp.unpatch()
-        assert host.pay_attention is theirs and model.pay_attention is before  # type: ignore[attr-defined]
+        assert host.pay_attention is theirs and model.pay_attention is before
         assert "was put around wan_attn's function since" in caplog.text
         host.pay_attention = before
 

@@ -278,11 +278,11 @@ def test_another_hook_that_asks_every_other_finder(stubs: Path) -> None:
     stub_wan.write(stubs)
     patch()
     for position in (0, 1):
-        sys.meta_path.insert(position, Delegating)  # type: ignore[arg-type]
+        sys.meta_path.insert(position, Delegating)
         try:
             importlib.import_module("wan")
         finally:
-            sys.meta_path.remove(Delegating)  # type: ignore[arg-type]
+            sys.meta_path.remove(Delegating)
         assert_all_ours()
 
 
