@@ -132,4 +132,4 @@ class bdist_wheel(Command):
 
 for _name in ("wheel", "wheel.wheelfile"):
     sys.modules.setdefault(_name, ModuleType(_name))
-sys.modules["wheel.wheelfile"].WheelFile = WheelFile  # type: ignore[attr-defined]
+vars(sys.modules["wheel.wheelfile"]).update(WheelFile=WheelFile)

@@ -29,7 +29,9 @@ CPU = torch.device("cpu")
 
 class Layer(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return wan_attn.sdpa(x, x, x)
+        out = wan_attn.sdpa(x, x, x)
+        assert isinstance(out, torch.Tensor)
+        return out
 
 
 class Model(torch.nn.Module):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import _ctypes
 import argparse
-import ctypes
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -188,7 +187,7 @@ def _judge_afterwards(row: Row, gpu: Gpu, arguments: dict[str, Any], is_emulated
     """Once the driver is well again, so are calls; but for one that never starts."""
     is_final = row.function == "cuInit" and row.code in FINAL
     if not is_emulated:
-        gpu.driver.mock_on_launch(ctypes.cast(None, LAUNCH))
+        gpu.driver.mock_on_launch(LAUNCH(0))
     for _ in range(UNTIL_WELL if row.function == "cuInit" and not is_final else 1):
         try:
             out, lse = gpu.sdpa(**arguments)

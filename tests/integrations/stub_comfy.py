@@ -9,6 +9,7 @@ and v in containers, unpacked by the wrapper.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import types
 from collections.abc import Callable

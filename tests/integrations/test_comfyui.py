@@ -66,7 +66,8 @@ def merged(lengths: tuple[int, int] = (9, 14), dtype: torch.dtype = torch.float3
 
 def split(x: Tensor) -> Tensor:
     """[batch, seqlen, heads * head_dim] -> [batch, heads, seqlen, head_dim]."""
-    return x.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+    heads: Tensor = x.unflatten(-1, (-1, HEAD_DIM))
+    return heads.transpose(1, 2)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -151,7 +152,7 @@ class TestWhatItLeaves:
         with caplog.at_level(logging.INFO, "wan_attn"):
             for _ in range(2):
                 out = function(q, k, v, HEADS, mask)
-        want = F.scaled_dot_product_attention(*map(split, (q, k, v)), attn_mask=mask)
+        want = F.scaled_dot_product_attention(split(q), split(k), split(v), attn_mask=mask)
         assert torch.allclose(split(out), want, atol=1e-6)
         assert host.calls == ["pytorch", "pytorch"]
         lines = [r.getMessage() for r in caplog.records]
