@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 import torch
 
-pytest_plugins = ["fixtures"]  # of tests/support
+pytest_plugins = ["integration_fixtures"]  # of tests/support
 
 hypothesis.settings.register_profile(
     "ci",

@@ -136,7 +136,12 @@ def test_while_flash_attention_is_imported(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_while_a_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     signal.signal(SIGNAL, Object(TimeoutError))
-    monkeypatch.setattr(images, "image", lambda *_: signal.raise_signal(SIGNAL))
+
+    def interrupted(*_: Any) -> bytes:
+        signal.raise_signal(SIGNAL)
+        return b""
+
+    monkeypatch.setattr(images, "image", interrupted)
     text = (ctypes.c_char * 100)()
     find: Any = cuda_driver._find_image
     assert find(b"row", 80, None, None, text, 100) == 1
