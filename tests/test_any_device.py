@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import standins
 import wan_attn
@@ -84,8 +85,10 @@ def test_a_bounded_call_never_holds_all_scores(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(chunked, "MAX_ELEMENTS", 1 << 18)
     largest = 0
 
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             nonlocal largest
             out = func(*args, **(kwargs or {}))
             for x in out if isinstance(out, (tuple, list)) else (out,):
@@ -94,7 +97,7 @@ def test_a_bounded_call_never_holds_all_scores(monkeypatch: pytest.MonkeyPatch) 
             return out
 
     q, k, v = operands(1, 1500, 1500, heads_q=2, heads_k=2, head_dim=64, dtype=F32)
-    with Sizes():
+    with Sizes():  # type: ignore[no-untyped-call]
         out = wan_attn.sdpa(q, k, v)
     assert select(Request.from_tensors(q, k, v, Call()), Settings()).backend == "chunked"
     assert largest < 2 * 1500 * 1500 / 4, "a fraction of the scores"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import logging
 import re
@@ -33,7 +34,6 @@ from wan_attn.backends import (
     LOSSY,
     REGISTRY,
     _at_lengths,
-    _flash_attention,
     comfy_kitchen,
     sage,
     xformers,
@@ -78,7 +78,8 @@ def but(**changes: Any) -> Request:
 
 def request_of(tensors: list[Tensor], call: Call) -> Request:
     """The call as if it were on a card."""
-    request = Request.from_tensors(*tensors, call)
+    query, key, value = tensors
+    request = Request.from_tensors(query, key, value, call)
     return dataclasses.replace(request, device=CUDA.device)
 
 
@@ -236,7 +237,7 @@ def test_what_all_refuse_without_an_import(
     name: str, changes: Any, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = install(monkeypatch, name)
-    monkeypatch.setattr(_flash_attention.importlib, "import_module", None)
+    monkeypatch.setattr(importlib, "import_module", None)
     assert module.why_not(but(**changes)) == reason
 
 

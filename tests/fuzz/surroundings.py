@@ -43,7 +43,7 @@ def _calls() -> dict[str, Callable[[], Any]]:
         "varlen": lambda: wan_attn.flash_attn_varlen_func(q, k, v, *lists),
         "sageattn": lambda: wan_attn.sageattn(query, key, value, "NHD", is_causal=True),
         "torch's": lambda: wan_attn.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
         ),
         "wrapper": lambda: wan_attn.windows_flash_attention_wrapper(
             query, key, value, method="chunked", max_elements=64

@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import wan_attn
 from calls import BF16, DTYPES, F16, F32, NAMES
 from tolerances import FACTOR, FLOOR_ULP, ulp
-from wan_attn import log, scaled_dot_product_attention
+from wan_attn import log
 from wan_attn.signatures import scaled_dot_product
 
 F64 = torch.float64
-TORCHS = F.scaled_dot_product_attention
+TORCHS: Any = F.scaled_dot_product_attention
+scaled_dot_product_attention: Any = wan_attn.scaled_dot_product_attention
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,7 @@ def compare(*operands: Tensor, **options: Any) -> Tensor:
         exact = TORCHS(*wide, **{**options, "attn_mask": mask.to(F64)})
     else:
         exact = TORCHS(*wide, **options)
-    out = scaled_dot_product_attention(*operands, **options)
+    out: Tensor = scaled_dot_product_attention(*operands, **options)
     judge("out", out, TORCHS(*operands, **options), exact)
     return out
 
@@ -352,9 +354,9 @@ def test_what_torch_refuses_is_refused_in_our_words(name: str) -> None:
 
 @pytest.mark.parametrize("is_contiguous", (False, True))
 def test_the_result_is_laid_out_as_torchs(is_contiguous: bool) -> None:
-    operands = three(2, 3)
+    operands = list(three(2, 3))
     if not is_contiguous:
-        operands = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in operands)
+        operands = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in operands]
     assert scaled_dot_product_attention(*operands).stride() == TORCHS(*operands).stride()
 
 
@@ -411,16 +413,18 @@ def test_a_tangent_is_refused_as_elsewhere() -> None:
 @pytest.mark.parametrize("kind", ("plain", "causal", "mask", "dropout", "gqa", "3D"))
 def test_compiles_without_a_break(kind: str) -> None:
     torch._dynamo.reset()
-    options: dict[str, Any] = {
+    table: dict[str, dict[str, Any]] = {
         "causal": {"is_causal": True},
         "mask": {"attn_mask": causal(5, 7)},
         "dropout": {"dropout_p": 1.0},
         "gqa": {"enable_gqa": True},
-    }.get(kind, {})
+    }
+    options = table.get(kind, {})
     operands = three(3) if kind == "3D" else three(2, 4, heads_k=2 if kind == "gqa" else None)
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scaled_dot_product_attention(q * 2, k, v, **options)
+        out: Tensor = scaled_dot_product_attention(q * 2, k, v, **options)
+        return out
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for wants_grad in (False, True):

@@ -59,7 +59,7 @@ def _kernel(lowest: tuple[int, int], highest: Any, biases: tuple[type, ...], the
     )
 
 
-def make_xformers(*, has_flash: bool = True) -> ModuleType:
+def make_xformers(*, has_flash: bool = True) -> Any:
     """xformers.ops; its cutlass kernel ends at compute capability 9.0 and has no window."""
 
     def compute(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: Any) -> tuple[Tensor, Tensor]:
@@ -72,19 +72,21 @@ def make_xformers(*, has_flash: bool = True) -> ModuleType:
         return _exact(q, k, v, scale, causal, window)
 
     def memory_efficient_attention(
-        query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
-    ):  # fmt: skip
+        query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, p: float = 0.0,
+        scale: float | None = None, *, op: Any = None, output_dtype: Any = None,
+    ) -> Any:  # fmt: skip
         return compute(query, key, value, attn_bias, scale)[0]
 
     def memory_efficient_attention_forward_requires_grad(
-        query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
-    ):  # fmt: skip
+        query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, p: float = 0.0,
+        scale: float | None = None, *, op: Any = None, output_dtype: Any = None,
+    ) -> Any:  # fmt: skip
         out, lse = compute(query, key, value, attn_bias, scale)
         padding = -query.shape[1] % 32  # the rows of cutlass's come in multiples of 32
         return out, torch.nn.functional.pad(lse, (0, padding), value=GARBAGE)
 
     both = (LowerTriangularFromBottomRightMask, LocalAttentionFromBottomRightMask)
-    module = ModuleType("xformers.ops")
+    module: Any = ModuleType("xformers.ops")
     module.memory_efficient_attention = memory_efficient_attention
     module.memory_efficient_attention_forward_requires_grad = (
         memory_efficient_attention_forward_requires_grad
@@ -99,12 +101,13 @@ def make_xformers(*, has_flash: bool = True) -> ModuleType:
     return module
 
 
-def make_sage2() -> ModuleType:
+def make_sage2() -> Any:
     """sageattention 2.2."""
 
     def sageattn(
-        q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **kwargs
-    ):  # fmt: skip
+        q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", is_causal: bool = False,
+        sm_scale: float | None = None, return_lse: bool = False, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         assert tensor_layout == "NHD" and not kwargs, "the stand-in knows what is given to it"
         if q.shape[-1] > 128:
             raise ValueError(f"Unsupported head_dim: {q.shape[-1]}")
@@ -116,37 +119,41 @@ def make_sage2() -> ModuleType:
         out, lse = _exact(q, k, v, sm_scale, causal, window)
         return (out, lse) if return_lse else out
 
-    module = ModuleType("sageattention")
+    module: Any = ModuleType("sageattention")
     module.sageattn = sageattn
     return module
 
 
-def make_sage1() -> ModuleType:
+def make_sage1() -> Any:
     """sageattention 1.0.6: return_lse would be dropped, and the mean of the keys is taken from the
     caller's own."""
 
     def sageattn(
-        q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, smooth_k=True, **kwargs
-    ):  # fmt: skip
+        q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", is_causal: bool = False,
+        sm_scale: float | None = None, smooth_k: bool = True, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         assert q.shape[-1] in [64, 96, 128], "headdim should be in [64, 96, 128]."
         assert tensor_layout == "NHD" and not kwargs, "the stand-in knows what is given to it"
         out, _ = _exact(q, k, v, sm_scale, is_causal, (-1, -1))
         k.fill_(GARBAGE)
         return out
 
-    module = ModuleType("sageattention")
+    module: Any = ModuleType("sageattention")
     module.sageattn = sageattn
     return module
 
 
-def make_comfy_kitchen(*, is_available: bool = True) -> ModuleType:
+def make_comfy_kitchen(*, is_available: bool = True) -> Any:
     """comfy_kitchen 0.2.31."""
 
-    def int8_attention(q, k, v, *, scale=None, attn_mask=None):  # [batch, heads, seqlen, head_dim]
+    def int8_attention(
+        q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, attn_mask: Any = None
+    ) -> Tensor:
+        """Operands [batch, heads, seqlen, head_dim]."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return _exact(q, k, v, scale, False, (-1, -1))[0].transpose(1, 2)
 
-    module = ModuleType("comfy_kitchen")
+    module: Any = ModuleType("comfy_kitchen")
     module.int8_attention = int8_attention
     module.int8_attention_is_available = lambda device=None: is_available
     return module
