@@ -125,6 +125,7 @@ def _why_not(
         return "its value has another head_dim than its query"
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     call = Call(is_causal=is_causal, return_lse=True)
+    native.prove(query.device)
     return native.why_not(Request.from_tensors(query, key, value, call))
 
 
