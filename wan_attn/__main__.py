@@ -29,6 +29,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "why": ("wan_attn.cli.why", "what would compute one attention call, and why not the others"),
     "compile": ("wan_attn.cli.compile", "compile the CUDA kernels of a GPU before it needs them"),
+    "prove": (
+        "wan_attn.cli.prove",
+        "try the CUDA kernels on this machine's cards, so that what is right there is used",
+    ),
     "comfyui": ("wan_attn.cli.comfyui", "put the node into a ComfyUI, or take it out again"),
     "demo": ("wan_attn.cli.demo", "denoise a short video with and without wan_attn and compare"),
     "bench": (
