@@ -22,7 +22,6 @@ from cuda_mock.user import (  # noqa: F401 - some are fixtures
     Machine,
     machine_fixture,
     quick_fixture,
-    said,
     spoken_fixture,
 )
 from emu.build import compiler
@@ -149,7 +148,7 @@ def test_doctor_and_why_say_what_is_known(
     assert "7 of 8 passed, 1 failed, just now" in shown
     assert (
         "has not passed its proof on this card: `python -m wan_attn doctor` says why"
-        in " ".join(said.split())
+        in " ".join(shown.split())
     )
 
 

@@ -4,8 +4,8 @@ real library and its launches, and a card whose kernels are right, wrong or dead
 
     python prove.py PATHS ARCH FAULTS INDEX DIGEST
 
-PATHS is sys.path as JSON, FAULTS is {"sdpa_sm80_bf16_d64": "illegal address"} for example. A row that
-is not named is computed in float32 by a CPU kernel; the emulator would take minutes.
+PATHS is sys.path as JSON, FAULTS is {"sdpa_sm80_bf16_d64": "illegal address"}, for example. A row
+that is not named is computed in float32 by a CPU kernel; the emulator would take minutes.
 """
 
 from __future__ import annotations

@@ -102,10 +102,14 @@ def contents(path: Path) -> bytes:
         OSError: it cannot be read.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as file:
+    try:
         state = os.fstat(handle)
         if not stat.S_ISREG(state.st_mode) or state.st_size > _BYTES_MAX:
             raise StoreError(f"{path} is no file of at most {_BYTES_MAX >> 20} MiB")
+    except BaseException:
+        os.close(handle)
+        raise
+    with os.fdopen(handle, "rb") as file:
         return file.read(_BYTES_MAX)
 
 

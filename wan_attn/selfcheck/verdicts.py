@@ -158,7 +158,7 @@ def read(key: Key) -> Verdict | None:
         if is_transient(error):
             raise
         text = f"the verdict on the CUDA kernels is not used: {path}: {error}"
-        log.once(("verdict", str(path), str(error)), logging.WARNING, text)
+        log.once(("verdict", str(path)), logging.WARNING, text)
         return None
 
 
