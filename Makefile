@@ -18,6 +18,7 @@ setup = PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh .ci/setup
 help:
 	@echo 'make demo          denoise a short video with and without wan_attn; results in demo-out/'
 	@echo 'make test          the tests'
+	@echo 'make nightly       what make test leaves out: more compilers, dtypes and planted bugs'
 	@echo 'make check         formatters, linters, types, warnings as errors, sanitizers, tables of the docs'
 	@echo 'make check-fast    the part of it that takes seconds; pre-commit runs the same'
 	@echo 'make fuzz          the campaign against faults; MINUTES=10 ARGS="--seed 7"'
@@ -46,6 +47,11 @@ test:
 	@echo '== environment for the tests'
 	@$(setup) test,demo$${WAN22_DIR:+,wan22-tests}
 	@sh .ci/step tests $(python) -m pytest -q -n $(JOBS) $(ARGS)
+
+nightly:
+	@echo '== environment for the tests'
+	@$(setup) test,demo
+	@sh .ci/step nightly $(python) -m pytest -q -n $(JOBS) -m nightly $(ARGS)
 
 fuzz:
 	@echo '== environment for the tests'
@@ -125,7 +131,7 @@ clean:
 	@rm -rf wan_attn/cuda/cubin
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-.PHONY: help demo test fuzz ptx-matrix check check-environment check-fast check-format check-lint check-types \
+.PHONY: help demo test nightly fuzz ptx-matrix check check-environment check-fast check-format check-lint check-types \
 	check-spelling check-scripts check-files check-rules check-commits check-warnings \
 	check-analyzers check-sanitizers check-tables format tables build bench wheel install-matrix \
 	host-matrix clean

@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "compile: runs torch.compile, which needs a C++ compiler and takes seconds"
     )
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "nightly: left out by default (tests/support/nightly.py)")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -264,13 +265,17 @@ def test_dimensions_are_those_of_the_models() -> None:
     assert Video(1280, 704, 121).latent(ARCHS["ti2v-5b"]) == (48, 31, 44, 80)
 
 
-def test_suite_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_suite_and_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("diffusers")
+    small = dataclasses.replace(suite.SETTINGS["cpu-small"], sizes=((64, 32),))
+    monkeypatch.setitem(suite.SETTINGS, "cpu-small", small)
     words = ["bench", "suite", *CPU, "--settings", "cpu-small", "--test-frames", "1,5"]
     words += ["--backends", "stock,torch", "--blocks", "2", "--output"]
     file = tmp_path / "a.csv"
     code, out, _ = run([*words, str(file)], capsys)
-    assert code == 0 and "448x256x5" in out
+    assert code == 0 and "64x32x5" in out
     rows = list(csv.DictReader(file.open()))
     assert [(row["frames"], row["backend"], row["yardstick"]) for row in rows] == [
         ("1", "stock", "matmul"),

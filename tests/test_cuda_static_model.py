@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@cache
 def of(row: str) -> dict[str, static_model.Estimate]:
     return {r.gpu: r for r in static_model.estimates(row)}
 

@@ -21,6 +21,7 @@ from emu.cases import Case
 from emu.rows import CSRC
 from emu.rows_sm90 import TileSm90, tiles_sm90
 from emu.run import Schedule
+from nightly import every
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
@@ -133,7 +134,7 @@ def suspicious(tile: TileSm90) -> Iterator[Case]:
     yield Case(70, n, values="outliers")
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", every(3, BUGS), ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
     shutil.copytree(CSRC / "cuda", tmp_path / "cuda")
     source = (tmp_path / bug.file).read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from emu.cases import Case
 from emu.rows_sm90 import TileSm90, tiles_sm90
 from emu.run import DTYPES, Schedule
 from emu.run_sm90 import run_sm90
+from nightly import every
 from tolerances import assert_close_to_oracle
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
@@ -38,7 +39,7 @@ def test_cases_by_hand(tile: TileSm90) -> None:
         cases_sm90.check(case, tile, Schedule(number % 3, number))
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", every(PARTS, range(PARTS)))
 @each_tile
 def test_cases_by_chance(tile: TileSm90, part: int) -> None:
     for case in cases_sm90.by_chance(tile, CHANCES // PARTS, seed=part):
