@@ -23,11 +23,12 @@ from cuda_mock.user import (  # noqa: F401 - some are fixtures
     machine_fixture,
     quick_fixture,
     spoken_fixture,
+    user_calls,
 )
 from emu.build import compiler
 from wan_attn import config, log
 from wan_attn.native import cuda_driver, library
-from wan_attn.selfcheck import proof
+from wan_attn.selfcheck import proof, verdicts
 from wan_attn.selfcheck.verdicts import FAILED, PASSED
 
 pytestmark = [
@@ -73,6 +74,24 @@ def test_c_asks_once_for_each_row_and_dtype(
     monkeypatch.setattr(cuda_driver, "_find_proof", find_proof)
     machine.select(64)
     assert len(asked) == 4, "what is known may have changed"
+
+
+@pytest.mark.parametrize("what", ("nothing", "driver", "torch", "build"))
+def test_another_start_tries_again_what_has_changed(
+    what: str, quick: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = quick(ALL)
+    machine.keep(sdpa_sm80_d64__bf16=FAILED)
+    if what == "driver":
+        monkeypatch.setattr(verdicts, "driver_release", lambda: "999.99")
+    elif what == "torch":
+        monkeypatch.setattr(torch, "__version__", "2.99.0")
+    elif what == "build":
+        monkeypatch.setattr(verdicts, "_kernels", lambda arch: "others")
+    machine.restart()
+    quick(ALL)
+    assert user_calls(machine, monkeypatch, 64, BF16) == (what != "nothing")
+    assert len(machine.children) == (what != "nothing")
 
 
 def test_a_row_that_failed_leaves_the_call_to_the_next(

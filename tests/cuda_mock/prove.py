@@ -52,6 +52,10 @@ class MockCard(proof_child.TableCard):
             self._keep = LAUNCH(self._launch)
             gpu.driver.mock_on_launch(self._keep)
 
+    def rows(self) -> list[KernelInfo]:
+        absent = [name for name, fault in (self.faults or {}).items() if fault == "absent"]
+        return [row for row in super().rows() if row.name not in absent]
+
     def device(self) -> torch.device:
         return torch.device("cpu")
 

@@ -42,7 +42,7 @@ def command(code: str, words: Sequence[str]) -> list[str]:
 
 def say(**words: Any) -> None:
     """To the process that listens."""
-    sys.stdout.write(f"{MARK}{json.dumps(words)}\n")
+    sys.stdout.write(f"\n{MARK}{json.dumps(words)}\n")  # a library may have begun a line
     sys.stdout.flush()
 
 

@@ -6,7 +6,8 @@
 #include "core/atomic.h"
 #include "cuda/host/device.h"
 
-enum { MOST_ROWS = 64, DTYPES = 2 }; /* of v: f16, bf16. A row behind these is asked for each time */
+/* A row behind these is asked for at each call. DTYPES of v: f16, bf16. */
+enum { MOST_ROWS = 64, DTYPES = 2 };
 
 /* wan_attn_proof of each. Two threads that ask at once get the same answer. */
 static wan_attn_flags answers[WAN_ATTN_CUDA_MAX_DEVICES][MOST_ROWS][DTYPES];
