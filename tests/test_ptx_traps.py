@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ptx import machine
+from ptx import machine, pin
 from ptx.parse import Refused
 
 pytestmark = pytest.mark.skipif(
@@ -151,3 +151,8 @@ def test_a_part_may_be_dropped() -> None:
     st.global.v2.b32 [%l4], {%r10, %r11}; st.global.v2.b32 [%l4+8], {%r9, %r9};"""
     out = run(body).out.view(64, 4)
     assert (out[:, 0] == 7).all() and torch.equal(out[:, 1], torch.arange(64).int())
+
+
+def test_the_store_that_no_kernel_makes() -> None:
+    """computed() of csrc/cuda/ptx/wgmma.cuh: with a negative sum it does store."""
+    assert pin.check()["st.shared.f32"] == 1
