@@ -53,10 +53,9 @@ def find_proof(index: int, row: str, dtype: int) -> int:
     if not config.current().self_check:
         return library.PROOF_PASSED
     found = look(index) if cuda_driver.is_question() else ensure(index)
-    if found is None:
-        return library.PROOF_MISSING
-    if isinstance(found, str):
-        return library.PROOF_FAILED
+    if found is None or isinstance(found, str):
+        # Why a device cannot be asked may pass; why its proof cannot be made is kept.
+        return library.PROOF_FAILED if index in _settled else library.PROOF_MISSING
     known = found.rows.get(f"{row}/{dtype_name(_DTYPES[dtype])}")
     is_passed = known is not None and known.state == PASSED
     return library.PROOF_PASSED if is_passed else library.PROOF_FAILED
@@ -81,6 +80,8 @@ def ensure(index: int, limits: Limits | None = None) -> Verdict | str:
         found = _settled.get(index)
         if found is None:
             found = look(index)
+            if isinstance(found, str):
+                return found
             if found is None:
                 found = _prove(index, limits or LIMITS)
             _settled[index] = found
