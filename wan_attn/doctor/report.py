@@ -167,6 +167,8 @@ def _cuda_kernels(report: Report) -> str:
 
 
 def _proofs(report: Report) -> str:
+    if not report["proofs"]:
+        return ""
     from wan_attn.doctor import proofs  # it needs torch, and this module must not
 
     return "".join(proofs.render(proof) for proof in report["proofs"])
