@@ -20,7 +20,7 @@ help:
 	@echo 'make test          the tests'
 	@echo 'make nightly       what make test leaves out: more compilers, dtypes and planted bugs'
 	@echo 'make check         formatters, linters, types, warnings as errors, sanitizers, tables of the docs'
-	@echo 'make check-fast    the part of it that takes seconds; pre-commit runs the same'
+	@echo 'make check-fast    the part of it that takes seconds; pre-commit runs it, too'
 	@echo 'make fuzz          the campaign against faults; MINUTES=10 ARGS="--seed 7"'
 	@echo 'make format        put C and Python sources into their format'
 	@echo 'make tables        write the generated tables of the documentation'

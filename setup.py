@@ -22,6 +22,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import setuptools
 
@@ -40,14 +41,14 @@ try:  # moved into setuptools itself in a later version
     from setuptools._distutils.ccompiler import new_compiler
     from setuptools._distutils.sysconfig import customize_compiler
 except ImportError:
-    from distutils.ccompiler import new_compiler  # type: ignore[no-redef]
-    from distutils.sysconfig import customize_compiler  # type: ignore[no-redef]
+    from distutils.ccompiler import new_compiler
+    from distutils.sysconfig import customize_compiler
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "wan_attn/version.py").read_text()).group(1)
+(VERSION,) = re.findall(r'__version__ = "(.+)"', (ROOT / "wan_attn/version.py").read_text())
 
 
-def bdist_wheel() -> type:
+def bdist_wheel() -> Any:
     """The command that packs a wheel: of setuptools (>= 70.1), of `wheel`, or our own plain one."""
     try:
         from setuptools.command.bdist_wheel import bdist_wheel
@@ -105,7 +106,7 @@ def asked(variable: str, default: str, *others: str) -> str:
     return wanted
 
 
-def compiler():
+def compiler() -> Any:
     made = new_compiler()
     customize_compiler(made)
     for name, words in vars(made).items():
@@ -156,8 +157,8 @@ class build_native(Command):
     editable_mode = False
 
     def initialize_options(self) -> None:
-        self.build_lib = None
-        self.build_temp = None
+        self.build_lib: Any = None  # a folder once it is finalized
+        self.build_temp: Any = None
         self.inplace = False
 
     def finalize_options(self) -> None:
@@ -201,13 +202,14 @@ class build_native(Command):
     def compile(self, sources: list[str], flags: list[str]) -> list[str]:
         def compile_one(source: str) -> list[str]:
             # A compiler object is not safe to share between threads, hence one each.
-            return compiler().compile(
+            made: list[str] = compiler().compile(
                 [source],
                 output_dir=self.build_temp,
                 include_dirs=["csrc"],
                 macros=[("WAN_ATTN_BUILD", "1")],
                 extra_postargs=flags,
             )
+            return made
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return [o for made in pool.map(compile_one, sources) for o in made]
@@ -220,7 +222,7 @@ class build_native(Command):
         shutil.copy2(made, partial)
         os.replace(partial, library)
 
-    def build_cuda(self, target: Path, in_place: bool) -> dict:
+    def build_cuda(self, target: Path, in_place: bool) -> dict[str, Any]:
         """The CUDA kernels as text, and as machine code for most GPUs if NVRTC is here."""
         if sys.platform == "darwin":
             return {"cubins": 0, "left_out": []}
@@ -229,7 +231,7 @@ class build_native(Command):
         # build/ outlives an isolated build, which has no other place to keep things.
         record = Path(self.build_temp) / "cuda.json"
         record.parent.mkdir(parents=True, exist_ok=True)
-        ship = [sys.executable, ROOT / "wan_attn/cuda/ship.py", "--into", target]
+        ship: list[str | Path] = [sys.executable, ROOT / "wan_attn/cuda/ship.py", "--into", target]
         kept = Path(os.environ.get("WAN_ATTN_KEPT") or ROOT / "build/cubin").resolve()
         ship += ["--kept", kept, "--record", record, "--cubins", wanted]
         ship += [f"--site={folder}" for folder in hidden_packages()]
@@ -237,7 +239,8 @@ class build_native(Command):
             ship.append("--editable")
         if subprocess.run(ship, check=False).returncode != 0:
             sys.exit("WAN_ATTN_CUDA=1, but the CUDA kernels cannot be compiled, see above")
-        return json.loads(record.read_text())
+        found: dict[str, Any] = json.loads(record.read_text())
+        return found
 
     def get_source_files(self) -> list[str]:
         return [
@@ -265,7 +268,7 @@ class BuildWithNative(build):
         super().run()
 
 
-class PlatformWheel(bdist_wheel()):
+class PlatformWheel(bdist_wheel()):  # type: ignore[misc] # which one there is, shows at run time
     """No CPython symbol is used, so one wheel serves every Python: py3-none-<platform>."""
 
     def finalize_options(self) -> None:

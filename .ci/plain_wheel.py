@@ -17,6 +17,7 @@ import sysconfig
 import zipfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Literal
 
 from setuptools import Command
 
@@ -24,7 +25,9 @@ from setuptools import Command
 class WheelFile(zipfile.ZipFile):
     """A wheel that is being written; closing it adds RECORD."""
 
-    def __init__(self, file: str, mode: str = "w", compression: int = zipfile.ZIP_DEFLATED) -> None:
+    def __init__(
+        self, file: str, mode: Literal["w"] = "w", compression: int = zipfile.ZIP_DEFLATED
+    ) -> None:
         super().__init__(file, mode, compression)
         self.record: list[str] = []
         self.dist_info = "-".join(Path(file).name.split("-")[:2]) + ".dist-info"
@@ -69,7 +72,10 @@ class bdist_wheel(Command):
     boolean_options = ["keep-temp"]
 
     def initialize_options(self) -> None:
-        self.bdist_dir = self.dist_dir = self.plat_name = None
+        # Strings once they are finalized.
+        self.bdist_dir: Any = None
+        self.dist_dir: Any = None
+        self.plat_name: Any = None
         self.keep_temp = False
 
     def finalize_options(self) -> None:
@@ -126,4 +132,4 @@ class bdist_wheel(Command):
 
 for _name in ("wheel", "wheel.wheelfile"):
     sys.modules.setdefault(_name, ModuleType(_name))
-sys.modules["wheel.wheelfile"].WheelFile = WheelFile  # type: ignore[attr-defined]
+vars(sys.modules["wheel.wheelfile"]).update(WheelFile=WheelFile)

@@ -45,7 +45,9 @@ from wan_attn.native import op
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-SHAPES = {  # batch, queries, keys, heads, head_dim, real keys of each sample
+# Batch, queries, keys, heads, head_dim, real keys of each sample.
+Shape = tuple[int, int, int, int, int, tuple[int, ...] | None]
+SHAPES: dict[str, Shape] = {
     "s1": (1, 4096, 4096, 4, 128, None),
     "s2": (1, 16384, 16384, 1, 128, None),
     "s3": (1, 8192, 512, 8, 128, None),
@@ -56,7 +58,10 @@ SHAPES = {  # batch, queries, keys, heads, head_dim, real keys of each sample
     "frames": (512, 5, 5, 8, 128, None),
     "rows12": (1, 12, 512, 24, 128, None),
 }
-QUICK = {"s1": (1, 1024, 1024, 2, 128, None), "s4": (2, 1024, 512, 2, 128, (512, 77))}
+QUICK: dict[str, Shape] = {
+    "s1": (1, 1024, 1024, 2, 128, None),
+    "s4": (2, 1024, 512, 2, 128, (512, 77)),
+}
 # The peak that a row is measured against; of a row that is not here, the share is not known.
 PEAKS = {
     "sdpa_amx": "tile_amx_bf16",
@@ -92,20 +97,22 @@ def seconds(function: Callable[[], object]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def calls(row: op.KernelInfo, dtype: torch.dtype, shape: tuple) -> tuple[Callable, Callable, float]:
+def calls(
+    row: op.KernelInfo, dtype: torch.dtype, shape: Shape
+) -> tuple[Callable[[], object], Callable[[], object], float]:
     """(ours, torch's, FLOP) for one shape."""
     batch, seqlen_q, seqlen_k, heads, head_dim, real = shape
     query = torch.randn(batch, seqlen_q, heads, head_dim).to(dtype)
     key, value = (torch.randn(batch, seqlen_k, heads, head_dim).to(dtype) for _ in range(2))
     k_lens = None if real is None else torch.tensor(real)
     mask = None if k_lens is None else (torch.arange(seqlen_k) < k_lens[:, None])[:, None, None]
-    turned = [x.transpose(1, 2) for x in (query, key, value)]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
 
     def ours() -> object:
         return torch.ops.wan_attn.sdpa(query, key, value, None, k_lens, kernel=row.index)
 
     def torchs() -> object:
-        return F.scaled_dot_product_attention(*turned, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     keys = seqlen_k * batch if real is None else sum(real)
     return ours, torchs, 4.0 * seqlen_q * keys * heads * head_dim
@@ -118,7 +125,7 @@ def middle(values: list[float]) -> tuple[float, float, float]:
 
 
 def measure(
-    row: op.KernelInfo, dtype: str, name: str, shape: tuple, runs: int, peaks: dict[str, float]
+    row: op.KernelInfo, dtype: str, name: str, shape: Shape, runs: int, peaks: dict[str, float]
 ) -> dict[str, object]:
     ours, torchs, flop = calls(row, DTYPES[dtype], shape)
     ours(), torchs()  # first calls make threads and touch memory

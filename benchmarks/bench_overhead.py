@@ -89,7 +89,7 @@ def measured(binding: str) -> dict[str, Callable[[int], float]]:
     op = torch.ops.wan_attn.sdpa
     query, key, value = (torch.randn(SHAPE) for _ in range(3))
     trained = query.clone().requires_grad_()
-    heads_first = [x.transpose(1, 2) for x in (query, key, value)]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     torch_sdpa = torch.nn.functional.scaled_dot_product_attention
 
     def under(context: Callable[[], Any], function: Callable[[], object]) -> Callable[[int], float]:
@@ -105,7 +105,7 @@ def measured(binding: str) -> dict[str, Callable[[int], float]]:
         "grad": under(nullcontext, lambda: op(query, key, value)),
         "needs_grad": under(nullcontext, lambda: op(trained, key, value)),
         "wan_attn.sdpa": under(torch.inference_mode, lambda: wan_attn.sdpa(query, key, value)),
-        "torch SDPA": under(torch.inference_mode, lambda: torch_sdpa(*heads_first)),
+        "torch SDPA": under(torch.inference_mode, lambda: torch_sdpa(q, k, v)),
     }
     kernel = kernel_calls()
     if kernel is not None:
@@ -138,13 +138,15 @@ class Worker:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.usable = bool(self.process.stdout.readline())
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self.questions, self.answers = self.process.stdin, self.process.stdout
+        self.usable = bool(self.answers.readline())
         self.why_not = "" if self.usable else self.process.stderr.read().strip().split("\n")[-1]
 
     def round(self, calls: int) -> None:
-        self.process.stdin.write(f"{calls}\n")
-        self.process.stdin.flush()
-        self.rounds.append(json.loads(self.process.stdout.readline()))
+        self.questions.write(f"{calls}\n")
+        self.questions.flush()
+        self.rounds.append(json.loads(self.answers.readline()))
 
     def summary(self) -> dict[str, Any]:
         names = [name for name in self.rounds[0] if name != "kernel"]
@@ -161,7 +163,7 @@ class Worker:
         return result
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.questions.close()
         self.process.wait()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""conftest.py - what every test shares: hypothesis profiles, markers, threads, seeds, binding."""
+"""conftest.py - what every test shares: hypothesis profiles, threads, seeds, binding."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import hypothesis
 import pytest
 import torch
 
+pytest_plugins = ["integration_fixtures"]  # of tests/support
+
 hypothesis.settings.register_profile(
     "ci",
     derandomize=True,  # the same calls on every run: a red run can be repeated
@@ -30,12 +32,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "compile: runs torch.compile, which needs a C++ compiler and takes seconds"
-    )
-    config.addinivalue_line("markers", "cuda: needs a CUDA device")
-    config.addinivalue_line("markers", "nightly: left out by default (tests/support/nightly.py)")
+def pytest_configure() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 

@@ -85,7 +85,14 @@ def try_row(row: str, folder: Path) -> bool:
     python = make_environment(folder)
     packages = row.split(",")
     # Those of the borrowed Python count as installed: torch, above all, is not asked for again.
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    pip: list[str | Path] = [
+        python,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+    ]
     status, output = run([*pip, "--upgrade", *packages], folder)
     if status != 0:
         print(f"{row}\n    cannot be installed: {output.strip()[-600:]}", flush=True)
@@ -96,7 +103,7 @@ def try_row(row: str, folder: Path) -> bool:
     status, output = run([python, "-W", "ignore", "-c", facts], folder)
     print(f"{row}: {output.strip().splitlines()[-1]}", flush=True)
     tests = [ROOT / "tests" / "integrations" / f"test_{name}.py" for name in names[:1]]
-    words = [
+    words: list[str | Path] = [
         "-q",
         "-rfEs",
         "-p",

@@ -156,7 +156,7 @@ def pythons() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for minor in range(10, 20):
         version = f"3.{minor}"
-        candidates = [shutil.which(f"python{version}")]
+        candidates: list[str | Path | None] = [shutil.which(f"python{version}")]
         candidates += sorted(PYENV.glob(f"versions/{version}.*/bin/python")) if PYENV else []
         for candidate in candidates:
             if candidate and subprocess.run(
@@ -182,7 +182,7 @@ def base(cache: Path, version: str, python: Path, torch: str, uv: Path) -> Path:
         shutil.rmtree(venv, ignore_errors=True)
         run([python, "-m", "venv", "--without-pip", venv], cache)
         wanted = ["torch" if torch == "newest" else f"torch=={torch}"]
-        command = [uv, "pip", "install", "--quiet", "--python", python_of(venv)]
+        command: list[str | Path] = [uv, "pip", "install", "--quiet", "--python", python_of(venv)]
         run([*command, *wanted, *TEST_TOOLS], cache, UV_CACHE_DIR=str(cache / "uv"))
         (venv / "complete").touch()
     return packages_of(venv)
@@ -235,7 +235,7 @@ class Sources:
         if not alone.exists():  # a checkout without the package, which pytest would import
             shutil.copytree(self.pristine, alone, ignore=shutil.ignore_patterns("wan_attn"))
         tests = [alone / "tests" / test for test in TESTS]
-        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+        command: list[str | Path] = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
         return run(command, python.parent).splitlines()[-1]
 
     def find(self, way: Way) -> Path:

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,9 @@ def test_exceptions_can_pass_through_the_shim() -> None:
 
 @linux_only
 @pytest.mark.parametrize("library", [native.lib_path, shim.path], ids=["libwan_attn", "shim"])
-def test_no_folder_of_the_building_machine_is_linked_in(library) -> None:
+def test_no_folder_of_the_building_machine_is_linked_in(
+    library: Callable[[], Path],
+) -> None:
     assert "PATH" not in tool("readelf", "-d", library())
 
 
@@ -140,7 +143,7 @@ def test_the_header_compiles_alone(dialect: str, tmp_path: Path) -> None:
 def test_fast_math_is_refused(flag: str) -> None:
     """Results would be wrong by 0.1, and the process would lose its subnormal numbers."""
     source = ROOT / "csrc/core/check.c"
-    command = [compiler(), "-std=c11", "-fsyntax-only", f"-I{ROOT / 'csrc'}", source]
+    command = [compiler(), "-std=c11", "-fsyntax-only", f"-I{ROOT / 'csrc'}", str(source)]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     done = subprocess.run([*command, flag], capture_output=True, text=True, check=False)
     assert done.returncode != 0

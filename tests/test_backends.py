@@ -77,7 +77,7 @@ BACKENDS: dict[str, tuple[Run, Any]] = {
 }
 
 
-def every_backend(*but: str) -> Any:
+def every_backend(*but: str) -> pytest.MarkDecorator:
     """Parametrises `backend` by all of BACKENDS that do not begin with one of these."""
     names = [name for name in BACKENDS if not name.startswith(but)] if but else list(BACKENDS)
     return pytest.mark.parametrize("backend", names, indirect=True)
@@ -138,7 +138,7 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def has_window(call: dict[str, Any]) -> bool:
-    return call.get("window", (-1, -1)) != (-1, -1)
+    return bool(call.get("window", (-1, -1)) != (-1, -1))
 
 
 def make(
@@ -154,7 +154,7 @@ def make(
     return [q, k, v], call
 
 
-def pairs(names: list[str], *but: str) -> Any:
+def pairs(names: list[str], *but: str) -> pytest.MarkDecorator:
     """Parametrises backend and call; the FlashAttention 3 of 2024 refuses windows."""
     taken = [
         (backend, name)
@@ -247,7 +247,7 @@ def test_lengths_on_a_device(backend: str, name: str, monkeypatch: pytest.Monkey
 
     for module in (torch_sdpa, _ring, _flash_attention):
         monkeypatch.setattr(module, "host_lengths", unreadable)
-    with NoSync():
+    with NoSync():  # type: ignore[no-untyped-call] # torch's
         if backend.startswith("fa"):
             monkeypatch.setattr(standins, "packed", outside_modes(standins.packed))
             monkeypatch.setattr(standins, "dense", outside_modes(standins.dense))
@@ -287,7 +287,8 @@ def test_outside_the_callers_autocast(backend: str) -> None:
     want = run(q, k, v, k_lens=torch.tensor([33, 30]), return_lse=True)
     with torch.autocast("cpu", dtype=BF16):
         got = run(q, k, v, k_lens=torch.tensor([33, 30]), return_lse=True)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for a, b in zip(got, want, strict=True):
+        assert a is not None and b is not None and torch.equal(a, b)
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Tensor:
@@ -303,18 +304,18 @@ def test_gradients(which: str, is_causal: bool) -> None:
     q_lens, k_lens = [9, 4], [12, 2]
     shape = {"batch": 2, "seqlen_q": 9, "seqlen_k": 12, "head_dim": 8}
     (q, k, v), lens = make(shape, {"q_lens": q_lens, "k_lens": k_lens}, F32)
-    real = [x.nan_to_num(0.0).double().requires_grad_() for x in (q, k, v)]
+    a, b, c = (x.nan_to_num(0.0).double().requires_grad_() for x in (q, k, v))
     i, j = torch.arange(9).view(1, 1, 9, 1), torch.arange(12).view(1, 1, 1, 12)
     n_q, n_k = torch.tensor(q_lens).view(2, 1, 1, 1), torch.tensor(k_lens).view(2, 1, 1, 1)
     keep = (i < n_q) & (j < n_k)
     if is_causal:
         keep &= j <= i + n_k - n_q
     weight = torch.randn(q.shape)
-    (naive(*real, keep, 8**-0.5) * weight).sum().backward()
+    (naive(a, b, c, keep, 8**-0.5) * weight).sum().backward()
     ours = [x.requires_grad_() for x in (q, k, v)]
     out, _ = run(*ours, is_causal=is_causal, **lens)
     (out * weight).sum().backward()
-    for mine, theirs in zip(ours, real, strict=True):
+    for mine, theirs in zip(ours, (a, b, c), strict=True):
         assert mine.grad is not None and mine.grad.isfinite().all()
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
 

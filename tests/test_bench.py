@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -16,11 +17,23 @@ import pytest
 import torch
 
 from wan_attn.__main__ import main
-from wan_attn.bench import accuracy, kernels, model, peers, plots, progress, report, step, suite
+from wan_attn.bench import (
+    accuracy,
+    facts,
+    kernels,
+    model,
+    peers,
+    plots,
+    progress,
+    report,
+    step,
+    suite,
+)
 from wan_attn.bench.model import ARCHS, Video, reduced
 from wan_attn.bench.report import Column, Report
 from wan_attn.native import op
-from wan_attn.workloads import WORKLOADS
+from wan_attn.request import Request
+from wan_attn.workloads import WORKLOADS, parse_shape
 
 CPU = ["--device", "cpu", "--rounds", "2"]
 KERNELS = ["bench", "kernels", *CPU, "--shape", "1x64x2x64", "--dtype", "fp32"]
@@ -121,7 +134,7 @@ def test_kernels_as_json_names_only_what_was_asked(
 
 
 def test_a_kernel_that_is_wrong_shows_in_its_error(native: str) -> None:
-    call = kernels.parse_shape("1x64x2x64")
+    call = parse_shape("1x64x2x64")
     query, key, value = kernels.operands(call, torch.float32, None, torch.device("cpu"))
     exact = accuracy.reference(query, key, value)
     out = peers._torch(query, key, value)
@@ -154,7 +167,7 @@ def test_named_shapes_are_scaled_on_a_cpu_and_given_ones_are_not() -> None:
     assert small.flops <= kernels.CPU_FLOP_MAX and "scaled down" in small.title
     cross = kernels.scaled(WORKLOADS["ti2v-5b-720p-cross"])
     assert cross.seqlen_k == 512 < cross.seqlen_q
-    tiny = kernels.parse_shape("1x64x2x64")
+    tiny = parse_shape("1x64x2x64")
     assert kernels.scaled(tiny) is not tiny and kernels.scaled(tiny) == tiny
 
 
@@ -164,9 +177,9 @@ def test_math_that_would_not_fit_is_skipped_before_it_is_tried(
     monkeypatch.setattr(peers, "free_bytes", lambda device: 1 << 20)
     device = torch.device("cpu")
     math_peer = next(p for p in peers.all_peers(device) if p.name == "torch-math")
-    call = kernels.parse_shape("1x1024x2x64")
+    call = parse_shape("1x1024x2x64")
     operands = kernels.operands(call, torch.float32, None, device)
-    request = kernels.Request.from_tensors(*operands)
+    request = Request.from_tensors(*operands)
     assert "GiB for scores" in str(math_peer.why_not(request))
 
 
@@ -241,9 +254,12 @@ def test_stock_wan22() -> None:
     stack = step.make_stack(options, torch.float32)
     stack.show(video, 2, (1.0, 0.5))
     seen = []
-    stack.use(
-        lambda q, k, v, k_lens: seen.append(k_lens if k_lens is None else k_lens.tolist()) or q
-    )
+
+    def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_lens: Any) -> torch.Tensor:
+        seen.append(k_lens if k_lens is None else k_lens.tolist())
+        return q
+
+    stack.use(record)
     with torch.inference_mode():
         stack.forward()
     stack.close()
@@ -298,7 +314,7 @@ def test_without_an_action_both_are_measured_and_written(
     pytest.importorskip("diffusers")
     monkeypatch.setattr(step, "PUBLISHED", ((64, 32),))
     monkeypatch.setattr(kernels, "CPU_LENGTHS", (64,))
-    monkeypatch.setattr(kernels.facts, "matmul_tflops", lambda *args: 1.0)
+    monkeypatch.setattr(facts, "matmul_tflops", lambda *args: 1.0)
     monkeypatch.setattr(kernels, "CPU_SHAPES", ("clip-vit-h",))
     words = ["bench", *CPU, "--seconds", "1", "--dtype", "fp32", "--out", str(tmp_path)]
     code, out, err = run(words, capsys)
@@ -339,7 +355,7 @@ def test_pictures_need_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     def missing(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(plots.importlib, "import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(plots.NoPicture, match="pip install matplotlib"):
         plots.draw(small_report(), tmp_path / "x")
 

@@ -47,7 +47,7 @@ def test_the_same_tests_under(other: str, binding: str) -> None:
     if binding == "torch":
         pytest.skip("this process was told to do without the native library")
     if other == "shim" and shim.why_not() is not None:
-        pytest.skip(shim.why_not())
+        pytest.skip(str(shim.why_not()))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += ["-k", NOT_ABOUT_BINDINGS, *(str(HERE / name) for name in FILES[other])]
     done = subprocess.run(
@@ -160,7 +160,9 @@ def failing(native: str) -> Iterator[Callable[[int], list[int]]]:
     """Lets the shim's allocations of so many dimensions fail; returns how often they did."""
     if native != "shim":
         pytest.skip("ctypes allocates in Python")
-    kept, real = [], Empty(shim.torch_function("aoti_torch_empty_strided"))
+    address_, library = shim.torch_function("aoti_torch_empty_strided"), shim._shim
+    assert address_ is not None and library is not None
+    kept, real = [], Empty(address_)
 
     def fail(ndim: int) -> list[int]:
         failures = [0]
@@ -171,11 +173,12 @@ def failing(native: str) -> Iterator[Callable[[int], list[int]]]:
 
         kept.append(Empty(empty))
         address = ctypes.cast(kept[-1], c_void_p).value
-        shim.configure(shim._shim, aoti_torch_empty_strided=address)
+        assert address is not None
+        shim.configure(library, aoti_torch_empty_strided=address)
         return failures
 
     yield fail
-    shim.configure(shim._shim)
+    shim.configure(library)
 
 
 ALLOCATIONS = {"out": 4, "lse": 3, "workspace": 1}

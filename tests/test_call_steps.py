@@ -55,18 +55,20 @@ class CpuCall:
         self.error = library.Error()
 
     def prepare(self) -> int:
-        status = self.lib.wan_attn_prepare(self.params, self.call, self.error)
+        status: int = self.lib.wan_attn_prepare(self.params, self.call, self.error)
         self._give_workspace(self.call.workspace_size)
         return status
 
     def run(self) -> int:
-        return self.lib.wan_attn_run(self.params, self.call, self.error)
+        status: int = self.lib.wan_attn_run(self.params, self.call, self.error)
+        return status
 
     def forward(self) -> int:
         size = ctypes.c_size_t()
         self.lib.wan_attn_workspace_size(self.params, size, self.error)
         self._give_workspace(size.value)
-        return self.lib.wan_attn_forward(self.params, self.error)
+        status: int = self.lib.wan_attn_forward(self.params, self.error)
+        return status
 
     def _give_workspace(self, size: int) -> None:
         self.workspace = torch.empty(size + 64, dtype=torch.uint8)

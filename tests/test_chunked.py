@@ -15,6 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
+from torch.multiprocessing.spawn import start_processes
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import standins
@@ -48,7 +51,7 @@ class Largest(TorchDispatchMode):
     """The largest tensor that any operator makes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's
         self.numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,7 +91,7 @@ def test_no_buffer_of_all_scores_even_where_pytorch_stores_them(
     """The math kernel, which does store the scores of what it is given, gets blocks of rows."""
     q, k, v = operands(seqlen_q=SEQLEN, seqlen_k=SEQLEN, heads_q=2, head_dim=16, dtype=F32)
     monkeypatch.setattr(torch_sdpa, "needs_square_memory", lambda request: "math only")
-    monkeypatch.setattr(_torch_kernels, "order_for", lambda d: (_torch_kernels.SDPBackend.MATH,))
+    monkeypatch.setattr(_torch_kernels, "order_for", lambda d: (SDPBackend.MATH,))
     limit = 2 * SEQLEN * 64
     with Largest() as largest:
         out = windows_flash_attention_wrapper(
@@ -221,7 +224,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("method", chunked.METHODS)
 def test_each_method_returns_out_or_both(method: str) -> None:
     q, k, v = operands(batch=2, dtype=(F32, F32, BF16))
-    call = {"q_lens": torch.tensor([17, 3]), "k_lens": torch.tensor([2, 33])}
+    call: dict[str, Any] = {"q_lens": torch.tensor([17, 3]), "k_lens": torch.tensor([2, 33])}
     q, k, v = poisoned(q, [17, 3]), poisoned(k, [2, 33]), poisoned(v, [2, 33])
     out = windows_flash_attention_wrapper(q, k, v, method=method, threshold=0, **call)
     assert isinstance(out, Tensor) and out.dtype == F32
@@ -283,9 +286,7 @@ def test_a_ring_of_processes(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     # A forked child need not import torch again; it runs one thread, so no pool is missing there.
     how = "fork" if "fork" in torch.multiprocessing.get_all_start_methods() else "spawn"
-    torch.multiprocessing.start_processes(
-        ring_member, (port, str(tmp_path)), nprocs=RANKS, start_method=how
-    )
+    start_processes(ring_member, (port, str(tmp_path)), nprocs=RANKS, start_method=how)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
     for index, call in enumerate(RING_CALLS):
         tensors, call = ring_operands(call)
@@ -297,7 +298,7 @@ def test_a_ring_of_processes(tmp_path: Path) -> None:
 def test_a_ring_of_one_is_the_local_ring(tmp_path: Path) -> None:
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    store = dist.FileStore(str(tmp_path / "store"), 1)
+    store = FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         q, k, v = operands(dtype=F32)

@@ -103,7 +103,7 @@ def test_only_the_command_that_is_asked_for_is_imported(monkeypatch: pytest.Monk
         imported.append(name)
         return real(name)
 
-    monkeypatch.setattr(cli.importlib, "import_module", record)
+    monkeypatch.setattr(importlib, "import_module", record)
     exit_code(["why", "--shape", "1x4x2x64", "--device", "cpu"])
     assert set(imported) == {"wan_attn.cli.why"}
 

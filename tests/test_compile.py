@@ -42,11 +42,14 @@ class Counter:
 
 
 def raw_op(query: Tensor, key: Tensor, value: Tensor, k_lens: Tensor | None = None) -> Tensor:
-    return torch.ops.wan_attn.sdpa(query, key, value, None, k_lens)[0]
+    out: Tensor = torch.ops.wan_attn.sdpa(query, key, value, None, k_lens)[0]
+    return out
 
 
 def public(query: Tensor, key: Tensor, value: Tensor, k_lens: Tensor | None = None) -> Tensor:
-    return wan_attn.sdpa(query, key, value, k_lens=k_lens)
+    out = wan_attn.sdpa(query, key, value, k_lens=k_lens)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def wan22(query: Tensor, key: Tensor, value: Tensor, k_lens: Tensor | None = None) -> Tensor:

@@ -50,8 +50,8 @@ def test_as_exact_as_torch(
         peaky=peaky,
     )
     want, _ = oracle.attention(query, key, value)
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    torchs = oracle.as_float64(F.scaled_dot_product_attention(*heads_first).transpose(1, 2)) - want
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    torchs = oracle.as_float64(F.scaled_dot_product_attention(q, k, v).transpose(1, 2)) - want
     ours = oracle.as_float64(sdpa(query, key, value, row=row)[0]) - want
     if length == 1:
         assert not ours.any(), "one key must give its value exactly"

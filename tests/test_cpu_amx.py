@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def trapped(source: Path, folder: Path, flags: list[object]) -> Path:
+def trapped(source: Path, folder: Path, flags: list[str]) -> Path:
     """The source as assembly, with a trap before each tile instruction."""
     made = folder / f"{source.stem}.s"
     subprocess.run(["cc", *flags, "-S", source, "-o", made], check=True)
@@ -54,7 +55,7 @@ def trapped(source: Path, folder: Path, flags: list[object]) -> Path:
 def compile_library(folder: Path) -> Path:
     sources = [p for p in ROOT.glob("csrc/c*/**/*.c") if not p.as_posix().endswith(REPLACED)]
     sources += ROOT.glob("tests/amx_emulator/*.c")
-    flags: list[object] = ["-std=c11", "-O1", "-fPIC", "-DWAN_ATTN_BUILD", f"-I{ROOT / 'csrc'}"]
+    flags: list[str] = ["-std=c11", "-O1", "-fPIC", "-DWAN_ATTN_BUILD", f"-I{ROOT / 'csrc'}"]
 
     def compile_one(source: Path) -> Path:
         made = folder / f"{source.stem}.o"
@@ -116,12 +117,15 @@ def info_at(row: int) -> native.KernelInfo:
     return info
 
 
-def check(amx: int, *tensors: torch.Tensor, **call: object) -> torch.Tensor:
+def check(amx: int, *tensors: torch.Tensor, **call: Any) -> torch.Tensor:
+    query, key, value = tensors
     given = dict(call)
     left, right = given.pop("window", (-1, -1))
     k_lens = given.pop("k_lens", None)
     out, lse = bindings.ctypes_sdpa(
-        *tensors,
+        query,
+        key,
+        value,
         k_lens=None if k_lens is None else torch.tensor(k_lens),
         window_left=left,
         window_right=right,

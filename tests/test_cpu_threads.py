@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def operands(row: op.KernelInfo) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("masks", ({}, {"is_causal": True, "k_lens": [301, 77]}), ids=str)
 @each_row
-def test_thread_counts_give_the_same_bits(row: op.KernelInfo, masks: dict[str, object]) -> None:
+def test_thread_counts_give_the_same_bits(row: op.KernelInfo, masks: dict[str, Any]) -> None:
     tensors = operands(row)
     torch.set_num_threads(1)
     expected = sdpa(*tensors, row=row, return_lse=True, **masks)
@@ -116,7 +117,8 @@ def test_data_loader_workers() -> None:
             return len(data)
 
         def __getitem__(self, index: int) -> torch.Tensor:
-            return torch.ops.wan_attn.sdpa(data[index], data[index], data[index])[0]
+            out: torch.Tensor = torch.ops.wan_attn.sdpa(data[index], data[index], data[index])[0]
+            return out
 
     loader = torch.utils.data.DataLoader(
         Attention(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=30

@@ -45,7 +45,9 @@ def between(view: Tensor) -> Tensor:
     """What lies in the view's memory and is not the view's."""
     view.fill_(777.0)
     store = view.untyped_storage()
-    return torch.tensor([], dtype=view.dtype).set_(store, 0, (store.nbytes() // view.itemsize,))
+    whole: Any = torch.tensor([], dtype=view.dtype)
+    whole.set_(store, 0, (store.nbytes() // view.itemsize,))
+    return torch.as_tensor(whole)
 
 
 @pytest.mark.parametrize("arch", (75, 80, 89))
@@ -111,7 +113,7 @@ def test_lengths_may_be_every_third_number(gpu: Gpu, on_device: bool, dtype: Any
     q_lens, k_lens = numbers[1::3], numbers.clone()[2::3]
     q_lens.copy_(torch.tensor([70, 70, 11]))  # the first ones say nothing
     k_lens.copy_(torch.tensor([133, 90, 5]))
-    call = {"q_lens": q_lens, "k_lens": k_lens, "lens_on_device": on_device}
+    call: dict[str, Any] = {"q_lens": q_lens, "k_lens": k_lens, "lens_on_device": on_device}
     check(gpu, *normal(batch=3), is_causal=True, **call)
 
 

@@ -42,7 +42,12 @@ def give(monkeypatch: pytest.MonkeyPatch, image: Callable[[str, int], bytes]) ->
 
 def test_an_image_is_found_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    give(monkeypatch, lambda kernel, arch: asked.append((kernel, arch)) or CODE + b"!")
+
+    def image(kernel: str, arch: int) -> bytes:
+        asked.append((kernel, arch))
+        return CODE + b"!"
+
+    give(monkeypatch, image)
     status, address, size, _ = ask()
     assert (status, size) == (0, len(CODE) + 1)
     assert ctypes.string_at(address, size) == CODE + b"!"
@@ -111,7 +116,9 @@ def test_an_interruption_is_raised_behind_c(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_torch_for_amd_is_not_asked_for_nvidias_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both may be there; HIP's addresses mean nothing to an NVIDIA card."""
-    call = Request(1, 8, 8, 1, 1, 64, *[torch.bfloat16] * 3, torch.device("cuda:0"))
+    call = Request(
+        1, 8, 8, 1, 1, 64, torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.device("cuda:0")
+    )
     if library.load() is None:
         pytest.skip("no native library")
     monkeypatch.setattr(torch.version, "hip", "7.0")

@@ -10,16 +10,17 @@ import errno
 import logging
 import os
 import re
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from wan_attn import config, log
-from wan_attn.cuda import images, nvrtc, rows, store
+from wan_attn.cuda import images, nvrtc, rows, sources, store
 
 ROW, MERGE = "sdpa_sm80_bf16_d128", "wan_attn_merge"
 WITH_12_8 = nvrtc.Found(Path("lib12/libnvrtc.so.12"), None, (12, 8))
@@ -30,7 +31,8 @@ class StandIn:
     """An NVRTC whose machine code says what it was made from."""
 
     def __init__(self, found: nvrtc.Found, fails: nvrtc.NvrtcError | None = None) -> None:
-        self.version, self.fails, self.asked = found.version, fails, []
+        self.version, self.fails = found.version, fails
+        self.asked: list[int] = []
 
     def compile(self, arch: int, texts: dict[str, bytes], options: list[str]) -> bytes:
         self.asked.append(arch)
@@ -193,9 +195,9 @@ def test_without_a_compiler_anything_cached_serves(machine: Machine) -> None:
 
 def test_another_text_is_another_kernel(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.get()
-    texts = rows.sources.closure("cuda/sdpa_sm80.cuh")
+    texts = sources.closure("cuda/sdpa_sm80.cuh")
     changed = {**texts, "cuda/tile/work.cuh": texts["cuda/tile/work.cuh"] + b"\n"}
-    monkeypatch.setattr(rows.sources, "closure", lambda source: changed)
+    monkeypatch.setattr(sources, "closure", lambda source: changed)
     rows._fingerprint.cache_clear()
     machine.restart()
     assert images.state(ROW, 89) == "to compile"
@@ -221,16 +223,16 @@ def change(file: Path) -> None:
     file.write_bytes(text)
 
 
-DAMAGES = {
+DAMAGES: dict[str, Callable[[Path], Any]] = {
     "truncated": truncate,
     "one bit": change,
     "empty": lambda file: file.write_bytes(b""),
     "digest only": lambda file: file.write_bytes(file.read_bytes()[-32:]),
     "no digest": lambda file: file.write_bytes(file.read_bytes()[:-32]),
     "garbage": lambda file: file.write_bytes(os.urandom(500)),
-    "a FIFO": lambda file: (file.unlink(), os.mkfifo(file)),
+    "a FIFO": lambda file: [make(file) for make in (os.unlink, os.mkfifo)],
     "1 TiB": lambda file: os.truncate(file, 1 << 40),
-    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a folder": lambda file: [make(file) for make in (os.unlink, os.mkdir)],
 }
 
 
@@ -264,7 +266,7 @@ def test_a_package_without_its_texts(machine: Machine, monkeypatch: pytest.Monke
     def missing(source: str) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file", source)
 
-    monkeypatch.setattr(rows.sources, "closure", missing)
+    monkeypatch.setattr(sources, "closure", missing)
     with pytest.raises(images.ImageError, match="the package is damaged.*pip install"):
         machine.get()
 
@@ -297,7 +299,7 @@ def read_only(machine: Machine) -> str:
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    machine.patch.setattr(store.tempfile, "mkstemp", refuse)
+    machine.patch.setattr(tempfile, "mkstemp", refuse)
     return "Permission denied"
 
 
@@ -305,7 +307,7 @@ def full(machine: Machine) -> str:
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    machine.patch.setattr(store.os, "replace", refuse)
+    machine.patch.setattr(os, "replace", refuse)
     return "cubin is full"
 
 
@@ -465,7 +467,7 @@ def test_a_file_that_another_process_holds(
         raise PermissionError(errno.EACCES, "Access is denied")
 
     data = machine.get().data
-    monkeypatch.setattr(store.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     assert not images.images([ROW], 89, force=True)[ROW].not_kept
     machine.file().unlink()
     assert "Access is denied" in images.images([ROW], 89, force=True)[ROW].not_kept
@@ -482,7 +484,7 @@ def test_a_second_start(machine: Machine, record_property: Any) -> None:
     images.images(names, 89)
     before = {f: f.stat().st_mtime_ns for f in machine.cache.iterdir()}
     machine.restart()
-    for cached in (rows.tiles, rows.helpers, rows.gpus, rows._fingerprint, rows.sources.closure):
+    for cached in (rows.tiles, rows.helpers, rows.gpus, rows._fingerprint, sources.closure):
         cached.cache_clear()
     start = time.perf_counter()
     found = images.images(names, 89)

@@ -90,7 +90,7 @@ def test_hopper_gets_the_tile_and_the_copies_that_it_needs(tmp_path: Path) -> No
     """Which tile of a row a call gets, and what has to be copied before TMA can read it."""
     gpu = Gpu(tmp_path, CARDS[90])
     row = "sdpa_sm90_bf16_d128"
-    call = {"head_dim": 128, "batch": 2}
+    call: dict[str, Any] = {"head_dim": 128, "batch": 2}
     assert check(gpu, *normal(200, 300, **call)) == [row]
     assert check(gpu, *normal(100, 300, **call)) == [row]
     assert check(gpu, *normal(200, 300, **call), is_causal=True) == [row]
@@ -204,7 +204,7 @@ def test_more_lengths_than_one_launch_carries(gpu: Gpu) -> None:
 
 
 def test_few_rows_share_their_keys_out(gpu: Gpu) -> None:
-    call = {"is_causal": True, "k_lens": torch.tensor([8300])}
+    call: dict[str, Any] = {"is_causal": True, "k_lens": torch.tensor([8300])}
     launched = check(gpu, *normal(5, 8500, 1, 1, 64, batch=1), **call)
     assert launched == ["wan_attn_put_lengths", "sdpa_sm80_bf16_d64", "wan_attn_merge"]
     assert "wan_attn_merge" not in check(gpu, *normal(5, 4096, 1, 1, 64, batch=1))
@@ -319,7 +319,7 @@ def test_failures_of_the_driver(gpu: Gpu, function: str, error: int, message: st
 def ask_for_a_row(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> str:
     """What Python's choice of a backend hears about this machine: a row's name, or why none."""
     monkeypatch.setattr(library, "lib", lambda: gpu.lib)
-    call = Request(1, 8, 8, 1, 1, 64, *[BF16] * 3, torch.device("cuda:0"))
+    call = Request(1, 8, 8, 1, 1, 64, BF16, BF16, BF16, torch.device("cuda:0"))
     kernel, reasons = kernels.select(call)
     return reasons if kernel is None else kernel.name
 

@@ -6,13 +6,14 @@ That every row compiles with every NVRTC is in test_cuda_static.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from wan_attn import config
-from wan_attn.cuda import nvrtc, rows
+from wan_attn.cuda import nvrtc, rows, sources
 
 # One of each version, from PyPI.
 HERE = list({one.version: one for one in nvrtc.found() if "nvidia" in one.path.parts}.values())
@@ -27,8 +28,8 @@ TEXTS = {
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Nothing is found but what a test puts here."""
-    monkeypatch.setattr(nvrtc.sys, "path", [str(tmp_path / "site"), "", str(tmp_path / "absent")])
-    monkeypatch.setattr(nvrtc.sys, "prefix", str(tmp_path / "prefix"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), "", str(tmp_path / "absent")])
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
     monkeypatch.setattr(nvrtc, "_TOOLKITS", (str(tmp_path / "toolkit/lib64"),))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
@@ -46,7 +47,7 @@ def put(folder: Path, *names: str) -> None:
 
 def found(tree: Path) -> list[tuple[str, str | None, tuple[int, int] | None]]:
     return [
-        (str(one.path.relative_to(tree)), one.builtins and one.builtins.name, one.version)
+        (str(one.path.relative_to(tree)), one.builtins.name if one.builtins else None, one.version)
         for one in nvrtc.found()
     ]
 
@@ -160,7 +161,7 @@ def test_a_gpu_that_is_not_listed_takes_the_class_below() -> None:
 
 
 def test_a_text_brings_what_it_includes_and_nothing_of_the_emulator() -> None:
-    texts = rows.sources.closure("cuda/merge.cuh")
+    texts = sources.closure("cuda/merge.cuh")
     assert next(iter(texts)) == "cuda/merge.cuh"
     assert {"cuda/args.h", "cuda/ptx/ptx.cuh", "cuda/ptx/mma.cuh"} <= set(texts)
     assert not any(name.startswith("emu/") for name in texts)
@@ -168,11 +169,11 @@ def test_a_text_brings_what_it_includes_and_nothing_of_the_emulator() -> None:
 
 
 def test_line_ends_make_no_difference(tmp_path: Path) -> None:
-    for name, text in rows.sources.closure("cuda/merge.cuh").items():
+    for name, text in sources.closure("cuda/merge.cuh").items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(text.replace(b"\n", b"\r\n"))
-    same = rows.sources.closure("cuda/merge.cuh", tmp_path)
-    assert same == rows.sources.closure("cuda/merge.cuh")
+    same = sources.closure("cuda/merge.cuh", tmp_path)
+    assert same == sources.closure("cuda/merge.cuh")
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
             monkeypatch.delenv(name, raising=False)
         for name, value in env.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(config.sys, "platform", platform)
+        monkeypatch.setattr(sys, "platform", platform)
         config.refresh()
         return config.cache_folder()
 

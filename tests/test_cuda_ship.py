@@ -8,7 +8,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,7 +87,7 @@ def test_a_worker_answers_what_the_compiler_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = io.StringIO(f'["{HELPERS[0]}", 75]\n["{HELPERS[1]}", 75]\n')
-    monkeypatch.setattr(ship.sys, "stdin", lines)
+    monkeypatch.setattr(sys, "stdin", lines)
     options = rows.Job.options
     broken = [*options(rows.jobs_for(75, HELPERS[:1])[0]), "--nonsense"]
     monkeypatch.setattr(
@@ -103,7 +105,12 @@ def test_an_old_compiler_ships_what_it_knows(
 ) -> None:
     asked: list[int] = []
     monkeypatch.setattr(nvrtc.load(ship.compiler()), "archs", (50, 75, 80, 86, 90))
-    monkeypatch.setattr(ship, "wanted", lambda archs: asked.extend(archs) or [])
+
+    def wanted(archs: Iterable[int]) -> list[Any]:
+        asked.extend(archs)
+        return []
+
+    monkeypatch.setattr(ship, "wanted", wanted)
     assert "for sm_75 sm_80 sm_86 sm_90, 0.0 MiB" in ship.ship(tmp_path / "a", tmp_path / "b", 1)
     assert asked == [75, 80, 86, 90]
 

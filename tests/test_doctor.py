@@ -22,7 +22,7 @@ from wan_attn.native import op
 from wan_attn.request import Call
 from wan_attn.selfcheck import reference as truth
 
-KEYS = {
+KEYS: dict[str, type | tuple[type, ...]] = {
     "schema": int,
     "versions": dict,
     "devices": dict,
@@ -98,16 +98,16 @@ def test_a_sound_machine(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_kernel_makes_the_exit_code_1_and_is_named(
     native: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def a_key_too_few(*tensors: Any, k_lens: Any, **call: Any) -> selftest.Answer:
+    def a_key_too_few(q: Any, k: Any, v: Any, *, k_lens: Any, **call: Any) -> selftest.Answer:
         k_lens = (k_lens - 1).clamp(min=0)
-        return REGISTRY["torch"].run(*tensors, Call(k_lens=k_lens, return_lse=True, **call))
+        return REGISTRY["torch"].run(q, k, v, Call(k_lens=k_lens, return_lse=True, **call))
 
     def planted() -> Iterator[selftest.Path]:
         for good in real():
             wrong = a_key_too_few if good.kind == "kernel" else good.run
             yield replace(good, run=wrong)
 
-    real = selftest_run.paths
+    real = selftest_paths.paths
     monkeypatch.setattr(selftest_run, "paths", planted)
     rows = [k.name for k in op.kernels() if k.device == "cpu"]
     code, found = report(capsys)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -283,7 +283,7 @@ def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
             for case in suspicious(tile):
                 try:
                     cases.check(
-                        cases.replace(case, schedule=Schedule(landing, seed)), tile, csrc=tmp_path
+                        replace(case, schedule=Schedule(landing, seed)), tile, csrc=tmp_path
                     )
                 except AssertionError as error:
                     found = str(error)

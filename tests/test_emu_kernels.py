@@ -8,6 +8,7 @@ tiles and their edges, not lengths, are what can go wrong.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def is_short(tile: Tile) -> bool:
 def test_cases_by_hand(tile: Tile) -> None:
     for number, case in enumerate(cases.by_hand(tile)):
         # Which copies land early must not matter: take turns.
-        cases.check(cases.replace(case, schedule=Schedule(number % 3, number)), tile)
+        cases.check(replace(case, schedule=Schedule(number % 3, number)), tile)
 
 
 @pytest.mark.parametrize("part", every(PARTS, range(PARTS)))

@@ -9,6 +9,7 @@ import ctypes
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -80,9 +81,10 @@ def test_c_abi_null_pointers(c_call: tuple[library.Params, list[Tensor]], functi
     run = getattr(lib, f"wan_attn_{function}")
     row, size = ctypes.c_int32(), ctypes.c_size_t()
     last = lib.wan_attn_kernel_count() - 1  # the reference, which takes everything
-    between = {"select": [row], "workspace_size": [size], "why_not": [last], "forward": []}[
-        function
-    ]
+    arguments: dict[str, list[Any]] = {
+        **{"select": [row], "workspace_size": [size], "why_not": [last], "forward": []}
+    }
+    between = arguments[function]
     assert run(None, *between, error) == library.INVALID_ARGUMENT
     assert "params must be a pointer, got NULL" in error.text()
     assert run(None, *between, None) == library.INVALID_ARGUMENT, "without an error struct"

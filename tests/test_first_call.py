@@ -16,6 +16,7 @@ import wan_attn
 from emu.rows import tiles, tiles_sm90
 from wan_attn import config, log
 from wan_attn.backends import native
+from wan_attn.cuda.rows import Tile, TileSm90
 from wan_attn.request import Call
 from wan_attn.selfcheck import first_call
 
@@ -32,9 +33,10 @@ def _as_new() -> Iterator[None]:
 
 def right(query: Tensor, key: Tensor, value: Tensor, *lens: Any) -> tuple[Tensor, Tensor]:
     q_lens, k_lens, is_causal = lens
-    return torch.ops.wan_attn.sdpa(
+    out, lse = torch.ops.wan_attn.sdpa(
         query, key, value, q_lens, k_lens, is_causal=is_causal, return_lse=True
     )
+    return out, lse
 
 
 def reads_padding(query: Tensor, key: Tensor, value: Tensor, *lens: Any) -> tuple[Tensor, Tensor]:
@@ -86,7 +88,7 @@ def test_what_is_wrong_is_said(run: first_call.Run) -> None:
 
 def test_rings_go_round_and_clusters_have_rows() -> None:
     """Two buffers, two blocks of a cluster, a loop for clean tiles: all of a kernel is run."""
-    every = (*tiles(), *tiles_sm90())
+    every: list[Tile | TileSm90] = [*tiles(), *tiles_sm90()]
     assert {tile.head_dim for tile in every} == {64, 80, 128, 256}
     for tile in every:
         assert -(-first_call.SEQLEN_K // tile.block_n) >= 5, tile.name
@@ -201,7 +203,7 @@ def test_the_next_backend_takes_over(
     config.forget()
     query, key, value = torch.randn(3, 1, 40, 2, 64).to(torch.bfloat16)
     with caplog.at_level(logging.INFO, logger="wan_attn"):
-        out = wan_attn.sdpa(query, key, value)
+        out: Any = wan_attn.sdpa(query, key, value)
     config.forget()
     assert out.isfinite().all()
     said = caplog.text

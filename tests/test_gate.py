@@ -99,13 +99,14 @@ def test_tensors_and_the_calls_after_them(kind: str, index: int) -> None:
         (wan_attn.flash_attention, ("q", "k", "v")),
         (wan_attn.flash_attn_func, ("q", "k", "v")),
     ):
-        before: Any = function(*operands())
+        good: Any = operands()
+        before: Any = function(*good)
         bad: list[Any] = operands()
         bad[index] = TENSORS[kind](bad[index])
         # Of two that do not fit each other, either may be named.
         with refused("(?:key|k)" if kind == "meta" and index == 0 else names[index]):
             function(*bad)
-        after: Any = function(*operands())
+        after: Any = function(*good)
         assert torch.equal(before, after)
 
 

@@ -16,7 +16,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -61,7 +61,8 @@ class Fresh:
     """Runs code in a Python that has torch and has not seen wan_attn."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.count, self.server = folder, 0, None
+        self.folder, self.count = folder, 0
+        self.server: subprocess.Popen[str] | None = None
         if hasattr(os, "fork"):
             self.server = subprocess.Popen(
                 [sys.executable, "-c", SERVER],
@@ -79,6 +80,7 @@ class Fresh:
         code = textwrap.dedent(code)
         if self.server:
             job = {"code": code, "path": str(path), "env": env, "log": str(log)}
+            assert self.server.stdin and self.server.stdout
             self.server.stdin.write(json.dumps(job) + "\n")
             self.server.stdin.flush()
             status = int(self.server.stdout.readline())
@@ -93,6 +95,7 @@ class Fresh:
 
     def close(self) -> None:
         if self.server:
+            assert self.server.stdin and self.server.stdout
             self.server.stdin.close()
             self.server.wait(30)
             self.server.stdout.close()
@@ -342,6 +345,6 @@ def test_backends_is_a_package_that_may_be_called() -> None:
     assert package is sys.modules["wan_attn.backends"] is wan_attn.backends
     assert package.REGISTRY["torch"].NAME == "torch"
     with pytest.warns(DeprecationWarning, match=r"wan_attn\.available\(\)"):
-        old = wan_attn.backends("cpu", dtype=torch.float32)
+        old = cast(Any, wan_attn.backends)("cpu", dtype=torch.float32)  # a module that is called
     assert old == wan_attn.available("cpu", torch.float32)
     assert list(old) == list(package.REGISTRY)

@@ -8,6 +8,8 @@ a call, the forced call must say so with the row's reason.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +33,9 @@ def row_dtypes(row: op.KernelInfo | None) -> list[torch.dtype]:
     return [dtype for dtype in DTYPES if dtype in calls.dtypes_for(row)]
 
 
-def some(row: op.KernelInfo | None, **shape: object) -> tuple[torch.Tensor, ...]:
+def some(
+    row: op.KernelInfo | None, **shape: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Operands that this row takes."""
     wanted = shape.pop("head_dim", 64)
     dtype = shape.pop("dtype", row_dtypes(row)[0])
@@ -39,6 +43,7 @@ def some(row: op.KernelInfo | None, **shape: object) -> tuple[torch.Tensor, ...]
 
 
 def test_the_row_takes_what_its_table_entry_says(row: op.KernelInfo | None, native: str) -> None:
+    assert row is not None
     assert row.dtypes and 1 <= row.head_dim_min <= row.head_dim_max
     for dtype in row.dtypes:
         for head_dim in (row.head_dim_min, row.head_dim_max):
@@ -98,16 +103,18 @@ def test_float32_query_and_key_with_half_value(
     row: op.KernelInfo | None, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
 ) -> None:
     if dtypes[2] not in calls.dtypes_for(row):
-        pytest.skip(f"{row.name} does not take {NAMES[dtypes[2]]}")
+        pytest.skip(f"{calls.row_id(row)} does not take {NAMES[dtypes[2]]}")
     out, _ = check(row, *some(row, dtype=dtypes, seqlen_q=33, seqlen_k=70), k_lens=[51])
     assert out.dtype == dtypes[0]
 
 
 @pytest.mark.parametrize("layout", calls.LAYOUTS, ids=lambda f: f.__name__)
-def test_strided_views(row: op.KernelInfo | None, layout: object) -> None:
+def test_strided_views(
+    row: op.KernelInfo | None, layout: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     for dtype in row_dtypes(row):
         call = some(row, batch=2, heads_q=4, heads_k=2, dtype=dtype)
-        views = [layout(x) for x in call]
+        views: Any = [layout(x) for x in call]
         assert all(torch.equal(view, x) for view, x in zip(views, call, strict=True))
         out, lse = check(row, *views, is_causal=True)
         plain, plain_lse = sdpa(*call, row=row, is_causal=True, return_lse=True)
@@ -151,8 +158,8 @@ def test_padding_is_never_used(row: op.KernelInfo | None, poison: float, seqlen_
     for dtype in row_dtypes(row):
         for mask in ({}, {"is_causal": True}, {"window": (5, 3)}):
             clean = some(row, batch=4, seqlen_q=seqlen_q, seqlen_k=40, dtype=dtype)
-            call = {"q_lens": q_lens, "k_lens": k_lens, **mask}
-            dirty = [
+            call: dict[str, Any] = {"q_lens": q_lens, "k_lens": k_lens, **mask}
+            dirty: Any = [
                 poisoned(x, n, poison) for x, n in zip(clean, (q_lens, k_lens, k_lens), strict=True)
             ]
             out, lse = check(row, *dirty, **call)
@@ -231,7 +238,7 @@ def test_any_nan_stays_visible(row: op.KernelInfo | None, bits: int) -> None:
         check(row, *call)
 
 
-RAGGED = (
+RAGGED: tuple[dict[str, Any], ...] = (
     {"q_lens": [40, 23, 1], "k_lens": [51, 51, 30]},  # longer than, as long as, shorter than
     {"q_lens": [5, 40, 33], "k_lens": [51, 2, 33]},
     {"q_lens": [0, 40, 7], "k_lens": [9, 0, 1]},

@@ -179,7 +179,8 @@ class Attention(torch.nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, k_lens: torch.Tensor
     ) -> torch.Tensor:
-        return OP(query, key, value, None, k_lens, is_causal=True)[0] + 1
+        out: torch.Tensor = OP(query, key, value, None, k_lens, is_causal=True)[0]
+        return out + 1
 
 
 def test_export_with_dynamic_lengths() -> None:

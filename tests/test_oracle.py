@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def rows(text: str) -> np.ndarray:
         (2, 0, {}, " "),
     ],
 )
-def test_visible(len_q: int, len_k: int, mask: dict, expected: str) -> None:
+def test_visible(len_q: int, len_k: int, mask: dict[str, Any], expected: str) -> None:
     seen = oracle.visible(len_q, len_k, **mask)
     assert seen.shape == (len_q, len_k)
     if len_k:

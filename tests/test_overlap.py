@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ class Call:
         return "" if status == library.OK else self.error.text()
 
 
-FUSED = {
+FUSED: dict[str, Callable[[torch.Tensor], Any]] = {
     "slices of every row": lambda x: x.view(2, 9, 4, 3, 16).unbind(2),
     "slices of every head": lambda x: x.view(2, 9, 3, 4, 16).unbind(3),
     "every fourth row": lambda x: x.view(2, 9, 4, 3, 16).unbind(2),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
@@ -28,7 +29,9 @@ CPU = torch.device("cpu")
 
 class Layer(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return wan_attn.sdpa(x, x, x)
+        out = wan_attn.sdpa(x, x, x)
+        assert isinstance(out, torch.Tensor)
+        return out
 
 
 class Model(torch.nn.Module):
@@ -45,7 +48,7 @@ class Model(torch.nn.Module):
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Recorder]:
     """Profiling is on; nothing is left to happen at exit."""
-    monkeypatch.setattr(profile.atexit, "register", lambda function: None)
+    monkeypatch.setattr(atexit, "register", lambda function: None)
     monkeypatch.setattr(profile, "_recorder", None)
     monkeypatch.setenv("WAN_ATTN_PROFILE", str(tmp_path / "profile.json"))
     config.refresh()

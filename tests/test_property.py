@@ -27,7 +27,7 @@ LENGTHS = st.one_of(
     st.integers(0, 40), st.sampled_from((0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 129))
 )
 HEAD_DIMS = st.sampled_from((1, 2, 3, 7, 8, 16, 24, 32, 40, 64, 80, 96, 100, 128, 256))
-LAYOUTS = st.sampled_from((torch.clone, *calls.LAYOUTS))
+LAYOUTS: st.SearchStrategy[Any] = st.sampled_from((torch.clone, *calls.LAYOUTS))
 WINDOW_SIDES = st.one_of(st.just(-1), st.integers(0, 40), st.just(2**63 - 1))
 # Times head_dim ** -0.5. Peakier calls are judged by many rows in test_kernels.py: a generated one
 # may have a single number to show, and then twice the error of torch is a matter of luck.

@@ -16,6 +16,7 @@ from emu.rows import CSRC, Job
 from ptx import collect, machine
 from ptx.bug_list import Bug
 from ptx.calls import Runner
+from wan_attn.cuda.rows import Tile, TileSm90
 from wan_attn.selfcheck import first_call
 
 pytestmark = [
@@ -50,6 +51,7 @@ def found(job: Job, knobs: machine.Knobs, csrc: Path = CSRC) -> str | None:
         assert result.lse is not None
         return result.out, result.lse
 
+    assert isinstance(job.kernel, Tile | TileSm90)
     dtype = torch.bfloat16 if "bf16" in job.name else torch.float16
     return first_call.wrong(run, CPU, dtype, job.kernel.head_dim)
 

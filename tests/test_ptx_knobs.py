@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_subnormal_sums_may_be_lost() -> None:
 
 
 RIGHT = maps.Tiled(2, 0x1000, (128, 900, 3, 2), (768, 256, 691200), (64, 88, 1, 1))
-BROKEN = {
+BROKEN: dict[str, dict[str, Any]] = {
     "globalAddress": {"address": 0x1008},
     "globalDim": {"size": (128, 0, 3, 2)},
     "globalStrides multiples": {"strides": (776, 256, 691200)},

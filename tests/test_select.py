@@ -350,8 +350,8 @@ K = torch.zeros(2, 7, 2, 8)
 def test_a_request_that_breaks_the_contract(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"query": Q, "key": K, "value": K, **change}
     with pytest.raises(RuntimeError, match=f"^wan_attn: {message}"):
-        operands = (arguments.pop(name) for name in ("query", "key", "value"))
-        Request.from_tensors(*operands, Call(**arguments))
+        query, key, value = (arguments.pop(name) for name in ("query", "key", "value"))
+        Request.from_tensors(query, key, value, Call(**arguments))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from oracle import attention as oracle
 from wan_attn.backends import REGISTRY
 from wan_attn.doctor import selftest, selftest_run
+from wan_attn.log import DTYPES
 from wan_attn.request import Call
 from wan_attn.selfcheck import reference as truth
 
@@ -54,7 +55,7 @@ def test_the_calls_are_the_promised_ones(prepared: selftest.Prepared) -> None:
     for (_, k, v), expected in prepared.values():
         assert torch.isnan(k).any() and torch.isnan(v).any()
         assert not torch.isnan(expected.out).any()
-    for dtype in selftest.DTYPES.values():  # one float64 result serves every dtype
+    for dtype in DTYPES.values():  # one float64 result serves every dtype
         (q, k, _), _ = next(iter(prepared.values()))
         assert torch.equal(q.to(dtype).float().nan_to_num(), q.nan_to_num())
 

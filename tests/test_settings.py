@@ -27,12 +27,12 @@ import wan_attn
 from calls import BF16, F16
 from wan_attn import config, log
 from wan_attn.attention import flash_attention
-from wan_attn.backends import native
 from wan_attn.cli import why
 from wan_attn.config import VARIABLES
 from wan_attn.cuda import images
 from wan_attn.doctor import paths
-from wan_attn.native import kernels, op
+from wan_attn.doctor.explain import explain
+from wan_attn.native import kernels, op, shim
 from wan_attn.selfcheck import first_call
 from wan_attn.workloads import WORKLOADS
 
@@ -134,15 +134,15 @@ def agree(ran: Ran, tensors: tuple[Tensor, Tensor, Tensor]) -> str | None:
     if ran.backend == "sdpa":
         kernel = ran.said(r"Using wan_attn SDPA \((\w+)\)")
         # WAN_ATTN_CPU_ISA shuts rows out that are asked for by number, too: open it meanwhile.
-        features, native.bindings.CPU_FEATURES.value = native.bindings.CPU_FEATURES.value, 0
+        features, shim.CPU_FEATURES.value = shim.CPU_FEATURES.value, 0
         rows = rows_of(ran, tensors, dtype)
-        native.bindings.CPU_FEATURES.value = features
+        shim.CPU_FEATURES.value = features
         assert kernel in rows, f"{said_title}: the bits are those of {rows}"
     parser = argparse.ArgumentParser()
     why.add_arguments(parser)
     words = f"--shape {CALL.name} --qk-dtype fp32 --k-lens --device cpu".split()
     settings = config.current()
-    answer = why.explain(why.make_request(parser.parse_args(words), CALL, settings), CALL, settings)
+    answer = explain(why.make_request(parser.parse_args(words), CALL, settings), CALL, settings)
     (shown,) = (c for c in paths.choices(["cpu"], settings) if c["workload"] == CALL.name)
     for told in (answer, shown):
         assert (told["backend"], told["kernel"]) == (ran.backend, kernel)
@@ -255,7 +255,7 @@ def test_the_self_check(monkeypatch: Any, tensors: Any) -> None:
 def test_the_profile(tensors: Any, monkeypatch: Any, tmp_path: Path, caplog: Any) -> None:
     first, second = tmp_path / "a.json", tmp_path / "b.json"
     for path, calls in ((first, 2), (second, 3), (None, 1), (first, 1), (None, 0)):
-        change(monkeypatch, "WAN_ATTN_PROFILE", path and str(path))
+        change(monkeypatch, "WAN_ATTN_PROFILE", str(path) if path else None)
         for _ in range(calls):
             flash_attention(*tensors)
         if path is None:  # the one before is written

@@ -35,8 +35,8 @@ def wrapper(method: str) -> Attention:
 
 
 def varlen(q: Tensor, k: Tensor = K, v: Tensor = V) -> Any:
-    tokens = (x.flatten(0, 1) for x in (q, k, v))
-    return wan_attn.flash_attn_varlen_func(*tokens, BEGINS, BEGINS, 9, 9)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return wan_attn.flash_attn_varlen_func(q, k, v, BEGINS, BEGINS, 9, 9)
 
 
 def sage_masked(q: Tensor, k: Tensor = K, v: Tensor = V) -> Any:
@@ -101,7 +101,7 @@ def test_forward_mode_is_refused(name: str, caplog: pytest.LogCaptureFixture) ->
 
 @pytest.mark.parametrize("name", ["sdpa", "op sdpa", "sageattn masked"])
 def test_forward_mode_is_refused_by_a_compiled_function(name: str) -> None:
-    def tangent(q: Tensor) -> Tensor:
+    def tangent(q: Tensor) -> Any:
         return jvp(FUNCTIONS[name], (q,), (q,))[1]
 
     with pytest.raises(RuntimeError, match="must be without a tangent of forward-mode AD"):
@@ -183,7 +183,7 @@ def lengths_of(name: str) -> Attention:
             Q, K, V, k_lens=n, method="ring", max_elements=64
         ),
         "varlen": lambda n: wan_attn.flash_attn_varlen_func(
-            *(x.flatten(0, 1) for x in (Q, K, V)), BEGINS, n.cumsum(0), 9, 9
+            Q.flatten(0, 1), K.flatten(0, 1), V.flatten(0, 1), BEGINS, n.cumsum(0), 9, 9
         ),
     }[name]
 

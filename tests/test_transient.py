@@ -4,8 +4,10 @@ owner and are not held against a backend, a package or a compiler."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
+import importlib
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 import wan_attn
 from calls import F32, operands
@@ -98,7 +101,7 @@ def test_a_kernel_of_torchs_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> N
         return torch.zeros(())
 
     signal.signal(SIGNAL, Object(RuntimeError))
-    order = (_torch_kernels.SDPBackend.FLASH_ATTENTION, _torch_kernels.SDPBackend.MATH)
+    order = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
     monkeypatch.setattr(_torch_kernels, "order_for", lambda device: order)
     monkeypatch.setattr(_torch_kernels, "SDPA", interrupted)
     q, k, v = (x.transpose(1, 2) for x in operands(dtype=F32, heads_q=1, heads_k=1))
@@ -126,18 +129,22 @@ def test_while_operands_and_masks_are_looked_at(monkeypatch: pytest.MonkeyPatch)
 
 def test_while_flash_attention_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     signal.signal(SIGNAL, Object(TimeoutError))
-    monkeypatch.setattr(
-        _flash_attention.importlib, "import_module", lambda name: signal.raise_signal(SIGNAL)
-    )
+    monkeypatch.setattr(importlib, "import_module", lambda name: signal.raise_signal(SIGNAL))
     with pytest.raises(TimeoutError):
         _flash_attention.load("flash_attn")
 
 
 def test_while_a_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     signal.signal(SIGNAL, Object(TimeoutError))
-    monkeypatch.setattr(cuda_driver.images, "image", lambda *_: signal.raise_signal(SIGNAL) or b"")
-    text = (cuda_driver.ctypes.c_char * 100)()
-    assert cuda_driver._find_image(b"row", 80, None, None, text, 100) == 1
+
+    def interrupted(*_: Any) -> bytes:
+        signal.raise_signal(SIGNAL)
+        return b""
+
+    monkeypatch.setattr(images, "image", interrupted)
+    text = (ctypes.c_char * 100)()
+    find: Any = cuda_driver._find_image
+    assert find(b"row", 80, None, None, text, 100) == 1
     with pytest.raises(TimeoutError, match="time is up"):
         cuda_driver.raise_interruption()
 
@@ -214,7 +221,7 @@ def test_no_memory_while_flash_attention_is_imported(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would have been «installed but broken» until the process ends."""
-    monkeypatch.setattr(_flash_attention.importlib, "import_module", raiser(error))
+    monkeypatch.setattr(importlib, "import_module", raiser(error))
     with pytest.raises(type(error)):
         _flash_attention.load("flash_attn")
 
@@ -232,10 +239,10 @@ def test_our_own_libraries(transient: Callable[..., Any], monkeypatch: pytest.Mo
     with raises_it():
         library._open.__wrapped__()
     if shim.why_not() is None:
-        monkeypatch.setattr(shim.ctypes, "CDLL", transient)
+        monkeypatch.setattr(ctypes, "CDLL", transient)
         with raises_it():
             shim.load()
-    monkeypatch.setattr(nvrtc.ctypes, "CDLL", transient)
+    monkeypatch.setattr(ctypes, "CDLL", transient)
     with raises_it():
         nvrtc._open(nvrtc.Found(Path("libnvrtc.so.12"), None, (12, 8)))
 
@@ -265,12 +272,12 @@ def test_the_cache_of_kernels(
 def test_a_compiler_without_memory_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     (job,) = images._jobs(["wan_attn_merge"], 80)
     images.forget()
-    monkeypatch.setattr(images.nvrtc, "found", lambda: ("here",))
-    monkeypatch.setattr(images.nvrtc, "load", raiser(NO_MEMORY["NVRTC"]))
+    monkeypatch.setattr(nvrtc, "found", lambda: ("here",))
+    monkeypatch.setattr(nvrtc, "load", raiser(NO_MEMORY["NVRTC"]))
     with pytest.raises(images.ImageError, match="OUT_OF_MEMORY") as caught:
         images._make(job)
     assert job not in images._failed and is_out_of_memory(caught.value)
-    monkeypatch.setattr(images.nvrtc, "load", raiser(nvrtc.NvrtcError("no such option")))
+    monkeypatch.setattr(nvrtc, "load", raiser(nvrtc.NvrtcError("no such option")))
     with pytest.raises(images.ImageError):
         images._make(job)
     assert job in images._failed, "an error of the source is final"
@@ -304,7 +311,12 @@ def test_while_torch_compiles_a_block(where: str, monkeypatch: pytest.MonkeyPatc
         from torch._dynamo.symbolic_convert import InstructionTranslator as Tracer
 
         run = Tracer.run
-        monkeypatch.setattr(Tracer, "run", lambda self: (interrupt(), run(self))[1])
+
+        def interrupted_run(self: Any) -> Any:
+            interrupt()
+            return run(self)
+
+        monkeypatch.setattr(Tracer, "run", interrupted_run)
     torch._dynamo.reset()
     forward = CompiledForward(Block)
     forward.install()

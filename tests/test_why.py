@@ -69,9 +69,12 @@ def test_the_answer_is_that_of_the_selection(
     argv: list[str], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Request] = []
-    monkeypatch.setattr(
-        why, "explain", lambda request, *_: asked.append(request) or {"backend": "x"}
-    )
+
+    def explain(request: Request, *_: Any) -> dict[str, str]:
+        asked.append(request)
+        return {"backend": "x"}
+
+    monkeypatch.setattr(why, "explain", explain)
     monkeypatch.setattr(why, "render", lambda _: "")
     assert main([*CALL, *argv]) == 0
     assert asked == [request(**changes)]
@@ -96,9 +99,9 @@ def test_everything_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         assert all(str(reason).startswith("the native library is not") for reason in rows.values())
         return
     for kernel in op.kernels():
-        told = op.why_not(request(), kernel.index)
+        said = op.why_not(request(), kernel.index)
         assert rows[kernel.name] == (
-            None if told is None else told.removeprefix(f"{kernel.name}: ")
+            None if said is None else said.removeprefix(f"{kernel.name}: ")
         )
 
 

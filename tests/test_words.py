@@ -136,7 +136,7 @@ def options_of_scripts() -> frozenset[str]:
         if file.parts[0] in ("benchmarks", ".ci", "tests") or file.name in PROGRAMS:
             for node in python_nodes(file):
                 if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-                    found |= {a.value for a in node.args if isinstance(a, ast.Constant)}
+                    found |= {str(a.value) for a in node.args if isinstance(a, ast.Constant)}
     return frozenset(found)
 
 

@@ -324,13 +324,15 @@ def check_stream(bench: Bench, row: op.KernelInfo, _: str) -> dict[str, Any]:
     late = [torch.zeros_like(x) for x in (q, k, v)]
     busy = torch.randn(4096, 4096, device=bench.device)
     bench.synchronize()
-    for _ in range(3):
+    for _turn in range(3):
         busy @ busy
     with torch.cuda.stream(side):
-        for _ in range(10):  # the copies below come late: a call on the wrong stream reads zeros
+        for _turn in range(
+            10
+        ):  # the copies below come late: a call on the wrong stream reads zeros
             busy @ busy
-        for target, source in zip(late, (q, k, v), strict=True):
-            target.copy_(source)
+        for late_copy, source in zip(late, (q, k, v), strict=True):
+            late_copy.copy_(source)
         got, _ = run_op(row, *late)
     side.synchronize()
     assert torch.equal(got, want), "on a second stream the result differs"

@@ -97,7 +97,7 @@ def _checks_table(items: list[dict[str, Any]]) -> list[str]:
 
 def _speed_table(found: dict[str, Any]) -> list[str]:
     items = [i for i in found["items"] if i["step"] == "speed" and i["state"] == "passed"]
-    peak = next(
+    peak: dict[str, float] = next(
         (i["detail"] for i in found["items"] if i["step"] == "matmul" and i["state"] == "passed"),
         {},
     )

@@ -124,7 +124,7 @@ class Gpu:
 
     def log(self) -> list[str]:
         """What the driver was asked for since the last time."""
-        lines = self.driver.mock_log().decode().splitlines()
+        lines: list[str] = self.driver.mock_log().decode().splitlines()
         self.driver.mock_clear_log()
         return lines
 

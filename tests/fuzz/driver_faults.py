@@ -3,16 +3,16 @@
 of error, on the mock driver: what is said, whether something else takes over, whether anything is
 left behind, whether it is tried again for ever, and whether calls are right once all is well.
 
-    python tests/fuzz/driver_faults.py [--short] [--table docs/driver-faults.md]
+    python tests/fuzz/driver_faults.py [--short] [--write]
 
-Prints a line for each fault, then what is wrong; --table writes the summary of driver_table.py.
+Prints a line for each fault, then what is wrong: the table of docs/driver-faults.md, too, unless
+--write brings it up to date.
 """
 
 from __future__ import annotations
 
 import _ctypes
 import argparse
-import ctypes
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ CODES = {
 }
 TROUBLE = (700, 702, 709, 719)
 FINAL = (1, 3, 4, 100, 101, 803)  # a driver that does not start so never will in this process
-SHORT_CODES = (2, 209, 700, 702, 709, 800)
+SHORT_CODES = (2, 209, 700, 702, 709, 800, 999)  # of every kind, and what is an exception
 
 # What fails -> the calls of it that a call of ours makes: after so many, the next one fails.
 FUNCTIONS = {
@@ -187,7 +187,7 @@ def _judge_afterwards(row: Row, gpu: Gpu, arguments: dict[str, Any], is_emulated
     """Once the driver is well again, so are calls; but for one that never starts."""
     is_final = row.function == "cuInit" and row.code in FINAL
     if not is_emulated:
-        gpu.driver.mock_on_launch(ctypes.cast(None, LAUNCH))
+        gpu.driver.mock_on_launch(LAUNCH(0))
     for _ in range(UNTIL_WELL if row.function == "cuInit" and not is_final else 1):
         try:
             out, lse = gpu.sdpa(**arguments)
@@ -243,7 +243,7 @@ def campaign(short: bool) -> Iterator[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--short", action="store_true", help="one place and some errors of each")
-    parser.add_argument("--table", type=Path, help="write the summary there, as Markdown")
+    parser.add_argument("--write", action="store_true", help="write docs/driver-faults.md")
     options = parser.parse_args()
     rows = []
     for row in campaign(options.short):
@@ -252,8 +252,12 @@ def main() -> int:
         for problem in row.problems:
             print(f"    WRONG: {problem}")
     wrong = sum(bool(row.problems) for row in rows)
-    if options.table is not None:
-        options.table.write_text(driver_table.page(rows, CODES, FINAL))
+    old, new = driver_table.pages(rows, CODES, FINAL)
+    if options.write:
+        driver_table.PAGE.write_text(new, encoding="utf-8")
+    elif new != old:
+        wrong += 1
+        print(driver_table.STALE)
     return Count(calls=len(rows), wrong=wrong).end()
 
 

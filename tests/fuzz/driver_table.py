@@ -1,30 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""driver_table.py - the campaign of driver_faults.py as a page: a line for the driver's calls that
-behave alike, a column for each kind of error."""
+"""driver_table.py - the campaign of driver_faults.py as the table of docs/driver-faults.md: a line
+for the driver's calls that behave alike, a column for each kind of error."""
 
 from __future__ import annotations
 
-import datetime
-import subprocess
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMAND = "make fuzz ARGS='--only driver --table docs/driver-faults.md'"
+from readme_tables import COLUMNS, up_to_date
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/driver-faults.md"
+STALE = "docs/driver-faults.md is not current; run: make fuzz ARGS='--only driver --write'"
 
 
 class Fault(Protocol):
-    """As much of driver_faults.Row as the page needs."""
+    """As much of driver_faults.Row as the table needs."""
 
     function: str
-    after: int
     code: int
     said: str
     is_fallback: bool
-    attempts: int
-    is_well_again: bool
-    problems: list[str]
 
 
 # title -> codes: every error that is tried is in one of them.
@@ -34,38 +31,6 @@ KINDS: dict[str, tuple[int, ...]] = {
     "not for this device or driver": (1, 200, 209, 218, 222, 500, 701, 800, 801),
     "the driver itself": (3, 4, 100, 101, 201, 304, 400, 802, 803, 900, 999),
 }
-
-_HEAD = """# When the CUDA driver fails
-
-Every call that we make to the CUDA driver fails here in turn, the first time or later in a call of
-ours, with each of {codes} errors, on the mock driver (`tests/cuda_mock`).
-{rows} faults at {commit}, {date}: **{wrong} wrong**. The table is made by
-
-    {command}
-
-| what fails | {kinds} |
-|---|{rules}|
-"""
-
-_FOOT = """
-- *Falls back*: the next backend computes, and one line in the log has the driver's words.
-- *Raises*: a RuntimeError with the driver's words (torch's OutOfMemoryError for want of memory);
-  nothing else computes on a device that is lost, or hides why.
-- *Goes on*: the call is computed. What was pushed is popped; a failure there changes nothing.
-
-| in every fault | |
-|---|---|
-| message | the driver's error, in its words, and what was being done ("when launching ...") |
-| result | right or none; right again once the driver is well{except_} |
-| leak | none: what was loaded is unloaded, and no context stays on the stack |
-| tried again | {retries} |
-"""
-
-_RETRIES = (
-    "what raises: by every call. What falls back: not for this kind of call, and a kernel that"
-    " failed its self-check is not loaded again. Out of memory: once more in the same call, after"
-    " torch has released its cache. `cuInit`: ever more rarely; after {final} never"
-)
 
 
 def _cell(rows: Sequence[Fault]) -> str:
@@ -93,34 +58,20 @@ def _lines(rows: Sequence[Fault]) -> list[str]:
     return [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in found.items()]
 
 
-def page(rows: Sequence[Fault], codes: Mapping[int, str], final: Sequence[int]) -> str:
-    """The page. `codes`: names of the errors; `final`: those after which no start is tried."""
+def pages(rows: Sequence[Fault], codes: Mapping[int, str], final: Sequence[int]) -> tuple[str, str]:
+    """The page as it is, and with the table of these rows. The short campaign has every line of it.
+
+    codes: the names of the errors; final: those after which no start is tried.
+    """
     assert {code for kind in KINDS.values() for code in kind} == set(codes)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    stays_out = {row.function for row in rows if not row.is_well_again}
-    head = _HEAD.format(
-        codes=len(codes),
-        rows=f"{len(rows):,}",
-        commit=commit,
-        date=datetime.date.today().isoformat(),  # noqa: DTZ011 - a day is all it says
-        wrong=sum(len(row.problems) for row in rows),
-        command=COMMAND,
-        kinds=" | ".join(
-            f"{title} ({', '.join(map(str, codes))})" for title, codes in KINDS.items()
-        ),
-        rules="|".join("---" for _ in KINDS),
-    )
-    foot = _FOOT.format(
-        except_=f" (except for `{'`, `'.join(sorted(stays_out))}`, as said below)"
-        if stays_out
-        else "",
-        retries=_RETRIES.format(final=", ".join(map(str, final))),
-    )
-    names = ", ".join(f"{code} {name}" for code, name in codes.items())
-    return head + "\n".join(_lines(rows)) + "\n" + foot + f"\nThe errors, by cuda.h: {names}.\n"
+    names = (f"{code} {name}{' (final)' * (code in final)}" for code, name in codes.items())
+    kinds = (f"{title} ({', '.join(map(str, kind))})" for title, kind in KINDS.items())
+    table = [
+        f"| what fails | {' | '.join(kinds)} |",
+        "|---|" + "---|" * len(KINDS),
+        *_lines(rows),
+        "",
+        *textwrap.wrap(f"The errors, by cuda.h: {', '.join(names)}.", COLUMNS),
+    ]
+    old = PAGE.read_text(encoding="utf-8")
+    return old, up_to_date(old, "driver faults", "\n".join(table))

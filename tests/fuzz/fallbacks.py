@@ -102,7 +102,7 @@ def _call(length: int) -> str:
     operands = [torch.randn(1, n, 1, 64, generator=generator) for n in (length, 20, 20)]
     operands = [x.to(torch.bfloat16) for x in operands]
     try:
-        out = wan_attn.sdpa(*operands)
+        out: Any = wan_attn.sdpa(*operands)
     except RuntimeError:
         return "raises"
     try:

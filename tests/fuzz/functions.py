@@ -211,8 +211,8 @@ def _of_torchs_dispatcher() -> dict[tuple[str, str], str]:
     rules |= {(n, f"nested {x}"): refused for n in OPERANDS for x in ("strided", "jagged")}
     rules |= {(n, "negative"): "-1 is no bound, or the best row" for n in bounds}
     # numpy's and tensors' scalars are numbers and bools to it, and fractions integers.
-    scalars = ("0d numpy", "numpy of one", "0d tensor", "numpy bool", "numpy complex")
-    scalars += ("leaf", "Parameter", "whole float", "Fraction", "10^5000")
+    scalars = ["0d numpy", "numpy of one", "0d tensor", "numpy bool", "numpy complex"]
+    scalars += ["leaf", "Parameter", "whole float", "Fraction", "10^5000"]
     # It asks for a __torch_function__, which these have, and shows what it cannot convert.
     others = ("Anything", "Raising", "list of Raising", "weak", "deaf subclass")
     names = (*OPERANDS, "q_lens", "k_lens", "scale", "is_causal", "return_lse", *bounds)

@@ -131,6 +131,12 @@ def plain(value: Any) -> Any:
     return copy.copy_(value.detach())
 
 
+def list_of_itself() -> list[Any]:
+    made: list[Any] = []
+    made.extend((made, made))
+    return made
+
+
 # Operands: what they hold is read, so that where it lies is the tensor's business.
 TENSORS: dict[str, Make] = {
     "transposed memory": lambda x: x.detach().transpose(0, 1).contiguous().transpose(0, 1),
@@ -212,7 +218,7 @@ LISTS: dict[str, Make] = {
     "numpy times": lambda x: np.array([1, 2], dtype="timedelta64[s]"),
     "endless": lambda x: Endless([1, 2]),
     "list of Raising": lambda x: [Raising(), Raising()],
-    "list of itself": lambda x: (lambda y: (y.extend((y, y)), y)[1])([]),
+    "list of itself": lambda x: list_of_itself(),
     "text of one's own": lambda x: Text("12"),
     "bytearray": lambda x: bytearray(b"\1\2"),
     "memoryview": lambda x: memoryview(b"\1\2"),

@@ -7,7 +7,7 @@
 broken        calls of the C ABI that break its contract (broken.c)
 malformed     every argument of every Python function, broken in every way (malformed.py)
 driver        every call of the CUDA driver fails, with every error (driver_faults.py), and what
-              Python makes of it (fallbacks.py); --table FILE writes the summary
+              Python makes of it (fallbacks.py); --write writes docs/driver-faults.md
 surroundings  caches, threads, forks, signals (surroundings.py)
 legal         random calls of the C ABI against float64, with guard pages, on every row (legal.c)
 
@@ -103,8 +103,7 @@ def run_campaign(name: str, options: argparse.Namespace, left: float) -> Count:
     if name == "malformed":
         return run([*python, str(HERE / "malformed.py")])
     if name == "driver":
-        more = [f"--table={options.table}"] if options.table else []
-        more += ["--short"] if options.short else []
+        more = [f"--{name}" for name in ("short", "write") if getattr(options, name)]
         found = run([*python, str(HERE / "driver_faults.py"), *more])
         return found + run([*python, str(HERE / "fallbacks.py")])
     command = [*python, str(HERE / "surroundings.py"), str(options.seed), f"{seconds:g}"]
@@ -119,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", type=int, help="of legal or broken, as a failure prints it")
     parser.add_argument("--variant", help=f"some of {', '.join(build.VARIANTS)}")
     parser.add_argument("--short", action="store_true", help="fewer errors of the driver")
-    parser.add_argument("--table", help="write what came of the driver's errors there")
+    parser.add_argument("--write", action="store_true", help="write docs/driver-faults.md")
     options = parser.parse_args(arguments)
     again = f"make fuzz MINUTES={options.minutes:g} ARGS='--seed {options.seed}'"
     print(f"seed {options.seed}: {again}", flush=True)

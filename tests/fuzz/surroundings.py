@@ -32,14 +32,14 @@ def _calls() -> dict[str, Callable[[], Any]]:
     query, key, value = (torch.randn(2, n, 2, 32, generator=generator) for n in (9, 21, 21))
     lens = [17, 21]
     lists = (torch.tensor([0, 8, 18]), torch.tensor([0, 21, 42]), 10, 21)
-    packed = [x.flatten(0, 1) for x in (query, key, value)]
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
     half = [x.to(torch.bfloat16) for x in (query, key, value)]
     lse = torch.randn(2, 2, 9, generator=generator)
     return {
         "sdpa": lambda: wan_attn.sdpa(query, key, value, k_lens=lens, return_lse=True),
         "flash_attention": lambda: wan_attn.flash_attention(query, key, value, causal=True),
         "bfloat16": lambda: wan_attn.sdpa(*half, window=(4, 2)),
-        "varlen": lambda: wan_attn.flash_attn_varlen_func(*packed, *lists),
+        "varlen": lambda: wan_attn.flash_attn_varlen_func(q, k, v, *lists),
         "sageattn": lambda: wan_attn.sageattn(query, key, value, "NHD", is_causal=True),
         "wrapper": lambda: wan_attn.windows_flash_attention_wrapper(
             query, key, value, method="chunked", max_elements=64

@@ -86,7 +86,7 @@ def install(checkout: Path) -> None:
     rotary.apply_rotary_emb = None  # type: ignore[attr-defined]
     for module in (package, interface, layers, rotary):
         sys.modules[module.__name__] = module
-    torch.cuda.get_device_capability = lambda device=None: (8, 0)  # type: ignore[assignment]
+    torch.cuda.get_device_capability = lambda device=None: (8, 0)
     card = types.SimpleNamespace(total_memory=80 << 30)
     torch.cuda.get_device_properties = lambda device=None: card  # type: ignore[assignment,return-value]
 

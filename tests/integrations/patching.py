@@ -9,6 +9,7 @@ from typing import Any
 import stub_wan
 
 from wan_attn.integrations import wan22
+from wan_attn.integrations.wan22.report import PatchReport
 
 
 def ours(*args: Any, **kwargs: Any) -> Any:
@@ -16,7 +17,7 @@ def ours(*args: Any, **kwargs: Any) -> Any:
     return "ours", args, kwargs
 
 
-def patch(**kwargs: Any) -> wan22.PatchReport:
+def patch(**kwargs: Any) -> PatchReport:
     return wan22.patch(attention=ours, **kwargs)
 
 

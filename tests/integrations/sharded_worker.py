@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
@@ -87,8 +88,8 @@ def fsdp(model: Any, block: type) -> Any:
     )
 
 
-def fsdp2(model: Any, block: type) -> Any:
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+def fsdp2(model: Any, block: type[torch.nn.Module]) -> Any:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in list(model.modules()):
         if isinstance(module, block):
             fully_shard(module, mesh=mesh)
@@ -109,7 +110,8 @@ def gradient(model: Any) -> Tensor:
     grad = weight_of(model).grad
     if grad is None:
         return torch.zeros(0)
-    return (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).detach().clone()
+    whole: Tensor = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return whole.detach().clone()
 
 
 def off(got: Tensor, want: Tensor) -> float:

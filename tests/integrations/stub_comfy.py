@@ -9,6 +9,7 @@ and v in containers, unpacked by the wrapper.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import types
 from collections.abc import Callable
@@ -163,4 +164,4 @@ class Model:
     @property
     def override(self) -> Callable[..., Any] | None:
         found = self.model_options["transformer_options"].get("optimized_attention_override")
-        return found  # type: ignore[no-any-return]
+        return found

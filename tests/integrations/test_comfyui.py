@@ -66,7 +66,8 @@ def merged(lengths: tuple[int, int] = (9, 14), dtype: torch.dtype = torch.float3
 
 def split(x: Tensor) -> Tensor:
     """[batch, seqlen, heads * head_dim] -> [batch, heads, seqlen, head_dim]."""
-    return x.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+    heads: Tensor = x.unflatten(-1, (-1, HEAD_DIM))
+    return heads.transpose(1, 2)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -151,7 +152,7 @@ class TestWhatItLeaves:
         with caplog.at_level(logging.INFO, "wan_attn"):
             for _ in range(2):
                 out = function(q, k, v, HEADS, mask)
-        want = F.scaled_dot_product_attention(*map(split, (q, k, v)), attn_mask=mask)
+        want = F.scaled_dot_product_attention(split(q), split(k), split(v), attn_mask=mask)
         assert torch.allclose(split(out), want, atol=1e-6)
         assert host.calls == ["pytorch", "pytorch"]
         lines = [r.getMessage() for r in caplog.records]
@@ -231,17 +232,17 @@ class TestNode:
         q, k, v = merged()
         want = exact(q, k, v)
         for model, ran in ((plain, ["pytorch"]), (patched, [])):
-            host.calls.clear()  # type: ignore[attr-defined]
+            host.calls.clear()
             options = model.model_options["transformer_options"]
             assert close(wan.self_attention(q, k, v, HEADS, options), want)
-            assert host.calls == ran  # type: ignore[attr-defined]
+            assert host.calls == ran
 
     def test_a_backend_of_comfyuis(self, root: Path) -> None:
         (patched,) = self.node(root)().apply(stub_comfy.Model(), "split")
         host = sys.modules["comfy.ldm.modules.attention"]
         wan = importlib.import_module("comfy.ldm.wan.model")
         wan.self_attention(*merged(), HEADS, patched.model_options["transformer_options"])
-        assert host.calls == ["split"]  # type: ignore[attr-defined]
+        assert host.calls == ["split"]
 
     def test_one_that_is_not_here(self, root: Path) -> None:
         """A graph from a machine that has it."""
@@ -261,11 +262,11 @@ class TestNode:
         assert options["other"] == 1 and model.override is theirs
         host = sys.modules["comfy.ldm.modules.attention"]
         q, k, v = merged()
-        run = host.get_attention_function("split")  # type: ignore[attr-defined]
+        run = host.get_attention_function("split")
         assert close(run(q, k, v, HEADS, transformer_options=options), exact(q, k, v))
         mask = torch.ones(9, 14, dtype=torch.bool)
         assert run(q, k, v, HEADS, mask, transformer_options=options) == "theirs"
-        assert seen == [("attention_split", True)] and host.calls == []  # type: ignore[attr-defined]
+        assert seen == [("attention_split", True)] and host.calls == []
 
     def test_the_last_choice_wins_and_survives_deep_copies(self, root: Path) -> None:
         node = self.node(root)()
@@ -273,11 +274,11 @@ class TestNode:
         (ours,) = node.apply(sage, "wan_attn")
         (again,) = node.apply(ours, "pytorch")
         host = sys.modules["comfy.ldm.modules.attention"]
-        run = host.get_attention_function("split")  # type: ignore[attr-defined]
+        run = host.get_attention_function("split")
         for model, ran in ((sage, "sage"), (ours.clone(), None), (again, "pytorch")):
-            host.calls.clear()  # type: ignore[attr-defined]
+            host.calls.clear()
             run(*merged(), HEADS, transformer_options=model.model_options["transformer_options"])
-            assert host.calls == ([ran] if ran else [])  # type: ignore[attr-defined]
+            assert host.calls == ([ran] if ran else [])
 
     def test_containers_are_unpacked_by_comfyui(self, root: Path) -> None:
         """An override without container_function gets tensors."""
@@ -285,9 +286,9 @@ class TestNode:
         assert not hasattr(patched.override, "container_function")
         host = sys.modules["comfy.ldm.modules.attention"]
         q, k, v = merged()
-        boxes = [host.AttentionTensorContainer(x) for x in (q, k, v)]  # type: ignore[attr-defined]
+        boxes = [host.AttentionTensorContainer(x) for x in (q, k, v)]
         options = patched.model_options["transformer_options"]
-        run = host.get_attention_function("split")  # type: ignore[attr-defined]
+        run = host.get_attention_function("split")
         assert close(run(*boxes, heads=HEADS, transformer_options=options), exact(q, k, v))
 
 
@@ -303,7 +304,7 @@ class TestGlobal:
         assert close(early.face_block(q, k, v, HEADS), want)
         operands = (x.unflatten(-1, (-1, HEAD_DIM)) for x in (q, k, v))
         assert close(late.attention(*operands, heads=HEADS, attention_mode="comfy"), want)
-        assert host.calls == []  # type: ignore[attr-defined]
+        assert host.calls == []
 
     def test_comfyuis_own_names_stay_its_own(self, root: Path, host: Any) -> None:
         """Its default is attention_pytorch, which other code calls by that name."""

@@ -324,10 +324,14 @@ def test_export(route: str) -> None:
 # ---- arguments
 
 
+def sdpa_of_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+
 FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "enable": wan_diffusers.enable,
     "disable": wan_diffusers.disable,
-    "replace_processors": lambda target: wan_diffusers.replace_processors(target, torch.add),
+    "replace_processors": lambda target: wan_diffusers.replace_processors(target, sdpa_of_torch),
     "restore_processors": wan_diffusers.restore_processors,
 }
 

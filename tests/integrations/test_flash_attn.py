@@ -16,6 +16,8 @@ from calls import BF16, DTYPES, F16, F32, MIXED, NAMES, operands
 from tolerances import assert_close_to_oracle
 from wan_attn.signatures import _varlen
 
+fa: Any = wan_attn  # what its functions return depends on an argument
+
 # Recorded from flash_attn/flash_attn_interface.py of Dao-AILab/flash-attention at 0251105.
 OPTIONS = (
     "dropout_p=0.0 softmax_scale=None causal=False window_size=(-1,-1) softcap=0.0"
@@ -69,10 +71,10 @@ def test_a_padded_batch_equals_the_oracle(
     case: str, dtype: torch.dtype, lengths: tuple[int, int]
 ) -> None:
     q, k, v = operands(2, *lengths, heads_q=4, heads_k=2, head_dim=40, dtype=dtype)
-    out, lse, third = wan_attn.flash_attn_func(q, k, v, return_attn_probs=True, **CASES[case])
+    out, lse, third = fa.flash_attn_func(q, k, v, return_attn_probs=True, **CASES[case])
     assert third is None and out.dtype == dtype and lse.shape == (2, 4, lengths[0])
     assert_close_to_oracle(out, q, k, v, lse=lse, **as_oracle(CASES[case]))
-    alone = wan_attn.flash_attn_func(q, k, v, **CASES[case])
+    alone = fa.flash_attn_func(q, k, v, **CASES[case])
     assert isinstance(alone, Tensor)
     assert_close_to_oracle(alone, q, k, v, **as_oracle(CASES[case]))
 
@@ -82,18 +84,18 @@ class TestPacked:
 
     def test_a_padded_batch_equals_the_oracle(self) -> None:
         qkv = torch.randn(2, 19, 3, 4, 32, dtype=BF16)
-        apart = wan_attn.flash_attn_func(*qkv.unbind(2), causal=True)
-        assert torch.equal(wan_attn.flash_attn_qkvpacked_func(qkv, causal=True), apart)
+        apart = fa.flash_attn_func(*qkv.unbind(2), causal=True)
+        assert torch.equal(fa.flash_attn_qkvpacked_func(qkv, causal=True), apart)
         assert torch.equal(
-            wan_attn.flash_attn_kvpacked_func(qkv[:, :, 0], qkv[:, :, 1:], causal=True), apart
+            fa.flash_attn_kvpacked_func(qkv[:, :, 0], qkv[:, :, 1:], causal=True), apart
         )
 
     def test_a_packed_batch_equals_the_oracle(self) -> None:
         qkv, cu = torch.randn(19, 3, 4, 32), cumulative([7, 12])
-        apart = wan_attn.flash_attn_varlen_func(*qkv.unbind(1), cu, cu, 12, 12, causal=True)
-        packed = wan_attn.flash_attn_varlen_qkvpacked_func(qkv, cu, 12, causal=True)
+        apart = fa.flash_attn_varlen_func(*qkv.unbind(1), cu, cu, 12, 12, causal=True)
+        packed = fa.flash_attn_varlen_qkvpacked_func(qkv, cu, 12, causal=True)
         assert torch.equal(packed, apart)
-        packed = wan_attn.flash_attn_varlen_kvpacked_func(
+        packed = fa.flash_attn_varlen_kvpacked_func(
             qkv[:, 0], qkv[:, 1:], cu, cu, 12, 12, causal=True
         )
         assert torch.equal(packed, apart)
@@ -101,11 +103,11 @@ class TestPacked:
     def test_options_keep_their_places(self) -> None:
         qkv, cu = torch.randn(9, 3, 2, 16), cumulative([4, 5])
         options = (0.0, 0.2, True, (2, 1), 0.0, None, False, True)
-        out, lse, _ = wan_attn.flash_attn_varlen_qkvpacked_func(qkv, cu, 5, *options)
+        out, lse, _ = fa.flash_attn_varlen_qkvpacked_func(qkv, cu, 5, *options)
         assert lse.shape == (2, 9)
         for begin, end in ((0, 4), (4, 9)):
             q, k, v = (x[begin:end].unsqueeze(0) for x in qkv.unbind(1))
-            want, _, _ = wan_attn.flash_attn_func(q, k, v, *options)
+            want, _, _ = fa.flash_attn_func(q, k, v, *options)
             assert torch.equal(out[begin:end], want[0])
 
 
@@ -138,10 +140,9 @@ def packed(
     return q, k, v, cumulative(lengths_q), cumulative(lengths_k)
 
 
-def check_varlen(
-    result: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, case: str
-) -> None:
+def check_varlen(result: Any, operands_: tuple[Tensor, ...], case: str) -> None:
     out, lse, third = result
+    q, k, v, cu_q, cu_k = operands_
     assert third is None and out.shape == q.shape and out.dtype == q.dtype
     assert lse.shape == (q.shape[1], q.shape[0]) and lse.dtype == F32
     begins_q, begins_k = cu_q.tolist(), cu_k.tolist()
@@ -164,29 +165,25 @@ def check_varlen(
 def test_a_packed_batch_equals_the_oracle(by_route: str, batch: str, case: str) -> None:
     operands_ = packed(*BATCHES[batch], extra=2)
     longest = [max(lengths) for lengths in BATCHES[batch]]
-    result = wan_attn.flash_attn_varlen_func(
-        *operands_, *longest, return_attn_probs=True, **CASES[case]
-    )
-    check_varlen(result, *operands_, case)
+    result = fa.flash_attn_varlen_func(*operands_, *longest, return_attn_probs=True, **CASES[case])
+    check_varlen(result, operands_, case)
 
 
 @pytest.mark.parametrize("dtype", (F16, BF16), ids=lambda d: NAMES[d])
 def test_varlen_half(by_route: str, dtype: torch.dtype) -> None:
     operands_ = packed(*BATCHES["mixed"], dtype=dtype)
-    result = wan_attn.flash_attn_varlen_func(
-        *operands_, 64, 64, causal=True, return_attn_probs=True
-    )
-    check_varlen(result, *operands_, "causal")
+    result = fa.flash_attn_varlen_func(*operands_, 64, 64, causal=True, return_attn_probs=True)
+    check_varlen(result, operands_, "causal")
 
 
 def test_a_sequence_never_reaches_another(by_route: str) -> None:
     """Padding is other sequences' tokens: NaN there must stay there."""
     q, k, v, cu_q, cu_k = packed(*BATCHES["mixed"])
-    want = wan_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 30, 40)
+    want = fa.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 30, 40)
     poisoned = [x.clone() for x in (q, k, v)]
     for x, cu in zip(poisoned, (cu_q, cu_k, cu_k), strict=True):
         x[cu[1] : cu[2]] = torch.nan
-    out = wan_attn.flash_attn_varlen_func(*poisoned, cu_q, cu_k, 30, 40)
+    out = fa.flash_attn_varlen_func(*poisoned, cu_q, cu_k, 30, 40)
     clean = torch.ones(len(q), dtype=torch.bool)
     clean[cu_q[1] : cu_q[2]] = False
     assert torch.equal(out[clean], want[clean])
@@ -196,26 +193,26 @@ def test_a_sequence_never_reaches_another(by_route: str) -> None:
 def test_many_short_sequences_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [3 + n % 2 for n in range(_varlen.RUNS_MAX + 1)]
     operands_ = packed(lengths, lengths)
-    want = wan_attn.flash_attn_varlen_func(*operands_, 4, 4)
+    want = fa.flash_attn_varlen_func(*operands_, 4, 4)
     monkeypatch.setattr(_varlen, "RUNS_MAX", len(lengths))
     monkeypatch.setattr(_varlen, "_by_padding", lambda *_: pytest.fail("they are few now"))
-    out = wan_attn.flash_attn_varlen_func(*operands_, 4, 4)
+    out = fa.flash_attn_varlen_func(*operands_, 4, 4)
     assert torch.allclose(out, want, atol=1e-6)
     with pytest.raises(pytest.fail.Exception):
         monkeypatch.setattr(_varlen, "RUNS_MAX", len(lengths) - 1)
-        wan_attn.flash_attn_varlen_func(*operands_, 4, 4)
+        fa.flash_attn_varlen_func(*operands_, 4, 4)
 
 
 def test_one_long_sequence_among_many_is_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [2 + n % 2 for n in range(_varlen.RUNS_MAX + 1)] + [500]
     operands_ = packed(lengths, lengths)
     monkeypatch.setattr(_varlen, "_by_padding", lambda *_: pytest.fail("15 times the memory"))
-    wan_attn.flash_attn_varlen_func(*operands_, 500, 500)
+    fa.flash_attn_varlen_func(*operands_, 500, 500)
 
 
 def test_no_sequence_at_all(by_route: str) -> None:
     q, none = torch.randn(3, 2, 16), cumulative([])
-    out, lse, _ = wan_attn.flash_attn_varlen_func(q, q, q, none, none, 0, 0, return_attn_probs=True)
+    out, lse, _ = fa.flash_attn_varlen_func(q, q, q, none, none, 0, 0, return_attn_probs=True)
     assert not out.any() and lse.shape == (2, 3) and bool((lse == -torch.inf).all())
 
 
@@ -226,7 +223,7 @@ def test_lengths_on_a_device_are_never_read() -> None:
     with FakeTensorMode():
         q = torch.empty(10, 4, 32)
         cu = torch.empty(4, dtype=torch.int32)
-        out, lse, _ = wan_attn.flash_attn_varlen_func(
+        out, lse, _ = fa.flash_attn_varlen_func(
             q, q, q, cu, cu, 6, 6, causal=True, return_attn_probs=True
         )
     assert out.shape == q.shape and lse.shape == (4, 10)
@@ -235,20 +232,20 @@ def test_lengths_on_a_device_are_never_read() -> None:
 @pytest.mark.parametrize("bounds", [torch.tensor([7, 2]), [7, 2], tuple(torch.tensor([7, 2]))])
 def test_a_window_of_any_integers(bounds: Any) -> None:
     q, k, v = operands(1, 20, 30)
-    want = wan_attn.sdpa(q, k, v, window=(7, 2))
-    assert torch.equal(wan_attn.flash_attn_func(q, k, v, window_size=bounds), want)
+    want = fa.sdpa(q, k, v, window=(7, 2))
+    assert torch.equal(fa.flash_attn_func(q, k, v, window_size=bounds), want)
 
 
 def test_every_negative_bound_is_none() -> None:
     q, k, v = operands(1, 20, 30)
     assert torch.equal(
-        wan_attn.flash_attn_func(q, k, v, window_size=(-5, -2)), wan_attn.flash_attn_func(q, k, v)
+        fa.flash_attn_func(q, k, v, window_size=(-5, -2)), fa.flash_attn_func(q, k, v)
     )
 
 
 def test_mixed_dtypes_as_wan_has_them() -> None:
     q, k, v = operands(1, 20, 30, dtype=MIXED[0])
-    out = wan_attn.flash_attn_func(q, k, v)
+    out = fa.flash_attn_func(q, k, v)
     assert out.dtype == q.dtype
     assert_close_to_oracle(out, q, k, v)
 
@@ -258,8 +255,8 @@ def test_dropout_holds_without_a_gradient_too() -> None:
     q, k, v = operands(1, 64, 256)
     ones = torch.ones_like(v)
     with torch.no_grad():
-        out = wan_attn.flash_attn_func(q, k, ones, 0.25)
-        assert torch.allclose(wan_attn.flash_attn_func(q, k, ones), ones[:, :64])
+        out = fa.flash_attn_func(q, k, ones, 0.25)
+        assert torch.allclose(fa.flash_attn_func(q, k, ones), ones[:, :64])
     assert not torch.allclose(out, ones[:, :64]), "some weights must be gone"
     assert abs(out.mean().item() - 1.0) < 0.05, "and the others larger by 1 / (1 - 0.25)"
 
@@ -267,7 +264,7 @@ def test_dropout_holds_without_a_gradient_too() -> None:
 class TestGradient:
     def test_a_padded_batch_equals_the_oracle(self) -> None:
         leaves = [x.requires_grad_() for x in operands(2, 9, 12, heads_q=4, heads_k=2)]
-        self._compare(leaves, lambda q, k, v: wan_attn.flash_attn_func(q, k, v, causal=True), True)
+        self._compare(leaves, lambda q, k, v: fa.flash_attn_func(q, k, v, causal=True), True)
 
     def test_a_packed_batch_equals_the_oracle(self, by_route: str) -> None:
         q, k, v, cu_q, cu_k = packed([5, 9], [7, 6])
@@ -276,23 +273,25 @@ class TestGradient:
             leaves,
             lambda q, k, v: torch.stack(
                 [
-                    wan_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 9, 7).sum(),
-                    wan_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 9, 7).square().sum(),
+                    fa.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 9, 7).sum(),
+                    fa.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 9, 7).square().sum(),
                 ]
             ),
             False,
             lambda q, k, v: torch.stack(
                 [
-                    sum(f(self._plain(q[a], k[b], v[b])) for a, b in self._parts(cu_q, cu_k))
+                    torch.stack([f(x) for x in self._plain_parts(q, k, v, cu_q, cu_k)]).sum()
                     for f in (torch.sum, lambda x: x.square().sum())
                 ]
             ),
         )
 
-    @staticmethod
-    def _parts(cu_q: Tensor, cu_k: Tensor) -> list[tuple[slice, slice]]:
+    def _plain_parts(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
+    ) -> list[Tensor]:
         a, b = cu_q.tolist(), cu_k.tolist()
-        return [(slice(a[n], a[n + 1]), slice(b[n], b[n + 1])) for n in range(len(a) - 1)]
+        parts = [(slice(a[n], a[n + 1]), slice(b[n], b[n + 1])) for n in range(len(a) - 1)]
+        return [self._plain(q[rows], k[keys], v[keys]) for rows, keys in parts]
 
     @staticmethod
     def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
@@ -314,7 +313,8 @@ class TestGradient:
         plain: Callable[..., Tensor] | None = None,
     ) -> None:
         out = function(*leaves)
-        want = plain(*leaves) if plain else self._plain(*leaves, is_causal)
+        q, k, v = leaves
+        want = plain(q, k, v) if plain else self._plain(q, k, v, is_causal)
         weights = torch.randn_like(out)
         found = torch.autograd.grad(out, leaves, weights)
         expected = torch.autograd.grad(want, leaves, weights)
@@ -343,16 +343,16 @@ def test_refused_by_name(case: str) -> None:
     options, message = REFUSED[case]
     q, k, v = operands()
     with pytest.raises(RuntimeError, match=f"wan_attn: {message}"):
-        wan_attn.flash_attn_func(q, k, v, **options)
+        fa.flash_attn_func(q, k, v, **options)
     cu_q, cu_k = cumulative([17]), cumulative([33])
     with pytest.raises(RuntimeError, match=f"wan_attn: {message}"):
-        wan_attn.flash_attn_varlen_func(q[0], k[0], v[0], cu_q, cu_k, 17, 33, **options)
+        fa.flash_attn_varlen_func(q[0], k[0], v[0], cu_q, cu_k, 17, 33, **options)
 
 
 def test_softcap_of_0_or_less_is_off_as_in_the_original() -> None:
     q, k, v = operands()
-    want = wan_attn.flash_attn_func(q, k, v)
-    assert torch.equal(wan_attn.flash_attn_func(q, k, v, softcap=-1.0), want)
+    want = fa.flash_attn_func(q, k, v)
+    assert torch.equal(fa.flash_attn_func(q, k, v, softcap=-1.0), want)
 
 
 VARLEN_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -385,7 +385,7 @@ def test_varlen_refused_by_name(case: str) -> None:
     arguments = {"q": x, "k": x, "v": x, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
     arguments |= {"max_seqlen_q": 9, "max_seqlen_k": 9} | changed
     with pytest.raises(RuntimeError, match=f"wan_attn: {message}"):
-        wan_attn.flash_attn_varlen_func(**arguments)
+        fa.flash_attn_varlen_func(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -415,10 +415,10 @@ def test_patch_gives_wan_the_same_function(stubs: Any) -> None:
     importlib.import_module("wan")
     wan_attn.patch()
     function = sys.modules["wan.modules.animate.face_blocks"].flash_attn_func
-    assert function is not wan_attn.flash_attn_func, "unpatch() must not reach the user's own name"
+    assert function is not fa.flash_attn_func, "unpatch() must not reach the user's own name"
     q, k, v = operands(1, 20, 30)
     out, lse, _ = function(q, k, v, causal=True, return_attn_probs=True)
-    want, want_lse, _ = wan_attn.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    want, want_lse, _ = fa.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
     assert torch.equal(out, want) and torch.equal(lse, want_lse)
     wan_attn.unpatch()
     assert sys.modules["wan.modules.animate.face_blocks"].flash_attn_func is None
@@ -449,10 +449,10 @@ class TestCompile:
 
     @staticmethod
     def _dense(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return wan_attn.flash_attn_func(q * 2, k, v, causal=True, return_attn_probs=True)[:2]
+        return fa.flash_attn_func(q * 2, k, v, causal=True, return_attn_probs=True)[:2]
 
     @staticmethod
     def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> Any:
-        return wan_attn.flash_attn_varlen_func(
+        return fa.flash_attn_varlen_func(
             q * 2, k, v, cu_q, cu_k, 40, 40, causal=True, return_attn_probs=True
         )[:2]

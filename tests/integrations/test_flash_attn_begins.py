@@ -27,7 +27,8 @@ def test_sequences_that_begin_behind_the_first_token(
     cu_q, cu_k = (torch.tensor(b, dtype=torch.int32) for b in (begins_q, begins_k))
 
     def packed(*x: Any) -> Any:
-        return wan_attn.flash_attn_varlen_func(*x, causal=True, return_attn_probs=True)
+        function: Any = wan_attn.flash_attn_varlen_func
+        return function(*x, causal=True, return_attn_probs=True)
 
     torch.compiler.reset()
     function = torch.compile(packed, backend="eager", fullgraph=True) if is_compiled else packed
@@ -54,7 +55,7 @@ def test_no_sequence_has_a_key_where_sizes_are_symbols(longest: int, tokens: int
     )
     q, kv = torch.randn(9, 2, 16), torch.randn(tokens, 2, 16, requires_grad=True)
     nothing = torch.zeros(3, dtype=torch.int32)
-    out = function(q, kv, kv, torch.tensor([0, 4, 9], dtype=torch.int32), nothing, 5, longest)
+    out: Any = function(q, kv, kv, torch.tensor([0, 4, 9], dtype=torch.int32), nothing, 5, longest)
     assert torch.equal(out, torch.zeros_like(q))
     out.sum().backward()
     assert kv.grad is not None and not kv.grad.any()

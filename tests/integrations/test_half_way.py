@@ -54,7 +54,7 @@ def test_patch_over_a_module_that_refuses(
 ) -> None:
     stub_wan.write(stubs)
     importlib.import_module("wan")
-    stubborn("flash_attention", sys.modules["wan.modules.attention"].flash_attention)  # type: ignore[attr-defined]
+    stubborn("flash_attention", sys.modules["wan.modules.attention"].flash_attention)
     finders = list(sys.meta_path)
     restored: list[Any] = []
     monkeypatch.setattr(tf32, "restore", restored.append)
@@ -92,7 +92,7 @@ def test_a_second_patch_that_fails_leaves_the_first(
 ) -> None:
     stub_wan.write(stubs)
     importlib.import_module("wan")
-    original = sys.modules["wan.modules.attention"].flash_attention  # type: ignore[attr-defined]
+    original = sys.modules["wan.modules.attention"].flash_attention
     patch()
     stubborn("theirs", original)
     with pytest.raises(RuntimeError, match="is final here"):
@@ -156,7 +156,8 @@ def test_transformers_with_a_part_that_refuses(monkeypatch: pytest.MonkeyPatch) 
     from wan_attn.integrations import transformers
 
     model = models.make(*models.ENCODERS["clip vision"], "eager")
-    outer = torch.nn.ModuleList([model, models.make(*models.ENCODERS["clip vision"], "eager")])
+    parts = [model, models.make(*models.ENCODERS["clip vision"], "eager")]
+    outer = torch.nn.ModuleList(parts)
     transformers.unregister()
 
     def refuse(key: str) -> None:
@@ -165,5 +166,5 @@ def test_transformers_with_a_part_that_refuses(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(outer[1], "set_attn_implementation", refuse)
     with pytest.raises(ValueError, match="not this part"):
         transformers.enable(outer)
-    assert [part.config._attn_implementation for part in outer] == ["eager", "eager"]
+    assert [part.config._attn_implementation for part in parts] == ["eager", "eager"]
     assert transformers._functions().get("wan_attn") is not transformers.attention_forward

@@ -25,8 +25,8 @@ def ours(query: Tensor, key: Tensor = K, value: Tensor = V) -> Tensor:
 
 
 def torchs(query: Tensor, key: Tensor = K, value: Tensor = V) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class Tagged(Tensor):
@@ -41,29 +41,29 @@ class Recording(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         cls.seen.append(func)
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call] # torch's
 
 
 class Dispatched(Tensor):
     """One that holds another tensor and sees every operator: quantisers' and DTensor's kind."""
 
     ops: ClassVar[list[str]] = []
-    inner: Tensor
+    held: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Dispatched:
         made = Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
         )
-        made.inner = inner
+        made.held = inner
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override] # torch declares it as one of its own functions
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         cls.ops.append(str(func))
-        args, kwargs = tree_map(
-            lambda x: x.inner if isinstance(x, cls) else x, (args, kwargs or {})
-        )
+        args, kwargs = tree_map(lambda x: x.held if isinstance(x, cls) else x, (args, kwargs or {}))
         return tree_map(lambda x: cls(x) if isinstance(x, Tensor) else x, func(*args, **kwargs))
 
 
@@ -109,7 +109,7 @@ def test_a_subclass_sees_what_is_computed() -> None:
     out = ours(Q.as_subclass(Recording))
     assert type(out) is Recording and any("wan_attn" in str(f) for f in Recording.seen)
     out = ours(*(Dispatched(x) for x in (Q, K, V)))
-    assert isinstance(out, Dispatched) and torch.equal(out.inner, ours(Q))
+    assert isinstance(out, Dispatched) and torch.equal(out.held, ours(Q))
     assert any(op.startswith("wan_attn") for op in Dispatched.ops)
 
 

@@ -18,14 +18,19 @@ BATCH, SEQLEN, HEADS = 2, 6, 3
 BEGINS = torch.tensor([0, SEQLEN, 2 * SEQLEN], dtype=torch.int32)
 
 
-def _packed(*tensors: Tensor) -> list[Tensor]:
-    return [x.flatten(0, 1) for x in tensors]
+def _packed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    q, k, v = _packed(q, k, v)
+    return wan_attn.flash_attn_varlen_func(q, k, v, BEGINS, BEGINS, SEQLEN, SEQLEN, **options)
 
 
 def _sage(layout: str) -> Callable[..., Any]:
     def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        given = [x.transpose(1, 2) if layout == "HND" else x for x in (q, k, v)]
-        return wan_attn.sageattn(*given, tensor_layout=layout, **options)
+        q, k, v = (x.transpose(1, 2) if layout == "HND" else x for x in (q, k, v))
+        return wan_attn.sageattn(q, k, v, tensor_layout=layout, **options)
 
     return call
 
@@ -37,7 +42,6 @@ def _pay(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
     return wan2gp.make_pay_attention(pay_attention)([q, k, v], **options)
 
 
-ENDS = (BEGINS, BEGINS, SEQLEN, SEQLEN)
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "func": wan_attn.flash_attn_func,
     "kvpacked": lambda q, k, v, **o: wan_attn.flash_attn_kvpacked_func(
@@ -46,7 +50,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "qkvpacked": lambda q, k, v, **o: wan_attn.flash_attn_qkvpacked_func(
         torch.stack((q, k, v), 2), **o
     ),
-    "varlen": lambda q, k, v, **o: wan_attn.flash_attn_varlen_func(*_packed(q, k, v), *ENDS, **o),
+    "varlen": _varlen,
     "varlen qkvpacked": lambda q, k, v, **o: wan_attn.flash_attn_varlen_qkvpacked_func(
         torch.stack(_packed(q, k, v), 1), BEGINS, SEQLEN, **o
     ),

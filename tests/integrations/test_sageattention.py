@@ -42,11 +42,12 @@ def test_the_signature_is_sageattentions() -> None:
 def test_both_layouts(layout: str, dtype: torch.dtype) -> None:
     q, k, v = operands(2, 21, 40, heads_q=4, heads_k=2, dtype=dtype)
     given = hnd(q, k, v) if layout == "HND" else [q, k, v]
-    out, lse = wan_attn.sageattn(*given, tensor_layout=layout, sm_scale=0.2, return_lse=True)
+    sageattn: Any = wan_attn.sageattn
+    out, lse = sageattn(*given, tensor_layout=layout, sm_scale=0.2, return_lse=True)
     assert out.shape == given[0].shape and out.dtype == dtype
     back = out.transpose(1, 2) if layout == "HND" else out
     assert_close_to_oracle(back, q, k, v, lse=lse, scale=0.2)
-    alone = wan_attn.sageattn(*given, layout, False, 0.2)
+    alone = sageattn(*given, layout, False, 0.2)
     assert isinstance(alone, Tensor) and torch.allclose(alone, out, atol=1e-2)
 
 
@@ -74,9 +75,10 @@ class TestMask:
         q, k, v = operands(2, 9, 14, heads_q=4, heads_k=2)
         mask = torch.rand(shape) > 0.4
         given = hnd(q, k, v) if layout == "HND" else [q, k, v]
+        sageattn: Any = wan_attn.sageattn
         with caplog.at_level(logging.INFO, "wan_attn"):
             for _ in range(2):
-                out = wan_attn.sageattn(*given, tensor_layout=layout, attn_mask=mask)
+                out = sageattn(*given, tensor_layout=layout, attn_mask=mask)
         assert [r.getMessage() for r in caplog.records] == [
             "[Attention] Using PyTorch SDPA (attn_mask: a mask is given, and wan_attn's kernels"
             " know lengths, causal and window only)"
@@ -87,7 +89,8 @@ class TestMask:
         for b in range(2):
             for h in range(4):
                 parts = (q[b, :, h], k[b, :, h // 2], v[b, :, h // 2])
-                want, _ = oracle.one_head(*map(oracle.as_float64, parts), 64**-0.5, full[b, h])
+                exact_q, exact_k, exact_v = map(oracle.as_float64, parts)
+                want, _ = oracle.one_head(exact_q, exact_k, exact_v, 64**-0.5, full[b, h])
                 assert np.allclose(back[b, :, h], want, atol=1e-5)
 
     def test_added(self) -> None:
@@ -105,8 +108,9 @@ class TestMask:
     def test_not_with(self, option: str) -> None:
         q, k, v = hnd(*operands())
         mask = torch.ones(17, 33, dtype=torch.bool)
+        wanted: dict[str, Any] = {option: True}
         with pytest.raises(RuntimeError, match=f"attn_mask must be None with {option}"):
-            wan_attn.sageattn(q, k, v, attn_mask=mask, **{option: True})
+            wan_attn.sageattn(q, k, v, attn_mask=mask, **wanted)
 
     @pytest.mark.parametrize(
         ("mask", "message"),
@@ -128,10 +132,11 @@ class TestMask:
 
 def test_how_to_round_is_a_wish_that_exact_kernels_grant() -> None:
     q, k, v = hnd(*operands())
-    out = wan_attn.sageattn(
+    out: Any = wan_attn.sageattn(
         q, k, v, smooth_k=False, pv_accum_dtype="fp32", qk_quant_gran="per_warp", dropout_p=0.0
     )
-    assert torch.equal(out, wan_attn.sageattn(q, k, v))
+    want: Any = wan_attn.sageattn(q, k, v)
+    assert torch.equal(out, want)
 
 
 def test_an_unknown_keyword_is_an_error() -> None:

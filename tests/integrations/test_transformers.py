@@ -81,7 +81,7 @@ def test_generated_tokens(
     name: str, side: str, cache: str, calls: list[tuple[int, int]], lines: Any
 ) -> None:
     ids, mask = models.tokens(side)
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     if cache == "static":
         options["cache_implementation"] = "static"
 
@@ -343,18 +343,18 @@ def test_flash_attention_2_comes_first_where_it_is_usable(monkeypatch: pytest.Mo
     def usable(request: Any) -> None:
         asked.append((request.device.type, request.dtype))
 
-    on_card = {"device": "cuda", "dtype": torch.bfloat16}
+    on_card: Any = {"device": "cuda", "dtype": torch.bfloat16}
     monkeypatch.setattr(fa2, "why_not", usable)
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
-    assert wan_transformers.choose(**on_card) == ("flash_attention_2", "")
+    assert _transformers_choice.choose(**on_card) == ("flash_attention_2", "")
     assert asked == [("cuda", torch.bfloat16)]
     umt5 = models.make(*models.UNABLE["position_bias"], "eager")
-    assert "does not support it" in wan_transformers.choose(umt5, **on_card)[1]
+    assert "does not support it" in _transformers_choice.choose(umt5, **on_card)[1]
 
     monkeypatch.setenv("DISABLE_FLASH_ATTN", "1")
     config.refresh()
     try:
-        chosen = wan_transformers.choose(**on_card)
+        chosen = _transformers_choice.choose(**on_card)
     finally:
         monkeypatch.undo()
         config.refresh()
@@ -362,13 +362,13 @@ def test_flash_attention_2_comes_first_where_it_is_usable(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(fa2, "why_not", usable)
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
-    assert wan_transformers.choose(**on_card)[0] == "wan_attn"
+    assert _transformers_choice.choose(**on_card)[0] == "wan_attn"
 
 
 def test_a_model_that_does_not_ask_keeps_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_transformers_choice, "_has_interface", lambda part: False)
     model = models.make_language_model("llama", "sdpa")
-    chosen, reason = wan_transformers.choose(model)
+    chosen, reason = _transformers_choice.choose(model)
     assert chosen == "sdpa" and "does not ask" in reason
 
 

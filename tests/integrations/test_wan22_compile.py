@@ -7,7 +7,7 @@ import functools
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from wan_attn import config
 from wan_attn.integrations import wan22
 from wan_attn.integrations.wan22 import compile
+from wan_attn.integrations.wan22.report import PatchReport
 
 ON = "[Attention] torch.compile enabled for optimization"
 OFF = "[Attention] torch.compile switched off for"
@@ -46,7 +47,7 @@ def block_class() -> Any:
     return sys.modules["wan.modules.model"].WanAttentionBlock
 
 
-def patch() -> wan22.PatchReport:
+def patch() -> PatchReport:
     return wan22.patch(attention=lambda *args, **kwargs: None)
 
 
@@ -62,7 +63,15 @@ def test_compiles_says_so_once_and_is_undone(
         stock = block_class().__dict__["forward"]
     cls = block_class()
     calls = []
-    wan_compile.setattr(torch, "compile", lambda f: lambda *a, **k: calls.append(1) or f(*a, **k))
+
+    def counting(f: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return f(*args, **kwargs)
+
+        return call
+
+    wan_compile.setattr(torch, "compile", counting)
     for block in [cls() for _ in range(3)]:
         assert block(torch.ones(4)).tolist() == [3.0] * 4
     assert len(calls) == 3

@@ -157,8 +157,8 @@ def prepare(wan22_dir: str | None = None) -> None:
     if not torch.cuda.is_available():
         # T5EncoderModel takes it as a default argument, so that importing asks for a GPU.
         torch.cuda.current_device = lambda: 0
-    torch.amp.autocast = _amp_autocast
-    torch.cuda.amp.autocast = _cuda_amp_autocast
+    vars(torch.amp).update(autocast=_amp_autocast)
+    vars(torch.cuda.amp).update(autocast=_cuda_amp_autocast)
     torch.set_grad_enabled(False)
 
 
@@ -202,7 +202,7 @@ def start_gloo(rank: int, world_size: int, file: str) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
-    dist.all_to_all = all_to_all_by_gather
+    vars(dist).update(all_to_all=all_to_all_by_gather)
 
 
 # --- the names -----------------------------------------------------------------------------------

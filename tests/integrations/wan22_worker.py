@@ -65,8 +65,8 @@ def exact(
 def of_torch(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The same through torch's own SDPA, at the dtype that wan_attn computes this call in."""
     dtype = compute_dtype(v, kwargs.get("dtype", torch.bfloat16))
-    rounded = (x.to(dtype) for x in (q, k, v))
-    return exact(*rounded, *args, compute=tolerances.torch_sdpa, **kwargs).to(q.dtype)
+    compute = functools.partial(exact, compute=tolerances.torch_sdpa)
+    return compute(q.to(dtype), k.to(dtype), v.to(dtype), *args, **kwargs).to(q.dtype)
 
 
 def compute_dtype(v: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -127,7 +127,7 @@ def patch_first() -> dict[str, Any]:
     }
     result["unpatched"] = who(wan22_harness.binding_names())
     # Wan2.2 computes attention of float32 tensors in bf16; asked to, we do in float32.
-    in_float32 = {"dtype": torch.float32}
+    in_float32: dict[str, Any] = {"dtype": torch.float32}
     wan22.patch(attention=functools.partial(wan_attn.flash_attention, **in_float32))
     result["pieces"]["in float32"] = compare(
         {"wan_model": wan22_models.wan_model_float32}, functools.partial(of_torch, **in_float32)
@@ -218,7 +218,8 @@ def wrapped(rank: int, rendezvous: str) -> dict[str, Any]:
             )
         with torch.enable_grad():
             wan22_models.run(other).square().mean().backward()
-        return other.blocks[0].self_attn.q.weight.grad
+        grad: Tensor = other.blocks[0].self_attn.q.weight.grad
+        return grad
 
     def off(got: Tensor, want: Tensor) -> float:
         return error(got, want)["max"] / float(want.abs().max())

@@ -200,7 +200,9 @@ bool neu(float a, float b) { return !(a == b); }
 bool num(float a, float b) { return a == a && b == b; }
 bool unordered(float a, float b) { return a != a || b != b; }
 
+/* "min", "max": .relu clamps the result to 0 if it is negative. */
 int min_relu(int a, int b) { return larger(smaller(a, b), 0); }
+int max_relu(int a, int b) { return larger(larger(a, b), 0); }
 int high_s32(int a, int b) { return (int)((i64)a * b >> 32); }
 u32 high_u32(u32 a, u32 b) { return (u32)((u64)a * b >> 32); }
 /* "div": by zero is unspecified; -2^31 / -1 does not fit. */
@@ -280,6 +282,7 @@ const std::vector<Op> ALU_OPS = [] {
         {"mad.lo.s32", "=r r r r", ternary<u32, mul_add<u32>>},
         {"mad.lo.s64", "=l l l l", ternary<u64, mul_add<u64>>},
         {"min.relu.s32", "=r r r", binary<int, min_relu>},
+        {"max.relu.s32", "=r r r", binary<int, max_relu>},
         {"div.s32", "=r r r", binary<int, quotient>},
         {"div.u32", "=r r r", binary<u32, quotient_u>},
         {"rem.s32", "=r r r", binary<int, remainder_of>},

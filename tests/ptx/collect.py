@@ -128,9 +128,9 @@ def ptx_of(job: Job, compiler: Compiler, csrc: Path = CSRC) -> str:
         digest.update(name.encode() + text)
     kept = BUILT / f"{job.name}-{job.target}-{compiler.name}-{digest.hexdigest()[:16]}.ptx"
     if not kept.exists():
-        text = compiler.ptx(job, csrc)
+        ptx = compiler.ptx(job, csrc)
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
-            file.write(text)
+            file.write(ptx)
         Path(file.name).replace(kept)  # at once: several test processes may be at it
     return kept.read_text(encoding="utf-8")

@@ -55,7 +55,7 @@ def short(tile: Any) -> Iterator[Case]:
     yield Case(2 * m - 1, 2 * n + 3, is_causal=True)
     yield Case(m + 3, 4 * n, window=(n + 5, 7))
     yield Case(20, n + 4, 2, 4, 2, layout="surrounded", q_lens=(20, 7), k_lens=(n + 1, 3))
-    lens = {"q_lens": (0, 9, m), "k_lens": (5, 0, n + 2)}
+    lens: dict[str, Any] = {"q_lens": (0, 9, m), "k_lens": (5, 0, n + 2)}
     yield Case(m, n + 9, 3, lens_dtype="int32", **lens, is_causal=True)
     yield Case(17, 2 * n + 1, scale=-0.3, layout="fused")
     yield Case(m, n, values="one hot", return_lse=False)

@@ -9,6 +9,7 @@ Doors: "op" is torch.ops.wan_attn.sdpa, "fake" the same with fake tensors, "sdpa
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +54,7 @@ def calls() -> dict[str, Callable[[], dict[str, Any]]]:
     """name -> the arguments of a bad call."""
     bad = {name: make for name, (make, _) in test_errors.MALFORMED.items()}
     for name in NO_TENSOR:
-        bad[name] = lambda name=name: test_errors.good(**{name.removesuffix("_none"): None})
+        bad[name] = functools.partial(test_errors.good, **{name.removesuffix("_none"): None})
     return bad
 
 

@@ -10,6 +10,7 @@ that should not have come.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,7 @@ from wan_attn.backends import _flash_attention, fa2, fa3, torch_sdpa
 from wan_attn.selection import choose
 
 HALF = (torch.float16, torch.bfloat16)
+Window = tuple[int, int]
 
 
 def reset() -> None:
@@ -85,21 +87,34 @@ def plus_inf(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
+def module_of(
+    name: str, dense: Callable[..., Any], varlen: Callable[..., Any], version: str = ""
+) -> ModuleType:
+    module = ModuleType(name)
+    vars(module).update(flash_attn_func=dense, flash_attn_varlen_func=varlen)
+    if version:
+        vars(module).update(__version__=version)
+    return module
+
+
 def make_fa2(*, padded_lse: bool = False, version: str = "2.8.3") -> ModuleType:
     """flash_attn; `padded_lse` as before 2.7."""
 
     def flash_attn_func(
-        q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
-        softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
-    ):  # fmt: skip
+        q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+        causal: bool = False, window_size: Window = (-1, -1), softcap: float = 0.0,
+        alibi_slopes: Any = None, deterministic: bool = False, return_attn_probs: bool = False,
+    ) -> Any:  # fmt: skip
         out, lse = dense(q, k, v, softmax_scale, causal, window_size)
         return (out, plus_inf(lse), None) if return_attn_probs else out
 
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-        softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-        deterministic=False, return_attn_probs=False, block_table=None,
-    ):  # fmt: skip
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+        max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0,
+        softmax_scale: float | None = None, causal: bool = False, window_size: Window = (-1, -1),
+        softcap: float = 0.0, alibi_slopes: Any = None, deterministic: bool = False,
+        return_attn_probs: bool = False, block_table: Any = None,
+    ) -> Any:  # fmt: skip
         out, lse = packed(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
             causal, window_size,
@@ -113,61 +128,60 @@ def make_fa2(*, padded_lse: bool = False, version: str = "2.8.3") -> ModuleType:
             lse = padded
         return (out, lse, None) if return_attn_probs else out
 
-    module = ModuleType("flash_attn")
-    module.__version__ = version
-    module.flash_attn_func = flash_attn_func
-    module.flash_attn_varlen_func = flash_attn_varlen_func
-    return module
+    return module_of("flash_attn", flash_attn_func, flash_attn_varlen_func, version)
 
 
 def make_fa3(name: str = "flash_attn_interface") -> ModuleType:
     """flash_attn_interface of today: out alone unless the probabilities are asked for."""
 
     def flash_attn_func(
-        q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None,
-        v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1,
-        pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False,
-    ):  # fmt: skip
+        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False,
+        qv: Any = None, q_descale: Any = None, k_descale: Any = None, v_descale: Any = None,
+        window_size: Window = (-1, -1), attention_chunk: int = 0, softcap: float = 0.0,
+        num_splits: int = 1, pack_gqa: bool | None = None, deterministic: bool = False,
+        sm_margin: int = 0, return_attn_probs: bool = False,
+    ) -> Any:  # fmt: skip
         out, lse = dense(q, k, v, softmax_scale, causal, window_size)
         return (out, lse) if return_attn_probs else out
 
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None,
-        seqused_k=None, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None,
-        v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1,
-        pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False,
-    ):  # fmt: skip
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+        max_seqlen_q: int, max_seqlen_k: int, seqused_q: Any = None, seqused_k: Any = None,
+        softmax_scale: float | None = None, causal: bool = False, qv: Any = None,
+        q_descale: Any = None, k_descale: Any = None, v_descale: Any = None,
+        window_size: Window = (-1, -1), attention_chunk: int = 0, softcap: float = 0.0,
+        num_splits: int = 1, pack_gqa: bool | None = None, deterministic: bool = False,
+        sm_margin: int = 0, return_attn_probs: bool = False,
+    ) -> Any:  # fmt: skip
         out, lse = packed(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
             causal, window_size,
         )  # fmt: skip
         return (out, lse) if return_attn_probs else out
 
-    module = ModuleType(name)
-    module.flash_attn_func = flash_attn_func
-    module.flash_attn_varlen_func = flash_attn_varlen_func
-    return module
+    return module_of(name, flash_attn_func, flash_attn_varlen_func)
 
 
 def make_old_fa3() -> ModuleType:
     """flash_attn_interface of 2024: (out, lse) always, no window, no probabilities."""
 
-    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, deterministic=False):
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False,
+        deterministic: bool = False,
+    ) -> Any:  # fmt: skip
         return dense(q, k, v, softmax_scale, causal, (-1, -1))
 
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None,
-        causal=False, deterministic=False,
-    ):  # fmt: skip
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+        max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float | None = None,
+        causal: bool = False, deterministic: bool = False,
+    ) -> Any:  # fmt: skip
         return packed(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
             causal, (-1, -1),
         )  # fmt: skip
 
-    module = ModuleType("flash_attn_interface")
-    module.flash_attn_func = flash_attn_func
-    module.flash_attn_varlen_func = flash_attn_varlen_func
-    return module
+    return module_of("flash_attn_interface", flash_attn_func, flash_attn_varlen_func)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType | None, name: str) -> None:

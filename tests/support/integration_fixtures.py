@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""conftest.py - a place to import stub packages from, a process left as it was found, and a list of
-the calls that reach wan_attn."""
+"""integration_fixtures.py - for tests/integrations: a place to import stub packages from, a process
+left as it was found, and a list of the calls that reach wan_attn."""
 
 from __future__ import annotations
 
