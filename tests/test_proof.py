@@ -97,7 +97,7 @@ def test_every_tile_and_every_pass_that_a_card_can_run_is_tried(
     monkeypatch.setattr(proof_calls, "_known", lambda case: (make_inputs(case), None))
     monkeypatch.setattr(proof_calls, "difference", lambda *_: None)
     card = prove.MockCard(0, gpu, {})
-    monkeypatch.setattr(card, "_compute", lambda: gpu.call.outputs["out"].zero_())
+    monkeypatch.setattr(card, "_compute", lambda: None)
     monkeypatch.setattr(torch, "equal", lambda *_: True)
     for row in card.rows():
         for dtype in row.dtypes:

@@ -161,8 +161,8 @@ def test_doctor_and_why_say_what_is_known(
         assert proofs.age(now, now + seconds) == words
     parser = argparse.ArgumentParser()
     why.add_arguments(parser)
-    words = ["--shape", "1x64x2x64", "--device", "cuda:0"]
-    assert why.main(parser.parse_args(words)) == 0
+    options = ["--shape", "1x64x2x64", "--device", "cuda:0"]
+    assert why.main(parser.parse_args(options)) == 0
     shown = capsys.readouterr().out
     assert "7 of 8 passed, 1 failed, just now" in shown
     assert (

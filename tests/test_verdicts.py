@@ -81,7 +81,7 @@ def test_ctrl_c_ends_the_child_and_blames_no_row(
     quick: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = quick(BEGIN + "time.sleep(600)")
-    plain, processes = child.Child.next, []
+    plain, processes = child.Child.next, list[Any]()
 
     def interrupted(self: child.Child, seconds: float) -> Any:
         if processes:
@@ -133,14 +133,15 @@ def damaged(path: Path, how: str) -> None:
     elif how == "not UTF-8":
         path.write_bytes(b"\xff\xfe{}")
     else:
-        change = {
+        changes: dict[str, dict[str, Any] | None] = {
             "another schema": {"schema": 2},
             "another card's": {"key": {**found["key"], "card": "NVIDIA H200"}},
             "no rows": {"rows": None},
             "another state": {"rows": {"a/bf16": {**found["rows"][ROWS[0]], "state": "fine"}}},
             "a number for words": {"rows": {"a/bf16": {**found["rows"][ROWS[0]], "said": 7}}},
             "a list": None,
-        }[how]
+        }
+        change = changes[how]
         path.write_text(json.dumps([] if change is None else {**found, **change}))
 
 

@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         gpu = Gpu(Path(folder), CARDS[int(arch)])
-        library.load = library.lib = lambda: gpu.lib  # type: ignore[assignment]
+        library.load = library.lib = lambda: gpu.lib
         cuda_driver._path = None  # this library has its driver, and every row counts as proven
         return proof_child.main(words, lambda index: MockCard(index, gpu, json.loads(faults)))
 
