@@ -67,14 +67,15 @@ def test_how_a_child_may_end(
     verdict = verdicts.read(verdicts.key_of(0))  # type: ignore[arg-type]
     if state == FAILED:
         assert verdict is not None
-        row = verdict.rows["sdpa_sm80_d64/bf16"]
-        assert row.state == FAILED and words in row.said
+        wrong = verdict.rows["sdpa_sm80_d64/bf16"]
+        assert wrong.state == FAILED and words in wrong.said
         assert verdict.rows["sdpa_sm80_d80/bf16"].state == UNTRIED
     else:
         assert isinstance(found, str) and words in found
         assert words in said(spoken) and "To get it: python -m wan_attn prove" in said(spoken)
         assert verdict is None or verdict.names(UNTRIED) == ROWS
-    assert proof.find_proof(0, "sdpa_sm80_d64", library.BF16) == library.PROOF_FAILED
+    for row in ("sdpa_sm80_d64", "sdpa_sm80_d80"):  # wrong, and not tried
+        assert proof.find_proof(0, row, library.BF16) == library.PROOF_FAILED
 
 
 def test_ctrl_c_ends_the_child_and_blames_no_row(
