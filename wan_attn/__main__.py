@@ -74,9 +74,8 @@ def _epilog() -> str:
     codes = "\n".join(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())
     return (
         "`wan-attn COMMAND --help` tells more about a command.\n"
-        "README.md and CONTRIBUTING.md are those of the repository.\n\n"
         f"exit codes (that of `run` is the script's):\n{codes}\n\n"
-        f"environment variables (README.md says what they do):\n{_variables(False)}\n\n"
+        f"environment variables (README.md in the repository explains them):\n{_variables(False)}\n\n"
         f"for tests and development (CONTRIBUTING.md says what they do):\n{_variables(True)}"
     )
 
