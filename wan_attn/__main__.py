@@ -75,7 +75,8 @@ def _epilog() -> str:
     return (
         "`wan-attn COMMAND --help` tells more about a command.\n"
         f"exit codes (that of `run` is the script's):\n{codes}\n\n"
-        f"environment variables (README.md in the repository explains them):\n{_variables(False)}\n\n"
+        "environment variables (README.md in the repository explains them):\n"
+        f"{_variables(False)}\n\n"
         f"for tests and development (CONTRIBUTING.md says what they do):\n{_variables(True)}"
     )
 
