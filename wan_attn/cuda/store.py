@@ -85,7 +85,7 @@ def read(folder: Path, name: str) -> bytes | None:
     """
     path = folder / f"{name}{SUFFIX}"
     try:
-        text = _contents(path)
+        text = contents(path)
     except FileNotFoundError:
         return None
     data, digest = text[:-_DIGEST], text[-_DIGEST:]
@@ -94,13 +94,22 @@ def read(folder: Path, name: str) -> bytes | None:
     return data
 
 
-def _contents(path: Path) -> bytes:
-    """The bytes of a regular file; never waits, as opening a FIFO would."""
+def contents(path: Path) -> bytes:
+    """The bytes of a regular file; never waits, as opening a FIFO would.
+
+    Raises:
+        StoreError: it is no regular file, or a huge one.
+        OSError: it cannot be read.
+    """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as file:
+    try:
         state = os.fstat(handle)
         if not stat.S_ISREG(state.st_mode) or state.st_size > _BYTES_MAX:
             raise StoreError(f"{path} is no file of at most {_BYTES_MAX >> 20} MiB")
+    except BaseException:
+        os.close(handle)
+        raise
+    with os.fdopen(handle, "rb") as file:
         return file.read(_BYTES_MAX)
 
 
@@ -110,17 +119,29 @@ def write(folder: Path, name: str, data: bytes, mode: int = 0o600) -> None:
     Raises:
         OSError: the folder cannot be written to, or is full.
     """
-    handle, partial = tempfile.mkstemp(prefix=".", suffix=".new", dir=folder)
+    try:
+        replace(folder / f"{name}{SUFFIX}", data + _digest(name, data), mode)
+    except PermissionError:
+        # Windows does not replace a file that is being read. Then its contents are the same.
+        if read(folder, name) != data:
+            raise
+
+
+def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Puts a file of these contents where there was another or none, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written to, or is full.
+    """
+    handle, partial = tempfile.mkstemp(prefix=".", suffix=".new", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data + _digest(name, data))
+            file.write(data)
         os.chmod(partial, mode)
-        os.replace(partial, folder / f"{name}{SUFFIX}")
-    except BaseException as error:
+        os.replace(partial, path)
+    except BaseException:
         Path(partial).unlink(missing_ok=True)
-        # Windows does not replace a file that is being read. Then its contents are the same.
-        if not (isinstance(error, PermissionError) and read(folder, name) == data):
-            raise
+        raise
 
 
 def names(folder: Path) -> dict[str, int]:

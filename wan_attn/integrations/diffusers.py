@@ -22,6 +22,7 @@ from wan_attn import attention, config, log
 from wan_attn.integrations import _diffusers_backend as _backend
 from wan_attn.integrations import _diffusers_layers as _around
 from wan_attn.request import gate, refuse
+from wan_attn.selfcheck import proof
 from wan_attn.signatures import _operands
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -257,6 +258,7 @@ def enable(model_or_pipe: Any) -> int:
     log.enable(level, "diffusers")
     text = f"diffusers: {count} attention layers of {name} go through wan_attn"
     log.once(text, logging.INFO, text)
+    proof.before_work()
     return count
 
 

@@ -195,6 +195,7 @@ def _make_plan(
     query: Tensor, key: Tensor, value: Tensor, call: Call, settings: config.Settings
 ) -> _Plan:
     request = Request.from_tensors(query, key, value, call)
+    native.prove(request.device)
     choice = select(request, settings, version=call.version)
     dtypes = (query.dtype, key.dtype, value.dtype)
     return _Plan(settings, request, choice, REGISTRY[choice.backend].run, dtypes)
