@@ -222,6 +222,8 @@ def test_other_masks_are_torchs(name: str, by_torch: list[str]) -> None:
     mask, reason = TORCHS_OWN[name]
     out = compare(*three(2, 3), attn_mask=mask)
     assert torch.equal(out, TORCHS(*three(2, 3), attn_mask=mask))
+    if mask.dim() == 2:
+        compare(*three(2, 6, heads_k=3), attn_mask=mask, enable_gqa=True)
     assert by_torch[0].startswith(reason) or reason in by_torch[0]
 
 
