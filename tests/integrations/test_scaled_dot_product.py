@@ -99,7 +99,10 @@ def test_the_signature_is_torchs() -> None:
 
 @functools.cache
 def op_info() -> Any:
-    invocations = pytest.importorskip("torch.testing._internal.common_methods_invocations")
+    with pytest.MonkeyPatch.context() as patch:
+        # It would freeze torch's flags, which other tests of this process set.
+        patch.setattr(torch.backends, "disable_global_flags", lambda: None)
+        invocations = pytest.importorskip("torch.testing._internal.common_methods_invocations")
     name = "nn.functional.scaled_dot_product_attention"
     return next(op for op in invocations.op_db if op.name == name)
 
