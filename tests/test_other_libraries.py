@@ -326,6 +326,7 @@ class TestSelection:
     """Exact libraries in auto, lossy ones by name alone."""
 
     def test_auto_never_takes_a_lossy_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert LOSSY == {"sage", "comfy_kitchen"}
         for name in ("sage", "comfy_kitchen"):
             install(monkeypatch, name)
         for arch in (T4, A100, (8, 9), (9, 0), RTX50):
