@@ -73,9 +73,15 @@ static void run_child(uint64_t number) {
     fault faults[2];
     wan_attn_error err;
     int count = number < FAULTS ? 1 : 2;
+    int numbers[2] = {(int)number, 0};
+    if (count > 1) {
+        numbers[0] = (int)pick(FAULTS);
+        do /* two faults of one argument may undo each other */
+            numbers[1] = (int)pick(FAULTS);
+        while (!strcmp(argument_of(numbers[0]), argument_of(numbers[1])));
+    }
     for (int n = 0; n < count; n++)
-        if (!break_call(&c.p, number < FAULTS ? (int)number : (int)pick(FAULTS), pick(4),
-                        &faults[n])) {
+        if (!break_call(&c.p, numbers[n], pick(4), &faults[n])) {
             told->found = REFUSED; /* there is no such fault */
             return;
         }

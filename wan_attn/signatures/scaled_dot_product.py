@@ -190,7 +190,9 @@ def _leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> lis
             refuse(name, f"broadcastable with query's {shapes[0]}{with_gqa}", shape)
     if not _fits(shapes[1], shapes[2]):
         refuse("value", f"broadcastable with key's {shapes[1]}", shapes[2])
-    return list(torch.broadcast_shapes(*shapes))
+    longest = max(len(shape) for shape in shapes)
+    padded = [[1] * (longest - len(shape)) + shape for shape in shapes]
+    return [next((n for n in sizes if n != 1), 1) for sizes in zip(*padded, strict=True)]
 
 
 def _fits(one: list[int], other: list[int]) -> bool:
