@@ -29,13 +29,7 @@ _FUNCTIONS = ("int8_attention", "int8_attention_is_available")
 @cache
 def _load() -> tuple[Any, str]:
     """The module, or None and why it cannot be used."""
-    module, reason = fa.load("comfy_kitchen")
-    if module is None:
-        return None, reason
-    missing = [name for name in _FUNCTIONS if not callable(getattr(module, name, None))]
-    if missing:
-        return None, f"comfy_kitchen is installed but has no {missing[0]}"
-    return module, ""
+    return fa.load("comfy_kitchen", functions=_FUNCTIONS)
 
 
 config.memory(_load.cache_clear)

@@ -39,12 +39,7 @@ _KEYS_MAX_OF_BLACKWELL = 160_000
 @cache
 def _load() -> tuple[Any, str]:
     """The module, or None and why it cannot be used."""
-    module, reason = fa.load("sageattention")
-    if module is None:
-        return None, reason
-    if not callable(getattr(module, "sageattn", None)):
-        return None, "sageattention is installed but has no sageattn"
-    return module, ""
+    return fa.load("sageattention", functions=("sageattn",))
 
 
 @cache

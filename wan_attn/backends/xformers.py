@@ -42,14 +42,13 @@ def is_installed() -> bool:
 @cache
 def _load() -> tuple[Any, str]:
     """The module, or None and why it cannot be used."""
-    module, reason = fa.load("xformers.ops")
+    module, reason = fa.load("xformers.ops", functions=_FUNCTIONS)
     if module is None:
         return None, reason
-    missing = [name for name in _FUNCTIONS if not callable(getattr(module, name, None))]
     biases = getattr(getattr(module, "fmha", None), "attn_bias", None)
-    missing += [name for name in _BIASES if not hasattr(biases, name)]
+    missing = [name for name in _BIASES if not hasattr(biases, name)]
     if missing:
-        return None, f"xformers is installed but has no {missing[0]}"
+        return None, f"xformers.ops is installed but has no {missing[0]}"
     return module, ""
 
 

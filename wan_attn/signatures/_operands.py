@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,13 @@ def why_not_dtypes(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if len(set(names)) > 1:
         return f"its query, key and value are {', '.join(names)}"
     return None if query.dtype in DTYPES else f"it is {names[0]}"
+
+
+def broadcasts(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether a mask of this shape can be read as one of the whole. Of our own: torch's function
+    turns an exception of a signal handler into one of its own."""
+    sizes = zip(reversed(shape), reversed(whole), strict=False)
+    return len(shape) <= len(whole) and all(n in (1, size) for n, size in sizes)
 
 
 def check_module(argument: str, value: Any, rule: str) -> None:

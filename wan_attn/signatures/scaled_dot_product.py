@@ -211,8 +211,7 @@ def _check_mask(mask: Tensor, query: Tensor, scores: list[int], is_causal: bool)
             refuse("attn_mask", f"bool, float32 or of query's dtype {query.dtype}", mask.dtype)
     if mask.device != query.device:
         refuse("attn_mask", f"on query's device {query.device}", mask.device)
-    sizes = zip(reversed(mask.shape), reversed(scores), strict=False)
-    if not 2 <= mask.dim() <= len(scores) or any(size not in (1, whole) for size, whole in sizes):
+    if mask.dim() < 2 or not _operands.broadcasts(mask.shape, scores):
         refuse(
             "attn_mask", f"of two dimensions or more and broadcastable to {scores}", [*mask.shape]
         )
