@@ -143,8 +143,8 @@ VARIABLES: tuple[Variable, ...] = (
         "path",
         ("a folder",),
         "",
-        "Where to keep CUDA kernels that were compiled on this machine. Unset: the user's cache"
-        " folder.",
+        "Where to keep CUDA kernels that were compiled on this machine, and what was measured on"
+        " it. Unset: the user's cache folder.",
     ),
     Variable(
         "WAN_ATTN_SELF_CHECK",
@@ -154,6 +154,15 @@ VARIABLES: tuple[Variable, ...] = (
         "1",
         "1 checks our CUDA kernels on the card, once in each process, before the first call of each"
         " dtype and head_dim. If one is wrong, the next backend computes.",
+    ),
+    Variable(
+        "WAN_ATTN_TUNE",
+        "tune",
+        "choice",
+        ("auto", "off", "again"),
+        "auto",
+        "`auto` measures which backend and kernel is the fastest here, once for each kind of call,"
+        " and keeps that in the cache folder. `off` keeps the fixed order, `again` measures anew.",
     ),
     Variable(
         "WAN_ATTN_LIBCUDA",
@@ -217,6 +226,7 @@ class Settings:
     binding: str = "auto"
     cache_dir: str | None = None
     self_check: bool = True
+    tune: str = "auto"
     libcuda: str | None = None
     comfyui: str = "global"
     profile: str | None = None
