@@ -251,7 +251,7 @@ def test_the_cache_of_kernels(
     transient: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It would have been damaged, not trusted, empty, or not kept."""
-    monkeypatch.setattr(store, "_contents", transient)
+    monkeypatch.setattr(store, "contents", transient)
     with raises_it():
         images._read(tmp_path, "sdpa")
     monkeypatch.setattr(store, "make_private", transient)

@@ -12,10 +12,21 @@ import hashlib
 from pathlib import Path
 
 from wan_attn.store import folder as files
-from wan_attn.store.folder import StoreError, contents, is_there, make_private, problem
+from wan_attn.store.folder import StoreError, is_there, make_private, problem
 from wan_attn.transient import is_transient
 
-__all__ = ["StoreError", "is_there", "make_private", "names", "problem", "read", "remove", "write"]
+__all__ = [
+    "StoreError",
+    "contents",
+    "is_there",
+    "make_private",
+    "names",
+    "problem",
+    "read",
+    "remove",
+    "replace",
+    "write",
+]
 
 SUFFIX = ".cubin"
 # No cubin is larger by far: what is, is none, and must not be read into memory.
@@ -36,7 +47,7 @@ def read(folder: Path, name: str) -> bytes | None:
     """
     path = folder / f"{name}{SUFFIX}"
     try:
-        text = _contents(path)
+        text = contents(path)
     except FileNotFoundError:
         return None
     data, digest = text[:-_DIGEST], text[-_DIGEST:]
@@ -45,9 +56,14 @@ def read(folder: Path, name: str) -> bytes | None:
     return data
 
 
-def _contents(path: Path) -> bytes:
-    """The bytes of a regular file of a cubin's size."""
-    return contents(path, _BYTES_MAX)
+def contents(path: Path) -> bytes:
+    """The bytes of a regular file of a cubin's size; never waits, as opening a FIFO would.
+
+    Raises:
+        StoreError: it is no regular file, or a huge one.
+        OSError: it cannot be read.
+    """
+    return files.contents(path, _BYTES_MAX)
 
 
 def write(folder: Path, name: str, data: bytes, mode: int = 0o600) -> None:
@@ -57,11 +73,20 @@ def write(folder: Path, name: str, data: bytes, mode: int = 0o600) -> None:
         OSError: the folder cannot be written to, or is full.
     """
     try:
-        files.write(folder / f"{name}{SUFFIX}", data + _digest(name, data), mode)
-    except BaseException as error:
+        replace(folder / f"{name}{SUFFIX}", data + _digest(name, data), mode)
+    except PermissionError:
         # Windows does not replace a file that is being read. Then its contents are the same.
-        if not (isinstance(error, PermissionError) and read(folder, name) == data):
+        if read(folder, name) != data:
             raise
+
+
+def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Puts a file of these contents where there was another or none, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written to, or is full.
+    """
+    files.write(path, data, mode)
 
 
 def names(folder: Path) -> dict[str, int]:

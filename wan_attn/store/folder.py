@@ -68,11 +68,15 @@ def contents(path: Path, most: int) -> bytes:
         StoreError: it is no such file. OSError: it cannot be read.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as file:
+    try:
         state = os.fstat(handle)
         if not stat.S_ISREG(state.st_mode) or state.st_size > most:
             size = f"{most >> 20} MiB" if most >= 1 << 20 else f"{most >> 10} KiB"
             raise StoreError(f"{path} is no file of at most {size}")
+    except BaseException:
+        os.close(handle)  # fdopen would not, of a folder
+        raise
+    with os.fdopen(handle, "rb") as file:
         return file.read(most)
 
 
