@@ -107,7 +107,8 @@ class Choice:
     @property
     def is_measured(self) -> bool:
         """A measurement has decided."""
-        return self.entry is not None and self.entry.is_whole and self.turn is None
+        entry = self.entry
+        return entry is not None and entry.is_whole and bool(entry.times) and self.turn is None
 
     @property
     def is_fallback(self) -> bool:

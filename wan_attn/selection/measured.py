@@ -17,10 +17,12 @@ __all__ = ["NONE", "Decision", "decide", "may_decide"]
 
 
 class Decision(NamedTuple):
-    """Attributes:
-    candidate: what the measurement chooses; None: the order of `order()` holds.
-    entry: the measurement; None: there is none.
-    turn: what calls like this wait for until they are measured; None: for nothing.
+    """What the measurements say.
+
+    Attributes:
+        candidate: what is chosen; None: the order of choose.order() holds.
+        entry: the measurement; None: there is none.
+        turn: what calls like this wait for until they are measured; None: for nothing.
     """
 
     candidate: Candidate | None
