@@ -281,7 +281,7 @@ def test_the_measured_order(tensors: Any, monkeypatch: Any, tmp_path: Path, capl
     before = agree(run(tensors, caplog), tensors)
     (plan,) = (p for p in execute._plans.values() if p.turn is not None)
     found = kinds.machine(plan.request.device)
-    assert found is not None
+    assert found is not None and plan.turn is not None
     times = {one.name: 9.0 for one in plan.turn.candidates} | {"torch": 1.0}
     entry = book.Entry(plan.turn.kind.text, found, times, {}, {}, True, "", book.today(), 1.0)
     book.keep(plan.turn.kind, entry, replaces=False)

@@ -42,7 +42,8 @@ class StandIn:
 
     def __init__(self, lab: Lab, name: str) -> None:
         self.lab, self.NAME, self.TITLE = lab, name, name.capitalize()
-        self.ms, self.runs, self.refusal = 10.0, 0, None
+        self.ms, self.runs = 10.0, 0
+        self.refusal: str | None = None
         self.spoil: Callable[[Tensor], Tensor] | None = None
         self.error: BaseException | None = None
 
@@ -76,6 +77,7 @@ class Lab:
         q, k, v = operands(seqlen_q=96, seqlen_k=96, dtype=F32)
         before = {name: b.runs for name, b in self.backends.items()}
         out = sdpa(q, k, v, **options)
+        assert isinstance(out, Tensor)
         assert_close_to_oracle(out, q, k, v)
         (ran,) = (p.choice for p in run._plans.values() if p.request.seqlen_q == 96)
         assert self.backends[ran.backend].runs > before[ran.backend]
@@ -129,7 +131,7 @@ def lab(
     made = Lab(caplog, tmp_path)
     real = dict(REGISTRY)
     REGISTRY.clear()
-    REGISTRY.update(made.backends)  # type: ignore[arg-type]
+    REGISTRY.update(made.backends)
     monkeypatch.setattr(measure, "clock_for", lambda device: VirtualClock(made))
     monkeypatch.setattr(measure, "_now", lambda: made.now)
     monkeypatch.setattr(kinds, "SMALL", {"cpu": 0.0, "cuda": 0.0})
@@ -306,8 +308,8 @@ def test_what_was_installed_or_renewed_since_is_measured(
     lab.three.refusal = None
     lab.restart()
     assert lab.call() == "three" and len(lab.files()) == 1
-    monkeypatch.setattr(book, "version", lambda backend: "2.9" if backend == "three" else "")
-    monkeypatch.setattr(turn, "version", book.version)
+    for module in (book, turn):
+        monkeypatch.setattr(module, "version", lambda backend: "2.9" * (backend == "three"))
     lab.restart()
     assert lab.takes(10, 8, 20).call() == "two" and lab.three.runs
     lab.restart()

@@ -91,7 +91,7 @@ def test_exact_results_agree(mask: str, dtype: torch.dtype) -> None:
         assert agree.wrong(q, k, v, call, out, lse) is None
         if op.binding() != "torch":
             q_lens, k_lens = call.q_lens, call.k_lens
-            options = {"is_causal": call.is_causal, "return_lse": call.return_lse}
+            options: dict[str, Any] = {"is_causal": call.is_causal, "return_lse": call.return_lse}
             options |= dict(zip(("window_left", "window_right"), call.window, strict=True))
             out, lse = torch.ops.wan_attn.sdpa(q, k, v, q_lens, k_lens, **options)
             assert agree.wrong(q, k, v, call, out, lse if call.return_lse else None) is None
