@@ -174,11 +174,23 @@ enum wan_attn_cpu_feature { WAN_ATTN_CPU_FEATURE_LIST(WAN_ATTN_CPU_FEATURE) };
 typedef int32_t (*wan_attn_image_fn)(const char *kernel, int32_t arch, const void **image,
                                      size_t *size, char *message, size_t message_size);
 
+/* What is known of a CUDA row on one card. */
+typedef enum wan_attn_proof {
+    WAN_ATTN_PROOF_MISSING = 0, /* nothing yet: the row refuses, and the next call asks again */
+    WAN_ATTN_PROOF_PASSED = 1,
+    WAN_ATTN_PROOF_FAILED = 2 /* the row refuses for as long as this configuration holds */
+} wan_attn_proof;
+
+/* The proof of a row for device `index` and a dtype of v. May take seconds (it may make the proof);
+ * called without any lock, and not again once it has said PASSED or FAILED. */
+typedef int32_t (*wan_attn_proof_fn)(int32_t index, const char *row, int32_t dtype);
+
 /* What the CUDA rows need from outside. */
 typedef struct wan_attn_cuda_config {
     uint32_t struct_size;
     const char *driver; /* the driver library's path; NULL: the system's */
     wan_attn_image_fn find_image;
+    wan_attn_proof_fn find_proof; /* NULL: every row counts as proven */
 } wan_attn_cuda_config;
 
 /* One CUDA device as the driver describes it. */
@@ -212,7 +224,8 @@ WAN_ATTN_API wan_attn_status wan_attn_why_not(const wan_attn_params *params, int
 WAN_ATTN_API wan_attn_status wan_attn_select(const wan_attn_params *params, int32_t *row,
                                              wan_attn_error *err);
 
-/* Before the first CUDA call; later only find_image can still change. Opens nothing. */
+/* Before the first CUDA call; later the two functions can still change. Opens nothing, and forgets
+ * what find_proof has said. */
 WAN_ATTN_API wan_attn_status wan_attn_cuda_configure(const wan_attn_cuda_config *config,
                                                      wan_attn_error *err);
 /* Opens the driver, makes no context. UNSUPPORTED: no driver, or no such device.

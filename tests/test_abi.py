@@ -39,6 +39,7 @@ NUMBERS = {
     "WAN_ATTN_MAX_NDIM": native.MAX_NDIM,
     **{f"WAN_ATTN_{name}": getattr(native, name) for name in (
         "OK", "INVALID_ARGUMENT", "UNSUPPORTED", "DEVICE_ERROR", "INTERNAL",
+        "PROOF_MISSING", "PROOF_PASSED", "PROOF_FAILED",
         "F32", "F16", "BF16", "I32", "I64", "F64", "DTYPE_OTHER", "CPU", "CUDA", "DEVICE_OTHER",
     )},
     "WAN_ATTN_CPU_KNOWN": native.CPU_KNOWN,

@@ -64,6 +64,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
             "core/kernel.h",
             "core/util.h",
             "core/lock.h",
+            "core/atomic.h",
             "cuda/host/*.h",
             "cuda/args*.h",
             "cuda/sdpa_rows.def",

@@ -34,6 +34,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "backends": list,
     "kernels": list,
     "cuda_kernels": dict,
+    "proofs": list,
     "choices": list,
     "selftest": list,
     "selftest_error": (str, type(None)),

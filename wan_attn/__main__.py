@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "why": ("wan_attn.cli.why", "what would compute one attention call, and why not the others"),
     "tune": ("wan_attn.cli.tune", "measure which attention is the fastest here, ahead of time"),
     "compile": ("wan_attn.cli.compile", "compile the CUDA kernels of a GPU before it needs them"),
+    "prove": (
+        "wan_attn.cli.prove",
+        "try the CUDA kernels on this machine's cards, so that what is right there is used",
+    ),
     "comfyui": ("wan_attn.cli.comfyui", "put the node into a ComfyUI, or take it out again"),
     "demo": ("wan_attn.cli.demo", "denoise a short video with and without wan_attn and compare"),
     "bench": (
@@ -71,9 +75,9 @@ def _epilog() -> str:
     codes = "\n".join(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())
     return (
         "`wan-attn COMMAND --help` tells more about a command.\n"
-        "README.md and CONTRIBUTING.md are those of the repository.\n\n"
         f"exit codes (that of `run` is the script's):\n{codes}\n\n"
-        f"environment variables (README.md says what they do):\n{_variables(False)}\n\n"
+        "environment variables (README.md in the repository explains them):\n"
+        f"{_variables(False)}\n\n"
         f"for tests and development (CONTRIBUTING.md says what they do):\n{_variables(True)}"
     )
 

@@ -152,8 +152,8 @@ VARIABLES: tuple[Variable, ...] = (
         "flag",
         _FLAG,
         "1",
-        "1 checks our CUDA kernels on the card, once in each process, before the first call of each"
-        " dtype and head_dim. If one is wrong, the next backend computes.",
+        "1 uses our CUDA kernels only where they have been right on this card in another process"
+        " (`prove`), and checks each once more before its first call. 0 uses all of them unproven.",
     ),
     Variable(
         "WAN_ATTN_TUNE",

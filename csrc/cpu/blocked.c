@@ -42,7 +42,8 @@ static void choose_tiles(const wan_attn_problem *p, const wan_attn_blocking *blo
     plan->tiles_per_pair = plan->tiles_per_head * (p->num_heads_q / p->num_heads_k);
 }
 
-/* A panel of few rows would multiply mostly lanes that nobody reads. */
+/* Few rows would leave most lanes of a panel unused. A task takes several heads that share K and V,
+ * but no more than leave every thread a task. */
 static void plan_few(const wan_attn_problem *p, wan_attn_plan *plan) {
     const int64_t block_n = plan->blocking->block_n;
     const int64_t share = p->num_heads_q / p->num_heads_k; /* query heads with the same K and V */

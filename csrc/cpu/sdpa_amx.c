@@ -13,6 +13,7 @@
  * Budget: 8 of 8 tiles. Panel of 64 queries: S of a block, 48 KiB, is about what L1 holds; longer
  * blocks are slower. head_dim is padded with zeros to a multiple of 32.
  * Numerics: as sdpa_avx512_bf16.c, but a product of tiles sums even and odd terms apart.
+ * Calls of up to FEW_ROWS queries: sdpa_few.inc, which has not run with this row yet.
  * Measured: Intel Xeon with AMX, one core, 2026-11-26, 4 heads x 4096 x 4096 x 128: 850 GFLOP/s,
  * 1.35 times torch's AMX path and 22 % of the tile unit's peak.
  * Exponentials and the way from L2 to the tiles bound it, not the products.

@@ -175,7 +175,7 @@ int main(int argc, char **argv) {
     uint64_t random = 2463534242ull;
     wan_attn_error err;
     int calls = argc > 2 ? (int)strtol(argv[2], NULL, 10) : 300, taken = 0;
-    wan_attn_cuda_config config = {sizeof(config), argv[1], find_image};
+    wan_attn_cuda_config config = {sizeof(config), argv[1], find_image, NULL};
     if (find_mock(argv[1]) || wan_attn_cuda_configure(&config, &err) != WAN_ATTN_OK)
         FAIL("the mock driver cannot be used");
     if (test_threads())

@@ -152,7 +152,7 @@ static int check_functions(void) {
     EXPECT(wan_attn_kernel_at(-1, info) != WAN_ATTN_OK &&
            wan_attn_kernel_at(count, info) != WAN_ATTN_OK);
     EXPECT(wan_attn_cuda_configure(NULL, &err) == WAN_ATTN_INVALID_ARGUMENT);
-    wan_attn_cuda_config config = {sizeof(config) - 1, NULL, NULL};
+    wan_attn_cuda_config config = {sizeof(config) - 1, NULL, NULL, NULL};
     EXPECT(wan_attn_cuda_configure(&config, NULL) == WAN_ATTN_INVALID_ARGUMENT);
     EXPECT(wan_attn_cuda_device_at(0, NULL, &err) == WAN_ATTN_INVALID_ARGUMENT);
     EXPECT(strcmp(wan_attn_status_name(INT32_MIN), "UNKNOWN") == 0);

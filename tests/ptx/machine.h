@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <map>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -30,8 +31,8 @@ enum Landing { EARLY, LATE, RANDOM };
 enum Order { LOWEST, HIGHEST, ANY };
 
 /* Thrown by whatever finds a fault; the launch adds where it happened. */
-struct Trap {
-    std::string text;
+struct Trap : std::runtime_error {
+    using std::runtime_error::runtime_error;
 };
 [[noreturn]] void trap(const char *format, ...) __attribute__((format(printf, 1, 2)));
 

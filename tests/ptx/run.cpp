@@ -286,9 +286,9 @@ std::string where(Machine &m, const Trap &trap, int first_block) {
     const Warp *at = m.running;
     if (at)
         snprintf(text, sizeof text, "block %d, warp %d, line %d: %s", at->block->number, at->index,
-                 m.program.code[at->pc].line, trap.text.c_str());
+                 m.program.code[at->pc].line, trap.what());
     else
-        snprintf(text, sizeof text, "cluster of block %d: %s", first_block, trap.text.c_str());
+        snprintf(text, sizeof text, "cluster of block %d: %s", first_block, trap.what());
     return text;
 }
 

@@ -20,7 +20,7 @@ void trap(const char *format, ...) {
     va_start(more, format);
     vsnprintf(text, sizeof text, format, more);
     va_end(more);
-    throw Trap{text};
+    throw Trap(text);
 }
 
 void need_whole_warp(const Warp &w, u32 mask, const char *what) {

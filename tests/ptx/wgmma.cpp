@@ -296,6 +296,6 @@ void run_product(Warp &w, Product &p) {
     case 128: return compute<128>(w, shape, o, p);
     case 176: return compute<176>(w, shape, o, p);
     case 256: return compute<256>(w, shape, o, p);
+    default: trap("wgmma: this machine does not know an N of %d", shape.n);
     }
-    trap("wgmma: this machine does not know an N of %d", shape.n);
 }

@@ -8,19 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wan_attn import config
 from wan_attn.backends import torch_sdpa
 from wan_attn.backends._errors import is_device_error
 from wan_attn.native import bindings, cuda_driver, kernels, op, shim
 from wan_attn.request import Call, Request
-from wan_attn.selfcheck import first_call
+from wan_attn.selfcheck import first_call, proof
 from wan_attn.transient import is_interruption, is_out_of_memory
 
 NAME = "sdpa"
 TITLE = "wan_attn SDPA"
 
 op.register(fallback=torch_sdpa.run)
+cuda_driver.prove_with(proof.find_proof)
 # Past the packet, which would resolve the overload at each call.
 _op = torch.ops.wan_attn.sdpa.default
+
+
+def prove(device: torch.device) -> None:
+    """Before the first call on a CUDA device: makes the proof of our kernels, if there is none."""
+    if device.type == "cuda" and torch.version.hip is None and op.binding() != "torch":
+        if config.current().self_check:
+            proof.ensure(device.index or 0)
 
 
 def why_not(request: Request) -> str | None:

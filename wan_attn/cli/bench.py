@@ -21,6 +21,7 @@ from wan_attn.bench import compare, kernels, peers, plots, progress, report, ste
 from wan_attn.bench.model import ARCHS, CPU_FRAMES, Arch, ModelError, Video
 from wan_attn.cli import FINE, WRONG, bench_options, refuse
 from wan_attn.cli.bench_options import BadOption
+from wan_attn.selfcheck import proof
 from wan_attn.workloads import WORKLOADS, parse_shape
 
 DEFAULT_FOLDER = "wan-attn-bench"
@@ -51,6 +52,8 @@ def main(args: argparse.Namespace) -> int:
     action = ACTIONS[args.action][1] if args.action else _short
     try:
         config.refresh()
+        if args.action != "compare":
+            proof.before_work()
         return action(args)
     except (BadOption, ModelError, compare.CompareError, config.ConfigError) as error:
         return refuse("bench", error)

@@ -43,6 +43,13 @@ def advice(report: dict[str, Any], machine: Machine) -> list[dict[str, Any]]:
     for result in report["selftest"]:
         if result["failed"] and result["name"] != "flash_attention":
             add(*_around(result, portable))
+    for proof in report["proofs"]:
+        if proof["is_missing"]:
+            add(
+                f"Let our CUDA kernels show that they are right on {proof['device']}; until then"
+                " PyTorch's compute (the first run does it, too):",
+                "python -m wan_attn prove",
+            )
     for finding in report["known"]:
         if finding["level"] == "problem":
             add(f"{finding['name']}: {finding['fix']}.")

@@ -42,6 +42,7 @@ def examine(selftest: bool = True, isolated: bool = True) -> dict[str, Any]:
         "backends": [],
         "kernels": [],
         "cuda_kernels": {},
+        "proofs": [],
         "choices": [],
         "selftest": [],
         "selftest_error": None,
@@ -69,6 +70,7 @@ def _examine_package(report: dict[str, Any], guard: Guard, selftest: bool, isola
         report["cuda_kernels"] = guard.run(
             "CUDA kernels", functools.partial(_cuda_kernels, report), {}
         )
+        report["proofs"] = guard.run("proofs", functools.partial(_proofs, report), [])
         for what in ("backends", "kernels", "choices"):
             report[what] = guard.run(what, functools.partial(_ask, what, devices), [])
         if selftest:
@@ -151,6 +153,12 @@ def _cuda_kernels(report: dict[str, Any]) -> dict[str, Any]:
 
     capabilities = (gpu["capability"] for gpu in report["devices"]["gpus"])
     return cuda.facts(sorted({10 * major + minor for major, minor in capabilities}))
+
+
+def _proofs(report: dict[str, Any]) -> list[dict[str, Any]]:
+    from wan_attn.doctor import proofs
+
+    return [proofs.facts(gpu["index"]) for gpu in report["devices"]["gpus"]]
 
 
 def _versions(machine: Machine) -> dict[str, Any]:

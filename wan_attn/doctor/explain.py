@@ -10,6 +10,7 @@ import torch
 from wan_attn.backends import REGISTRY
 from wan_attn.config import Settings
 from wan_attn.console import heading, pairs, table, without_name, wrap
+from wan_attn.doctor import proofs
 from wan_attn.log import dtype_name
 from wan_attn.native import op
 from wan_attn.request import Request
@@ -55,6 +56,7 @@ def explain(request: Request, call: Workload, settings: Settings) -> dict[str, A
         "schema": 1,
         "call": _describe(request, call),
         "note": _absent(request.device),
+        "proof": _proof(request.device),
         "settings": {"forced_by": settings.forced_by, "strict": settings.strict},
         "backend": backend,
         "kernel": kernel,
@@ -135,6 +137,8 @@ def render(answer: dict[str, Any]) -> str:
         ("settings", answer["settings"]["forced_by"] or "auto"),
         ("choice", _choice(answer)),
     ]
+    if answer["proof"]:
+        rows.append(("proof", f"{answer['proof']['state']}; {proofs.HOW}"))
     if answer["measured"]:
         rows.append(("measured", answer["measured"]))
     if answer["note"]:
@@ -178,6 +182,14 @@ def _state(reason: str | None, chosen: bool, asked: bool = True) -> str:
 
 def _flop(number: int) -> str:
     return f"{number / 1e12:.3g} TFLOP" if number >= 1e11 else f"{number / 1e9:.3g} GFLOP"
+
+
+def _proof(device: torch.device) -> dict[str, Any] | None:
+    """What is known of our kernels on this card; None: there is no such card."""
+    if device.type != "cuda" or op.binding() == "torch" or torch.version.hip is not None:
+        return None
+    found = proofs.facts(device.index or 0)
+    return found if found["card"] else None
 
 
 def _absent(device: torch.device) -> str:

@@ -28,6 +28,7 @@ def render(report: Report) -> str:
         _backends,
         _kernels,
         _cuda_kernels,
+        _proofs,
         _selftest,
         _known,
         _failed,
@@ -172,6 +173,14 @@ def _cuda_kernels(report: Report) -> str:
         lines.append((gpu, told or "no kernel for a GPU that old"))
     note = "what is not ready-made is compiled at first use, or by: python -m wan_attn compile"
     return f"{heading('CUDA kernels', note)}\n{pairs(lines)}"
+
+
+def _proofs(report: Report) -> str:
+    if not report["proofs"]:
+        return ""
+    from wan_attn.doctor import proofs  # it needs torch, and this module must not
+
+    return "".join(proofs.render(proof) for proof in report["proofs"])
 
 
 def _usable(title: str, note: str, rows: list[dict[str, Any]], about: str) -> str:

@@ -11,22 +11,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
-import queue
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from wan_attn.doctor import selftest
 from wan_attn.doctor.selftest import Path, Result
 from wan_attn.doctor.selftest_paths import paths
+from wan_attn.selfcheck import child as process
 
-MARK = "@@wan_attn-selftest "
+MARK = process.MARK
 TIMEOUT = 120.0  # seconds without a word from the child
 MAX_CHILDREN = 12  # paths that may each kill a child before the rest is given up
 
@@ -55,28 +49,22 @@ def child(argv: Sequence[str]) -> int:
     parser.add_argument("--skip", action="append", default=[])
     skip = set(parser.parse_args(argv).skip)
 
-    def say(what: str, value: object) -> None:
-        print(MARK + json.dumps({what: value}), flush=True)
-
     def started(path: Path) -> None:
-        say("start", [path.device, path.kind, path.name])
+        process.say(start=[path.device, path.kind, path.name])
 
     with _quiet():
         chosen = (path for path in paths() if path.key not in skip)
         for result in selftest.check_all(chosen, started):
-            say("result", dataclasses.asdict(result))
-    say("end", True)
+            process.say(result=dataclasses.asdict(result))
+    process.say(end=True)
     return 0
 
 
+CODE = "from wan_attn.doctor.selftest_run import child; raise SystemExit(child(sys.argv[1:]))"
+
+
 def _command(skip: Sequence[str]) -> list[str]:
-    # sys.path goes along, so that the child tests the package that the parent has imported.
-    code = (
-        "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
-        "from wan_attn.doctor.selftest_run import child; raise SystemExit(child(sys.argv[1:]))"
-    )
-    skips = [f"--skip={key}" for key in skip]
-    return [sys.executable, "-c", code, json.dumps(sys.path), *skips]
+    return process.command(CODE, [f"--skip={key}" for key in skip])
 
 
 @dataclasses.dataclass
@@ -113,55 +101,18 @@ def _run_one(
 ) -> tuple[list[str] | None, str | None]:
     """Runs one child: (the path it had begun, how it died), or (None, None) after a proper end."""
     current: list[str] | None = None
-    with tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True
-        )
-        try:
-            for line in _lines(process, timeout):
-                message = json.loads(line)
-                if "end" in message:
-                    return None, None
-                if "start" in message:
-                    current = message["start"]
-                else:
-                    results.append(Result(**message["result"]))
-                    current = None
-            code = process.wait(timeout=10)
-        except queue.Empty:
-            return current, f"no answer within {timeout:.0f} s"
-        finally:
-            process.kill()
-            process.wait()
-        errors.seek(0)
-        return current, f"the process {_how(code)}{_last_words(errors.read())}"
-
-
-def _lines(process: subprocess.Popen[str], timeout: float) -> Iterator[str]:
-    """Yields the child's marked lines until its output closes; queue.Empty after a long silence."""
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(MARK):
-                lines.put(line[len(MARK) :])
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    while (line := lines.get(timeout=timeout)) is not None:
-        yield line
-
-
-def _how(code: int) -> str:
-    if code >= 0:
-        return f"ended with code {code:#x}" if code > 255 else f"ended with code {code}"
+    started = process.Child(command)
     try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"
-
-
-def _last_words(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f": {lines[-1][:300]}" if lines else ""
+        for message in started.lines(timeout):
+            if "end" in message:
+                return None, None
+            if "start" in message:
+                current = message["start"]
+            else:
+                results.append(Result(**message["result"]))
+                current = None
+        return current, started.how_it_ended()
+    except TimeoutError as error:
+        return current, str(error)
+    finally:
+        started.close()

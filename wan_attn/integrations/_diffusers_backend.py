@@ -22,6 +22,7 @@ from torch import Tensor
 from wan_attn import attention, config, log
 from wan_attn.integrations import _enum_member as _member
 from wan_attn.integrations import _operands
+from wan_attn.selfcheck import proof
 
 NAME = "wan_attn"
 MEMBER = "WAN_ATTN"
@@ -253,6 +254,7 @@ def register() -> None:
     log.enable(level, "diffusers backend")
     text = "diffusers: the attention backend `wan_attn` is registered"
     log.once(text, logging.INFO, text)
+    proof.before_work()
 
 
 def is_registered(dispatch: ModuleType) -> bool:

@@ -21,6 +21,7 @@ from wan_attn import attention, config, log
 from wan_attn.integrations import _rebind
 from wan_attn.integrations._rebind import Binding
 from wan_attn.request import DTYPES, gate, refuse
+from wan_attn.selfcheck import proof
 from wan_attn.signatures._masked import REASON
 
 NAME = "wan_attn"
@@ -221,6 +222,7 @@ def start(host: Any) -> dict[str, type]:
     else:
         patch(host)
         log.LOGGER.info("Using wan_attn attention")
+    proof.before_work()
     return {NODE_ID: make_node(host)}
 
 

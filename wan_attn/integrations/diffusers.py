@@ -23,6 +23,7 @@ from wan_attn.integrations import _diffusers_backend as _backend
 from wan_attn.integrations import _diffusers_layers as _around
 from wan_attn.integrations import _operands
 from wan_attn.request import gate, refuse
+from wan_attn.selfcheck import proof
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query, key, value), each [batch, seqlen, heads, head_dim] -> the same shape as query."""
@@ -257,6 +258,7 @@ def enable(model_or_pipe: Any) -> int:
     log.enable(level, "diffusers")
     text = f"diffusers: {count} attention layers of {name} go through wan_attn"
     log.once(text, logging.INFO, text)
+    proof.before_work()
     return count
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wan_attn import attention
 from wan_attn.request import Refusal, gate, refuse
+from wan_attn.selfcheck import proof
 from wan_attn.signatures import _masked, flash_attn
 
 NAME = "wan_attn"
@@ -58,6 +59,7 @@ def register() -> type:
             return _made, (), vars(self)
 
     registry(NAME)(WanAttnWeight)
+    proof.before_work()
     return WanAttnWeight
 
 

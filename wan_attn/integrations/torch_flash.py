@@ -22,6 +22,7 @@ from torch import Tensor
 from wan_attn import log
 from wan_attn.backends import native
 from wan_attn.request import Call, Request
+from wan_attn.selfcheck import proof
 
 NAME = "wan_attn"
 OPERATOR = "_scaled_dot_product_flash_attention"
@@ -70,6 +71,7 @@ class _Handle:
 
 def _activate() -> _Handle:
     """Called by torch's activate_flash_attention_impl()."""
+    proof.before_work()
     forward = make_forward(_own_kernel(DEVICE))
     library = torch.library.Library("aten", "IMPL", DEVICE)
     handle = _Handle(library)
@@ -125,6 +127,7 @@ def _why_not(
         return "its value has another head_dim than its query"
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     call = Call(is_causal=is_causal, return_lse=True)
+    native.prove(query.device)
     return native.why_not(Request.from_tensors(query, key, value, call))
 
 

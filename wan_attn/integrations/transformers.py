@@ -22,6 +22,7 @@ from wan_attn.integrations import _mask_plan, _operands, _written_out
 from wan_attn.integrations import _transformers_marks as _marks
 from wan_attn.integrations._transformers_choice import choose, model_parts
 from wan_attn.request import MAX_HEAD_DIM, refuse
+from wan_attn.selfcheck import proof
 
 NAME = "wan_attn"
 _planner = _mask_plan.Planner()
@@ -206,6 +207,7 @@ def register() -> None:
     log.enable(level, "transformers")
     text = f'transformers: attn_implementation="{NAME}" is registered'
     log.once(text, logging.INFO, text)
+    proof.before_work()
 
 
 def _put(functions: Any, function: Any) -> None:

@@ -21,6 +21,7 @@ from wan_attn import attention, log
 from wan_attn.integrations import _rebind
 from wan_attn.integrations._rebind import Binding
 from wan_attn.request import gate, refuse
+from wan_attn.selfcheck import proof
 
 MODULE, FUNCTION = "shared.attention", "pay_attention"
 
@@ -49,7 +50,9 @@ def patch(module: ModuleType | None = None) -> tuple[Binding, ...]:
         return ()
     ours = make_pay_attention(original)
     _replaced[ours] = original
-    return _rebind.rebind(original, ours)
+    bindings = _rebind.rebind(original, ours)
+    proof.before_work()
+    return bindings
 
 
 def _current(module: ModuleType | None) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cuda_driver.py - tells libwan_attn where CUDA and our machine code are; asks about devices.
+"""cuda_driver.py - tells libwan_attn where CUDA and our machine code are, and which rows
+are proven; asks about devices.
 
 Nothing is opened here: the driver is, at the first question about a CUDA device, and machine code
 is looked for when a kernel is first launched there.
@@ -7,12 +8,16 @@ is looked for when a kernel is first launched there.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import logging
 import os
 import threading
+from collections.abc import Callable, Iterator
 from ctypes import c_size_t, c_void_p
 from dataclasses import dataclass
 
+from wan_attn import log
 from wan_attn.config import current
 from wan_attn.cuda import images
 from wan_attn.native import library as native
@@ -22,8 +27,13 @@ from wan_attn.transient import is_interruption
 # a kind asks for the same.
 _images: dict[tuple[str, int], bytes] = {}
 
-# What ended _find_image in this thread and is no failure of it: Ctrl-C while it compiled.
+# Of this thread: what ended a callback and is no failure of it (Ctrl-C while it compiled), and
+# whether the library is only being asked, so that nothing may take long.
 _here = threading.local()
+
+# find_proof(device index, row, dtype of value) -> one of library.PROOF_...; see selfcheck/proof.py.
+FindProof = Callable[[int, str, int], int]
+_find_proof: FindProof | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +87,71 @@ def raise_interruption() -> None:
         raise interruption
 
 
-# Kept for good: C calls it as long as the library is loaded.
+def _proof(index: int, row: bytes, dtype: int) -> int:
+    """wan_attn_proof_fn. What goes wrong leaves the row without a proof."""
+    if _find_proof is None:
+        return native.PROOF_MISSING
+    try:
+        return _find_proof(index, row.decode(), dtype)
+    except BaseException as error:  # noqa: BLE001 - no exception can pass through C
+        if is_interruption(error):
+            _here.interruption = error
+        log.once(("proof", repr(error)), logging.ERROR, f"the proof of {row.decode()}: {error!r}")
+        return native.PROOF_MISSING
+
+
+def prove_with(find_proof: FindProof) -> None:
+    """Lets this function say, from now on, which rows are proven on which device."""
+    global _find_proof
+    _find_proof = find_proof
+    ask_again()
+
+
+def ask_again() -> None:
+    """What is known of proofs has changed: the library forgets what it was told."""
+    library = native.load()
+    if library is not None and _path is not None:
+        configure(library)
+
+
+@contextlib.contextmanager
+def question() -> Iterator[None]:
+    """Within it the library is asked about a call that need not come: no proof is made for it."""
+    before = vars(_here).get("is_question", False)
+    _here.is_question = True
+    try:
+        yield
+    finally:
+        _here.is_question = before
+
+
+def is_question() -> bool:
+    """Whether this thread is within question()."""
+    return bool(vars(_here).get("is_question", False))
+
+
+# Kept for good: C calls them as long as the library is loaded.
 _FIND_IMAGE = native.ImageFn(_find_image)
+_FIND_PROOF = native.ProofFn(_proof)
+_path: str | None = None  # of the driver; "": the system's; None: nothing is configured yet
 
 
 def configure(library: ctypes.CDLL) -> None:
-    """Tells libwan_attn its driver (WAN_ATTN_LIBCUDA, or the system's) and where images are found.
+    """Tells libwan_attn its driver (WAN_ATTN_LIBCUDA, or the system's), where images are found, and
+    who knows of proofs. The driver stays the one of the first time.
 
     Raises:
-        RuntimeError: too late, it has opened another driver.
+        RuntimeError: it has opened another driver.
     """
-    path = current().libcuda
+    global _path
+    path = (current().libcuda or "") if _path is None else _path
     config = native.CudaConfig(
-        ctypes.sizeof(native.CudaConfig), os.fsencode(path) if path else None, _FIND_IMAGE
+        ctypes.sizeof(native.CudaConfig), os.fsencode(path) or None, _FIND_IMAGE, _FIND_PROOF
     )
     error = native.Error()
     if library.wan_attn_cuda_configure(ctypes.byref(config), ctypes.byref(error)) != native.OK:
         raise RuntimeError(f"wan_attn: {error.text()}")
+    _path = path
 
 
 def device(index: int) -> Device | str:

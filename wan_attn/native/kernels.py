@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from wan_attn.native import library
+from wan_attn.native import cuda_driver, library
 from wan_attn.native.bindings import DEVICES, DTYPES, allowed_cpu_features
 from wan_attn.request import Request
 
@@ -108,7 +108,8 @@ def _params(request: Request, kernel: int = -1) -> library.Params:
 def why_not(request: Request, row: int) -> str | None:
     """Why this row of the table cannot take the call; None: it can."""
     error = library.Error()
-    status = library.lib().wan_attn_why_not(_params(request), row, ctypes.byref(error))
+    with cuda_driver.question():
+        status = library.lib().wan_attn_why_not(_params(request), row, ctypes.byref(error))
     return None if status == library.OK else error.text()
 
 
@@ -121,7 +122,10 @@ def select(request: Request) -> tuple[KernelInfo | None, str]:
     if library.load() is None:
         return None, library.load_error() or ""
     error, row = library.Error(), c_int32(-1)
-    status = library.lib().wan_attn_select(_params(request), ctypes.byref(row), ctypes.byref(error))
+    with cuda_driver.question():
+        status = library.lib().wan_attn_select(
+            _params(request), ctypes.byref(row), ctypes.byref(error)
+        )
     if status == library.OK:
         return kernels()[row.value], ""
     if status == library.DEVICE_ERROR:

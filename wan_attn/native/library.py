@@ -28,6 +28,7 @@ ABI_VERSION = 1
 OK, INVALID_ARGUMENT, UNSUPPORTED, DEVICE_ERROR, INTERNAL = range(5)
 F32, F16, BF16, I32, I64, F64, DTYPE_OTHER = range(7)
 CPU, CUDA, DEVICE_OTHER = range(3)
+PROOF_MISSING, PROOF_PASSED, PROOF_FAILED = range(3)
 
 CPU_KNOWN = 1 << 31
 
@@ -128,10 +129,19 @@ ImageFn = ctypes.CFUNCTYPE(
 )
 
 
+# wan_attn_proof_fn.
+ProofFn = ctypes.CFUNCTYPE(c_int32, c_int32, c_char_p, c_int32)
+
+
 class CudaConfig(ctypes.Structure):
     """wan_attn_cuda_config."""
 
-    _fields_ = [("struct_size", c_uint32), ("driver", c_char_p), ("find_image", ImageFn)]
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("driver", c_char_p),
+        ("find_image", ImageFn),
+        ("find_proof", ProofFn),
+    ]
 
 
 class CudaDevice(ctypes.Structure):

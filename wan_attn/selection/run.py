@@ -208,6 +208,7 @@ def _make_plan(
     failed: tuple[tuple[str, str], ...] = (),
 ) -> _Plan:
     request = Request.from_tensors(query, key, value, call)
+    native.prove(request.device)
     choice = select(request, settings, version=call.version, failed=failed)
     run = candidates.runner(choice.candidate, request)
     dtypes = (query.dtype, key.dtype, value.dtype)

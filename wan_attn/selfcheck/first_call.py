@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""first_call.py - a CUDA kernel shows on this very card that it is right, before it makes a video.
+"""first_call.py - a CUDA kernel that is proven shows in this process, too, that it is right.
 
-At the first call of its kind in a process a kernel answers two small calls with known results.
-One that is wrong (an untried card or driver, broken memory, a miscompiled cubin) is refused with
-what it got wrong, and the next backend computes: no black frames after an hour's work.
+The proof (proof.py) is made once, on one card of a kind. At the first call of its kind in a process
+a kernel answers two small calls again: another card of the same name may be broken, or its memory,
+or be driven too fast. One that is wrong is refused with what it got wrong, and the next backend
+computes: no black frames after an hour's work.
 """
 
 from __future__ import annotations
@@ -42,13 +43,14 @@ def wrong(run: Run, device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         q_lens = None if case.q_lens is None else torch.tensor(case.q_lens, device="cpu")
         k_lens = torch.tensor(case.k_lens, device="cpu")
         out, lse = run(query, key, value, q_lens, k_lens, MASKS[mask][0])
-        found = _difference(case, truth, out, lse, UNIT[dtype])
+        found = difference(case, truth, out, lse, UNIT[dtype])
         if found is not None:
             return found
     return None
 
 
-def _difference(case: Case, truth: Truth, out: Tensor, lse: Tensor, unit: float) -> str | None:
+def difference(case: Case, truth: Truth, out: Tensor, lse: Tensor, unit: float) -> str | None:
+    """What is beyond its bound, in words; None: nothing. `unit`: see reference.py."""
     for name, got, expected, bound in (
         ("out", out, truth.out, truth.out_bound(unit, is_ours=True)),
         ("lse", lse, truth.lse, truth.lse_bound(unit, is_ours=True)),

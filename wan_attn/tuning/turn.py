@@ -22,13 +22,15 @@ from wan_attn.request import Request
 from wan_attn.request.transforms import innermost_transform
 from wan_attn.tuning import book, measure, slices, words
 from wan_attn.tuning.candidates import Candidate, version
-from wan_attn.tuning.kinds import Kind, kind_of, machine, why_never
+from wan_attn.tuning.kinds import Kind, kind_of, machine, why_never, work
 from wan_attn.tuning.slices import Operands, Slice
 
 COST = 0.05
 # FLOP a second that any card, or one thread of a CPU, reaches: what a slice may be, so that all its
 # runs take less than a second.
 RATE = {"cpu": 1e10, "cuda": 2e13}
+# What comparing one candidate with float64 costs beside its runs, in FLOP of a call of that time.
+CHECK = {"cpu": 5e8, "cuda": 2e11}
 
 _calls: dict[Kind, int] = {}
 _CALLS_MAX = 4096
@@ -77,7 +79,7 @@ class Turn:
     def of(cls, request: Request, candidates: tuple[Candidate, ...]) -> Turn:
         """For calls like `request`, which why_never() does not refuse."""
         part = part_of(request, len(candidates))
-        needed = calls_needed(part, len(candidates))
+        needed = calls_needed(request, part, len(candidates))
         return cls(request, candidates, kind_of(request), part, needed)
 
     def take(self, operands: Operands) -> book.Entry | None:
@@ -132,9 +134,10 @@ def part_of(request: Request, candidates: int) -> Slice:
     return slices.choose(request, COST / runs, RATE[kind] * units / runs)
 
 
-def calls_needed(part: Slice, candidates: int) -> int:
+def calls_needed(request: Request, part: Slice, candidates: int) -> int:
     """How many calls pay for a measurement."""
-    return max(1, math.ceil(measure.runs(candidates) * part.share / COST - 1e-9))
+    fixed = candidates * CHECK[request.device.type] / max(work(request), 1.0)
+    return max(1, math.ceil((measure.runs(candidates) * part.share + fixed) / COST - 1e-9))
 
 
 def _why_not_now(request: Request, operands: Operands) -> str:

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "core/lock.h"
+#include "cuda/host/proof.h"
 
 #if defined(_WIN32)
 #include <windows.h> /* defines: LoadLibraryExA, GetProcAddress */
@@ -56,6 +57,7 @@ static char why_unusable[200];
 static int failed_starts, waits;   /* waits: questions to go before the next start */
 static char configured_path[1024]; /* "": the system's */
 static wan_attn_image_fn find_image;
+static wan_attn_proof_fn find_proof;
 
 /* A function's address as memory, so that it can be put into a field of any function type: ISO C
  * has no cast from void * to a function. */
@@ -208,6 +210,13 @@ wan_attn_image_fn wan_attn_cuda_find_image(void) {
     return found;
 }
 
+wan_attn_proof_fn wan_attn_cuda_find_proof(void) {
+    wan_attn_acquire(&lock);
+    wan_attn_proof_fn found = find_proof;
+    wan_attn_release(&lock);
+    return found;
+}
+
 wan_attn_status wan_attn_cuda_configure(const wan_attn_cuda_config *config, wan_attn_error *err) {
     if (!config || config->struct_size != sizeof(*config))
         return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT,
@@ -223,8 +232,11 @@ wan_attn_status wan_attn_cuda_configure(const wan_attn_cuda_config *config, wan_
     if (!is_late) {
         snprintf(configured_path, sizeof(configured_path), "%s", path);
         find_image = config->find_image;
+        find_proof = config->find_proof;
     }
     wan_attn_release(&lock);
+    if (!is_late)
+        wan_attn_cuda_forget_proofs();
     if (is_late)
         return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT,
                              "config.driver must be set before the driver is opened, got %s", path);

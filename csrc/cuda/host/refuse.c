@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "cuda/host/plan.h"
+#include "cuda/host/proof.h"
 
 static const wan_attn_cuda_tile *tile_for(const wan_attn_problem *p, int32_t arch) {
     int is_masked =
@@ -57,6 +58,8 @@ const char *wan_attn_cuda_plan_call(wan_attn_problem *p) {
         why = refuse_sizes(p);
     if (!why && p->out.data)
         why = wan_attn_cuda_refuse_out(p);
+    if (!why)
+        why = wan_attn_cuda_refuse_unproven(p);
     if (why)
         return why;
     wan_attn_cuda_plan plan = wan_attn_cuda_make_plan(p, tile);

@@ -23,6 +23,7 @@ from wan_attn.integrations.wan22.adapters import (
 from wan_attn.integrations.wan22.report import PatchReport
 from wan_attn.request import gate, refuse
 from wan_attn.selection import profile
+from wan_attn.selfcheck import proof
 
 DEFINER = "modules.attention"
 """Where Wan2.2 defines flash_attention, below its package."""
@@ -232,7 +233,8 @@ def patch(*, package: str = "wan", attention: Attention | None = None) -> PatchR
     """Make Wan2.2 compute its attention through wan_attn.
 
     Works before and after ``import wan``, from any thread, and more than once: the second call only
-    picks up what the first could not see. ``unpatch()`` undoes all of it.
+    picks up what the first could not see. ``unpatch()`` undoes all of it. On a card where our CUDA
+    kernels are not proven yet, it proves them, which takes seconds, once.
 
     Args:
         package: the name Wan2.2 is importable under; a vendored copy has another one.
@@ -265,6 +267,8 @@ def patch(*, package: str = "wan", attention: Attention | None = None) -> PatchR
         if is_new:
             unpatch()
         raise
+    if attention is None:
+        proof.before_work()
     for name in report.foreign:
         log.once(("foreign", name), logging.WARNING, f"{name} is {name.original}, left alone")
     return report

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""prove.py - the child process of a proof on the mock GPU: the real program (proof_child.main), the
+real library and its launches, and a card whose kernels are right, wrong or deadly as the test says.
+
+    python prove.py PATHS ARCH FAULTS INDEX DIGEST
+
+PATHS is sys.path as JSON, FAULTS is {"sdpa_sm80_bf16_d64": "illegal address"}, for example. A row
+that is not named is computed in float32 by a CPU kernel; the emulator would take minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:] = json.loads(sys.argv.pop(1))
+
+import torch
+from torch import Tensor
+
+from cuda_mock.gpu import CARDS, LAUNCH, Gpu
+from wan_attn.native import cuda_driver, library
+from wan_attn.native.kernels import KernelInfo
+from wan_attn.selfcheck import proof_child
+from wan_attn.selfcheck.proof_calls import CALLS, Answer, Operands
+from wan_attn.selfcheck.reference import MASKS, Case
+
+# What the driver answers from the launch on, for good: so does a real one, once a context is lost.
+DRIVER_ERRORS = {"illegal address": 700, "launch timeout": 702, "context lost": 709}
+OUT_OF_MEMORY = 2
+ON_DEVICE = {(call.seqlen_q, call.seqlen_k) for call in CALLS if call.lens_on_device}
+
+
+class MockCard(proof_child.TableCard):
+    """The mock GPU as a proof sees it. Operands lie in ordinary memory."""
+
+    def __init__(self, index: int, gpu: Gpu, faults: dict[str, str] | None = None) -> None:
+        super().__init__(index)
+        self.gpu, self.faults = gpu, faults
+        self.skipped = ["CUDA graphs: the mock GPU has none"]
+        self.asked: set[str] = set()
+        self._now: tuple[Operands, Tensor | None, Tensor, Case] | None = None
+        self._error = self._calls = 0
+        if faults is not None:
+            self._keep = LAUNCH(self._launch)
+            gpu.driver.mock_on_launch(self._keep)
+
+    def rows(self) -> list[KernelInfo]:
+        absent = [name for name, fault in (self.faults or {}).items() if fault == "absent"]
+        return [row for row in super().rows() if row.name not in absent]
+
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def captured(self, attend: Callable[[], Answer]) -> None:
+        return None
+
+    def run(
+        self, row: KernelInfo, operands: Operands, q_lens: Tensor | None, k_lens: Tensor, case: Case
+    ) -> Answer:
+        self._now, self._calls = (operands, q_lens, k_lens, case), self._calls + 1
+        is_causal, window = MASKS[case.mask]
+        return self.gpu.sdpa(
+            *operands,
+            q_lens=q_lens,
+            k_lens=k_lens,
+            lens_on_device=(case.seqlen_q, case.seqlen_k) in ON_DEVICE,
+            is_causal=is_causal,
+            window=window,
+            kernel=row.index,
+        )
+
+    def _launch(self, image: bytes, args: int, numbers: object, stream: int | None) -> int:
+        name = image.decode()
+        fault = self.faults.get(name, "") if self.faults else ""
+        if name.startswith("sdpa_") and not self._error:
+            self._compute()
+            if fault == "hang":
+                time.sleep(600)
+            if fault == "crash":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if fault == "out of memory":
+                return OUT_OF_MEMORY
+            self._error = DRIVER_ERRORS.get(fault, 0)
+            assert self.gpu.call is not None
+            outputs = self.gpu.call.outputs
+            if fault == "wrong numbers":
+                outputs["out"][1, 17, 1, 5] *= 1.25
+            if fault == "other bits":
+                outputs["lse"][0, 0, 0] *= 1 + 1e-6 * (self._calls % 2)
+        return self._error
+
+    def _compute(self) -> None:
+        assert self._now is not None and self.gpu.call is not None
+        operands, q_lens, k_lens, case = self._now
+        is_causal, (left, right) = MASKS[case.mask]
+        out, lse = torch.ops.wan_attn.sdpa(
+            *(x.float() for x in operands),
+            q_lens,
+            k_lens,
+            is_causal=is_causal,
+            window_left=left,
+            window_right=right,
+            return_lse=True,
+        )
+        self.gpu.call.outputs["out"].copy_(out)
+        self.gpu.call.outputs["lse"].copy_(lse)
+
+
+def main(argv: Sequence[str]) -> int:
+    arch, faults, *words = argv
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        gpu = Gpu(Path(folder), CARDS[int(arch)])
+        library.load = library.lib = lambda: gpu.lib
+        cuda_driver._path = None  # this library has its driver, and every row counts as proven
+        return proof_child.main(words, lambda index: MockCard(index, gpu, json.loads(faults)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""proof_calls.py - the calls that a row of the kernel table has to get right on a card before it
+runs there: every tile of the row, every pass beside it, every kind of mask, and a captured graph.
+
+Lengths are those of first_call.py: rings go round, and both blocks of a cluster have rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from wan_attn.native.kernels import KernelInfo
+from wan_attn.selfcheck.first_call import SEQLEN_K, SEQLEN_Q, difference
+from wan_attn.selfcheck.reference import UNIT, Case, Truth, make_inputs, reference
+
+Operands = tuple[Tensor, Tensor, Tensor]
+Answer = tuple[Tensor, Tensor]  # out, lse
+
+
+@dataclass(frozen=True)
+class ProofCall:
+    """One call. All have two samples of different lengths with NaN behind them, twice as many heads
+    of query as of key, and want the log-sum-exp."""
+
+    name: str
+    seqlen_q: int = SEQLEN_Q
+    seqlen_k: int = SEQLEN_K
+    mask: str = "full"
+    qk_is_f32: bool = False  # beside a half value
+    is_unaligned: bool = False  # views that begin an element behind where copies could begin
+    lens_on_device: bool = False
+
+    def case(self, head_dim: int) -> Case:
+        return Case(self.seqlen_q, self.seqlen_k, head_dim, self.mask)
+
+    def place(self, x: Tensor, dtype: torch.dtype, is_value: bool, device: torch.device) -> Tensor:
+        """An operand as this call has it."""
+        wanted = torch.float32 if self.qk_is_f32 and not is_value else dtype
+        if not self.is_unaligned:
+            return x.to(device, wanted)
+        store = torch.empty(x.numel() + 1, dtype=wanted, device=device)
+        return store[1:].view(x.shape).copy_(x)
+
+
+# 1: Hopper's d128 has a tile of its own for so few rows. 2: more keys than one split has; rows of
+# Hopper refuse it. Sample 1 has half the keys: none in the last split.
+CALLS = (
+    ProofCall("ragged"),
+    ProofCall("causal", mask="causal"),
+    ProofCall("window", mask="window"),
+    ProofCall("few rows", seqlen_q=101, lens_on_device=True),  # 1
+    ProofCall("split", seqlen_q=37, seqlen_k=4999),  # 2
+    ProofCall("float32 query and key", mask="causal", qk_is_f32=True),
+    ProofCall("unaligned", is_unaligned=True),
+)
+GRAPH = "graph"
+
+
+class Card(Protocol):
+    """What calls run on: torch's CUDA device, or the tests' mock GPU."""
+
+    skipped: list[str]  # what cannot be tried there, with the reason
+
+    def device(self) -> torch.device:
+        """Where operands must be."""
+
+    def rows(self) -> list[KernelInfo]:
+        """The rows that it can run."""
+
+    def why_not(self, row: KernelInfo, dtype: torch.dtype, call: ProofCall) -> str | None:
+        """Why the row does not take this call by design; None: it does."""
+
+    def run(
+        self, row: KernelInfo, operands: Operands, q_lens: Tensor | None, k_lens: Tensor, case: Case
+    ) -> Answer:
+        """torch.ops.wan_attn.sdpa with this row and no other."""
+
+    def captured(self, attend: Callable[[], Answer]) -> Callable[[], Answer] | None:
+        """The call as a graph, to be replayed; None: there are no graphs (see `skipped`)."""
+
+
+@lru_cache(maxsize=2 * len(CALLS))
+def _known(case: Case) -> tuple[Operands, Truth]:
+    operands = make_inputs(case)
+    return operands, reference(case, *operands)
+
+
+def _lens(call: ProofCall, case: Case, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    # The CPU by name: the program may have another default device.
+    where = device if call.lens_on_device else torch.device("cpu")
+    q_lens = None if case.q_lens is None else torch.tensor(case.q_lens, device=where)
+    return q_lens, torch.tensor(case.k_lens, device=where)
+
+
+def wrong(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
+    """What this row gets wrong on this card, in words; None: nothing.
+
+    Raises:
+        RuntimeError: what a call raised.
+    """
+    for call in CALLS:
+        if card.why_not(row, dtype, call) is not None:
+            continue
+        case = call.case(row.head_dim_max)
+        known, truth = _known(case)
+        operands = _placed(call, known, dtype, card.device())
+        lens = _lens(call, case, card.device())
+        first = card.run(row, operands, *lens, case)
+        # The first result is still held: the second cannot lie in its memory and look written.
+        second = card.run(row, operands, *lens, case)
+        for out, lse in (first, second):
+            found = difference(case, truth, out, lse, UNIT[dtype])
+            if found is not None:
+                return f"{call.name}: {found}"
+        if not (torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])):
+            return f"{call.name}: the same call gave other bits the second time, [{case}]"
+    return _wrong_graph(card, row, dtype)
+
+
+def _placed(call: ProofCall, x: Operands, dtype: torch.dtype, device: torch.device) -> Operands:
+    query, key, value = (call.place(x[n], dtype, is_value=n == 2, device=device) for n in range(3))
+    return query, key, value
+
+
+def _wrong_graph(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
+    """A captured call is replayed with other contents in the same memory, and other lengths."""
+    call = ProofCall(GRAPH, lens_on_device=True)
+    case = call.case(row.head_dim_max)
+    known, truth = _known(case)
+    operands = tuple(torch.zeros_like(x) for x in _placed(call, known, dtype, card.device()))
+    q_lens, k_lens = _lens(call, case, card.device())
+    real = k_lens.clone()
+    k_lens.fill_(1)
+    query, key, value = operands
+    replay = card.captured(lambda: card.run(row, (query, key, value), q_lens, k_lens, case))
+    if replay is None:
+        return None
+    for here, x in zip(operands, known, strict=True):
+        here.copy_(x)
+    k_lens.copy_(real)
+    out, lse = replay()
+    found = difference(case, truth, out, lse, UNIT[dtype])
+    return None if found is None else f"{GRAPH}: {found}"
