@@ -22,7 +22,7 @@ import standins
 import wan_attn
 from calls import BF16, F16, F32, operands, poisoned
 from tolerances import assert_close_to_oracle
-from wan_attn import config
+from wan_attn import config, scaled_dot_product_attention
 from wan_attn.attention import flash_attention, sdpa
 from wan_attn.backends import REGISTRY, native
 from wan_attn.integrations.wan22.adapters import make_flash_attention
@@ -365,7 +365,7 @@ def test_strict_raises_where_the_named_backend_cannot(monkeypatch: pytest.Monkey
 
 def test_a_wrong_variable_is_an_error_at_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USE_ATTENTION_BACKEND", "flash")
-    with pytest.raises(ValueError, match="must be one of auto, sdpa, fa3, fa2, torch, chunked"):
+    with pytest.raises(ValueError, match="must be one of auto, sdpa, fa3, fa2, xformers, torch"):
         flash_attention(*operands(dtype=BF16))
 
 
@@ -427,6 +427,9 @@ FRAMES_OF: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
     "sdpa": lambda q, k, v: sdpa(q, k, v),
     "sdpa with lengths": lambda q, k, v: sdpa(q, k, v, k_lens=torch.tensor([33])),
     "flash_attention": lambda q, k, v: flash_attention(q, k, v, k_lens=torch.tensor([33])),
+    "scaled_dot_product_attention": lambda q, k, v: scaled_dot_product_attention(
+        v.transpose(1, 2), v.transpose(1, 2), v.transpose(1, 2)
+    ),
     "patched Wan2.2": lambda q, k, v: PATCHED(q=q, k=k, v=v, k_lens=torch.tensor([33])),
 }
 

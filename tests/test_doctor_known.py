@@ -135,6 +135,7 @@ def advice(machine: Machine, **changes: Any) -> str:
         "settings_error": None,
         "import_error": None,
         "selftest": [],
+        "proofs": [],
         "kernels": [{"name": "sdpa_best", "device": "cpu"}, {"name": "sdpa_last", "device": "cpu"}],
         "known": [],
         "versions": {},

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import wan_attn
 from wan_attn.backends import _flash_attention
-from wan_attn.integrations import _mask_plan
 from wan_attn.integrations.wan22.patch import report
 from wan_attn.request import Refusal, gate
+from wan_attn.signatures import _mask_plan
 
 HUGE = 2**70
 

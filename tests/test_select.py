@@ -12,7 +12,7 @@ import torch
 
 import standins
 from calls import BF16, F16, F32
-from wan_attn.backends import REGISTRY, _torch_kernels, chunked, native
+from wan_attn.backends import LOSSY, REGISTRY, _torch_kernels, chunked, native
 from wan_attn.config import Settings
 from wan_attn.request import Call, Request
 from wan_attn.selection.choose import CARDS, Card, compute_dtype, order, select
@@ -61,6 +61,7 @@ class Machine:
             there = name in installed.split()
             standins.install(self._patch, make() if there else None, module)
         standins.install(self._patch, None, "flash_attn_3")
+        standins.install(self._patch, None, "xformers")
         standins.pretend_card(self._patch, arch)
 
 
@@ -248,7 +249,8 @@ def test_nothing_left_lists_every_reason(machine: Machine) -> None:
     with pytest.raises(RuntimeError) as caught:
         select(CALL, Settings(), failed=failed)
     assert str(caught.value).startswith("wan_attn: no backend takes this call: fa3: fa3 is broken;")
-    assert all(f"{name} is broken" in str(caught.value) for name in REGISTRY)
+    asked = {"fa3", "fa2", "sdpa", "torch", "chunked"}  # the others are not installed, or lossy
+    assert all((f"{name} is broken" in str(caught.value)) == (name in asked) for name in REGISTRY)
 
 
 def test_pytorch_is_the_last_resort_where_the_wrapper_failed(machine: Machine) -> None:
@@ -258,7 +260,8 @@ def test_pytorch_is_the_last_resort_where_the_wrapper_failed(machine: Machine) -
 
 
 def test_the_registry_is_in_the_order_of_preference() -> None:
-    assert tuple(REGISTRY) == ("fa3", "fa2", "sdpa", "torch", "chunked")
+    exact = ("fa3", "fa2", "sdpa", "xformers", "torch", "chunked")
+    assert tuple(REGISTRY) == (*exact, "sage", "comfy_kitchen")
     for name, backend in REGISTRY.items():
         assert backend.NAME == name and backend.TITLE
 
@@ -364,4 +367,5 @@ def test_torchs_kernels_go_before_mma_sync_where_that_is_slow(
     assert select(CALL, Settings()).backend == first
     assert select(CALL, Settings(use_sdpa=True)).backend == "sdpa"
     assert CARDS.get(arch, Card("")).is_torch_first == (first == "torch")
-    assert sorted(order(CALL, Settings())) == sorted(REGISTRY)
+    left_out = {"xformers", *LOSSY}  # not installed, or only by name
+    assert sorted(order(CALL, Settings())) == sorted(set(REGISTRY) - left_out)

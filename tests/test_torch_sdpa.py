@@ -46,7 +46,9 @@ def _thin_wrapper(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options:
 
 
 @pytest.mark.parametrize(
-    "other", [_drops_masks, _thin_wrapper, wan_attn.sageattn], ids=["drops", "wrapper", "ours"]
+    "other",
+    [_drops_masks, _thin_wrapper, wan_attn.sageattn, wan_attn.scaled_dot_product_attention],
+    ids=["drops", "wrapper", "sageattn", "torch's signature"],
 )
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 def test_whoever_replaces_torchs_function_does_not_reach_us(
@@ -245,7 +247,9 @@ def but(**changes: Any) -> Request:
         (CUDA, None, True, None),
         (but(device=torch.device("cpu")), None, False, None),
         (but(device=torch.device("cpu"), dropout_p=0.1), None, False, "dropout"),
-        (but(device=torch.device("mps")), None, False, None),
+        (but(device=torch.device("mps")), None, False, "no fused kernel on Apple's GPUs"),
+        (but(device=torch.device("xpu")), None, False, None),
+        (but(device=torch.device("meta")), None, False, None),
     ],
 )
 def test_needs_square_memory(

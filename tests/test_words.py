@@ -65,6 +65,8 @@ EXTERNAL_FILES = {
     "FlashAttention": "flash_attn/flash_attn_interface.py hopper/flash_attn_interface.py"
     " bert_padding.py tests/test_flash_attn.py",
     "SageAttention": "sageattention/core.py",
+    "comfy-kitchen": "comfy_kitchen/sage_attention.py",
+    "xFormers": "xformers/ops/fmha/__init__.py common.py attn_bias.py",
     "PyTorch": "aten/src/ATen/native/transformers/cuda/sdp_utils.cpp",
     "setuptools": "requires.txt entry_points.txt top_level.txt",
     "CPython": "Python.h",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""test_workloads.py - Wan2.2's shapes are the published ones; a wrong shape is told the rule."""
+"""test_workloads.py - the models' shapes are the published ones; a wrong shape is told the rule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from wan_attn.workloads import MODELS, WORKLOADS, parse_shape
 
-# The calls of stock Wan2.2 and of encoders, typed again:
+# The calls of stock Wan2.2, of MiniMax-H3 and of encoders, typed again:
 # (batch, Lq, Lk, heads, head_dim, calls per forward)
 PUBLISHED = {
     "ti2v-5b-720p": (1, 27_280, 27_280, 24, 128, 30),
@@ -17,6 +17,10 @@ PUBLISHED = {
     "a14b-720p": (1, 75_600, 75_600, 40, 128, 40),
     "a14b-720p-cross": (1, 75_600, 512, 40, 128, 40),
     "a14b-720p-image": (1, 75_600, 257, 40, 128, 40),
+    "h3-32k": (1, 32_700, 32_700, 56, 128, 50),
+    "h3-38k": (1, 38_222, 38_222, 56, 128, 50),
+    "h3-79k": (1, 79_567, 79_567, 56, 128, 50),
+    "h3-104k": (1, 104_050, 104_050, 56, 128, 50),
     "clip-vit-h": (1, 257, 257, 16, 80, 32),
     "wav2vec2-10s": (1, 499, 499, 16, 64, 24),
     "gemma-3-12b": (1, 1024, 1024, 16, 256, 48),

@@ -26,6 +26,7 @@ __all__ = [
     "merge_states",
     "patch",
     "sageattn",
+    "scaled_dot_product_attention",
     "sdpa",
     "unpatch",
     "windows_flash_attention_wrapper",
@@ -63,6 +64,7 @@ try:
         flash_attn_varlen_qkvpacked_func,
     )
     from wan_attn.signatures.sageattention import sageattn
+    from wan_attn.signatures.scaled_dot_product import scaled_dot_product_attention
 
     class _Backends(_types.ModuleType):
         """The package wan_attn.backends, which may be called as the function of 0.1."""

@@ -51,11 +51,13 @@ VARIABLES: tuple[Variable, ...] = (
         "USE_ATTENTION_BACKEND",
         "backend",
         "choice",
-        ("auto", "sdpa", "fa3", "fa2", "torch", "chunked"),
+        ("auto", "sdpa", "fa3", "fa2", "xformers", "torch", "chunked", "sage", "comfy_kitchen"),
         "auto",
-        "Which attention runs. `sdpa`: wan_attn's kernels; `fa3`, `fa2`: FlashAttention, if it is"
-        " installed; `torch`: PyTorch's SDPA; `chunked`: our wrapper that computes in chunks."
-        " `auto` takes the best one that supports the call.",
+        "Which attention runs. `sdpa`: wan_attn's kernels; `fa3`, `fa2`, `xformers`: FlashAttention"
+        " and xFormers, if they are installed; `torch`: PyTorch's SDPA; `chunked`: our wrapper that"
+        " computes in chunks. `auto` takes the best of these that supports the call. `sage`,"
+        " `comfy_kitchen`: SageAttention and comfy-kitchen's INT8 attention, if they are installed;"
+        " 8-bit and not exact, so only by name.",
     ),
     Variable(
         "USE_SDPA",

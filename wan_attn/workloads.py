@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""workloads.py - the calls of Wan2.2 and of encoders beside video models, by name or as text.
+"""workloads.py - the calls of Wan2.2, MiniMax-H3 and encoders beside them, by name or as text.
 
 Plain numbers: no torch, no device. Used by `doctor`, `why`, benchmarks and tests, so that all of
 them mean the same thing by "TI2V-5B at 720p".
@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 TEXT_TOKENS = (
     512  # Wan2.2 attends to all 512 text positions, padding included: zero rows pass the text MLP
 )
+# MiniMax-H3 attends to text, audio and video packed into one sequence without a mask: what users of
+# it measure, by 50 layers of 56 heads.
+H3_TOKENS = (32_700, 38_222, 79_567, 104_050)
 IMAGE_TOKENS = 257  # CLIP ViT-H/14 at 224x224: 256 patches and the class token
 
 
@@ -105,6 +108,20 @@ def _cross(call: Workload, suffix: str, seqlen_k: int, what: str) -> Workload:
     )
 
 
+def _h3(tokens: int) -> Workload:
+    return Workload(
+        f"h3-{tokens // 1000}k",
+        f"MiniMax-H3, {tokens} tokens of text, audio and video, self-attention",
+        batch=1,
+        seqlen_q=tokens,
+        seqlen_k=tokens,
+        num_heads_q=56,
+        num_heads_k=56,
+        head_dim=128,
+        calls=50,
+    )
+
+
 def _named() -> dict[str, Workload]:
     ti2v = model_call(TI2V_5B, "ti2v-5b-720p", 1280, 704, 121)
     small = model_call(A14B, "a14b-480p", 832, 480, 81)
@@ -114,6 +131,7 @@ def _named() -> dict[str, Workload]:
         _cross(c, "cross", TEXT_TOKENS, "attention to the text") for c in (ti2v, small, large)
     ]
     calls.append(_cross(large, "image", IMAGE_TOKENS, "attention to the image tokens"))
+    calls += [_h3(tokens) for tokens in H3_TOKENS]
     calls.append(
         Workload(
             "clip-vit-h",

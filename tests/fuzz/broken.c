@@ -68,14 +68,28 @@ static outcome ask_everything(const wan_attn_params *p) {
     return wan_attn_select(p, &row, NULL) == WAN_ATTN_INTERNAL ? WORDS : REFUSED;
 }
 
+/* Two faults of one argument, or the same one of two operands: one more row of key and of value. */
+static int may_undo(int one, int other) {
+    int tensors = TENSORS * TENSOR_FAULT_COUNT;
+    return !strcmp(argument_of(one), argument_of(other)) ||
+           (one < tensors && other < tensors &&
+            one % TENSOR_FAULT_COUNT == other % TENSOR_FAULT_COUNT);
+}
+
 static void run_child(uint64_t number) {
     good_call c = make_good_call();
     fault faults[2];
     wan_attn_error err;
     int count = number < FAULTS ? 1 : 2;
+    int numbers[2] = {(int)number, 0};
+    if (count > 1) {
+        numbers[0] = (int)pick(FAULTS);
+        do
+            numbers[1] = (int)pick(FAULTS);
+        while (may_undo(numbers[0], numbers[1]));
+    }
     for (int n = 0; n < count; n++)
-        if (!break_call(&c.p, number < FAULTS ? (int)number : (int)pick(FAULTS), pick(4),
-                        &faults[n])) {
+        if (!break_call(&c.p, numbers[n], pick(4), &faults[n])) {
             told->found = REFUSED; /* there is no such fault */
             return;
         }

@@ -67,6 +67,11 @@ static good_call make_good_call(void) {
     return c;
 }
 
+/* An address that may be no one's, of a pointer that may be NULL. */
+static void *beyond(const void *from, uint64_t bytes) {
+    return (void *)(uintptr_t)((uint64_t)(uintptr_t)from + bytes);
+}
+
 /* Ways to break a tensor's description. FLOATS, LENGTHS, RESULTS: of those alone. */
 #define TENSOR_FAULTS(X)                                                                           \
     X(data_null, ALL, t->data = NULL)                                                              \
@@ -127,13 +132,13 @@ static good_call make_good_call(void) {
     X(workspace_null, "workspace", p->workspace = NULL)                                            \
     X(workspace_less, "workspace", p->workspace_size -= 1)                                         \
     X(workspace_none, "workspace", p->workspace_size = 0)                                          \
-    X(workspace_misaligned_1, "workspace", p->workspace = (char *)p->workspace + 1)                \
-    X(workspace_misaligned_32, "workspace", p->workspace = (char *)p->workspace + 32)              \
+    X(workspace_misaligned_1, "workspace", p->workspace = beyond(p->workspace, 1))                 \
+    X(workspace_misaligned_32, "workspace", p->workspace = beyond(p->workspace, 32))               \
     X(out_is_query, "out", p->out.data = p->q.data)                                                \
     X(out_is_key, "out", p->out = p->q, p->out.data = p->k.data)                                   \
-    X(out_is_a_row_of_query, "out", p->out.data = (char *)p->q.data + 4 * p->q.stride[1])          \
+    X(out_is_a_row_of_query, "out", p->out.data = beyond(p->q.data, 4 * (uint64_t)p->q.stride[1])) \
     X(lse_is_out, "lse", p->lse.data = p->out.data)                                                \
-    X(lse_is_in_query, "lse", p->lse.data = (char *)p->q.data + 64)                                \
+    X(lse_is_in_query, "lse", p->lse.data = beyond(p->q.data, 64))                                 \
     X(workspace_is_out, "workspace", p->workspace = p->out.data)                                   \
     X(workspace_is_value, "workspace", p->workspace = p->v.data)
 
@@ -156,6 +161,19 @@ typedef struct fault {
     int is_misfit;
 } fault;
 
+static const char *const TENSOR_NAMES[TENSORS] = {"query", "key",    "value", "out",
+                                                  "lse",   "q_lens", "k_lens"};
+
+/* The argument that fault `number` breaks. */
+static const char *argument_of(int number) {
+#define WORD(name, word, ...) word,
+    static const char *const WORDS_OF_OTHERS[] = {OTHER_FAULTS(WORD)};
+#undef WORD
+    return number < TENSORS * TENSOR_FAULT_COUNT
+               ? TENSOR_NAMES[number / TENSOR_FAULT_COUNT]
+               : WORDS_OF_OTHERS[number - TENSORS * TENSOR_FAULT_COUNT];
+}
+
 static int break_tensor(wan_attn_tensor *t, int what, int64_t d, whose kind, int is_result) {
 #define CASE(name, of, ...)                                                                        \
     case TENSOR_##name:                                                                            \
@@ -173,8 +191,6 @@ static int break_tensor(wan_attn_tensor *t, int what, int64_t d, whose kind, int
 
 /* Puts fault `number` into the call; 0: there is no such fault. */
 static int break_call(wan_attn_params *p, int number, int64_t d, fault *f) {
-    static const char *const NAMES[TENSORS] = {"query", "key",    "value", "out",
-                                               "lse",   "q_lens", "k_lens"};
     static const char *const TENSOR_FAULT[] = {
 #define NAME(name, ...) #name,
         TENSOR_FAULTS(NAME)
@@ -187,8 +203,9 @@ static int break_call(wan_attn_params *p, int number, int64_t d, fault *f) {
         wan_attn_tensor *t = tensors[which];
         int is_used = t->data != NULL && t->ndim >= 1 && t->ndim <= 4; /* not broken before */
         int64_t dim = is_used ? d % t->ndim : 0;
-        snprintf(f->name, sizeof(f->name), "%s.%s[%d]", NAMES[which], TENSOR_FAULT[what], (int)dim);
-        f->argument = NAMES[which];
+        snprintf(f->name, sizeof(f->name), "%s.%s[%d]", TENSOR_NAMES[which], TENSOR_FAULT[what],
+                 (int)dim);
+        f->argument = TENSOR_NAMES[which];
         f->is_misfit = 1;
         return is_used && break_tensor(t, what, dim,
                                        which > 4   ? LENGTHS

@@ -179,6 +179,31 @@ def _sage_masked() -> dict[str, Any]:
     return {**_sage(), "attn_mask": torch.ones(2, 4, 5, 7, dtype=torch.bool)}
 
 
+def _like_torchs() -> dict[str, Any]:
+    query, key, value = (x.transpose(1, 2) for x in _operands())
+    return {"query": query, "key": key, "value": value, "scale": 0.3, "enable_gqa": True}
+
+
+def _like_torchs_masked() -> dict[str, Any]:
+    mask = torch.ones(2, 4, 5, 7, dtype=torch.bool)
+    return {**_like_torchs(), "attn_mask": mask.tril(2)}
+
+
+# Operands that do not fit each other or the mask: either may be named.
+_TORCH_WORDS = {"query": frozenset({"key", "attn_mask"}), "key": frozenset({"value"})}
+
+
+def _of_torchs_meaning() -> dict[tuple[str, str], str]:
+    """What torch's function takes, and so does ours."""
+    leading = "leading dimensions are broadcast"
+    names = ("a dimension less", "a dimension more", "another batch")
+    rules = {(n, x): leading for n in OPERANDS for x in names}
+    rules |= {("query", x): "none in, none out" for x in ("no heads",)}
+    values = ("another head_dim", "head_dim 0", "none in the last")
+    rules |= {("value", x): "value may have a head_dim of its own" for x in values}
+    return rules | {("dropout_p", "1"): "everything is dropped"}
+
+
 def _merge() -> dict[str, Any]:
     out, _, _ = _operands()
     lse = out.mean(-1).transpose(1, 2).contiguous()
@@ -288,6 +313,26 @@ def _of_other_libraries() -> list[Function]:
         ),
         _flash_function("flash_attn_varlen_kvpacked_func", "q", "kv", *plain, *packed_q),
         _flash_function("flash_attn_varlen_qkvpacked_func", "qkv", "cu_seqlens", "max_seqlen"),
+        Function(
+            "scaled_dot_product_attention",
+            wan_attn.scaled_dot_product_attention,
+            _like_torchs,
+            {
+                **_THREE,
+                **{"dropout_p": v.PROBABILITY, "is_causal": v.FLAG, "scale": v.SCALE},
+                "enable_gqa": v.FLAG,
+            },
+            _TORCH_WORDS,
+            _of_torchs_meaning(),
+        ),
+        Function(
+            "scaled_dot_product_attention with attn_mask",
+            wan_attn.scaled_dot_product_attention,
+            _like_torchs_masked,
+            {"attn_mask": v.MASK, **_THREE},
+            _TORCH_WORDS,
+            _of_torchs_meaning(),
+        ),
         Function("sageattn", wan_attn.sageattn, _sage, sage_kinds, sage_words, no_rows),
         Function(
             "sageattn with attn_mask",

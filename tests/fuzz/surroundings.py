@@ -35,12 +35,16 @@ def _calls() -> dict[str, Callable[[], Any]]:
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
     half = [x.to(torch.bfloat16) for x in (query, key, value)]
     lse = torch.randn(2, 2, 9, generator=generator)
+    mask = torch.ones(9, 21, dtype=torch.bool).tril()
     return {
         "sdpa": lambda: wan_attn.sdpa(query, key, value, k_lens=lens, return_lse=True),
         "flash_attention": lambda: wan_attn.flash_attention(query, key, value, causal=True),
         "bfloat16": lambda: wan_attn.sdpa(*half, window=(4, 2)),
         "varlen": lambda: wan_attn.flash_attn_varlen_func(q, k, v, *lists),
         "sageattn": lambda: wan_attn.sageattn(query, key, value, "NHD", is_causal=True),
+        "torch's": lambda: wan_attn.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+        ),
         "wrapper": lambda: wan_attn.windows_flash_attention_wrapper(
             query, key, value, method="chunked", max_elements=64
         ),

@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wan_attn.integrations import _mask_plan
-from wan_attn.integrations._mask_plan import Planner, make_plan
+from wan_attn.signatures import _mask_plan
+from wan_attn.signatures._mask_plan import Planner, make_plan
 
 LOWEST = torch.finfo(torch.float32).min
 

@@ -20,7 +20,15 @@ from torch import Tensor
 
 import oracle
 from wan_attn import config, log
-from wan_attn.backends import _flash_attention, fa2, fa3, torch_sdpa
+from wan_attn.backends import (
+    _flash_attention,
+    comfy_kitchen,
+    fa2,
+    fa3,
+    sage,
+    torch_sdpa,
+    xformers,
+)
 from wan_attn.selection import choose
 
 HALF = (torch.float16, torch.bfloat16)
@@ -201,5 +209,6 @@ def pretend_card(monkeypatch: pytest.MonkeyPatch, arch: tuple[int, int] | None) 
     def capability(device: torch.device) -> tuple[int, int] | None:
         return arch if device.type == "cuda" else None
 
-    for module in (_flash_attention, fa2, fa3, torch_sdpa, choose):
+    others = (xformers, sage, comfy_kitchen)
+    for module in (_flash_attention, fa2, fa3, torch_sdpa, choose, *others):
         monkeypatch.setattr(module, "capability", capability)

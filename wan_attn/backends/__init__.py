@@ -7,10 +7,31 @@ from typing import Protocol
 
 from torch import Tensor
 
-from wan_attn.backends import chunked, fa2, fa3, native, torch_sdpa
+from wan_attn.backends import (
+    chunked,
+    comfy_kitchen,
+    fa2,
+    fa3,
+    native,
+    sage,
+    torch_sdpa,
+    xformers,
+)
 from wan_attn.request import Call, Request
 
-__all__ = ["REGISTRY", "Backend", "chunked", "fa2", "fa3", "native", "torch_sdpa"]
+__all__ = [
+    "LOSSY",
+    "REGISTRY",
+    "Backend",
+    "chunked",
+    "comfy_kitchen",
+    "fa2",
+    "fa3",
+    "native",
+    "sage",
+    "torch_sdpa",
+    "xformers",
+]
 
 
 class Backend(Protocol):
@@ -44,6 +65,9 @@ class Backend(Protocol):
 
 
 # Best first. A new backend is a module here and a line there (and its name in config.VARIABLES).
+# The lossy ones are asked only where they are named.
 REGISTRY: dict[str, Backend] = {
-    module.NAME: module for module in (fa3, fa2, native, torch_sdpa, chunked)
+    module.NAME: module
+    for module in (fa3, fa2, native, xformers, torch_sdpa, chunked, sage, comfy_kitchen)
 }
+LOSSY = frozenset({sage.NAME, comfy_kitchen.NAME})

@@ -24,7 +24,27 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+@cache
+def amd_architecture(device: torch.device) -> str:
+    """An AMD card's name for compilers, as gfx1030; "" for every other device."""
+    if torch.version.hip is None or device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    found = getattr(torch.cuda.get_device_properties(device), "gcnArchName", "")
+    return str(found).partition(":")[0]
+
+
+def accelerators() -> list[str]:
+    """Kinds of devices beside CPU and CUDA that this torch can compute on here."""
+    found = []
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        found.append("xpu")
+    return found
+
+
 config.memory(capability.cache_clear)
+config.memory(amd_architecture.cache_clear)
 
 
 def positive_scale(query: Tensor, scale: float | None) -> tuple[Tensor, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -26,15 +27,15 @@ NOT_INSTALLED = "not installed"
 _pad = torch._C._nn.pad  # as SDPA in _torch_kernels.py: nobody else's function
 
 
-def load(*names: str) -> tuple[ModuleType | None, str]:
-    """The first module of these that is installed, or None and why not.
+def load(*names: str, functions: Iterable[str] = ()) -> tuple[ModuleType | None, str]:
+    """The first module of these that is installed, with these functions, or None and why not.
 
     A package that is installed but broken (a DLL or symbol missing, built for another torch) raises
     ImportError or OSError, and sometimes worse: that is its reason, never our crash.
     """
     for name in names:
         try:
-            return importlib.import_module(name), ""
+            module = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name not in (name, name.split(".")[0]):
                 return None, f"{name} is installed but broken: {error}"
@@ -42,6 +43,11 @@ def load(*names: str) -> tuple[ModuleType | None, str]:
             if is_transient(error):
                 raise
             return None, f"{name} is installed but broken: {type(error).__name__}: {error}"
+        else:
+            missing = [one for one in functions if not callable(getattr(module, one, None))]
+            return (
+                (None, f"{name} is installed but has no {missing[0]}") if missing else (module, "")
+            )
     return None, NOT_INSTALLED
 
 

@@ -28,12 +28,9 @@ _OLDEST = (2, 3)  # the first with window_size; before 2.1 causal was aligned to
 @cache
 def _load() -> tuple[Any, str]:
     """The module, or None and why it cannot be used."""
-    module, reason = fa.load("flash_attn")
+    module, reason = fa.load("flash_attn", functions=_FUNCTIONS)
     if module is None:
         return None, reason
-    missing = [name for name in _FUNCTIONS if not callable(getattr(module, name, None))]
-    if missing:
-        return None, f"flash_attn is installed but has no {missing[0]}"
     version = str(getattr(module, "__version__", ""))
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST:

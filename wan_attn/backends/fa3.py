@@ -31,13 +31,7 @@ _FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 @cache
 def _load() -> tuple[Any, str]:
     """The module, or None and why it cannot be used."""
-    module, reason = fa.load(*_MODULES)
-    if module is None:
-        return None, reason
-    missing = [name for name in _FUNCTIONS if not callable(getattr(module, name, None))]
-    if missing:
-        return None, f"{module.__name__} is installed but has no {missing[0]}"
-    return module, ""
+    return fa.load(*_MODULES, functions=_FUNCTIONS)
 
 
 @cache

@@ -27,9 +27,8 @@ _op = torch.ops.wan_attn.sdpa.default
 
 def prove(device: torch.device) -> None:
     """Before the first call on a CUDA device: makes the proof of our kernels, if there is none."""
-    if device.type == "cuda" and torch.version.hip is None and op.binding() != "torch":
-        if config.current().self_check:
-            proof.ensure(device.index or 0)
+    if device.type == "cuda" and proof.has_kernels() and config.current().self_check:
+        proof.ensure(device.index or 0)
 
 
 def why_not(request: Request) -> str | None:

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend
 
 from wan_attn.backends import _torch_kernels
 from wan_attn.backends._common import (
+    amd_architecture,
     capability,
     empty_result,
     heads_first,
@@ -33,6 +34,8 @@ TITLE = "PyTorch SDPA"
 
 # Below this share of real query-key pairs each sample is computed alone at its real lengths.
 PER_SAMPLE_RATIO = 0.7
+# AMD cards before RDNA 3, for which ROCm's attention library (AOTriton) has no kernels.
+_AMD_WITHOUT_FUSED = "gfx10"
 MASK_ELEMENTS = 1 << 24  # of one block: 16 MiB of bool, 32 MiB once a kernel made a bias of it
 
 
@@ -46,6 +49,11 @@ def needs_square_memory(request: Request) -> str | None:
     kind = request.device.type
     if kind == "cpu":
         return "PyTorch has no fused CPU kernel with dropout" if request.dropout_p > 0 else None
+    if kind == "mps":
+        return "PyTorch has no fused kernel on Apple's GPUs"
+    amd = amd_architecture(request.device)
+    if amd.startswith(_AMD_WITHOUT_FUSED):
+        return f"PyTorch has no fused kernel for {amd}"
     arch = capability(request.device)
     if arch is None:
         return None

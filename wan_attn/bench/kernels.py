@@ -32,7 +32,10 @@ from wan_attn.workloads import WORKLOADS, Workload, parse_shape
 CPU_FLOP_MAX = 5e9
 CPU_HEADS_MAX = 4
 
-GPU_SHAPES = ("ti2v-5b-720p", "a14b-480p", "a14b-720p", "ti2v-5b-720p-cross", "clip-vit-h")
+GPU_SHAPES = (
+    *("ti2v-5b-720p", "a14b-480p", "a14b-720p", "ti2v-5b-720p-cross", "clip-vit-h"),
+    "h3-79k",
+)
 CPU_SHAPES = ("ti2v-5b-720p", "ti2v-5b-720p-cross", "clip-vit-h")
 CPU_LENGTHS = (512, 2048)
 

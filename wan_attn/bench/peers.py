@@ -8,19 +8,15 @@ a line in all_peers().
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wan_attn.backends import REGISTRY
+from wan_attn.backends import LOSSY, REGISTRY
 from wan_attn.backends._torch_kernels import SDPA
 from wan_attn.backends.chunked import NAME as CHUNKED
 from wan_attn.native import op
@@ -61,9 +57,7 @@ def all_peers(device: torch.device) -> list[Peer]:
     peers = [_row(row) for row in rows]
     peers.append(Peer(BASELINE, "PyTorch SDPA, its own choice", _torch, _takes_everything))
     peers += [_torch_kernel(name, kernel, device) for name, kernel in _TORCH_KERNELS]
-    peers += [_backend(name) for name in ("fa3", "fa2", CHUNKED)]
-    peers.append(Peer("sage", "SageAttention", _sage, _why_not_sage, is_lossy=True))
-    peers.append(Peer("xformers", "xFormers", _xformers, _why_not_xformers))
+    peers += [_backend(name) for name in ("fa3", "fa2", CHUNKED, "xformers", *sorted(LOSSY))]
     return peers
 
 
@@ -163,49 +157,7 @@ def _backend(name: str) -> Peer:
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return backend.run(query, key, value, PLAIN)[0]
 
-    return Peer(name, backend.TITLE, run, backend.why_not)
-
-
-def _package(name: str) -> tuple[Any, str | None]:
-    """(module, None), or (None, why not). Foreign code runs at import and may raise anything."""
-    if importlib.util.find_spec(name.partition(".")[0]) is None:
-        return None, "not installed"
-    try:
-        return importlib.import_module(name), None
-    except Exception as error:  # noqa: BLE001
-        return None, f"installed but broken: {type(error).__name__}: {str(error)[:120]}"
-
-
-def _why_not_package(name: str, dtypes: tuple[torch.dtype, ...], request: Request) -> str | None:
-    if request.device.type != "cuda":
-        return f"needs a CUDA device, the call is on {request.device.type}"
-    if request.dtype not in dtypes:
-        return f"does not compute {str(request.dtype).removeprefix('torch.')}"
-    return _package(name)[1]
-
-
-_HALF = (torch.float16, torch.bfloat16)
-_why_not_sage = partial(_why_not_package, "sageattention", _HALF)
-_why_not_xformers = partial(_why_not_package, "xformers.ops", (*_HALF, torch.float32))
-
-
-def _sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    module, _ = _package("sageattention")
-    out: Tensor = module.sageattn(
-        query.to(value.dtype), key.to(value.dtype), value, tensor_layout="NHD"
-    )
-    return out
-
-
-def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    module, _ = _package("xformers.ops")
-    group = query.shape[2] // key.shape[2]
-    if group > 1:
-        key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
-    out: Tensor = module.memory_efficient_attention(
-        query.to(value.dtype), key.to(value.dtype), value
-    )
-    return out
+    return Peer(name, backend.TITLE, run, backend.why_not, is_lossy=name in LOSSY)
 
 
 def choose(peers: list[Peer], wanted: list[str] | None) -> list[Peer]:

@@ -14,7 +14,7 @@ from wan_attn.doctor import proofs
 from wan_attn.doctor.facts import cuda_devices
 from wan_attn.native import op
 from wan_attn.selfcheck import proof
-from wan_attn.selfcheck.verdicts import Verdict
+from wan_attn.selfcheck.verdicts import PASSED, Verdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +45,9 @@ def main(args: argparse.Namespace) -> int:
     is_fine = True
     for index in range(count) if args.device is None else (args.device,):
         found = proof.again(index, everything=args.again)
-        is_fine &= isinstance(found, Verdict) and found.is_complete and not _failed(found)
+        is_fine &= isinstance(found, Verdict) and found.names(PASSED) == list(found.rows)
         console.emit(proofs.render(proofs.facts(index)))
     return FINE if is_fine else WRONG
-
-
-def _failed(verdict: Verdict) -> list[str]:
-    return verdict.names("failed")
 
 
 def why_nothing(index: int | None) -> str | None:

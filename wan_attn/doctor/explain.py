@@ -15,6 +15,7 @@ from wan_attn.log import dtype_name
 from wan_attn.native import op
 from wan_attn.request import Request
 from wan_attn.selection.choose import Choice, order, select, why_not
+from wan_attn.selfcheck import proof
 from wan_attn.tuning import words
 from wan_attn.tuning.kinds import why_never
 from wan_attn.workloads import Workload
@@ -186,7 +187,7 @@ def _flop(number: int) -> str:
 
 def _proof(device: torch.device) -> dict[str, Any] | None:
     """What is known of our kernels on this card; None: there is no such card."""
-    if device.type != "cuda" or op.binding() == "torch" or torch.version.hip is not None:
+    if device.type != "cuda" or not proof.has_kernels():
         return None
     found = proofs.facts(device.index or 0)
     return found if found["card"] else None

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_attn.backends import REGISTRY
+from wan_attn.backends import LOSSY, REGISTRY
+from wan_attn.backends._common import accelerators
 from wan_attn.doctor.selftest import Answer, Path
 from wan_attn.native import op
 from wan_attn.request import Call, Request
@@ -37,8 +38,8 @@ def request(
 
 
 def devices() -> list[str]:
-    """The CPU, and one GPU of each kind."""
-    found = ["cpu"]
+    """The CPU, what is neither CPU nor CUDA, and one CUDA GPU of each kind."""
+    found = ["cpu", *accelerators()]
     seen: set[tuple[str, tuple[int, int]]] = set()
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         kind = (torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
@@ -145,6 +146,6 @@ def paths() -> Iterator[Path]:
         for row in rows:
             if row.device == kind:
                 yield _kernel_path(row.index, row.name, device)
-        for name in REGISTRY:
+        for name in (n for n in REGISTRY if n not in LOSSY):  # those are wrong by any exact measure
             yield _backend_path(name, device)
         yield _function_path(device)

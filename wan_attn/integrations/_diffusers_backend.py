@@ -21,8 +21,8 @@ from torch import Tensor
 
 from wan_attn import attention, config, log
 from wan_attn.integrations import _enum_member as _member
-from wan_attn.integrations import _operands
 from wan_attn.selfcheck import proof
+from wan_attn.signatures import _operands
 
 NAME = "wan_attn"
 MEMBER = "WAN_ATTN"

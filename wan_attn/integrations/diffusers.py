@@ -21,9 +21,9 @@ from torch import Tensor
 from wan_attn import attention, config, log
 from wan_attn.integrations import _diffusers_backend as _backend
 from wan_attn.integrations import _diffusers_layers as _around
-from wan_attn.integrations import _operands
 from wan_attn.request import gate, refuse
 from wan_attn.selfcheck import proof
+from wan_attn.signatures import _operands
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query, key, value), each [batch, seqlen, heads, head_dim] -> the same shape as query."""

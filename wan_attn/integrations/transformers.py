@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from wan_attn import attention, config, log
-from wan_attn.integrations import _mask_plan, _operands, _written_out
 from wan_attn.integrations import _transformers_marks as _marks
+from wan_attn.integrations import _written_out
 from wan_attn.integrations._transformers_choice import choose, model_parts
 from wan_attn.request import MAX_HEAD_DIM, refuse
 from wan_attn.selfcheck import proof
+from wan_attn.signatures import _mask_plan, _operands
 
 NAME = "wan_attn"
 _planner = _mask_plan.Planner()

@@ -9,14 +9,22 @@ unless another was measured to be faster.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from wan_attn.backends import REGISTRY, _torch_kernels, chunked, native, torch_sdpa
-from wan_attn.backends._common import capability
+from wan_attn.backends import (
+    LOSSY,
+    REGISTRY,
+    _torch_kernels,
+    chunked,
+    native,
+    torch_sdpa,
+    xformers,
+)
+from wan_attn.backends._common import accelerators, capability
 from wan_attn.backends._flash_attention import NOT_INSTALLED
 from wan_attn.config import FLASH_ATTENTION_BACKENDS, Settings
 from wan_attn.request import Request
@@ -170,20 +178,31 @@ def compute_dtype(
     return torch.bfloat16
 
 
+_CUDA_ONLY = (*FLASH_ATTENTION_BACKENDS, xformers.NAME)
+
+
+def _is_for_auto(name: str) -> bool:
+    """Few have xFormers: to say of it in every reason that it is not installed would be noise."""
+    return name not in LOSSY and (name != xformers.NAME or xformers.is_installed())
+
+
 def order(request: Request, settings: Settings) -> tuple[str, ...]:
     """The backends in the order in which they are asked.
 
-    auto: FA3 > FA2 > ours > PyTorch > memory-bounded; off CUDA without FlashAttention, which has
-        nothing there; PyTorch before ours on the cards where CARDS says so. A measurement goes
-        before this order (select). A named backend comes first and the ones behind it follow.
+    auto: FA3 > FA2 > ours > xFormers > PyTorch > memory-bounded; off CUDA without FlashAttention
+        and xFormers, which have nothing there; PyTorch before ours on the cards where CARDS says
+        so. A measurement goes before this order (select). A named backend comes first and the ones
+        behind it follow; all of auto's, behind a lossy one, which auto never takes.
     """
-    names = tuple(REGISTRY)
+    names = tuple(name for name in REGISTRY if _is_for_auto(name))
     forced = settings.forced_backend
-    if forced is not None:
+    if forced is not None and forced in names:
         behind = names[names.index(forced) + 1 :]
         return (forced, *behind) if forced != chunked.NAME else (forced, torch_sdpa.NAME)
+    if forced is not None:
+        return (forced, *order(request, replace(settings, backend="auto")))
     if request.device.type != "cuda":
-        return tuple(name for name in names if name not in FLASH_ATTENTION_BACKENDS)
+        return tuple(name for name in names if name not in _CUDA_ONLY)
     if _card(request.device).is_torch_first:
         before = FLASH_ATTENTION_BACKENDS + (torch_sdpa.NAME,)
         return (*before, *(name for name in names if name not in before))
@@ -283,13 +302,13 @@ def available(
     any other call. Allocates nothing.
 
     Args:
-        device: None: the current CUDA device where there is one, else the CPU.
+        device: None: the current CUDA device where there is one, or another GPU, else the CPU.
         dtype: what would be computed in.
 
     Returns:
         name, as in USE_ATTENTION_BACKEND -> reason or None.
     """
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else (*accelerators(), "cpu")[0]
     request = Request.of(WORKLOADS["ti2v-5b-720p"], dtype, device)
     return {name: backend.why_not(request) for name, backend in REGISTRY.items()}

@@ -107,8 +107,13 @@ def before_work() -> None:
         log.once(("proof", str(error)), logging.WARNING, text)
 
 
+def has_kernels() -> bool:
+    """Whether this process could use CUDA kernels of ours, on a card that they know."""
+    return op.binding() != "torch" and torch.version.hip is None
+
+
 def _has_cuda() -> bool:
-    return op.binding() != "torch" and torch.version.hip is None and torch.cuda.is_available()
+    return has_kernels() and torch.cuda.is_available()
 
 
 def again(index: int, everything: bool, limits: Limits | None = None) -> Verdict | str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from wan_attn import log
 from wan_attn.backends._torch_kernels import SDPA, laid_out
 from wan_attn.request import Call, check, check_dense, gate, refuse
-from wan_attn.transient import is_interruption
+from wan_attn.signatures import _operands
 
 REASON = "a mask is given, and wan_attn's kernels know lengths, causal and window only"
 
@@ -49,13 +49,7 @@ def attend(
     if mask.dtype != torch.bool and not mask.is_floating_point():
         refuse(argument, "of dtype bool or floating", mask.dtype)
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    try:
-        fits = torch.broadcast_shapes(mask.shape, shape) == shape
-    except RuntimeError as error:
-        if is_interruption(error):
-            raise
-        fits = False
-    if not fits:
+    if not _operands.broadcasts(mask.shape, shape):
         refuse(argument, f"broadcastable to {list(shape)}", list(mask.shape))
     mask = torch.atleast_2d(mask)  # torch's function counts its dimensions from the end
     if not torch.compiler.is_compiling():

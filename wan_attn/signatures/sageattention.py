@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wan_attn.request import Call, Refusal, gate, refuse
 from wan_attn.selection.traced import route
-from wan_attn.signatures import _masked
+from wan_attn.signatures import _masked, _top_left
 
 _NAMES = {"query": "q", "key": "k", "value": "v", "scale": "sm_scale"}
 _LAYOUTS = ("HND", "NHD")
@@ -112,20 +112,9 @@ def _either(
         return (out if is_heads_first else out.transpose(1, 2)).contiguous()
     if is_heads_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out, lse = _attend(q, k, v, is_causal, scale, return_lse)
+    if is_causal:
+        out, lse = _top_left.attend(q, k, v, scale, return_lse)
+    else:
+        out, lse = route(q, k, v, Call(scale=scale, return_lse=return_lse))
     out = (out.transpose(1, 2) if is_heads_first else out).to(q.dtype).contiguous()
     return out if lse is None else (out, lse.contiguous())
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Operands [batch, seqlen, heads, head_dim]; the causal diagonal begins top-left."""
-    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    right = -1
-    if is_causal and seqlen_k > seqlen_q:  # keys that no row sees
-        k, v = k[:, :seqlen_q], v[:, :seqlen_q]
-    elif is_causal and seqlen_k < seqlen_q:  # the diagonal of sdpa is so much further left
-        is_causal, right = False, seqlen_q - seqlen_k
-    call = Call(scale=scale, is_causal=is_causal, window=(-1, right), return_lse=return_lse)
-    return route(q, k, v, call)

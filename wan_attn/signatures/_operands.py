@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ def under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     """The operands in autocast's dtype where it is on: SDPA is among the functions that it converts
     for, and what stands in SDPA's place must compute in the same dtype. float64 stays, as there."""
     kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which meta has not
         return query, key, value
     dtype = torch.get_autocast_dtype(kind)
 
@@ -31,6 +32,13 @@ def why_not_dtypes(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if len(set(names)) > 1:
         return f"its query, key and value are {', '.join(names)}"
     return None if query.dtype in DTYPES else f"it is {names[0]}"
+
+
+def broadcasts(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether a mask of this shape can be read as one of the whole. Of our own: torch's function
+    turns an exception of a signal handler into one of its own."""
+    sizes = zip(reversed(shape), reversed(whole), strict=False)
+    return len(shape) <= len(whole) and all(n in (1, size) for n, size in sizes)
 
 
 def check_module(argument: str, value: Any, rule: str) -> None:
