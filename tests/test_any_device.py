@@ -20,6 +20,7 @@ from wan_attn.backends import REGISTRY, _common, chunked, native, torch_sdpa
 from wan_attn.config import Settings
 from wan_attn.doctor import selftest_paths
 from wan_attn.request import Call, Request
+from wan_attn.selection import choose
 from wan_attn.selection.choose import select
 from wan_attn.workloads import WORKLOADS, parse_shape
 
@@ -71,6 +72,13 @@ def test_amd(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = select(request_on("cuda:0"), Settings())
     assert choice.backend == backend
     assert (name in choice.reasons()) == (backend == "chunked")
+
+
+def test_amds_numbers_are_not_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gfx1030 calls itself 10.3, which is a B300's number."""
+    pretend_amd(monkeypatch, "gfx1030")
+    order = choose.order(request_on("cuda:0"), Settings())
+    assert order.index("sdpa") < order.index("torch")
 
 
 def test_intels_gpu_stays_with_torch() -> None:

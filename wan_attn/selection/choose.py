@@ -154,7 +154,9 @@ def title(backend: str, kernel_name: str | None) -> str:
 
 def _card(device: torch.device) -> Card:
     arch = capability(device)
-    return _ANY_CARD if arch is None else CARDS.get(arch, _ANY_CARD)
+    if arch is None or torch.version.hip is not None:  # AMD's numbers are of other cards
+        return _ANY_CARD
+    return CARDS.get(arch, _ANY_CARD)
 
 
 def compute_dtype(

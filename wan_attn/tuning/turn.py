@@ -29,6 +29,9 @@ COST = 0.05
 # FLOP a second that any card, or one thread of a CPU, reaches: what a slice may be, so that all its
 # runs take less than a second.
 RATE = {"cpu": 1e10, "cuda": 2e13}
+# How much more than its share of the call a slice takes: keys are packed for fewer rows, and the
+# slower candidates run as well. Measured with benchmarks/measured_order.py: up to 1.4.
+OVERHEAD = 1.5
 # What comparing one candidate with float64 costs beside its runs, in FLOP of a call of that time.
 CHECK = {"cpu": 5e8, "cuda": 2e11}
 
@@ -131,13 +134,14 @@ def part_of(request: Request, candidates: int) -> Slice:
     runs = measure.runs(candidates)
     kind = request.device.type
     units = 1 if kind == "cuda" else torch.get_num_threads()
-    return slices.choose(request, COST / runs, RATE[kind] * units / runs)
+    return slices.choose(request, COST / (OVERHEAD * runs), RATE[kind] * units / runs)
 
 
 def calls_needed(request: Request, part: Slice, candidates: int) -> int:
     """How many calls pay for a measurement."""
     fixed = candidates * CHECK[request.device.type] / max(work(request), 1.0)
-    return max(1, math.ceil((measure.runs(candidates) * part.share + fixed) / COST - 1e-9))
+    price = OVERHEAD * measure.runs(candidates) * part.share + fixed
+    return max(1, math.ceil(price / COST - 1e-9))
 
 
 def _why_not_now(request: Request, operands: Operands) -> str:
