@@ -36,7 +36,8 @@ def pretend_amd(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A torch for AMD, and a card of this architecture, which calls itself 10.3."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = types.SimpleNamespace(gcnArchName=f"{name}:sramecc+:xnack-")
+    about = {"name": "AMD Radeon", "major": 10, "minor": 3, "multi_processor_count": 40}
+    found = types.SimpleNamespace(gcnArchName=f"{name}:sramecc+:xnack-", **about)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     standins.pretend_card(monkeypatch, (10, 3))
     _common.amd_architecture.cache_clear()
