@@ -108,7 +108,10 @@ def main() -> int:
             found = in_a_process(isa, shape, dtype, args.rounds)
             total += 1
             good += found["behind"] <= BOUND
-            told = ", ".join(f"{n} {ms:.1f}" for n, ms in found["independent"].items())
+            told = ", ".join(
+                f"{name} {ms:.1f}, slice {found['measured'][name]:.2f}"
+                for name, ms in found["independent"].items()
+            )
             print(
                 f"  {number + 1:2}: {found['chosen']}, {found['behind']:.3f} of the best"
                 f" ({told} ms); decided at call {found['calls']}, {found['seconds']:.2f} s,"

@@ -43,6 +43,7 @@ class StandIn:
     def __init__(self, lab: Lab, name: str) -> None:
         self.lab, self.NAME, self.TITLE = lab, name, name.capitalize()
         self.ms, self.runs = 10.0, 0
+        self.disturbed: list[float] = []  # what the next runs take instead
         self.refusal: str | None = None
         self.spoil: Callable[[Tensor], Tensor] | None = None
         self.error: BaseException | None = None
@@ -52,7 +53,7 @@ class StandIn:
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Any:
         self.runs += 1
-        self.lab.now += self.ms / 1e3
+        self.lab.now += (self.disturbed.pop(0) if self.disturbed else self.ms) / 1e3
         if self.error is not None:
             raise self.error
         out, lse = torch_sdpa.run(query, key, value, call)
@@ -169,6 +170,21 @@ def test_a_tie_keeps_the_order(lab: Lab, times: tuple[float, ...], want: str) ->
     assert lab.takes(*times).call() == want
 
 
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ([10, 10, 10, 30, 30, 30, 10], []),  # three rounds met another program
+        ([], [12, 12, 5, 12, 12, 12, 12]),  # a lucky one
+        ([10, 100], []),  # the run that is there to leave hopeless ones out
+    ],
+)
+def test_other_programs_do_not_decide(lab: Lab, one: list[float], two: list[float]) -> None:
+    """Runs: the one that is checked, one more, and five rounds."""
+    lab.takes(10, 12)
+    lab.one.disturbed, lab.two.disturbed = one, two
+    assert lab.call() == "one" and lab.measured()
+
+
 SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros": torch.zeros_like,
     "nan": lambda out: out * float("nan"),
@@ -258,6 +274,7 @@ DAMAGED: dict[str, Callable[[str], str]] = {
     "a time below 0": lambda text: damage(text, times={"one": -1.0}),
     "NaN": lambda text: damage(text, times={"one": float("nan")}),
     "no times": lambda text: damage(text, times=None),
+    "a fastest round too few": lambda text: damage(text, least={}),
     "another machine's": lambda text: damage(text, machine={"device": "another"}),
     "another kind's": lambda text: damage(text, kind="bf16"),
     "deep": lambda text: "[" * 100000,
@@ -426,7 +443,7 @@ def test_a_second_thread_does_not_wait(lab: Lab, monkeypatch: pytest.MonkeyPatch
 def _keep(number: int, results: Any, start: Any) -> None:
     start.wait()
     entry = book.Entry(
-        "kind", {"device": "x"}, {"one": float(number + 1)}, {}, {}, True, "", "", 1.0
+        "kind", {"device": "x"}, *[{"one": float(number + 1)}] * 2, {}, {}, True, "", "", 1.0
     )
     results.put(book.keep(Kind(-1, "kind"), entry, replaces=False).times)
 

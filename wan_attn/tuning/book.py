@@ -37,6 +37,7 @@ class Entry:
     Attributes:
         kind: Kind.text. machine: see kinds.machine.
         times: by a candidate's name, the median milliseconds of the slice.
+        least: likewise, of the fastest round.
         left_out: by its name, why a candidate was not timed.
         versions: by backend, of the library that was measured.
         is_whole: False where the time was over before all were tried: today's order stays.
@@ -48,6 +49,7 @@ class Entry:
     kind: str
     machine: dict[str, str]
     times: dict[str, float]
+    least: dict[str, float]
     left_out: dict[str, str]
     versions: dict[str, str]
     is_whole: bool
@@ -62,16 +64,22 @@ class Entry:
         return self.versions.get(candidate.backend, "") == version(candidate.backend)
 
     def best(self, candidates: tuple[Candidate, ...]) -> Candidate | None:
-        """The first in today's order that no other is faster than by LEAD; None: today's order.
+        """The first in today's order that no other is faster than; None: today's order.
 
         Args:
             candidates: those that may run now, in today's order.
         """
-        times = [(self.times[one.name], one) for one in candidates if one.name in self.times]
-        if not self.is_whole or not times:
+        timed = [one for one in candidates if one.name in self.times]
+        if not self.is_whole or not timed:
             return None
-        fastest = min(time for time, _ in times)
-        return next(one for time, one in times if time * (1 - LEAD) <= fastest)
+        return next(one for one in timed if not any(self._is_faster(other, one) for other in timed))
+
+    def _is_faster(self, other: Candidate, one: Candidate) -> bool:
+        """By LEAD, and both in the median and in the fastest round: where other programs compute as
+        well, either of them alone is often a matter of luck."""
+        return all(
+            found[other.name] <= found[one.name] * (1 - LEAD) for found in (self.times, self.least)
+        )
 
 
 _entries: dict[Kind, Entry | None] = {}
@@ -148,12 +156,15 @@ def _entry(found: dict[str, Any], kind: Kind, machine: dict[str, str]) -> Entry:
         StoreError: it has not this form, or is of another machine or kind.
     """
     values = {name: found.get(name) for name in Entry.__dataclass_fields__}
-    times, is_whole, seconds = values["times"], values["is_whole"], values["seconds"]
+    times, least = values["times"], values["least"]
+    is_whole, seconds = values["is_whole"], values["seconds"]
     is_well_formed = (
         all(_is_text(values[name]) for name in ("left_out", "versions", "machine"))
         and all(isinstance(values[name], str) for name in ("kind", "slice", "date"))
         and isinstance(times, dict)
-        and all(_is_positive(time) for time in times.values())
+        and isinstance(least, dict)
+        and set(times) == set(least)
+        and all(_is_positive(time) for time in (*times.values(), *least.values()))
         and isinstance(is_whole, bool)
         and _is_positive(seconds)
     )

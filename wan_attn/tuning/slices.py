@@ -21,7 +21,7 @@ from wan_attn.tuning.kinds import work
 # CPU) must weigh as little in the slice as in a long call.
 ROWS_TOGETHER = 2048
 # Rows, over all heads, that give each multiprocessor or thread something to do.
-ROWS_EACH = {"cpu": 256, "cuda": 128}
+ROWS_EACH = {"cpu": 1024, "cuda": 128}
 ROWS_MIN = 64
 MULTIPLE = 128  # of rows: the blocks of most kernels
 

@@ -177,12 +177,12 @@ def measured(
     kind = kind_of(request)
     before = book.look_up(kind, found)
     figures = measure.measure(candidates, request, operands, part, seconds_max=seconds_max)
+    names = [one.name for one in candidates if one.name in figures.times]
     entry = book.Entry(
         kind=kind.text,
         machine=found,
-        times={
-            one.name: figures.times[one.name] for one in candidates if one.name in figures.times
-        },
+        times={name: figures.times[name] for name in names},
+        least={name: figures.least[name] for name in names},
         left_out=figures.left_out,
         versions={b: v for b in {one.backend for one in candidates} if (v := version(b))},
         is_whole=figures.is_whole,
