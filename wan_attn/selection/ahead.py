@@ -91,7 +91,9 @@ def _part(request: Request, count: int) -> Slice:
     """As large as there is time for: no call has to pay."""
     kind = request.device.type
     units = 1 if kind == "cuda" else torch.get_num_threads()
-    return slices.choose(request, 1.0, SECONDS[kind] * turn.RATE[kind] * units / measure.runs(count))
+    return slices.choose(
+        request, 1.0, SECONDS[kind] * turn.RATE[kind] * units / measure.runs(count)
+    )
 
 
 def _operands(request: Request, part: Slice) -> Operands:
