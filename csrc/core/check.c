@@ -3,113 +3,12 @@
  * names that Python users write (query, q_lens), because that is who reads them. Knows no kernel.
  */
 #include <math.h>
-#include <stdio.h>
 #include <string.h>
 
-#include "core/overlap.h"
+#include "core/operand.h"
 #include "core/util.h"
 
 #define INVALID(err, ...) wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, __VA_ARGS__)
-
-/* More than any memory holds, but a stride of 0 makes every size possible; rows multiply sizes, by
- * bytes and padding too, and 2^15 times this is still a number. */
-#define MAX_ELEMENTS (1ll << 48)
-
-static int is_float(int32_t dtype) {
-    return dtype == WAN_ATTN_F32 || dtype == WAN_ATTN_F16 || dtype == WAN_ATTN_BF16;
-}
-
-static int is_absent(const wan_attn_tensor *t) { return !t->data && t->ndim == 0; }
-
-typedef struct shape_text {
-    char text[100];
-} shape_text;
-
-static shape_text shape_of(const int64_t *shape, int32_t ndim) {
-    shape_text s = {"["};
-    size_t used = 1;
-    for (int32_t d = 0; d < ndim && d < WAN_ATTN_MAX_NDIM; d++)
-        used += (size_t)snprintf(s.text + used, sizeof(s.text) - used, d ? ", %lld" : "%lld",
-                                 (long long)shape[d]);
-    snprintf(s.text + used, sizeof(s.text) - used,
-             ndim > WAN_ATTN_MAX_NDIM ? ", ...] (%d dimensions)" : "]", (int)ndim);
-    return s;
-}
-
-typedef struct device_text {
-    char text[24];
-} device_text;
-
-static device_text device_of(const wan_attn_tensor *t) {
-    device_text d = {"another device"};
-    if (t->device_type == WAN_ATTN_CPU)
-        snprintf(d.text, sizeof(d.text), "cpu");
-    else if (t->device_type == WAN_ATTN_CUDA)
-        snprintf(d.text, sizeof(d.text), "cuda:%d", (int)t->device_index);
-    return d;
-}
-
-static wan_attn_status check_reach(const char *name, const wan_attn_tensor *t,
-                                   wan_attn_error *err) {
-    return wan_attn_is_within_reach(t)
-               ? WAN_ATTN_OK
-               : INVALID(err, "%s must reach over at most 2^60 bytes, got %s with strides %s", name,
-                         shape_of(t->shape, t->ndim).text, shape_of(t->stride, t->ndim).text);
-}
-
-static wan_attn_status check_rank_and_dtype(const char *name, const wan_attn_tensor *t,
-                                            wan_attn_error *err) {
-    if (t->ndim != 4)
-        return INVALID(err, "%s must be [batch, seqlen, heads, head_dim], got %s", name,
-                       shape_of(t->shape, t->ndim).text);
-    if (!is_float(t->dtype))
-        return INVALID(err, "%s must be float32, float16 or bfloat16, got %s", name,
-                       wan_attn_dtype_name(t->dtype));
-    int64_t elements = 1; /* as if no size were 0: sizes are also multiplied without the others */
-    for (int d = 0; d < 4; d++) {
-        if (t->shape[d] < 0)
-            return INVALID(err, "%s must have no negative size, got %s", name,
-                           shape_of(t->shape, 4).text);
-        if (t->shape[d] > MAX_ELEMENTS / elements)
-            return INVALID(err, "%s must have at most 2^48 elements, got %s", name,
-                           shape_of(t->shape, 4).text);
-        elements *= t->shape[d] > 0 ? t->shape[d] : 1;
-    }
-    if (t->shape[3] > 1 && t->stride[3] != 1)
-        return INVALID(
-            err,
-            "%s must have stride 1 in its last dimension, got %lld (%s.contiguous() makes it so)",
-            name, (long long)t->stride[3], name);
-    return check_reach(name, t, err);
-}
-
-static wan_attn_status check_shape(const char *name, const wan_attn_tensor *t,
-                                   const int64_t *expected, const char *rule, wan_attn_error *err) {
-    if (memcmp(t->shape, expected, 4 * sizeof(int64_t)) != 0)
-        return INVALID(err, "%s must be %s = %s, got %s", name, rule, shape_of(expected, 4).text,
-                       shape_of(t->shape, 4).text);
-    return WAN_ATTN_OK;
-}
-
-/* The CPU is one device, with one number. */
-static wan_attn_status check_cpu_index(const char *name, const wan_attn_tensor *t,
-                                       wan_attn_error *err) {
-    if (t->device_type == WAN_ATTN_CPU && t->device_index != 0)
-        return INVALID(err, "%s must have device_index 0 on the CPU, got %d", name,
-                       (int)t->device_index);
-    return WAN_ATTN_OK;
-}
-
-static wan_attn_status check_device(const char *name, const wan_attn_tensor *t,
-                                    const wan_attn_tensor *q, wan_attn_error *err) {
-    wan_attn_status status = check_cpu_index(name, t, err);
-    if (status != WAN_ATTN_OK)
-        return status;
-    if (t->device_type != q->device_type || t->device_index != q->device_index)
-        return INVALID(err, "%s must be on query's device %s, got %s", name, device_of(q).text,
-                       device_of(t).text);
-    return WAN_ATTN_OK;
-}
 
 static wan_attn_status check_inputs(const wan_attn_params *a, wan_attn_error *err) {
     const wan_attn_tensor *q = &a->q, *k = &a->k, *v = &a->v;
@@ -117,9 +16,9 @@ static wan_attn_status check_inputs(const wan_attn_params *a, wan_attn_error *er
     const wan_attn_tensor *const inputs[] = {q, k, v};
     wan_attn_status status = WAN_ATTN_OK;
     for (int n = 0; n < 3 && status == WAN_ATTN_OK; n++)
-        status = check_rank_and_dtype(names[n], inputs[n], err);
+        status = wan_attn_check_rank_and_dtype(names[n], inputs[n], err);
     for (int n = 0; n < 3 && status == WAN_ATTN_OK; n++)
-        status = check_device(names[n], inputs[n], q, err);
+        status = wan_attn_check_device(names[n], inputs[n], q, "query", err);
     if (status != WAN_ATTN_OK)
         return status;
     const char *f32_or = v->dtype == WAN_ATTN_F32 ? "" : "be float32 or ";
@@ -129,16 +28,17 @@ static wan_attn_status check_inputs(const wan_attn_params *a, wan_attn_error *er
                            wan_attn_dtype_name(v->dtype), wan_attn_dtype_name(inputs[n]->dtype));
     if (q->shape[3] < 1)
         return INVALID(err, "query must have a head_dim of at least 1, got %s",
-                       shape_of(q->shape, 4).text);
+                       wan_attn_shape_of(q->shape, 4).text);
     if (q->shape[2] < 1 || k->shape[2] < 1 || q->shape[2] % k->shape[2])
         return INVALID(err,
                        "query must have a multiple of key's heads, got %lld heads for key's %lld",
                        (long long)q->shape[2], (long long)k->shape[2]);
     const int64_t expected[4] = {q->shape[0], k->shape[1], k->shape[2], q->shape[3]};
-    status = check_shape("key", k, expected,
-                         "[query's batch, seqlen_k, num_heads_k, query's head_dim]", err);
-    return status == WAN_ATTN_OK ? check_shape("value", v, expected, "shaped like key", err)
-                                 : status;
+    status = wan_attn_check_shape("key", k, expected,
+                                  "[query's batch, seqlen_k, num_heads_k, query's head_dim]", err);
+    return status == WAN_ATTN_OK
+               ? wan_attn_check_shape("value", v, expected, "shaped like key", err)
+               : status;
 }
 
 /* The description of real lengths; their values are read later, where they are needed. */
@@ -147,24 +47,24 @@ static wan_attn_status check_lengths(const char *name, const wan_attn_tensor *t,
                                      wan_attn_error *err) {
     wan_attn_lengths all = {NULL, WAN_ATTN_I32, WAN_ATTN_CPU, 0};
     *lengths = all;
-    if (is_absent(t))
+    if (wan_attn_is_absent(t))
         return WAN_ATTN_OK;
     if (t->ndim != 1 || t->shape[0] != q->shape[0])
         return INVALID(err, "%s must be [batch] = [%lld], got %s", name, (long long)q->shape[0],
-                       shape_of(t->shape, t->ndim).text);
+                       wan_attn_shape_of(t->shape, t->ndim).text);
     if (t->dtype != WAN_ATTN_I32 && t->dtype != WAN_ATTN_I64)
         return INVALID(err, "%s must be int32 or int64, got %s", name,
                        wan_attn_dtype_name(t->dtype));
     if (t->device_type != WAN_ATTN_CPU &&
         (t->device_type != q->device_type || t->device_index != q->device_index))
         return INVALID(err, "%s must be on the CPU or on query's device %s, got %s", name,
-                       device_of(q).text, device_of(t).text);
+                       wan_attn_device_of(q).text, wan_attn_device_of(t).text);
     lengths->data = t->data;
     lengths->dtype = (wan_attn_dtype)t->dtype;
     lengths->device_type = (wan_attn_device)t->device_type;
     lengths->stride = t->shape[0] > 1 ? t->stride[0] : 0;
-    wan_attn_status status = check_cpu_index(name, t, err);
-    return status == WAN_ATTN_OK ? check_reach(name, t, err) : status;
+    wan_attn_status status = wan_attn_check_cpu_index(name, t, err);
+    return status == WAN_ATTN_OK ? wan_attn_check_reach(name, t, err) : status;
 }
 
 /* Reads lengths that lie on the CPU, once. Where all are the padded length they say nothing, and
@@ -199,21 +99,6 @@ static wan_attn_status check_numbers(const wan_attn_params *a, wan_attn_error *e
     return WAN_ATTN_OK;
 }
 
-/* 0 for a dimension that is never walked along: its stride may be any number, also one that no
- * address could be computed with. */
-static int64_t stride_of(const wan_attn_tensor *t, int dim) {
-    for (int32_t d = 0; d < t->ndim; d++)
-        if (t->shape[d] == 0)
-            return 0;
-    return t->shape[dim] > 1 ? t->stride[dim] : 0;
-}
-
-static wan_attn_view view_of(const wan_attn_tensor *t) {
-    wan_attn_view view = {t->data, (wan_attn_dtype)t->dtype, stride_of(t, 0), stride_of(t, 1),
-                          stride_of(t, 2)};
-    return view;
-}
-
 static int64_t window_bound(int64_t size) {
     return size < 0 || size > WAN_ATTN_UNBOUNDED ? WAN_ATTN_UNBOUNDED : size;
 }
@@ -228,9 +113,9 @@ static void fill(const wan_attn_params *a, wan_attn_problem *p) {
     p->head_dim = a->q.shape[3];
     p->seqlen_k = a->k.shape[1];
     p->num_heads_k = a->k.shape[2];
-    p->q = view_of(&a->q);
-    p->k = view_of(&a->k);
-    p->v = view_of(&a->v);
+    p->q = wan_attn_view_of(&a->q);
+    p->k = wan_attn_view_of(&a->k);
+    p->v = wan_attn_view_of(&a->v);
     p->softmax_scale = a->has_softmax_scale ? a->softmax_scale : 1.0 / sqrt((double)p->head_dim);
     p->window_size_left = window_bound(a->window_size_left);
     p->window_size_right = a->is_causal ? 0 : window_bound(a->window_size_right);
@@ -265,26 +150,17 @@ wan_attn_status wan_attn_check_lengths(wan_attn_problem *p, wan_attn_error *err)
                                  : status;
 }
 
-static wan_attn_status check_overlap(const char *name, const wan_attn_tensor *t,
-                                     wan_attn_error *err) {
-    return wan_attn_may_overlap(t)
-               ? INVALID(err,
-                         "%s must have each element in a place of its own, got %s with strides %s",
-                         name, shape_of(t->shape, t->ndim).text, shape_of(t->stride, t->ndim).text)
-               : WAN_ATTN_OK;
-}
-
 static wan_attn_status check_out(const wan_attn_tensor *out, const wan_attn_tensor *q,
                                  wan_attn_error *err) {
-    wan_attn_status status = check_rank_and_dtype("out", out, err);
+    wan_attn_status status = wan_attn_check_rank_and_dtype("out", out, err);
     if (status == WAN_ATTN_OK)
-        status = check_device("out", out, q, err);
+        status = wan_attn_check_device("out", out, q, "query", err);
     if (status == WAN_ATTN_OK)
-        status = check_shape("out", out, q->shape, "shaped like query", err);
+        status = wan_attn_check_shape("out", out, q->shape, "shaped like query", err);
     if (status == WAN_ATTN_OK && out->dtype != q->dtype)
         status = INVALID(err, "out must have query's dtype %s, got %s",
                          wan_attn_dtype_name(q->dtype), wan_attn_dtype_name(out->dtype));
-    return status == WAN_ATTN_OK ? check_overlap("out", out, err) : status;
+    return status == WAN_ATTN_OK ? wan_attn_check_overlap("out", out, err) : status;
 }
 
 static wan_attn_status check_lse(const wan_attn_tensor *lse, const wan_attn_tensor *q,
@@ -295,24 +171,24 @@ static wan_attn_status check_lse(const wan_attn_tensor *lse, const wan_attn_tens
             err,
             "lse must be float32 [batch, num_heads_q, seqlen_q] = [%lld, %lld, %lld], got %s %s",
             (long long)q->shape[0], (long long)q->shape[2], (long long)q->shape[1],
-            wan_attn_dtype_name(lse->dtype), shape_of(lse->shape, lse->ndim).text);
-    wan_attn_status status = check_device("lse", lse, q, err);
+            wan_attn_dtype_name(lse->dtype), wan_attn_shape_of(lse->shape, lse->ndim).text);
+    wan_attn_status status = wan_attn_check_device("lse", lse, q, "query", err);
     if (status == WAN_ATTN_OK)
-        status = check_reach("lse", lse, err);
-    return status == WAN_ATTN_OK ? check_overlap("lse", lse, err) : status;
+        status = wan_attn_check_reach("lse", lse, err);
+    return status == WAN_ATTN_OK ? wan_attn_check_overlap("lse", lse, err) : status;
 }
 
 wan_attn_status wan_attn_check_outputs(wan_attn_problem *p, wan_attn_error *err) {
     const wan_attn_tensor *q = &p->params->q, *out = &p->params->out, *lse = &p->params->lse;
-    wan_attn_status status = is_absent(out) ? WAN_ATTN_OK : check_out(out, q, err);
-    if (status == WAN_ATTN_OK && !is_absent(lse))
+    wan_attn_status status = wan_attn_is_absent(out) ? WAN_ATTN_OK : check_out(out, q, err);
+    if (status == WAN_ATTN_OK && !wan_attn_is_absent(lse))
         status = check_lse(lse, q, err);
     if (status != WAN_ATTN_OK)
         return status;
-    p->out = view_of(out);
+    p->out = wan_attn_view_of(out);
     p->lse = (float *)lse->data;
-    p->lse_batch_stride = stride_of(lse, 0);
-    p->lse_head_stride = stride_of(lse, 1);
-    p->lse_row_stride = stride_of(lse, 2);
+    p->lse_batch_stride = wan_attn_stride_of(lse, 0);
+    p->lse_head_stride = wan_attn_stride_of(lse, 1);
+    p->lse_row_stride = wan_attn_stride_of(lse, 2);
     return WAN_ATTN_OK;
 }

@@ -2,6 +2,7 @@
  * memory.c - what a call's pointers have to be before anything is read or written there. Knows no
  * kernel.
  */
+#include "core/operand.h"
 #include "core/overlap.h"
 #include "core/util.h"
 
@@ -9,27 +10,9 @@
 
 enum { WORKSPACE_ALIGNMENT = 64 };
 
-/* An operand that is described, unless it has no element, lies at a multiple of its element's
- * size. */
-static wan_attn_status check(const char *name, const wan_attn_tensor *t, wan_attn_error *err) {
-    int64_t size = wan_attn_dtype_size(t->dtype);
-    wan_attn_extent extent;
-    for (int d = 0; d < t->ndim && d < WAN_ATTN_MAX_NDIM; d++)
-        if (t->shape[d] == 0)
-            return WAN_ATTN_OK;
-    if (!t->data)
-        return INVALID(err, "%s must point to memory, got NULL", name);
-    if ((uintptr_t)t->data % (uintptr_t)size)
-        return INVALID(err, "%s must lie at a multiple of its element's %d bytes, got address %p",
-                       name, (int)size, t->data);
-    if (!wan_attn_find_extent(t, &extent))
-        return INVALID(err, "%s must lie within the address space, got address %p", name, t->data);
-    return WAN_ATTN_OK;
-}
-
 static wan_attn_status check_if_given(const char *name, const wan_attn_tensor *t,
                                       wan_attn_error *err) {
-    return t->ndim || t->data ? check(name, t, err) : WAN_ATTN_OK;
+    return t->ndim || t->data ? wan_attn_check_memory(name, t, err) : WAN_ATTN_OK;
 }
 
 wan_attn_status wan_attn_check_length_memory(const wan_attn_problem *p, wan_attn_device device,
@@ -46,11 +29,11 @@ wan_attn_status wan_attn_check_length_memory(const wan_attn_problem *p, wan_attn
 
 wan_attn_status wan_attn_check_input_memory(const wan_attn_problem *p, wan_attn_error *err) {
     const wan_attn_params *a = p->params;
-    wan_attn_status status = check("query", &a->q, err);
+    wan_attn_status status = wan_attn_check_memory("query", &a->q, err);
     if (status == WAN_ATTN_OK)
-        status = check("key", &a->k, err);
+        status = wan_attn_check_memory("key", &a->k, err);
     if (status == WAN_ATTN_OK)
-        status = check("value", &a->v, err);
+        status = wan_attn_check_memory("value", &a->v, err);
     /* Those on the CPU have been read. */
     return status == WAN_ATTN_OK && p->device_type != WAN_ATTN_CPU
                ? wan_attn_check_length_memory(p, p->device_type, err)
@@ -59,7 +42,8 @@ wan_attn_status wan_attn_check_input_memory(const wan_attn_problem *p, wan_attn_
 
 wan_attn_status wan_attn_check_output_memory(const wan_attn_problem *p, wan_attn_error *err) {
     const wan_attn_params *a = p->params;
-    wan_attn_status status = p->batch * p->seqlen_q > 0 ? check("out", &a->out, err) : WAN_ATTN_OK;
+    wan_attn_status status =
+        p->batch * p->seqlen_q > 0 ? wan_attn_check_memory("out", &a->out, err) : WAN_ATTN_OK;
     return status == WAN_ATTN_OK ? check_if_given("lse", &a->lse, err) : status;
 }
 

@@ -12,7 +12,9 @@
 
 /* In bytes, of an element. */
 static inline int64_t wan_attn_dtype_size(int32_t dtype) {
-    return dtype == WAN_ATTN_I64 ? 8 : dtype == WAN_ATTN_F16 || dtype == WAN_ATTN_BF16 ? 2 : 4;
+    return dtype == WAN_ATTN_I64 || dtype == WAN_ATTN_F64    ? 8
+           : dtype == WAN_ATTN_F16 || dtype == WAN_ATTN_BF16 ? 2
+                                                             : 4;
 }
 
 static inline const char *wan_attn_dtype_name(int32_t dtype) {
