@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * wan_attn.h - the C ABI of libwan_attn: scaled-dot-product attention, forward. Knows neither torch
- * nor CUDA's headers.
+ * wan_attn.h - the C ABI of libwan_attn: scaled-dot-product attention, forward; at the end, RMS norm
+ * and rotary embedding of what goes into it. Knows neither torch nor CUDA's headers.
  *
  *   out[b,i,h,:] = sum_j softmax_j(softmax_scale * <q[b,i,h,:], k[b,j,h',:]>) * v[b,j,h',:]
  *   lse[b,h,i]   = log sum_j exp(softmax_scale * <q[b,i,h,:], k[b,j,h',:]>)
@@ -55,7 +55,7 @@ typedef enum wan_attn_dtype {
     WAN_ATTN_BF16 = 2,
     WAN_ATTN_I32 = 3,
     WAN_ATTN_I64 = 4,
-    WAN_ATTN_F64 = 5,        /* no row takes it: here to be refused by its name */
+    WAN_ATTN_F64 = 5,        /* rotation tables; as q, k and v it is refused by its name */
     WAN_ATTN_DTYPE_OTHER = 6 /* anything else a framework may hold; always refused */
 } wan_attn_dtype;
 
@@ -249,6 +249,67 @@ WAN_ATTN_API wan_attn_status wan_attn_forward(const wan_attn_params *params, wan
 /* How much forward needs. Reads lengths that lie on the CPU; other data pointers may be NULL. */
 WAN_ATTN_API wan_attn_status wan_attn_workspace_size(const wan_attn_params *params, size_t *size,
                                                      wan_attn_error *err);
+
+/* RMS norm and rotary position embedding (RoPE) of a query or a key, in one pass over it:
+ *
+ *   n = x / sqrt(mean(x^2) + eps)          over all heads of a token, or over one head; or n = x
+ *   y = n * weight
+ *   out[2i]     = y[2i] * cos - y[2i + 1] * sin          pair i of a head: a complex number that is
+ *   out[2i + 1] = y[2i] * sin + y[2i + 1] * cos          multiplied by cos + i sin
+ *
+ * Where cos and sin of pair i are table[2i] and table[2i + 1] of the token's rows of the table.
+ * Row s of x is token t = seqlen_offset + s, so that a part of a sequence can be rotated alone.
+ *
+ * With grid_sizes the table is separable: row r has the angles of position r of every axis. In a
+ * sample of frames x height x width, token t is in frame t / (height * width), line t / width %
+ * height and column t % width. With P = head_dim / 2 pairs, the first P - 2 * (P / 3) take their
+ * angle from the frame's row, the next P / 3 from the line's, the last P / 3 from the column's.
+ * Tokens behind the grid are not rotated: out = y.
+ *
+ * Numerics. Squares are summed in float32; n, the product with the weight, and 1 / sqrt too. With
+ * rounds_norm, n is rounded to x's dtype and y to the wider one of x's and the weight's, as torch's
+ * operators do in x.float() ... .type_as(x) * weight; without, neither is. Products of the rotation
+ * are float64, each rounded by itself, and so is their sum, which is what complex128 gives; out is
+ * that sum, rounded to float32 and then to its dtype. */
+typedef struct wan_attn_rope_params {
+    uint32_t struct_size; /* sizeof(wan_attn_rope_params) of the caller; only ever appended to */
+    int32_t kernel;       /* row of the table of rope kernels to force; -1: the best */
+
+    wan_attn_tensor x; /* [batch, seqlen, heads, head_dim], as q is; head_dim at most 256 */
+    /* Shaped like x; f32, f16 or bf16. It may be x itself (same address, dtype and strides); else
+     * it shares no memory with anything. */
+    wan_attn_tensor out;
+    /* [heads * head_dim], or [head_dim] if is_per_head; f32, f16 or bf16, stride 1; absent: 1. Only
+     * with has_norm. */
+    wan_attn_tensor weight;
+    /* f32 or f64, last stride 1; absent: no rotation. With grid_sizes [positions, head_dim], else
+     * shaped like x, each token's own (its strides may be 0), and seqlen_offset is 0. */
+    wan_attn_tensor table;
+    /* [batch, 3] i32 or i64: frames, height and width of each sample, each between 0 and positions
+     * (on a device they are clamped to it). On the CPU or x's device. */
+    wan_attn_tensor grid_sizes;
+    int64_t seqlen_offset; /* >= 0 */
+
+    double eps;       /* read only if has_norm; finite, >= 0 */
+    int32_t has_norm; /* 0: n = x */
+    int32_t is_per_head;
+    int32_t rounds_norm;
+
+    int32_t num_threads; /* CPU rows, as in wan_attn_params; so are the next two */
+    wan_attn_parallel_fn parallel;
+    void *stream;
+    uint32_t cpu_features;
+} wan_attn_rope_params;
+
+/* The rope kernels, best row first, as wan_attn_kernel_at: dtypes are those of x. */
+WAN_ATTN_API int32_t wan_attn_rope_kernel_count(void);
+WAN_ATTN_API wan_attn_status wan_attn_rope_kernel_at(int32_t row, wan_attn_kernel_info *info);
+/* As wan_attn_select: the row that would run. Reads nothing; data pointers may be NULL. */
+WAN_ATTN_API wan_attn_status wan_attn_rope_select(const wan_attn_rope_params *params, int32_t *row,
+                                                  wan_attn_error *err);
+/* Needs no workspace. At once on the CPU. *row, if not NULL: the row that ran. */
+WAN_ATTN_API wan_attn_status wan_attn_rms_norm_rope(const wan_attn_rope_params *params,
+                                                    int32_t *row, wan_attn_error *err);
 
 #ifdef __cplusplus
 }

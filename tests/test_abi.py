@@ -26,6 +26,7 @@ from wan_attn.native import shim
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "wan_attn_tensor": native.Tensor,
     "wan_attn_params": native.Params,
+    "wan_attn_rope_params": native.RopeParams,
     "wan_attn_error": native.Error,
     "wan_attn_call": native.Call,
     "wan_attn_kernel_info": native.KernelInfo,

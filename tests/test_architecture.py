@@ -41,7 +41,11 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/core/cpuid.c": ["core/*.h", "<cpuid.h>", "<immintrin.h>", "<intrin.h>"],
     "csrc/core/lock.h": ["<pthread.h>", "<windows.h>"],
     "csrc/core/kernels.def": ["cuda/sdpa_rows.def"],
-    "csrc/core/*": ["wan_attn.h", "core/*.h", "core/kernels.def", *C_LIBRARY],
+    "csrc/core/rope_rows.def": [],
+    "csrc/core/*": [
+        *("wan_attn.h", "core/*.h", "core/kernels.def", "core/rope_rows.def"),
+        *C_LIBRARY,
+    ],
     "csrc/cpu/threads.c": [
         "cpu/threads.h",
         "core/atomic.h",
@@ -49,7 +53,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     ],
     "csrc/cpu/large_pages.c": ["cpu/large_pages.h", "<sys/mman.h>"],
     "csrc/cpu/*.[ch]": [
-        *("wan_attn.h", "core/kernel.h", "core/util.h", "cpu/*.h", "cpu/*.inc"),
+        *("wan_attn.h", "core/kernel.h", "core/rope.h", "core/util.h", "cpu/*.h", "cpu/*.inc"),
         *("<immintrin.h>", "<arm_neon.h>"),
         *C_LIBRARY,
     ],

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * shim.c - torch.ops.wan_attn.sdpa for CPU and CUDA tensors: describes tensors to the C ABI,
- * allocates, turns a status into an exception. The only native file that knows torch, and only
+ * shim.c - torch.ops.wan_attn.sdpa for CPU and CUDA tensors, and rms_norm_rope for CPU tensors:
+ * describes tensors to the C ABI, allocates, turns a status into an exception. The only native file that knows torch, and only
  * through its stable C ABI: one binary serves every torch from 2.9 on. Knows no kernel.
  *
  * Nothing of torch or libwan_attn is linked: Python finds every function by its name
@@ -44,8 +44,22 @@ enum { QUERY, KEY, VALUE, Q_LENS, K_LENS, OPERANDS }; /* in the order of the op'
 enum { SCALE = OPERANDS, IS_CAUSAL, WINDOW_LEFT, WINDOW_RIGHT, RETURN_LSE, KERNEL, INPUTS };
 static const char *const NAMES[] = {"query", "key", "value", "q_lens", "k_lens"};
 
+/* The same of rms_norm_rope. */
+enum { X, WEIGHT, TABLE, GRID_SIZES, ROPE_OPERANDS };
+enum {
+    EPS = ROPE_OPERANDS,
+    PER_HEAD,
+    ROUND_NORM,
+    SEQLEN_OFFSET,
+    OUT_DTYPE,
+    ROPE_KERNEL,
+    ROPE_INPUTS
+};
+static const char *const ROPE_NAMES[] = {"x", "weight", "table", "grid_sizes"};
+
 /* One call. It owns its tensors: each is deleted on every way out, but for those returned. */
 typedef struct call {
+    const char *const *names;       /* of its operands */
     torch_tensor operand[OPERANDS]; /* NULL: an optional one that was not given */
     torch_tensor out, lse, workspace;
     bool return_lse;
@@ -75,6 +89,7 @@ static void take_arguments(const torch_value *stack, call *c) {
     wan_attn_params *p = &c->params;
     memset(p, 0, sizeof(*p));
     p->struct_size = sizeof(*p);
+    c->names = NAMES;
     for (int i = QUERY; i < OPERANDS; i++) {
         torch_value handle = stack[i];
         if (i >= Q_LENS && !take_optional(stack[i], &handle))
@@ -111,14 +126,15 @@ static bool describe(call *c, int i, wan_attn_tensor *to) {
     int32_t dtype = 0, device_type = 0, device_index = 0;
     int64_t ndim = 0, *sizes = NULL, *strides = NULL;
     if (torch.aoti_torch_is_defined(tensor, &is_defined) == 0 && !is_defined)
-        return fail(c, NAMES[i], " must be a tensor, got None"); /* the dispatcher lets it pass */
+        return fail(c, c->names[i],
+                    " must be a tensor, got None"); /* the dispatcher lets it pass */
     if (torch.aoti_torch_get_data_ptr(tensor, &to->data) ||
         torch.aoti_torch_get_dtype(tensor, &dtype) ||
         torch.aoti_torch_get_device_type(tensor, &device_type) ||
         torch.aoti_torch_get_device_index(tensor, &device_index) ||
         torch.aoti_torch_get_dim(tensor, &ndim) || torch.aoti_torch_get_sizes(tensor, &sizes) ||
         torch.aoti_torch_get_strides(tensor, &strides))
-        return fail(c, NAMES[i], " must be a dense tensor, got one that torch cannot describe");
+        return fail(c, c->names[i], " must be a dense tensor, got one that torch cannot describe");
     to->dtype = dtype_of(dtype);
     to->device_type = device_type == cpu_code    ? WAN_ATTN_CPU
                       : device_type == cuda_code ? WAN_ATTN_CUDA
@@ -156,15 +172,21 @@ static bool allocate(call *c, int32_t code, int64_t itemsize, wan_attn_tensor *t
     return fail(c, "torch cannot allocate the result and does not say why", "");
 }
 
+/* A number of 64 bits would wrap, perhaps into a row. */
+static bool check_kernel(call *c) {
+    char number[32];
+    if (c->kernel >= INT32_MIN && c->kernel <= INT32_MAX)
+        return true;
+    snprintf(number, sizeof(number), "%lld", (long long)c->kernel);
+    return fail(c, "kernel must be -1 (the best) or a row, got ", number);
+}
+
 /* The call in words of the C ABI, but for what it writes to. */
 static bool describe_call(call *c) {
     wan_attn_params *p = &c->params;
     wan_attn_tensor *const slots[] = {&p->q, &p->k, &p->v, &p->seqused_q, &p->seqused_k};
-    if (c->kernel < INT32_MIN || c->kernel > INT32_MAX) { /* would wrap, perhaps into a row */
-        char number[32];
-        snprintf(number, sizeof(number), "%lld", (long long)c->kernel);
-        return fail(c, "kernel must be -1 (the best) or a row, got ", number);
-    }
+    if (!check_kernel(c))
+        return false;
     p->kernel = (int32_t)c->kernel;
     for (int i = QUERY; i < OPERANDS; i++)
         if (c->operand[i] && !describe(c, i, slots[i]))
@@ -247,6 +269,78 @@ static void sdpa(torch_value *stack, uint64_t num_inputs, uint64_t num_outputs) 
     torch.aoti_torch_check(false, __func__, __FILE__, __LINE__, c.message); /* does not return */
 }
 
+/* Takes over what the stack of rms_norm_rope holds. *out_dtype: wan_attn_dtype, or -1 for x's. */
+static void take_rope_arguments(const torch_value *stack, call *c, wan_attn_rope_params *p,
+                                int32_t *out_dtype) {
+    torch_value value = 0;
+    memset(c, 0, sizeof(*c));
+    memset(p, 0, sizeof(*p));
+    p->struct_size = sizeof(*p);
+    c->names = ROPE_NAMES;
+    for (int i = X; i < ROPE_OPERANDS; i++) {
+        torch_value handle = stack[i];
+        if (i >= WEIGHT && !take_optional(stack[i], &handle))
+            handle = 0;
+        c->operand[i] = (torch_tensor)(uintptr_t)handle;
+    }
+    p->has_norm = take_optional(stack[EPS], &value);
+    memcpy(&p->eps, &value, sizeof(p->eps));
+    p->is_per_head = (stack[PER_HEAD] & 0xff) != 0;
+    p->rounds_norm = (stack[ROUND_NORM] & 0xff) != 0;
+    p->seqlen_offset = (int64_t)stack[SEQLEN_OFFSET];
+    *out_dtype = take_optional(stack[OUT_DTYPE], &value) ? dtype_of((int32_t)value) : -1;
+    c->kernel = (int64_t)stack[ROPE_KERNEL];
+}
+
+static bool compute_rope(call *c, wan_attn_rope_params *p, int32_t out_dtype) {
+    wan_attn_error error;
+    wan_attn_tensor *const slots[] = {&p->x, &p->weight, &p->table, &p->grid_sizes};
+    uint32_t threads = 1;
+    int32_t row = -1;
+    if (!check_kernel(c))
+        return false;
+    p->kernel = (int32_t)c->kernel;
+    for (int i = X; i < ROPE_OPERANDS; i++)
+        if (c->operand[i] && !describe(c, i, slots[i]))
+            return false;
+    torch.torch_get_num_threads(&threads);
+    p->num_threads = (int32_t)threads;
+    p->parallel = torch.torch_parallel_for;
+    p->cpu_features = *cpu_features;
+    if (torch.wan_attn_rope_select(p, &row, &error) != WAN_ATTN_OK)
+        return fail(c, error.message, "");
+    if (out_dtype > WAN_ATTN_BF16) /* those before it are the floats that are computed with */
+        return fail(c, "dtype must be float32, float16 or bfloat16", "");
+    p->out = p->x;
+    p->out.dtype = out_dtype < 0 ? p->x.dtype : out_dtype;
+    if (!allocate(c, code_of[p->out.dtype], p->out.dtype == WAN_ATTN_F32 ? 4 : 2, &p->out, &c->out))
+        return false;
+    return torch.wan_attn_rms_norm_rope(p, NULL, &error) == WAN_ATTN_OK ||
+           fail(c, error.message, "");
+}
+
+/* The op, as torch's dispatcher calls it. */
+static void rms_norm_rope(torch_value *stack, uint64_t num_inputs, uint64_t num_outputs) {
+    if (num_inputs != ROPE_INPUTS || num_outputs != 1) {
+        torch.aoti_torch_check(false, __func__, __FILE__, __LINE__,
+                               "wan_attn: the op's schema is not the one its shim was made for");
+        return;
+    }
+    call c;
+    wan_attn_rope_params params;
+    int32_t out_dtype;
+    take_rope_arguments(stack, &c, &params, &out_dtype);
+    bool is_done = compute_rope(&c, &params, out_dtype);
+    for (int i = X; i < ROPE_OPERANDS; i++)
+        delete_tensor(c.operand[i]);
+    if (is_done) {
+        stack[0] = (torch_value)(uintptr_t)c.out;
+        return;
+    }
+    delete_tensor(c.out);
+    torch.aoti_torch_check(false, __func__, __FILE__, __LINE__, c.message); /* does not return */
+}
+
 /* The functions that wan_attn_shim_configure wants, one name a line; ? before an optional one. */
 SHIM_API const char *wan_attn_shim_wants(void) {
 #define REQUIRED_NAME(result, name, parameters) #name "\n"
@@ -274,13 +368,15 @@ SHIM_API void wan_attn_shim_configure(const wan_attn_shim_functions *functions,
 /* The row that the last call of this thread ran; -1: there was none. */
 SHIM_API int32_t wan_attn_shim_last_kernel(void) { return last_kernel; }
 
-/* Registers the op for CPU and CUDA as long as the process lives. 0, or torch has refused. */
+/* Registers the ops as long as the process lives: sdpa for CPU and CUDA, rms_norm_rope for the CPU.
+ * 0, or torch has refused. */
 SHIM_API int32_t wan_attn_shim_register(void) {
     static const char *const KEYS[] = {"CPU", "CUDA"};
     for (int i = 0; i < 2; i++) {
         torch_library library = NULL; /* never deleted: that would take the op away */
         if (torch.aoti_torch_library_init_impl("wan_attn", KEYS[i], __FILE__, __LINE__, &library) ||
-            torch.aoti_torch_library_impl(library, "sdpa", sdpa))
+            torch.aoti_torch_library_impl(library, "sdpa", sdpa) ||
+            (i == 0 && torch.aoti_torch_library_impl(library, "rms_norm_rope", rms_norm_rope)))
             return 1;
     }
     return 0;

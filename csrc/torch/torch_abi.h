@@ -30,6 +30,10 @@ typedef void (*torch_kernel)(torch_value *stack, uint64_t num_inputs, uint64_t n
       (const wan_attn_params *, wan_attn_call *, wan_attn_error *))                                \
     F(wan_attn_status, wan_attn_run,                                                               \
       (const wan_attn_params *, const wan_attn_call *, wan_attn_error *))                          \
+    F(wan_attn_status, wan_attn_rope_select,                                                       \
+      (const wan_attn_rope_params *, int32_t *, wan_attn_error *))                                 \
+    F(wan_attn_status, wan_attn_rms_norm_rope,                                                     \
+      (const wan_attn_rope_params *, int32_t *, wan_attn_error *))                                 \
     F(torch_status, aoti_torch_library_init_impl,                                                  \
       (const char *space, const char *key, const char *file, uint32_t line, torch_library *))      \
     F(torch_status, aoti_torch_library_impl, (torch_library, const char *op, torch_kernel))        \

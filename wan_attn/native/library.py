@@ -78,6 +78,29 @@ class Params(ctypes.Structure):
     ]
 
 
+class RopeParams(ctypes.Structure):
+    """wan_attn_rope_params."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("kernel", c_int32),
+        ("x", Tensor),
+        ("out", Tensor),
+        ("weight", Tensor),
+        ("table", Tensor),
+        ("grid_sizes", Tensor),
+        ("seqlen_offset", c_int64),
+        ("eps", c_double),
+        ("has_norm", c_int32),
+        ("is_per_head", c_int32),
+        ("rounds_norm", c_int32),
+        ("num_threads", c_int32),
+        ("parallel", c_void_p),
+        ("stream", c_void_p),
+        ("cpu_features", c_uint32),
+    ]
+
+
 class Error(ctypes.Structure):
     """wan_attn_error."""
 
@@ -157,6 +180,7 @@ class CudaDevice(ctypes.Structure):
     ]
 
 
+_R, _ROW = ctypes.POINTER(RopeParams), ctypes.POINTER(c_int32)
 _P, _C, _E = ctypes.POINTER(Params), ctypes.POINTER(Call), ctypes.POINTER(Error)
 _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "wan_attn_abi_version": (c_int32, []),
@@ -175,6 +199,10 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "wan_attn_prepare": (c_int32, [_P, _C, _E]),
     "wan_attn_run": (c_int32, [_P, _C, _E]),
     "wan_attn_forward": (c_int32, [_P, _E]),
+    "wan_attn_rope_kernel_count": (c_int32, []),
+    "wan_attn_rope_kernel_at": (c_int32, [c_int32, ctypes.POINTER(KernelInfo)]),
+    "wan_attn_rope_select": (c_int32, [_R, _ROW, _E]),
+    "wan_attn_rms_norm_rope": (c_int32, [_R, _ROW, _E]),
 }
 
 

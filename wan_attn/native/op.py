@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""op.py - registers torch.ops.wan_attn.sdpa on the best binding that works here.
+"""op.py - registers torch.ops.wan_attn.sdpa, and rms_norm_rope beside it, on the best binding that
+works here.
 
 ======  =========================================================================================
 shim    csrc/torch/shim.c through torch's stable C ABI; torch >= 2.9
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from wan_attn.config import current
-from wan_attn.native import autograd, cuda_driver, library, shim
+from wan_attn.native import autograd, cuda_driver, library, rope, shim
 from wan_attn.native.bindings import ctypes_sdpa
 from wan_attn.native.kernels import KernelInfo, build_info, cpu_features, kernels, select, why_not
 from wan_attn.request import Call, check, empty_lse, gate, refuse
@@ -134,6 +135,7 @@ def _define(fallback: Fallback) -> None:
     _LIBRARY.impl("sdpa", _sdpa_elsewhere, "CompositeExplicitAutograd")
     by_torch = _by_torch(fallback)
     autograd.register(_LIBRARY, "wan_attn::sdpa", autograd.backward, _setup_context, by_torch)
+    rope.define(_LIBRARY)
 
 
 def register(fallback: Fallback) -> None:
@@ -165,4 +167,5 @@ def register(fallback: Fallback) -> None:
         function = ctypes_sdpa if _binding == "ctypes" else _by_torch(fallback)
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl("sdpa", function, key)
+    rope.register(_LIBRARY, _binding)
     _is_registered = True

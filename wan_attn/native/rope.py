@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""rope.py - torch.ops.wan_attn.rms_norm_rope: its schema, fake, derivative and bindings.
+
+The contract is in csrc/wan_attn.h. On the CPU our kernels compute it; elsewhere, and for gradients,
+torch's operators do (rope_in_torch.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan_attn.native import bindings, library, rope_in_torch, shim
+from wan_attn.request import gate, refuse
+from wan_attn.request.transforms import without_tangent
+
+SCHEMA = (
+    "rms_norm_rope(Tensor x, Tensor? weight=None, Tensor? table=None, Tensor? grid_sizes=None, *,"
+    " float? eps=None, bool per_head=False, bool round_norm=True, int seqlen_offset=0,"
+    " ScalarType? dtype=None, int kernel=-1) -> Tensor"
+)
+NAME = "wan_attn::rms_norm_rope"
+
+
+def kernels() -> tuple[str, ...]:
+    """The names of the rope kernels, best first; empty without the native library."""
+    lib = library.load()
+    if lib is None:
+        return ()
+    names = []
+    for row in range(lib.wan_attn_rope_kernel_count()):
+        info = library.KernelInfo(struct_size=ctypes.sizeof(library.KernelInfo))
+        lib.wan_attn_rope_kernel_at(row, ctypes.byref(info))
+        names.append(info.name.decode())
+    return tuple(names)
+
+
+def _params(
+    x: Tensor,
+    weight: Tensor | None,
+    table: Tensor | None,
+    grid_sizes: Tensor | None,
+    eps: float | None,
+    per_head: bool,
+    round_norm: bool,
+    seqlen_offset: int,
+    kernel: int,
+) -> library.RopeParams:
+    if not isinstance(x, Tensor):  # None gets past the dispatcher
+        refuse("x", "a tensor", gate.kind_of(x))
+    if not -(1 << 31) <= kernel < 1 << 31:  # would wrap, perhaps into a row that exists
+        refuse("kernel", "-1 (the best) or a row", kernel)
+    params = library.RopeParams(
+        struct_size=ctypes.sizeof(library.RopeParams),
+        kernel=kernel,
+        x=bindings.describe(x),
+        seqlen_offset=seqlen_offset,
+        eps=0.0 if eps is None else eps,
+        has_norm=eps is not None,
+        is_per_head=per_head,
+        rounds_norm=round_norm,
+        num_threads=torch.get_num_threads(),
+        parallel=shim.parallel_for(),
+        cpu_features=bindings.allowed_cpu_features(),
+    )
+    for name, tensor in (("weight", weight), ("table", table), ("grid_sizes", grid_sizes)):
+        if tensor is not None:
+            setattr(params, name, bindings.describe(tensor))
+    return params
+
+
+def by_ctypes(
+    x: Tensor,
+    weight: Tensor | None = None,
+    table: Tensor | None = None,
+    grid_sizes: Tensor | None = None,
+    *,
+    eps: float | None = None,
+    per_head: bool = False,
+    round_norm: bool = True,
+    seqlen_offset: int = 0,
+    dtype: torch.dtype | None = None,
+    kernel: int = -1,
+) -> Tensor:
+    """The op without the shim; the same steps as csrc/torch/shim.c."""
+    operands = (x, weight, table, grid_sizes)
+    params = _params(*operands, eps, per_head, round_norm, seqlen_offset, kernel)
+    error = library.Error()
+    lib = library.lib()
+    row = ctypes.c_int32(-1)
+    if lib.wan_attn_rope_select(params, row, error) != library.OK:
+        raise RuntimeError(f"wan_attn: {error.text()}")
+    out = x.new_empty(x.shape, dtype=dtype)
+    params.out = bindings.describe(out)
+    if lib.wan_attn_rms_norm_rope(params, row, error) != library.OK:
+        raise RuntimeError(f"wan_attn: {error.text()}")
+    return out
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | None = None,
+    table: Tensor | None = None,
+    grid_sizes: Tensor | None = None,
+    *,
+    eps: float | None = None,
+    per_head: bool = False,
+    round_norm: bool = True,
+    seqlen_offset: int = 0,
+    dtype: torch.dtype | None = None,
+    kernel: int = -1,
+) -> None:
+    """The rules of csrc/core/rope_check.c that shapes and dtypes tell, in the same words."""
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    if x.dim() != 4:
+        refuse("x", "[batch, seqlen, heads, head_dim]", list(x.shape))
+    for name, tensor, dtypes in (
+        ("x", x, floats),
+        ("weight", weight, floats),
+        ("table", table, (torch.float32, torch.float64)),
+        ("grid_sizes", grid_sizes, (torch.int32, torch.int64)),
+    ):
+        if tensor is not None and tensor.dtype not in dtypes:
+            words = [str(d).removeprefix("torch.") for d in dtypes]
+            rule = f"{', '.join(words[:-1])} or {words[-1]}"
+            refuse(name, rule, str(tensor.dtype).removeprefix("torch."))
+    if dtype is not None and dtype not in floats:
+        refuse("dtype", "float32, float16 or bfloat16", str(dtype).removeprefix("torch."))
+    _check_norm(x, weight, eps, per_head)
+    _check_table(x, table, grid_sizes, seqlen_offset)
+
+
+def _check_norm(x: Tensor, weight: Tensor | None, eps: float | None, per_head: bool) -> None:
+    if weight is None:
+        return
+    if eps is None:
+        refuse("weight", "None where eps is None, which means no norm", list(weight.shape))
+    size = x.shape[3] * (1 if per_head else x.shape[2])
+    if weight.dim() != 1 or weight.shape[0] != size:
+        rule = f"[{'head_dim' if per_head else 'heads * head_dim'}] = [{size}]"
+        refuse("weight", rule, list(weight.shape))
+
+
+def _check_table(
+    x: Tensor, table: Tensor | None, grid_sizes: Tensor | None, seqlen_offset: int
+) -> None:
+    if table is None:
+        if grid_sizes is not None:
+            refuse("table", "a tensor where grid_sizes is one", None)
+        return
+    head_dim = x.shape[3]
+    if head_dim % 2:
+        gate.refuse_having("x", "an even head_dim to be rotated", head_dim)
+    if seqlen_offset < 0:
+        refuse("seqlen_offset", "at least 0 and below 2^62", seqlen_offset)
+    if grid_sizes is None:
+        if seqlen_offset:
+            refuse("seqlen_offset", "0 without grid_sizes", seqlen_offset)
+        if table.shape != x.shape:
+            refuse("table", f"shaped like x = {list(x.shape)}", list(table.shape))
+        return
+    if table.dim() != 2 or table.shape[1] != head_dim:
+        refuse("table", f"[positions, head_dim] = [.., {head_dim}]", list(table.shape))
+    if grid_sizes.dim() != 2 or grid_sizes.shape[0] != x.shape[0] or grid_sizes.shape[1] != 3:
+        refuse("grid_sizes", f"[batch, 3] = [{x.shape[0]}, 3]", list(grid_sizes.shape))
+
+
+def _by_torch(x: Tensor, *operands: Any, **options: Any) -> Tensor:
+    gate.dense("x", x)
+    _check(x, *operands, **options)
+    return rope_in_torch.rms_norm_rope(x, *operands, **options)
+
+
+def _fake(x: Tensor, *operands: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    _check(x, *operands, dtype=dtype, **options)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.options = keyword_only_inputs
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Torch's own derivative of the op in its operators, which are computed again."""
+    saved = ctx.saved_tensors
+    with torch.enable_grad():
+        operands = [
+            t.detach().requires_grad_(needed) if t is not None and t.is_floating_point() else t
+            for t, needed in zip(saved, ctx.needs_input_grad, strict=True)
+        ]
+        out = rope_in_torch.rms_norm_rope(*operands, **ctx.options)
+        wanted = [t for t in operands if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, grad_out))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in operands)
+
+
+class _Guard:
+    """Stands for the library where torch puts the kernel of the op's derivative: a tangent of
+    forward-mode AD would be dropped there without a word."""
+
+    def __init__(self, to: torch.library.Library) -> None:
+        self._library = to
+
+    def impl(self, op: Any, kernel: Any, key: str, **options: Any) -> None:
+        """As a library's."""
+
+        def guarded(keyset: Any, *operands: Any, **keywords: Any) -> Any:
+            names = ("x", "weight", "table")
+            without_tangent(**dict(zip(names, operands, strict=False)))
+            return kernel(keyset, *operands, **keywords)
+
+        self._library.impl(op, guarded, key, **options)
+
+
+def define(to: torch.library.Library) -> None:
+    """The op with all that does not depend on a binding."""
+    to.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    torch.library.register_fake(NAME, _fake, lib=to)
+    to.impl("rms_norm_rope", _by_torch, "CompositeExplicitAutograd")
+    guard: Any = _Guard(to)
+    torch.library.register_autograd(NAME, _backward, setup_context=_setup_context, lib=guard)
+
+
+def register(to: torch.library.Library, binding: str) -> None:
+    """Its kernel for the CPU, unless the shim has registered one or torch computes."""
+    if binding == "ctypes":
+        to.impl("rms_norm_rope", by_ctypes, "CPU")
