@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * wan_attn.h - the C ABI of libwan_attn: scaled-dot-product attention, forward; at the end, RMS norm
- * and rotary embedding of what goes into it. Knows neither torch nor CUDA's headers.
+ * wan_attn.h - the C ABI of libwan_attn: scaled-dot-product attention, forward; at the end, RMS
+ * norm and rotary embedding of what goes into it. Knows neither torch nor CUDA's headers.
  *
  *   out[b,i,h,:] = sum_j softmax_j(softmax_scale * <q[b,i,h,:], k[b,j,h',:]>) * v[b,j,h',:]
  *   lse[b,h,i]   = log sum_j exp(softmax_scale * <q[b,i,h,:], k[b,j,h',:]>)
@@ -266,7 +266,8 @@ WAN_ATTN_API wan_attn_status wan_attn_workspace_size(const wan_attn_params *para
  * angle from the frame's row, the next P / 3 from the line's, the last P / 3 from the column's.
  * Tokens behind the grid are not rotated: out = y.
  *
- * Numerics. Squares are summed in float32; n, the product with the weight, and 1 / sqrt too. With
+ * Numerics. Squares are summed in float32 in at least 16 parts, these and 1 / sqrt in float64; n
+ * and y are float32 products. With
  * rounds_norm, n is rounded to x's dtype and y to the wider one of x's and the weight's, as torch's
  * operators do in x.float() ... .type_as(x) * weight; without, neither is. Products of the rotation
  * are float64, each rounded by itself, and so is their sum, which is what complex128 gives; out is

@@ -31,7 +31,7 @@ typedef struct wan_attn_rope_problem {
     int64_t grid_batch_stride, grid_axis_stride;
     int64_t seqlen_offset;
     int has_norm, is_per_head;
-    float eps;
+    double eps;
     wan_attn_dtype n_dtype, y_dtype; /* what n and y are rounded to; F32: they are not */
 } wan_attn_rope_problem;
 

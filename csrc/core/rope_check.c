@@ -135,7 +135,7 @@ static void fill(const wan_attn_rope_params *a, wan_attn_rope_problem *p) {
     p->weight.head_stride = a->is_per_head ? 0 : p->head_dim;
     p->has_norm = a->has_norm != 0;
     p->is_per_head = a->is_per_head != 0;
-    p->eps = (float)a->eps;
+    p->eps = a->eps;
     int is_rounded = a->has_norm && a->rounds_norm;
     p->n_dtype = is_rounded ? p->x.dtype : WAN_ATTN_F32;
     p->y_dtype =

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * rope.c - what the CPU rows of rms_norm_rope share: which angles a token turns by, and who computes
- * which tokens. Knows no instruction set.
+ * rope.c - what the CPU rows of rms_norm_rope share: which angles a token turns by, and who
+ * computes which tokens. Knows no instruction set.
  */
 #include "cpu/rope.h"
 
@@ -9,7 +9,7 @@
 #include "core/util.h"
 #include "cpu/threads.h"
 
-/* Tokens of one task: some hundred KiB of x at Wan's sizes, and small enough to fill all threads. */
+/* Tokens of one task: some hundred KiB of x at Wan's sizes, and few enough to fill all threads. */
 enum { TOKENS = 16 };
 
 /* Elements [first, first + count) of one row of the table. */

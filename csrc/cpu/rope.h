@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
- * rope.h - what the CPU rows of rms_norm_rope share: which angles a token turns by, and who computes
- * which tokens. Knows no instruction set.
+ * rope.h - what the CPU rows of rms_norm_rope share: which angles a token turns by, and who
+ * computes which tokens. Knows no instruction set.
  */
 #ifndef WAN_ATTN_CPU_ROPE_H
 #define WAN_ATTN_CPU_ROPE_H
+
+#include <math.h>
 
 #include "core/rope.h"
 
@@ -26,6 +28,11 @@ int wan_attn_rope_angles(const wan_attn_rope_problem *p, const wan_attn_rope_tok
 /* Whether every head has angles of its own, so that they are asked for again. */
 static inline int wan_attn_rope_has_angles_of_heads(const wan_attn_rope_problem *p) {
     return p->table.data && p->table.head_stride != 0;
+}
+
+/* 1 / sqrt(mean(x^2) + eps), from the sum of the squares of `heads` heads. */
+static inline float wan_attn_rope_scale(const wan_attn_rope_problem *p, double sum, int64_t heads) {
+    return (float)(1.0 / sqrt(sum / (double)(heads * p->head_dim) + p->eps));
 }
 
 /* Calls fn for every token, in some order, on the caller's threads. */

@@ -4,8 +4,6 @@
  * Numerics: float64 products and sums are separate instructions, because a fused one would round
  * once less than the contract says. Measured: nothing yet.
  */
-#include <math.h>
-
 #include "core/util.h"
 #include "cpu/rope.h"
 #include "cpu/target.h"

@@ -4,8 +4,6 @@
  * Numerics: float64 products and sums are separate instructions, because a fused one would round
  * once less than the contract says. Measured: nothing yet.
  */
-#include <math.h>
-
 #include "core/util.h"
 #include "cpu/rope.h"
 
@@ -16,7 +14,6 @@
 #include "cpu/units_neon.h"
 
 static inline units square_add(units sum, units x) { return vfmaq_f32(sum, x, x); }
-static inline float sum_of(units x) { return vaddvq_f32(x); }
 
 static inline units round_units(units x, wan_attn_dtype dtype) {
     if (dtype == WAN_ATTN_F32)

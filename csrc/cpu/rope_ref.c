@@ -7,12 +7,10 @@
  * Who does what: one task is 16 tokens; tokens share nothing but their inputs.
  * Limits: none within the contract. Budget: 4 KiB of stack.
  * Numerics: squares are summed in 32 parts, each of which is a float, so that rounding grows with a
- * part's length. Each product of the rotation stands in a statement of its own: compilers may fuse
- * a product and a sum only within one expression.
+ * part's length; the parts are summed in double. Each product of the rotation stands in a statement
+ * of its own: compilers may fuse a product and a sum only within one expression.
  * Measured: not for speed; it is what the others are compared with.
  */
-#include <math.h>
-
 #include "core/util.h"
 #include "cpu/half.h"
 #include "cpu/rope.h"
@@ -28,7 +26,8 @@ static float rounded_to(float x, wan_attn_dtype dtype) {
 /* 1 / sqrt(mean(x^2) + eps) over the heads [first, first + count) of a token. */
 static float inverse_rms(const wan_attn_rope_problem *p, const wan_attn_rope_token *token,
                          int64_t first, int64_t count) {
-    float x[WAN_ATTN_ROPE_MAX_HEAD_DIM], part[PARTS] = {0}, sum = 0.0f;
+    float x[WAN_ATTN_ROPE_MAX_HEAD_DIM], part[PARTS] = {0};
+    double sum = 0.0;
     for (int64_t h = first; h < first + count; h++) {
         wan_attn_load_floats(x, wan_attn_row_address(&p->x, token->b, token->s, h), p->x.dtype,
                              p->head_dim);
@@ -37,7 +36,7 @@ static float inverse_rms(const wan_attn_rope_problem *p, const wan_attn_rope_tok
     }
     for (int n = 0; n < PARTS; n++)
         sum += part[n];
-    return 1.0f / sqrtf(sum / (float)(count * p->head_dim) + p->eps);
+    return wan_attn_rope_scale(p, sum, count);
 }
 
 /* y = n * weight of one head, in place of x. */

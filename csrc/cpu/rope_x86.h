@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * rope_x86.h - what rope_token.inc asks of x86 beside units_x86.h, but for the rotation. Needs AVX2,
- * FMA and F16C. Knows no kernel.
+ * rope_x86.h - what rope_token.inc asks of x86 beside units_x86.h, but for the rotation. Needs
+ * AVX2, FMA and F16C. Knows no kernel.
  */
 #ifndef WAN_ATTN_CPU_ROPE_X86_H
 #define WAN_ATTN_CPU_ROPE_X86_H
@@ -8,12 +8,6 @@
 #include "cpu/units_x86.h"
 
 static inline units square_add(units sum, units x) { return _mm256_fmadd_ps(x, x, sum); }
-
-static inline float sum_of(units x) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 
 static inline units round_units(units x, wan_attn_dtype dtype) {
     if (dtype == WAN_ATTN_F32)

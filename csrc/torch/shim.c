@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * shim.c - torch.ops.wan_attn.sdpa for CPU and CUDA tensors, and rms_norm_rope for CPU tensors:
- * describes tensors to the C ABI, allocates, turns a status into an exception. The only native file that knows torch, and only
- * through its stable C ABI: one binary serves every torch from 2.9 on. Knows no kernel.
+ * describes tensors to the C ABI, allocates, turns a status into an exception. The only native file
+ * that knows torch, and only through its stable C ABI: one binary serves every torch from 2.9 on.
+ * Knows no kernel.
  *
  * Nothing of torch or libwan_attn is linked: Python finds every function by its name
  * (wan_attn/native/shim.py) and hands over the addresses.

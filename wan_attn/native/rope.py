@@ -186,12 +186,12 @@ def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any)
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     """Torch's own derivative of the op in its operators, which are computed again."""
-    saved = ctx.saved_tensors
+    # Torch leaves out trailing arguments that have their default.
+    operands = list(ctx.saved_tensors)
     with torch.enable_grad():
-        operands = [
-            t.detach().requires_grad_(needed) if t is not None and t.is_floating_point() else t
-            for t, needed in zip(saved, ctx.needs_input_grad, strict=True)
-        ]
+        for i, needed in enumerate(ctx.needs_input_grad):
+            if needed:
+                operands[i] = operands[i].detach().requires_grad_()
         out = rope_in_torch.rms_norm_rope(*operands, **ctx.options)
         wanted = [t for t in operands if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grad_out))

@@ -47,7 +47,10 @@ def _norm(
     round_norm: bool,
 ) -> Tensor:
     dims = (-1,) if per_head else (-2, -1)
-    y = x * torch.rsqrt(x.pow(2).mean(dim=dims, keepdim=True) + eps)
+    # Apple's GPUs have no float64.
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    mean = x.pow(2).mean(dim=dims, keepdim=True, dtype=wide)
+    y = x * torch.rsqrt(mean + eps).float()
     if round_norm:
         y = y.to(dtype)
     if weight is None:
@@ -67,9 +70,7 @@ def _rotate(y: Tensor, table: Tensor, grid_sizes: Tensor | None, offset: int) ->
     return turned if is_rotated is None else torch.where(is_rotated, turned, y.to(wide))
 
 
-def _angles(
-    table: Tensor, grid_sizes: Tensor, seqlen: int, offset: int
-) -> tuple[Tensor, Tensor]:
+def _angles(table: Tensor, grid_sizes: Tensor, seqlen: int, offset: int) -> tuple[Tensor, Tensor]:
     """The table of each token, [batch, seqlen, 1, head_dim], and which tokens the grid has."""
     head_dim = table.shape[1]
     lines = 2 * (head_dim // 2 // 3)
