@@ -112,6 +112,16 @@ VARIABLES: tuple[Variable, ...] = (
         " call or a backend fails.",
     ),
     Variable(
+        "WAN_ATTN_ROPE",
+        "rope",
+        "choice",
+        ("auto", "off"),
+        "auto",
+        "`auto` computes the RMS norm and the rotation of q and k in one pass where a kernel can."
+        " `off` leaves both to the model.",
+        waits_for="the next patch()",
+    ),
+    Variable(
         "WAN_ATTN_LOG",
         "log_level",
         "choice",
@@ -223,6 +233,7 @@ class Settings:
     compile_model: bool = False
     chunk_threshold: int = 1_048_576
     strict: bool = False
+    rope: str = "auto"
     log_level: str = "info"
     cpu_isa: str = "auto"
     binding: str = "auto"

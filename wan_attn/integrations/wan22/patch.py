@@ -21,6 +21,7 @@ from wan_attn.integrations.wan22.adapters import (
     make_flash_attn_func,
 )
 from wan_attn.integrations.wan22.report import PatchReport
+from wan_attn.integrations.wan22.rope_patch import RopePatch
 from wan_attn.request import gate, refuse
 from wan_attn.selection import profile
 from wan_attn.selfcheck import proof
@@ -75,6 +76,10 @@ class _Session:
         self._records: dict[tuple[str, str], object] = {}
         self._flags: dict[str, ModuleType] = {}
         self._compilers: dict[str, compile.CompiledForward] = {}
+        # An attention of the caller's own gets q and k as stock Wan2.2 makes them.
+        has_rope = attention is None and settings.rope == "auto"
+        self._rope = RopePatch(package) if has_rope else None
+        self._why_no_rope = "WAN_ATTN_ROPE=off" if attention is None else "attention is given"
         self._tf32_refusal = tf32.why_not()
         self._tf32 = () if self._tf32_refusal else tf32.allow()
 
@@ -95,6 +100,8 @@ class _Session:
                 self._records[binding.module, binding.attribute] = original
         for name in FLASH_ATTN_FUNC:
             self._take_flash_attn_func(self._module(name))
+        if self._rope is not None:
+            self._rope.sync()
         if self._settings.compile_model:
             self._compile_blocks()
 
@@ -143,6 +150,8 @@ class _Session:
 
     def restore_names(self) -> None:
         """Put back every name that is still ours."""
+        if self._rope is not None:
+            self._rope.restore()
         for (name, attribute), original in self._records.items():
             module = sys.modules.get(name)
             if module is not None and self._is_ours(vars(module).get(attribute)):
@@ -199,6 +208,7 @@ class _Session:
             tf32=self._describe_tf32(),
             compile=self._describe_compile(),
             broken=tuple(self.hook.broken.items()),
+            rope=self._rope.describe() if self._rope else (f"off ({self._why_no_rope})",),
         )
 
     def _describe_tf32(self) -> str:

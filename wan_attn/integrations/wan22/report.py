@@ -30,6 +30,8 @@ class PatchReport:
     compile: str
     broken: tuple[tuple[str, str], ...]
     """Installed packages that failed to load, and why; Wan2.2 took them as absent."""
+    rope: tuple[str, ...] = ()
+    """RMS norm and rotation: what each function of Wan2.2's is now."""
 
     def __str__(self) -> str:
         known = sum(map(len, (self.bindings, self.pending, self.missing, self.foreign)))
@@ -40,5 +42,6 @@ class PatchReport:
         lines += [f"  left alone  {binding}  (is {binding.original})" for binding in self.foreign]
         lines += [f"  flag        {flag} = True" for flag in self.flags]
         lines += [f"  broken      {name}: {reason}" for name, reason in self.broken]
+        lines += [f"  norm, RoPE  {line}" for line in self.rope]
         lines += [f"  TF32        {self.tf32}", f"  compile     {self.compile}"]
         return "\n".join(lines)
