@@ -153,6 +153,21 @@ def test_sequence_parallel_in_two_processes(tmp_path: Path) -> None:
         assert seen["calls"][0].endswith("[72, 30]")
 
 
+def test_norm_and_rotation_are_ours_and_go_back(saw: Callable[..., Any]) -> None:
+    seen = saw("rope")
+    assert len(seen["report"]) == 12
+    assert sum(line.endswith(": wan_attn") for line in seen["report"]) == 10, seen["report"]
+    for name, count in seen["ops"].items():
+        assert count > 0, f"{name} called nothing of ours"
+        bound = 2.0**-7 if name != "wan_model_float32" else 1e-4
+        assert seen["changed"][name]["max"] <= bound * seen["largest"][name], name
+    assert seen["same afterwards"] == list(seen["ops"])
+
+
+def test_a_stock_block_is_one_graph(saw: Callable[..., Any]) -> None:
+    assert saw("rope")["compiled"]["max"] == 0.0
+
+
 def test_compiled_blocks(saw: Callable[..., Any]) -> None:
     seen = saw("import_first")["compiled"]
     for block in ("model.WanAttentionBlock", "s2v.model_s2v.WanS2VAttentionBlock"):

@@ -184,6 +184,65 @@ def ulysses(rank: int, rendezvous: str) -> dict[str, Any]:
     return {"pieces": compare({"ulysses": wan22_models.wan_model_ulysses})}
 
 
+def rope() -> dict[str, Any]:
+    """The fused norm and rotation: the models with it and without, and compiled."""
+    import wan22_models
+
+    names = ("wan_model_as_shipped", "wan_model_converted", "s2v", "animate", "wan_model_float32")
+    pieces = {name: getattr(wan22_models, name) for name in names}
+
+    def outputs() -> dict[str, Tensor]:
+        return {name: run() for name, run in pieces.items()}
+
+    def without() -> dict[str, Tensor]:
+        wan22.patch(attention=wan_attn.flash_attention)
+        found = outputs()
+        wan22.unpatch()
+        return found
+
+    before = without()
+    counted = {name: 0 for name in names}
+    report = wan22.patch()
+    ours = {}
+    for name, run in pieces.items():
+        with torch.profiler.profile() as profile:
+            ours[name] = run()
+        found = [e.count for e in profile.key_averages() if e.key == "wan_attn::rms_norm_rope"]
+        counted[name] = sum(found)
+    compiled = whole_block()
+    wan22.unpatch()
+    after = without()
+    return {
+        "report": list(report.rope),
+        "ops": counted,
+        "changed": {n: error(ours[n], before[n]) for n in names},
+        "largest": {n: float(before[n].abs().max()) for n in names},
+        "same afterwards": [n for n in names if torch.equal(before[n], after[n])],
+        "compiled": compiled,
+    }
+
+
+def whole_block() -> dict[str, Any]:
+    """A stock block as one graph: the largest difference to the same without torch.compile."""
+    import wan22_models
+
+    model = wan22_models.wan_model()
+    given: list[Any] = []
+    block = model.blocks[0]
+    hook = block.register_forward_pre_hook(lambda _, *a: given.append(a), with_kwargs=True)
+    with torch.no_grad():
+        wan22_models.run(model)
+        hook.remove()
+        args, kwargs = given[0]
+        plain = block(*args, **kwargs)
+        harness, torch.amp.autocast = torch.amp.autocast, torch.amp.autocast_mode.autocast
+        try:  # dynamo knows torch's own; without CUDA it does nothing
+            graph = torch.compile(block, fullgraph=True, backend="aot_eager")
+            return error(graph(*args, **kwargs), plain)
+        finally:
+            torch.amp.autocast = harness
+
+
 def wrapped(rank: int, rendezvous: str) -> dict[str, Any]:
     """What trainers do to the patched model: how far output and gradient move, of the largest."""
     wan22_harness.start_gloo(rank, 1, rendezvous)
@@ -236,7 +295,7 @@ def main() -> None:
     torch.set_num_threads(1)
     wan22_harness.prepare()
     arguments = (int(rest[0]), rest[1]) if rest else ()
-    tasks = {f.__name__: f for f in (patch_first, import_first, ulysses, wrapped)}
+    tasks = {f.__name__: f for f in (patch_first, import_first, ulysses, rope, wrapped)}
     Path(result).write_text(json.dumps(tasks[task](*arguments)))
 
 

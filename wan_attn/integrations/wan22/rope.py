@@ -69,11 +69,11 @@ def table_of(freqs: Any, x: Tensor, grid_sizes: Any) -> Tensor | None:
     are others."""
     if type(freqs) is not Tensor or type(grid_sizes) is not Tensor:
         return None
-    is_known = freqs.dtype == torch.complex128 and freqs.dim() == 2 and not freqs.is_conj()
+    is_known = freqs.dtype == torch.complex128 and freqs.dim() == 2
     is_grid = grid_sizes.shape == (x.shape[0], 3) and grid_sizes.dtype in (torch.int32, torch.int64)
     if not is_known or not is_grid or 2 * freqs.shape[1] != x.shape[3] or freqs.stride(1) != 1:
         return None
-    return torch.view_as_real(freqs).flatten(-2)
+    return torch.view_as_real(freqs.resolve_conj()).flatten(-2)
 
 
 def token_table_of(freqs: Any, x: Tensor) -> Tensor | None:
@@ -85,9 +85,10 @@ def token_table_of(freqs: Any, x: Tensor) -> Tensor | None:
     is_same = freqs.shape[0] == batch and freqs.shape[1] == seqlen
     if not is_same or freqs.shape[2] not in (1, heads) or 2 * freqs.shape[3] != head_dim:
         return None
-    if freqs.is_conj() or freqs.stride(3) != 1:
+    if freqs.stride(3) != 1:
         return None
-    return torch.view_as_real(freqs).flatten(-2).expand(batch, seqlen, heads, head_dim)
+    table = torch.view_as_real(freqs.resolve_conj()).flatten(-2)
+    return table.expand(batch, seqlen, heads, head_dim)
 
 
 def fits(grid_sizes: Tensor, seqlen: int) -> bool:

@@ -97,8 +97,10 @@ class RopePatch:
                 lines.append(f"{title}: left alone, {_OTHER}")
             elif name in STAYS:
                 lines.append(f"{title}: stock, {STAYS[name]}")
-            else:
+            elif self._module(name)[0] is None:
                 lines.append(f"{title}: not imported yet")
+            else:
+                lines.append(f"{title}: not in this Wan2.2")
         return tuple(lines)
 
     def _module(self, name: str) -> tuple[ModuleType | None, str]:
