@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wan_attn import log
-from wan_attn.integrations import _diffusers_backend
+from wan_attn import config, log
+from wan_attn.integrations import _diffusers_backend, _diffusers_layers
 from wan_attn.integrations import diffusers as wan_diffusers
 
 diffusers = pytest.importorskip("diffusers", reason="needs the packages of the extra `demo`")
@@ -97,6 +97,36 @@ def test_output_is_that_of_the_stock_processor(
     assert_same(predict(model, inputs), stock)
     assert sorted(calls) == sorted(MODELS[name][3])
     assert wan_diffusers.disable(model) == MODELS[name][2]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_norm_and_rotation_are_one_op(name: str, binding: str) -> None:
+    """Two for each self-attention and cross-attention: face blocks have a norm of their own."""
+    if binding == "torch":
+        pytest.skip("computed by torch: there is no kernel to fuse with")
+    model, inputs = make(name)
+    wan_diffusers.enable(model)
+    with torch.profiler.profile() as profile:
+        predict(model, inputs)
+    wan_diffusers.disable(model)
+    found = sum(e.count for e in profile.key_averages() if e.key == "wan_attn::rms_norm_rope")
+    blocks = [*model.blocks, *getattr(model, "vace_blocks", [])]
+    layers = sum(hasattr(b, "attn1") + hasattr(b, "attn2") for b in blocks)
+    rotates = diffusers.__version__ >= "0.35"
+    assert found == (2 * layers if rotates else found)
+
+
+def test_the_table_of_angles_is_made_once_and_anew_when_they_change() -> None:
+    cos, sin = torch.randn(2, 1, 6, 1, 8).unbind(0)
+    first = _diffusers_layers._table(cos, sin)
+    assert torch.equal(first[..., 0::2], cos[..., 0::2])
+    assert torch.equal(first[..., 1::2], sin[..., 1::2])
+    assert _diffusers_layers._table(cos, sin) is first
+    assert _diffusers_layers._table(cos.clone(), sin) is not first
+    again = _diffusers_layers._table(cos, sin)
+    cos.zero_()
+    assert torch.equal(_diffusers_layers._table(cos, sin)[..., 0::2], cos[..., 0::2])
+    assert not torch.equal(again[..., 0::2], cos[..., 0::2])
 
 
 def test_a_wrong_function_shows() -> None:
@@ -305,7 +335,7 @@ def test_a_registry_that_changes_is_left_as_it_was(
 # ---- a pipeline
 
 
-def test_a_whole_denoise_by_both_routes(lines: Any) -> None:
+def test_a_whole_denoise_by_both_routes(lines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline()
     stock = denoise(pipe)
     truth = denoise(pipeline(torch.float64)).double()
@@ -322,9 +352,18 @@ def test_a_whole_denoise_by_both_routes(lines: Any) -> None:
 
     if not hasattr(pipe.transformer, "set_attention_backend"):
         return  # diffusers before 0.35 has the one route only
+    # A backend gets q and k when norm and rotation are done.
+    monkeypatch.setenv("WAN_ATTN_ROPE", "off")
+    config.refresh()
+    wan_diffusers.enable(pipe)
+    attention_alone = denoise(pipe)
+    wan_diffusers.disable(pipe)
+    monkeypatch.undo()
+    config.refresh()
+    assert not torch.equal(attention_alone, ours)
     wan_diffusers.register_backend()
     pipe.transformer.set_attention_backend("wan_attn")
-    assert torch.equal(denoise(pipe), ours)
+    assert torch.equal(denoise(pipe), attention_alone)
     assert wan_diffusers.disable(pipe) == 4
     wan_diffusers.unregister_backend()
     assert torch.equal(denoise(pipe), stock)

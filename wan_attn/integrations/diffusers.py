@@ -8,6 +8,7 @@ _diffusers_backend.py. Importing this file imports neither diffusers nor transfo
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import weakref
@@ -56,6 +57,8 @@ class _Processor(ABC):
         self.replaced = replaced
         self.function = function
         self._is_overruled = False
+        may_fuse = config.current().rope == "auto"
+        self.norm_and_rotate = functools.partial(_around.norm_and_rotate, may_fuse=may_fuse)
 
     @property
     def _attention_backend(self) -> Any:
@@ -124,10 +127,9 @@ class _WanProcessor(_Processor):
         if layer.add_k_proj is not None and context is not None:
             image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
         query, key, value = _around.project(layer, hidden_states, context)
-        query, key = layer.norm_q(query), layer.norm_k(key)
-        query, key, value = (x.unflatten(2, (layer.heads, -1)) for x in (query, key, value))
-        if rotary_emb is not None:
-            query, key = (_around.rotate(x, rotary_emb) for x in (query, key))
+        query = self.norm_and_rotate(layer.norm_q, query, layer.heads, rotary_emb)
+        key = self.norm_and_rotate(layer.norm_k, key, layer.heads, rotary_emb)
+        value = value.unflatten(2, (layer.heads, -1))
         out = self.function(query, key, value).flatten(2).type_as(query)
         if image is not None:
             key, value = _around.project_image(layer, image)

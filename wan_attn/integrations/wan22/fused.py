@@ -14,18 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_attn.integrations.wan22.rope import (
-    FLOATS,
-    HALF,
-    Function,
-    fits,
-    is_plain,
-    rms_norm_rope,
-    table_of,
-    takes,
-    token_table_of,
-    world,
-)
+from wan_attn.integrations._rope import FLOATS, HALF, is_plain, rms_norm_rope, takes
+from wan_attn.integrations.wan22.rope import Function, fits, table_of, token_table_of, world
 
 Norms = dict[type, Function]
 """The classes of norms that are Wan2.2's, and the forward of ours that each has now."""

@@ -10,58 +10,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wan_attn import log
-from wan_attn.native import op
+from wan_attn.integrations._rope import FLOATS, MAX_HEAD_DIM, is_plain, rms_norm_rope, takes
 
 Function = Callable[..., Any]
-
-HALF = (torch.float16, torch.bfloat16)
-FLOATS = (torch.float32, *HALF)
-_MAX_HEAD_DIM = 256
-
-
-def rms_norm_rope(*operands: Any, **options: Any) -> Tensor:
-    """torch.ops.wan_attn.rms_norm_rope, and a line in the log that says so."""
-    dtype = options["dtype"]
-    log.traced(
-        logging.INFO,
-        f"RMS norm and RoPE: wan_attn, one pass, into {str(dtype).removeprefix('torch.')}",
-    )
-    result: Tensor = torch.ops.wan_attn.rms_norm_rope(*operands, **options)
-    return result
-
-
-def why_not(*tensors: Tensor | None) -> str | None:
-    """Why our kernels do not take a call with these operands; None: they do."""
-    if op.binding() == "torch":
-        return f"no native library: {op.binding_reason()}"
-    for x in tensors:
-        if x is None:
-            continue
-        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-            return f"an operand is a {type(x).__name__}"
-        if x.device.type != "cpu":
-            return f"no kernel for {x.device.type} yet"
-        if x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
-            return "an operand has gaps between its elements"
-        if x.requires_grad and torch.is_grad_enabled():
-            return "a gradient is wanted"
-    return None
-
-
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether our kernels take the call; if not, the log says why, once."""
-    why = why_not(*tensors)
-    if why is not None:
-        log.traced(logging.INFO, f"RMS norm and RoPE: stock Wan2.2's ({why})")
-    return why is None
 
 
 def table_of(freqs: Any, x: Tensor, grid_sizes: Any) -> Tensor | None:
@@ -145,19 +102,9 @@ def make_token_rope_apply(original: Function) -> Function:
     return rope_apply
 
 
-def is_plain(x: Any) -> bool:
-    return (
-        type(x) is Tensor
-        and x.dim() == 4
-        and x.dtype in FLOATS
-        and 0 < x.shape[3] <= _MAX_HEAD_DIM
-        and x.shape[2] > 0
-    )
-
-
 def _head_dim_for(size: int) -> int | None:
     """Any will do for a norm over all heads: the longest that a kernel takes."""
-    return next((d for d in range(_MAX_HEAD_DIM, 7, -1) if size % d == 0), None)
+    return next((d for d in range(MAX_HEAD_DIM, 7, -1) if size % d == 0), None)
 
 
 def make_norm_forward(original: Function) -> Function:

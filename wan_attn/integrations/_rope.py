@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""_rope.py - torch.ops.wan_attn.rms_norm_rope for integrations: which calls it takes, and a line in
+the log for those that it does and for those that it does not."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan_attn import log
+from wan_attn.native import op
+
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, *HALF)
+MAX_HEAD_DIM = 256
+
+
+def rms_norm_rope(*operands: Any, **options: Any) -> Tensor:
+    """torch.ops.wan_attn.rms_norm_rope, and a line in the log that says so."""
+    dtype = options["dtype"]
+    log.traced(
+        logging.INFO,
+        f"RMS norm and RoPE: wan_attn, one pass, into {str(dtype).removeprefix('torch.')}",
+    )
+    result: Tensor = torch.ops.wan_attn.rms_norm_rope(*operands, **options)
+    return result
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """Why our kernels do not take a call with these operands; None: they do."""
+    if op.binding() == "torch":
+        return f"no native library: {op.binding_reason()}"
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            return f"an operand is a {type(x).__name__}"
+        if x.device.type != "cpu":
+            return f"no kernel for {x.device.type} yet"
+        if x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
+            return "an operand has gaps between its elements"
+        if x.requires_grad and torch.is_grad_enabled():
+            return "a gradient is wanted"
+    return None
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether our kernels take the call; if not, the log says why, once."""
+    why = why_not(*tensors)
+    if why is not None:
+        log.traced(logging.INFO, f"RMS norm and RoPE: the model's own ({why})")
+    return why is None
+
+
+def is_plain(x: Any) -> bool:
+    """Whether it is [batch, seqlen, heads, head_dim] as the op takes it."""
+    return (
+        type(x) is Tensor
+        and x.dim() == 4
+        and x.dtype in FLOATS
+        and 0 < x.shape[3] <= MAX_HEAD_DIM
+        and x.shape[2] > 0
+    )
