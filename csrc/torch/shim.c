@@ -16,12 +16,6 @@
 #include "torch/torch_abi.h"
 #include "wan_attn.h"
 
-#if defined(_WIN32)
-#define SHIM_API __declspec(dllexport)
-#else
-#define SHIM_API __attribute__((visibility("default")))
-#endif
-
 #if defined(_MSC_VER)
 #define PER_THREAD __declspec(thread)
 #else
@@ -248,7 +242,7 @@ static void sdpa(torch_value *stack, uint64_t num_inputs, uint64_t num_outputs) 
 }
 
 /* The functions that wan_attn_shim_configure wants, one name a line; ? before an optional one. */
-SHIM_API const char *wan_attn_shim_wants(void) {
+WAN_ATTN_API const char *wan_attn_shim_wants(void) {
 #define REQUIRED_NAME(result, name, parameters) #name "\n"
 #define OPTIONAL_NAME(result, name, parameters) "?" #name "\n"
     return WAN_ATTN_SHIM_REQUIRED(REQUIRED_NAME) WAN_ATTN_SHIM_OPTIONAL(OPTIONAL_NAME);
@@ -256,8 +250,8 @@ SHIM_API const char *wan_attn_shim_wants(void) {
 
 /* Sets these functions, in that order, and where the allowed CPU features stand. To be called
  * before the op is registered, and again in a child of fork. */
-SHIM_API void wan_attn_shim_configure(const wan_attn_shim_functions *functions,
-                                      const uint32_t *allowed_cpu_features) {
+WAN_ATTN_API void wan_attn_shim_configure(const wan_attn_shim_functions *functions,
+                                          const uint32_t *allowed_cpu_features) {
     torch = *functions;
     cpu_features = allowed_cpu_features;
     cpu_code = torch.aoti_torch_device_type_cpu();
@@ -272,10 +266,10 @@ SHIM_API void wan_attn_shim_configure(const wan_attn_shim_functions *functions,
 }
 
 /* The row that the last call of this thread ran; -1: there was none. */
-SHIM_API int32_t wan_attn_shim_last_kernel(void) { return last_kernel; }
+WAN_ATTN_API int32_t wan_attn_shim_last_kernel(void) { return last_kernel; }
 
 /* Registers the op for CPU and CUDA as long as the process lives. 0, or torch has refused. */
-SHIM_API int32_t wan_attn_shim_register(void) {
+WAN_ATTN_API int32_t wan_attn_shim_register(void) {
     static const char *const KEYS[] = {"CPU", "CUDA"};
     for (int i = 0; i < 2; i++) {
         torch_library library = NULL; /* never deleted: that would take the op away */
