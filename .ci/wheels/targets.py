@@ -37,8 +37,6 @@ class Target(NamedTuple):
             flags.append("-fcf-protection=full")
         elif self.system == "linux":
             flags.append("-mbranch-protection=standard")
-        elif self.system == "win32":
-            flags.append("-mguard=cf")
         return flags
 
     def link_flags(self, library: str) -> list[str]:
