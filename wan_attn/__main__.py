@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "wan_attn.cli.doctor",
         "what works on this machine, a self-test, and what to do next",
     ),
+    "verify": (
+        "wan_attn.cli.verify",
+        "whether the installed files are those that were built, and from which commit",
+    ),
     "why": ("wan_attn.cli.why", "what would compute one attention call, and why not the others"),
     "compile": ("wan_attn.cli.compile", "compile the CUDA kernels of a GPU before it needs them"),
     "prove": (
@@ -117,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code. Bad arguments end in SystemExit(2), as in argparse."""
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = words[0] if words and words[0] in COMMANDS else None
-    if wan_attn._import_error is not None and chosen not in (None, "doctor"):
+    if wan_attn._import_error is not None and chosen not in (None, "doctor", "verify"):
         reason = f"{wan_attn._import_error}; `wan-attn doctor` says more"
         _parser(None)[0].error(f"wan_attn cannot be used here: {reason}")
     parser, command = _parser(chosen)
