@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import lief
-
 from wheels.targets import TARGETS, Target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +130,9 @@ def library_problems(data: bytes, target: Target, stem: str) -> Iterator[str]:
         library = library.at(0)
     header = library.header
     machine = next(
-        plain(getattr(header, n)) for n in ("machine_type", "machine", "cpu_type") if hasattr(header, n)
+        plain(getattr(header, n))
+        for n in ("machine_type", "machine", "cpu_type")
+        if hasattr(header, n)
     )
     if machine not in {plain(name) for name in MACHINES[target.machine]}:
         yield f"is for {machine}"
