@@ -98,7 +98,7 @@ PYTHON_LAYERS = [
     {""},
     {"doctor"},
     {"bench"},
-    {"demo"},
+    {"demo", "check"},
     {"cli"},
     {"__main__"},
 ]

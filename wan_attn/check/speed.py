@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""speed.py - how fast our rows are beside everything else that is installed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+
+from wan_attn.bench import facts, kernels, peers
+from wan_attn.bench.report import Report, as_dict
+from wan_attn.bench.timing import describe_failure
+from wan_attn.check.calls import Detail
+from wan_attn.check.real import case
+from wan_attn.check.target import Target, label
+from wan_attn.log import DTYPES, dtype_name
+from wan_attn.transient import is_out_of_memory
+
+WHOLE_S = 75.0  # more than this for one shape and dtype is left out: other checks wait
+ROUNDS = 6  # of every candidate where calls are long: warm-up, three rounds, error, memory
+
+_matmul: dict[torch.dtype, float] = {}
+
+
+def measure_matmul(target: Target, kernel: None, _: str) -> Detail:
+    """The peak that torch's own matrix product reaches here, TFLOP/s by dtype."""
+    clock = target.clock()
+    for dtype in target.sizes.products:
+        seconds = min(1.5, target.sizes.seconds)
+        _matmul[dtype] = facts.matmul_tflops(target.device, dtype, clock, seconds)
+    return {dtype_name(dtype): value for dtype, value in _matmul.items()}
+
+
+def measure_speed(
+    target: Target, kernel: None, argument: str, announce: Callable[[str], None] = lambda name: None
+) -> Detail:
+    """Every candidate on one real call, in turn: times, errors, memory beside the operands.
+
+    Args:
+        argument: the shape's name and the dtype: ti2v-5b-720p/bf16.
+        announce: is told each candidate before it runs for the first time, as it may be the last.
+    """
+    case.cache_clear()
+    target.drop_memory()
+    name, _, word = argument.partition("/")
+    call, dtype = target.sizes.find(name), DTYPES[word]
+    candidates = target.peers()
+    seconds = len(candidates) * ROUNDS * _one_call(target, candidates, name, dtype)
+    if seconds > WHOLE_S:
+        return {"skipped": f"would take about {seconds:.0f} s on this device"}
+    broken: dict[str, str] = {}
+    watched = [_watched(peer, announce, broken) for peer in candidates]
+    before = target.state()
+    report = Report("check", label(call), kernels.COLUMNS)
+    kernels.measure_case(
+        report, watched, call, dtype, target.device, target.clock(),
+        matmul=_matmul.get(dtype, 0.0), seconds=target.sizes.seconds,
+    )  # fmt: skip
+    after = target.state()
+    plain = as_dict(report)
+    for row in plain["rows"]:
+        row["samples_ms"] = row["samples_ms"][:20]  # more would make the file large
+    return {
+        "title": report.title,
+        "shape": call.shape,
+        "dtype": word,
+        "rows": plain["rows"],
+        "skipped_peers": {entry["what"]: entry["reason"] for entry in plain["skipped"]},
+        "broken": {name: why for name, why in broken.items() if name in _ours(candidates)},
+        "before": asdict(before)["values"],
+        "after": asdict(after)["values"],
+        "throttled": sorted({*before.throttled, *after.throttled}),
+    }
+
+
+def _ours(candidates: list[peers.Peer]) -> list[str]:
+    return [peer.name for peer in candidates if peer.is_ours]
+
+
+def _one_call(target: Target, candidates: list[peers.Peer], name: str, dtype: torch.dtype) -> float:
+    """Seconds of one call by torch's own choice; 0 if that fails: then others say why."""
+    torchs = next(peer for peer in candidates if peer.name == peers.BASELINE)
+    try:
+        operands = kernels.operands(target.sizes.find(name), dtype, None, target.device)
+        with torch.inference_mode():
+            torchs.run(*(x[:, :128] for x in operands))
+            target.synchronize()
+            start = time.perf_counter()
+            torchs.run(*operands)
+            target.synchronize()
+        return time.perf_counter() - start
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return 0.0
+        raise
+
+
+def _watched(
+    peer: peers.Peer, announce: Callable[[str], None], broken: dict[str, str]
+) -> peers.Peer:
+    """The same, saying when it begins, and keeping what it raised."""
+    known = False
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        nonlocal known
+        if not known:
+            known = True
+            announce(peer.name)
+        try:
+            return peer.run(query, key, value)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                broken[peer.name] = describe_failure(error)
+            raise
+
+    return replace(peer, run=run)
