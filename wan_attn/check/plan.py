@@ -5,7 +5,7 @@ then knows the most."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wan_attn.check import calls, programs, real, sanitizer, speed
 from wan_attn.check.calls import Detail
@@ -48,8 +48,8 @@ class Item:
         return " ".join(word for word in (self.step, self.kernel, self.argument) if word)
 
 
-def make(target: Target, steps: Collection[str] = (), rows: Collection[str] = ()) -> list[Item]:
-    """Everything, or these steps, for these rows of the kernel table."""
+def make(target: Target, steps: Collection[str] = ()) -> list[Item]:
+    """Everything, or these steps."""
     names = [kernel.name for kernel in target.kernels()]
     shapes = [call.name for call in target.sizes.shapes]
     items = each("small", names, 60.0)
@@ -60,10 +60,9 @@ def make(target: Target, steps: Collection[str] = (), rows: Collection[str] = ()
     items += each("offsets", names, 60.0)
     items += [Item("sanitizer", argument=tool, limit_s=150.0) for tool in sanitizer.TOOLS]
     return [
-        item
+        replace(item, limit_s=item.limit_s * target.patience)
         for item in items
         if (not steps or item.step in steps)
-        and (not rows or not item.kernel or item.kernel.partition("/")[0] in rows)
         and (target.has_streams or item.step not in ON_GPU_ONLY)
     ]
 

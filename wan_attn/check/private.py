@@ -21,7 +21,7 @@ COMMON = {
 NAME_MIN = 3  # letters; shorter ones are within too many words
 
 # An absolute path of at least one folder; the last part stays.
-_FOLDERS = re.compile(r"(?<![\w.:/\\~])(?:~|[A-Za-z]:)?[\\/](?:[^\\/\s'\":;,()]+[\\/])+")
+_FOLDERS = re.compile(r"(?<![\w.:/\\~])(?:~|[A-Za-z]:)?[\\/]+(?:[^\\/\s'\":;,()]+[\\/]+)+")
 
 
 @functools.cache

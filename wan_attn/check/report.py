@@ -99,7 +99,7 @@ def _cell(states: list[str]) -> str:
     return "ok" if ran == len(states) else f"ok {ran}/{len(states)}"
 
 
-def table_of_times(results: Results, detail: dict[str, Any]) -> list[list[str]]:
+def table_of_times(detail: dict[str, Any]) -> list[list[str]]:
     """A row of SPEED_COLUMNS for each candidate, the fastest first."""
     base = best_of_torch(detail)
     rows = []
@@ -117,16 +117,26 @@ def clocks(detail: dict[str, Any]) -> list[str]:
     said = [
         f"{name} {value:g} -> {after[name]:g}" for name, value in before.items() if name in after
     ]
-    lines = [f"before -> after: {', '.join(said)}"] if said else []
-    if detail["throttled"]:
-        lines.append(f"the GPU held its clock down: {', '.join(detail['throttled'])}")
-    return lines
+    return [*([f"before -> after: {', '.join(said)}"] if said else []), *detail["notes"]]
+
+
+def not_timed(results: Results) -> list[str]:
+    """Candidates without a time, each reason once, with its calls unless it is so for all."""
+    places: dict[tuple[str, str], list[str]] = {}
+    speeds = results.speeds()
+    for item in speeds:
+        for name, why in item["detail"]["skipped_peers"].items():
+            places.setdefault((name, why), []).append(item["argument"])
+    return [
+        f"{name} not timed: {why}" + ("" if len(at) == len(speeds) else f" ({', '.join(at)})")
+        for (name, why), at in places.items()
+    ]
 
 
 def peak(results: Results) -> str:
     """What torch's matrix product reaches; "": not measured."""
     for item in results.items():
-        if item["step"] == "matmul" and item["state"] == PASSED:
+        if item["step"] == "matmul" and item["state"] == PASSED and item["detail"]:
             said = ", ".join(f"{name} {value:.3g}" for name, value in item["detail"].items())
             return f"torch's own matrix product reaches {said} TFLOP/s here"
     return ""
@@ -168,18 +178,19 @@ def as_markdown(results: Results) -> str:
     lines += [f"- {_escape(text)}" for text in other_lines(results)] + [""]
     lines += ["## Speed", "", peak(results), ""]
     for item in results.speeds():
-        lines += _speed(results, item["detail"])
-    lines += ["<details><summary>everything, as JSON</summary>", "", "```json"]
+        lines += _speed(item["detail"])
+    lines += [f"- {_escape(text)}" for text in not_timed(results)]
+    lines += ["", "<details><summary>everything, as JSON</summary>", "", "```json"]
     lines += [json.dumps(found, indent=None, allow_nan=False), "```", "", "</details>", ""]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
-def _speed(results: Results, detail: dict[str, Any]) -> list[str]:
-    lines = [f"### {detail['title']} {detail['dtype']} ({detail['shape']})", ""]
+def _speed(detail: dict[str, Any]) -> list[str]:
+    shape = "" if detail["shape"] in detail["title"] else f" ({detail['shape']})"
+    lines = [f"### {detail['title']} {detail['dtype']}{shape}", ""]
     heads = [column.heading for column in SPEED_COLUMNS]
-    lines += [*_markdown(heads, table_of_times(results, detail)), ""]
+    lines += [*_markdown(heads, table_of_times(detail)), ""]
     lines += [f"- {_escape(text)}" for text in clocks(detail)]
-    lines += [f"- {name}: {_escape(why)}" for name, why in detail["skipped_peers"].items()]
     return [*lines, ""]
 
 
@@ -204,6 +215,8 @@ def as_text(results: Results) -> str:
     if bad := problems(results):
         lines += [console.heading("wrong"), *(console.wrap(text, "  - ", "    ") for text in bad)]
     lines += [console.heading("speed", peak(results)), _times(results)]
+    notes = dict.fromkeys(note for item in results.speeds() for note in item["detail"]["notes"])
+    lines += [console.wrap(text, "  - ", "    ") for text in (*notes, *not_timed(results))]
     if results.no_gpu:
         lines.append(console.heading("no GPU was checked", results.no_gpu))
     return "\n".join(lines).lstrip("\n")

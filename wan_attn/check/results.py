@@ -140,7 +140,7 @@ def _headline(results: Results) -> str:
     ours, torchs = best_of_ours(results, detail), best_of_torch(detail)
     said = f"{detail['title']} {detail['dtype']}"
     if ours is None:
-        return f"{said}: none of ours was timed"
+        return f"{said}: no right kernel of ours was timed"
     said += f" {ours['p50_ms']:.4g} ms"
     if torchs is not None:
         times = torchs["p50_ms"] / ours["p50_ms"]

@@ -32,10 +32,11 @@ class Scope:
     only: str = ""
     rows: str = ""
 
-    def words(self, start: int, left: float) -> list[str]:
-        """What a worker is told, to begin with item `start`."""
+    def words(self, start: int, left: float, without: Sequence[str]) -> list[str]:
+        """What a worker is told, to begin with item `start`; see worker.py."""
         said = ["--device", str(self.device), f"--start={start}", f"--seconds={left:.1f}"]
-        return [*said, f"--only={self.only}", f"--rows={self.rows}"]
+        without_them = f"--without={','.join(without)}"
+        return [*said, f"--only={self.only}", f"--rows={self.rows}", without_them]
 
 
 def make_command(words: Sequence[str]) -> list[str]:
@@ -60,6 +61,7 @@ class Run:
         self.began = time.monotonic()
         self.current: int | None = None  # the item that runs
         self.at = ""  # the candidate that runs within it
+        self.deadly: list[str] = []  # kernels and candidates that ended a worker: not run again
 
     def left(self) -> float:
         """Seconds in which an item may still begin."""
@@ -73,7 +75,8 @@ class Run:
         """
         start, is_over = 0, False
         while not is_over and self.left() > 0:
-            worker = child.Child(make_command(self.scope.words(start, self.left())))
+            words = self.scope.words(start, self.left(), self.deadly)
+            worker = child.Child(make_command(words))
             try:
                 start, is_over = self._follow(worker, start)
             finally:
@@ -104,6 +107,8 @@ class Run:
             elif "at" in said:
                 self.at = str(said["at"])
             elif "end" in said:
+                if said["is_lost"]:
+                    self.deadly.append(self._guilty())
                 self._end(said["problem"], said["detail"], said["seconds"])
                 start, has_said, limit = int(said["end"]) + 1, True, STARTUP_S
                 if said["is_lost"]:
@@ -125,10 +130,17 @@ class Run:
         self.current = None
         self.listener(self.results, None)
 
+    def _guilty(self) -> str:
+        """The kernel or the candidate that runs, as sdpa_sm80_d128/bf16 or fa3/bf16."""
+        assert self.current is not None
+        item = self.results.plan[self.current]
+        return str(item["kernel"] or f"{self.at}/{item['argument'].rpartition('/')[2]}")
+
     def _blame(self, words: str, seconds: float) -> int:
         """Says of the current item how it ended the worker; the next one."""
         assert self.current is not None
         following = self.current + 1
+        self.deadly.append(self._guilty())
         self._end(words + (f", while {self.at} ran" if self.at else ""), {}, seconds)
         return following
 

@@ -35,7 +35,8 @@ def run_sanitizer(target: Target, kernel: None, tool: str) -> Detail:
     if program is None:
         return {"skipped": "compute-sanitizer is not installed"}
     words = [program, f"--tool={tool}", f"--error-exitcode={ERROR_CODE}"]
-    words += make_command(["--device", str(target.where), "--touch"])
+    chosen = [f"--rows={','.join(target.only)}", f"--without={','.join(target.without)}"]
+    words += make_command(["--device", str(target.where), *chosen, "--touch"])
     try:
         answer = subprocess.run(
             words, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False
@@ -52,7 +53,8 @@ def run_sanitizer(target: Target, kernel: None, tool: str) -> Detail:
 def touch(target: Target) -> None:
     """What the sanitizer watches: one call of every kernel."""
     for kernel in target.kernels():
-        _touch(target, kernel)
+        if kernel.name not in target.without:
+            _touch(target, kernel)
     target.synchronize()
 
 

@@ -18,6 +18,7 @@ from wan_attn.check.real import case
 from wan_attn.check.target import Target, label
 from wan_attn.log import DTYPES, dtype_name
 from wan_attn.transient import is_out_of_memory
+from wan_attn.workloads import Workload
 
 WHOLE_S = 75.0  # more than this for one shape and dtype is left out: other checks wait
 ROUNDS = 6  # of every candidate where calls are long: warm-up, three rounds, error, memory
@@ -47,7 +48,7 @@ def measure_speed(
     target.drop_memory()
     name, _, word = argument.partition("/")
     call, dtype = target.sizes.find(name), DTYPES[word]
-    candidates = target.peers()
+    candidates = _candidates(target, call, dtype)
     seconds = len(candidates) * ROUNDS * _one_call(target, candidates, name, dtype)
     if seconds > WHOLE_S:
         return {"skipped": f"would take about {seconds:.0f} s on this device"}
@@ -72,8 +73,23 @@ def measure_speed(
         "broken": {name: why for name, why in broken.items() if name in _ours(candidates)},
         "before": asdict(before)["values"],
         "after": asdict(after)["values"],
-        "throttled": sorted({*before.throttled, *after.throttled}),
+        "notes": facts.warnings_of(before, after, target.where),
     }
+
+
+def _candidates(target: Target, call: Workload, dtype: torch.dtype) -> list[peers.Peer]:
+    """All but rows that are made for other calls, and what has ended a worker."""
+    able = {
+        kernel.row.name
+        for kernel in target.kernels()
+        if kernel.dtype == dtype and target.why_not(kernel, call) is None
+    }
+    return [
+        peer
+        for peer in target.candidates()
+        if (not peer.is_ours or peer.name in able)
+        and f"{peer.name}/{dtype_name(dtype)}" not in target.without
+    ]
 
 
 def _ours(candidates: list[peers.Peer]) -> list[str]:
@@ -82,7 +98,9 @@ def _ours(candidates: list[peers.Peer]) -> list[str]:
 
 def _one_call(target: Target, candidates: list[peers.Peer], name: str, dtype: torch.dtype) -> float:
     """Seconds of one call by torch's own choice; 0 if that fails: then others say why."""
-    torchs = next(peer for peer in candidates if peer.name == peers.BASELINE)
+    torchs = next((peer for peer in candidates if peer.name == peers.BASELINE), None)
+    if torchs is None:
+        return 0.0
     try:
         operands = kernels.operands(target.sizes.find(name), dtype, None, target.device)
         with torch.inference_mode():

@@ -113,18 +113,29 @@ class Target:
         where: the device as the kernel table is asked about it.
         device: where operands must be.
         has_streams: work may be queued: graphs, streams, a device that may be lost.
+        only: names of the rows under test; empty: all that the device can run.
+        without: kernels and candidates that are not run again: sdpa_sm80_d128/bf16, fa3/bf16.
+        patience: a factor of every item's limit.
     """
+
+    patience = 1.0
 
     def __init__(self, card: Card, where: torch.device, sizes: Sizes) -> None:
         self.card, self.where, self.sizes = card, where, sizes
         self.device = card.device()
         self.has_streams = where.type == "cuda"
+        self.only: tuple[str, ...] = ()
+        self.without: tuple[str, ...] = ()
 
     def kernels(self) -> list[Kernel]:
-        """All that the device can run, best first."""
+        """All under test, best first."""
         return [Kernel(row, dtype) for row in self.rows() for dtype in row.dtypes]
 
     def rows(self) -> list[op.KernelInfo]:
+        """The rows under test."""
+        return [row for row in self.able() if not self.only or row.name in self.only]
+
+    def able(self) -> list[op.KernelInfo]:
         """The rows of the kernel table that the device can run."""
         return [
             row
@@ -180,10 +191,15 @@ class Target:
         """What times calls here."""
         return clock_for(self.device)
 
-    def peers(self) -> list[peers.Peer]:
-        """All that can compute a call here and is worth timing, ours first."""
+    def candidates(self) -> list[peers.Peer]:
+        """All that can compute a call here and is worth timing, the rows under test first."""
+        rows = [row.name for row in self.rows()]
         found = peers.choose(peers.all_peers(self.device), None)
-        return [peer for peer in found if peer.name not in SLOW_PEERS]
+        return [
+            peer
+            for peer in found
+            if (peer.name in rows if peer.is_ours else peer.name not in SLOW_PEERS)
+        ]
 
     def environment(self) -> dict[str, Any]:
         """What a figure depends on; see facts.environment()."""

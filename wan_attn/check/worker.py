@@ -34,21 +34,20 @@ def main(argv: Sequence[str], make_target: Callable[[torch.device], Target] = of
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--only", default="")
     parser.add_argument("--rows", default="")
+    parser.add_argument("--without", default="", help="what ended a worker before")
     parser.add_argument("--touch", action="store_true")
     options = parser.parse_args(argv)
     proof_child.allow_all()
     target = make_target(options.device)
     with torch.no_grad():
+        target.only, target.without = words(options.rows), words(options.without)
         if options.touch:
             sanitizer.touch(target)
             return 0
-        only, rows = (
-            [word for word in text.split(",") if word] for text in (options.only, options.rows)
-        )
-        items = plan.make(target, only, rows)
+        items = plan.make(target, words(options.only))
         child.say(
             plan=[asdict(item) for item in items],
-            kernels=kernels_of(target, rows),
+            kernels=[kernel.name for kernel in target.kernels()],
             shapes={call.name: label(call) for call in target.sizes.shapes},
             environment=target.environment(),
             state=asdict(target.state()),
@@ -57,9 +56,9 @@ def main(argv: Sequence[str], make_target: Callable[[torch.device], Target] = of
     return 0
 
 
-def kernels_of(target: Target, rows: Sequence[str]) -> list[str]:
-    """Names of the kernels that a verdict is about."""
-    return [kernel.name for kernel in target.kernels() if not rows or kernel.row.name in rows]
+def words(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(word for word in text.split(",") if word)
 
 
 def work(target: Target, items: list[Item], start: int, seconds: float) -> None:
@@ -72,7 +71,10 @@ def work(target: Target, items: list[Item], start: int, seconds: float) -> None:
             return
         child.say(begin=number)
         at = time.perf_counter()
-        detail, problem, is_lost = _try(target, item, kernels.get(item.kernel), number)
+        if item.kernel in target.without:
+            detail, problem, is_lost = {"skipped": "it has ended a process before"}, "", False
+        else:
+            detail, problem, is_lost = _try(target, item, kernels.get(item.kernel), number)
         took = round(time.perf_counter() - at, 3)
         child.say(end=number, problem=problem, detail=detail, seconds=took, is_lost=is_lost)
         if is_lost:

@@ -49,8 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the report goes (default: wan_attn-check-DEVICE.md in this folder)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    # What bench_options.device() reads beside --device and --seconds.
-    parser.set_defaults(rounds=None, threads=None, cpu_time=False)
     parser.epilog = (
         "Kernels run in other processes: one that hangs or crashes costs its own item. The report"
         " is written after every item. It names no user, no machine and no folder. Exit code: 0"
@@ -95,10 +93,10 @@ def _scope(args: argparse.Namespace) -> tuple[run.Scope, str]:
     """What is asked for, and why no GPU is checked."""
     if op.binding() == "torch":
         raise BadOption(f"the native library is not used: {op.binding_reason()}")
+    if not args.seconds > 0:
+        raise BadOption(f"--seconds must be above 0, got {args.seconds:g}")
     no_gpu = _why_no_gpu()
-    if args.device is None and no_gpu:
-        args.device = "cpu"
-    device = bench_options.device(args)
+    device = bench_options.named_device("cpu" if no_gpu and not args.device else args.device)
     if device.type == "cuda" and no_gpu:
         raise BadOption(f"--device must be cpu here, got {args.device!r}: {no_gpu}")
     if device.type == "cpu" and not no_gpu:
