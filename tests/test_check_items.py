@@ -4,6 +4,7 @@ end to end on the mock GPU with right, wrong and deadly kernels, and with the em
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -60,12 +61,12 @@ def kernel(native: str) -> Kernel:
 )
 def test_the_results_to_compare_with_are_the_oracles(call: SmallCall) -> None:
     operands, truth = calls.known(call)
-    options = {"is_causal": call.is_causal, "window": call.window, "scale": call.scale}
-    lens = {
+    options: dict[str, Any] = {"window": call.window, "scale": call.scale}
+    lens: dict[str, Any] = {
         name: None if found is None else torch.tensor(found)
         for name, found in (("q_lens", call.q_lens), ("k_lens", call.k_lens))
     }
-    out, lse = oracle_attention(*operands, **lens, **options)
+    out, lse = oracle_attention(*operands, **lens, is_causal=call.is_causal, **options)
     torch.testing.assert_close(truth.out, torch.from_numpy(out), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(truth.lse, torch.from_numpy(lse), rtol=1e-12, atol=1e-12)
 
@@ -96,14 +97,15 @@ def padding_read(out: Tensor, q: Any, k: Any, v: Any, k_lens: Any) -> Tensor:
     return out if k_lens is None else out + 0 * v[:, -1:].sum(dim=2, keepdim=True)
 
 
+_turns = itertools.count()
+
+
 def other_bits(out: Tensor, q: Any, *_: Any) -> Tensor:
-    other_bits.calls += 1  # type: ignore[attr-defined]
-    return out if q.shape[1] != 130 else out * (1 + 1e-7 * other_bits.calls)  # type: ignore[attr-defined]
+    """Not in the calls of a proof, which would find it first."""
+    return out if q.shape[1] != 130 else out * (1 + 1e-7 * next(_turns))
 
 
-other_bits.calls = 0  # type: ignore[attr-defined]
-
-PLANTED = [
+PLANTED: list[tuple[str, str, Any]] = [
     ("small", "", last_row_lost),
     ("small", "", other_bits),
     ("lengths", "", padding_read),
