@@ -244,10 +244,11 @@ def test_names_and_folders_stay_out_of_the_report(
 def test_common_names_are_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(getpass, "getuser", lambda: "root")
     monkeypatch.setattr(platform, "node", lambda: "gpu")
-    monkeypatch.setattr(Path, "home", lambda: Path("/root"))
+    home = Path("/root")
+    monkeypatch.setattr(Path, "home", lambda: home)
     private.names.cache_clear()
     try:
-        assert private.scrub("root mean square, torch, gpu, /root/x") == (
+        assert private.scrub(f"root mean square, torch, gpu, {home}/x") == (
             "root mean square, torch, gpu, ~/x"
         )
     finally:
@@ -264,7 +265,13 @@ def timed(argument: str, **times: float) -> dict[str, Any]:
         {"kernel": kernel.replace("_x_", "-"), "ours": kernel.startswith("sdpa"), "p50_ms": ms}
         for kernel, ms in times.items()
     ]
-    empty = {"before": {}, "after": {}, "notes": [], "skipped_peers": {}, "broken": {}}
+    empty: dict[str, Any] = {
+        "before": {},
+        "after": {},
+        "notes": [],
+        "skipped_peers": {},
+        "broken": {},
+    }
     return {"title": name, "shape": "1x2x3x4", "dtype": dtype, "rows": rows, **empty}
 
 
@@ -274,7 +281,7 @@ def of_speed(*details: dict[str, Any], wrong: str = "") -> Results:
     plan += [
         {"step": "speed", "kernel": "", "argument": f"{d['title']}/{d['dtype']}"} for d in details
     ]
-    ended = {
+    ended: dict[int, dict[str, Any]] = {
         n: {"problem": "off" if name == wrong else "", "detail": {}, "seconds": 1.0}
         for n, name in enumerate(names)
     }

@@ -60,13 +60,13 @@ def kernel(native: str) -> Kernel:
     ids=str,
 )
 def test_the_results_to_compare_with_are_the_oracles(call: SmallCall) -> None:
-    operands, truth = calls.known(call)
+    (query, key, value), truth = calls.known(call)
     options: dict[str, Any] = {"window": call.window, "scale": call.scale}
     lens: dict[str, Any] = {
         name: None if found is None else torch.tensor(found)
         for name, found in (("q_lens", call.q_lens), ("k_lens", call.k_lens))
     }
-    out, lse = oracle_attention(*operands, **lens, is_causal=call.is_causal, **options)
+    out, lse = oracle_attention(query, key, value, **lens, is_causal=call.is_causal, **options)
     torch.testing.assert_close(truth.out, torch.from_numpy(out), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(truth.lse, torch.from_numpy(lse), rtol=1e-12, atol=1e-12)
 

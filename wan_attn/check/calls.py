@@ -138,8 +138,8 @@ def compare(call: SmallCall, kernel: Kernel, truth: Truth, out: Tensor, lse: Ten
 
 
 def check_small(target: Target, kernel: Kernel, _: str) -> Detail:
-    """The calls of a proof, which reach every tile of the row and every pass beside it; then every
-    head_dim, twice with the same bits."""
+    """The calls of a proof, which reach every tile of the row and every pass beside it; then few
+    rows, and every head_dim, twice with the same bits."""
     tally = Tally(target, kernel)
     if not kernel.row.is_lossy:
         # A CPU's row takes any head_dim; what it does for 256 it does for 128 in half the time.
@@ -148,8 +148,10 @@ def check_small(target: Target, kernel: Kernel, _: str) -> Detail:
         if found is not None:
             raise WrongError(found)
         tally.done += len(proof_calls.CALLS)
-    for head_dim in kernel.head_dims():
-        call = SmallCall(130, 197, head_dim)
+    head_dim = kernel.head_dim_near(128)
+    # CPU rows have another body for few query rows.
+    few = (SmallCall(1, 513, head_dim), SmallCall(5, 197, head_dim, heads_q=4))
+    for call in (*few, *(SmallCall(130, 197, d) for d in kernel.head_dims())):
         first = tally.check(call)
         if first is not None:
             again = tally.answer(call, first[1])

@@ -34,11 +34,11 @@ SPEED_COLUMNS = (
     Column("extra_mib", "extra MiB", ".1f"),
     Column("max_error", "max error", ".1e"),
 )
-FACTS = ("wan_attn", "torch", "cuda", "cudnn", "driver", "python", "system", "date")
+FACTS = ("wan_attn", "torch", "cuda", "cudnn", "driver", "python", "system", "proof", "date")
 
 
 def default_path(results: Results) -> Path:
-    """wan_attn-check-DEVICE.md, in the current folder."""
+    """In the current folder, with the name of the device in its own."""
     name = re.sub(r"[^a-z0-9]+", "-", results.device.lower()).strip("-")
     return Path(f"wan_attn-check-{name[:60]}.md")
 
@@ -99,15 +99,22 @@ def _cell(states: list[str]) -> str:
     return "ok" if ran == len(states) else f"ok {ran}/{len(states)}"
 
 
-def table_of_times(detail: dict[str, Any]) -> list[list[str]]:
-    """A row of SPEED_COLUMNS for each candidate, the fastest first."""
+def table_of_times(detail: dict[str, Any], product: float | None = None) -> list[list[str]]:
+    """A row of SPEED_COLUMNS for each candidate, the fastest first.
+
+    Args:
+        product: TFLOP/s of torch's matrix product in this dtype; None: not known.
+    """
     base = best_of_torch(detail)
     rows = []
     for row in sorted(detail["rows"], key=lambda row: row["p50_ms"] or 0.0):
-        times = base["p50_ms"] / row["p50_ms"] if base and row["p50_ms"] else None
-        rows.append(
-            [cell(column, {**row, "times": times}.get(column.key)) for column in SPEED_COLUMNS]
-        )
+        is_timed = bool(row["p50_ms"])
+        values = {
+            **row,
+            "times": base["p50_ms"] / row["p50_ms"] if base and is_timed else None,
+            "of_matmul": row["tflops"] / product if product and is_timed else None,
+        }
+        rows.append([cell(column, values.get(column.key)) for column in SPEED_COLUMNS])
     return rows
 
 
@@ -133,13 +140,23 @@ def not_timed(results: Results) -> list[str]:
     ]
 
 
+def notes(results: Results) -> list[str]:
+    """What makes times doubtful, or must be known of them, each kind once."""
+    found = [note for item in results.speeds() for note in item["detail"]["notes"]]
+    kinds = {note.partition(" (")[0]: note for note in reversed(found)}
+    return list(reversed(kinds.values()))
+
+
+def products(results: Results) -> dict[str, float]:
+    """TFLOP/s of torch's matrix product by dtype; empty: not measured."""
+    found = (item for item in results.items() if item["step"] == "matmul")
+    return next((item["detail"] for item in found if item["state"] == PASSED), {})
+
+
 def peak(results: Results) -> str:
     """What torch's matrix product reaches; "": not measured."""
-    for item in results.items():
-        if item["step"] == "matmul" and item["state"] == PASSED and item["detail"]:
-            said = ", ".join(f"{name} {value:.3g}" for name, value in item["detail"].items())
-            return f"torch's own matrix product reaches {said} TFLOP/s here"
-    return ""
+    said = ", ".join(f"{name} {value:.3g}" for name, value in products(results).items())
+    return f"torch's own matrix product reaches {said} TFLOP/s here" if said else ""
 
 
 def other_lines(results: Results) -> list[str]:
@@ -178,18 +195,18 @@ def as_markdown(results: Results) -> str:
     lines += [f"- {_escape(text)}" for text in other_lines(results)] + [""]
     lines += ["## Speed", "", peak(results), ""]
     for item in results.speeds():
-        lines += _speed(item["detail"])
+        lines += _speed(item["detail"], products(results).get(item["detail"]["dtype"]))
     lines += [f"- {_escape(text)}" for text in not_timed(results)]
     lines += ["", "<details><summary>everything, as JSON</summary>", "", "```json"]
     lines += [json.dumps(found, indent=None, allow_nan=False), "```", "", "</details>", ""]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
-def _speed(detail: dict[str, Any]) -> list[str]:
+def _speed(detail: dict[str, Any], product: float | None) -> list[str]:
     shape = "" if detail["shape"] in detail["title"] else f" ({detail['shape']})"
     lines = [f"### {detail['title']} {detail['dtype']}{shape}", ""]
     heads = [column.heading for column in SPEED_COLUMNS]
-    lines += [*_markdown(heads, table_of_times(detail)), ""]
+    lines += [*_markdown(heads, table_of_times(detail, product)), ""]
     lines += [f"- {_escape(text)}" for text in clocks(detail)]
     return [*lines, ""]
 
@@ -215,8 +232,7 @@ def as_text(results: Results) -> str:
     if bad := problems(results):
         lines += [console.heading("wrong"), *(console.wrap(text, "  - ", "    ") for text in bad)]
     lines += [console.heading("speed", peak(results)), _times(results)]
-    notes = dict.fromkeys(note for item in results.speeds() for note in item["detail"]["notes"])
-    lines += [console.wrap(text, "  - ", "    ") for text in (*notes, *not_timed(results))]
+    lines += [console.wrap(text, "  - ", "    ") for text in (*notes(results), *not_timed(results))]
     if results.no_gpu:
         lines.append(console.heading("no GPU was checked", results.no_gpu))
     return "\n".join(lines).lstrip("\n")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from wan_attn import config
 from wan_attn.check import private
 from wan_attn.check.results import Results
 from wan_attn.selfcheck import child
@@ -68,23 +69,32 @@ class Run:
         return self.scope.seconds - (time.monotonic() - self.began)
 
     def all(self) -> Results:
-        """Every item, in as many workers as it takes.
+        """Every item, in as many workers as it takes; what is known so far, after Ctrl-C.
 
         Raises:
             OSError: no process can be started.
         """
+        try:
+            self._all()
+        except KeyboardInterrupt:
+            self.results.trouble = "stopped by Ctrl-C"
+        self.results.seconds = time.monotonic() - self.began
+        self.listener(self.results, None)
+        return self.results
+
+    def _all(self) -> None:
         start, is_over = 0, False
         while not is_over and self.left() > 0:
             words = self.scope.words(start, self.left(), self.deadly)
-            worker = child.Child(make_command(words))
+            # A waiting OpenMP thread that spins takes the core from a candidate that has threads of
+            # its own: ours would be timed beside the end of torch's. Read when torch starts.
+            environment = config.for_child(OMP_WAIT_POLICY="passive")
+            worker = child.Child(make_command(words), environment=environment)
             try:
                 start, is_over = self._follow(worker, start)
             finally:
                 worker.close()
             is_over |= bool(self.results.plan) and start >= len(self.results.plan)
-        self.results.seconds = time.monotonic() - self.began
-        self.listener(self.results, None)
-        return self.results
 
     def _follow(self, worker: child.Child, start: int) -> tuple[int, bool]:
         """Listens to one worker; (the next item to begin with, whether that was all)."""

@@ -22,17 +22,19 @@ from wan_attn.workloads import Workload
 
 WHOLE_S = 75.0  # more than this for one shape and dtype is left out: other checks wait
 ROUNDS = 6  # of every candidate where calls are long: warm-up, three rounds, error, memory
-
-_matmul: dict[torch.dtype, float] = {}
+PASSIVE = (
+    "waiting OpenMP threads sleep here (OMP_WAIT_POLICY=passive, unless the environment has it):"
+    " else the end of one candidate would be timed with the next"
+)
 
 
 def measure_matmul(target: Target, kernel: None, _: str) -> Detail:
     """The peak that torch's own matrix product reaches here, TFLOP/s by dtype."""
-    clock = target.clock()
-    for dtype in target.sizes.products:
-        seconds = min(1.5, target.sizes.seconds)
-        _matmul[dtype] = facts.matmul_tflops(target.device, dtype, clock, seconds)
-    return {dtype_name(dtype): value for dtype, value in _matmul.items()}
+    clock, seconds = target.clock(), min(1.5, target.sizes.seconds)
+    return {
+        dtype_name(dtype): facts.matmul_tflops(target.device, dtype, clock, seconds)
+        for dtype in target.sizes.products
+    }
 
 
 def measure_speed(
@@ -58,7 +60,7 @@ def measure_speed(
     report = Report("check", label(call), kernels.COLUMNS)
     kernels.measure_case(
         report, watched, call, dtype, target.device, target.clock(),
-        matmul=_matmul.get(dtype, 0.0), seconds=target.sizes.seconds,
+        seconds=target.sizes.seconds,
     )  # fmt: skip
     after = target.state()
     plain = as_dict(report)
@@ -73,7 +75,8 @@ def measure_speed(
         "broken": {name: why for name, why in broken.items() if name in _ours(candidates)},
         "before": asdict(before)["values"],
         "after": asdict(after)["values"],
-        "notes": facts.warnings_of(before, after, target.where),
+        "notes": facts.warnings_of(before, after, target.where)
+        + ([PASSIVE] if target.where.type == "cpu" else []),
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wan_attn.bench import facts, kernels, peers
 from wan_attn.bench.timing import Clock, clock_for
+from wan_attn.doctor import proofs
 from wan_attn.log import dtype_name
 from wan_attn.native import op
 from wan_attn.request import Request
@@ -203,7 +204,10 @@ class Target:
 
     def environment(self) -> dict[str, Any]:
         """What a figure depends on; see facts.environment()."""
-        return facts.environment(self.device)
+        found = facts.environment(self.device)
+        if self.where.type == "cuda":
+            found["proof"] = proofs.facts(self.where.index or 0)["state"]
+        return found
 
     def state(self) -> facts.State:
         """Clocks, power and temperature now; the load of a CPU."""

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="where the report goes (default: wan_attn-check-DEVICE.md in this folder)",
+        help="where the report goes (default: this folder, under the name of the device)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.epilog = (
