@@ -305,6 +305,10 @@ def test_the_line_has_the_figures_that_people_compare() -> None:
     )
     text = report.as_text(found)
     assert "ti2v-5b-720p  bf16   sdpa_a 41.2, torch-cudnn 46.1, fa2 45" in text
+    # torch's own choice is one of its kernels, unless it is clearly faster.
+    for ms, title in ((46.0, "cuDNN"), (30.0, "its own choice")):
+        faster = of_speed(timed("x/bf16", **times, torch=ms))
+        assert line(faster).endswith(f"torch's best ({title})")
     # A wrong kernel's time counts for nothing.
     spoilt = of_speed(timed("ti2v-5b-720p/bf16", **times), wrong="sdpa_a/bf16")
     assert "ti2v-5b-720p bf16 50 ms, 0.92 times" in line(spoilt)

@@ -12,6 +12,7 @@ from wan_attn import console
 from wan_attn.bench.report import Column, cell
 from wan_attn.check.results import (
     BAD,
+    ENDED_A_WORKER,
     PASSED,
     SKIPPED,
     UNKNOWN,
@@ -99,18 +100,17 @@ def _cell(states: list[str]) -> str:
     return "ok" if ran == len(states) else f"ok {ran}/{len(states)}"
 
 
-def table_of_times(detail: dict[str, Any], product: float | None = None) -> list[list[str]]:
-    """A row of SPEED_COLUMNS for each candidate, the fastest first.
-
-    Args:
-        product: TFLOP/s of torch's matrix product in this dtype; None: not known.
-    """
+def table_of_times(results: Results, detail: dict[str, Any]) -> list[list[str]]:
+    """A row of SPEED_COLUMNS for each candidate, the fastest first."""
+    states, product = results.kernels(), products(results).get(detail["dtype"])
     base = best_of_torch(detail)
     rows = []
     for row in sorted(detail["rows"], key=lambda row: row["p50_ms"] or 0.0):
         is_timed = bool(row["p50_ms"])
+        state = states.get(f"{row['kernel']}/{detail['dtype']}")
         values = {
             **row,
+            "kernel": f"{row['kernel']} ({BAD})" if state == BAD else row["kernel"],
             "times": base["p50_ms"] / row["p50_ms"] if base and is_timed else None,
             "of_matmul": row["tflops"] / product if product and is_timed else None,
         }
@@ -160,21 +160,16 @@ def peak(results: Results) -> str:
 
 
 def other_lines(results: Results) -> list[str]:
-    """Items that are about no one kernel and were skipped, and what the sanitizer said."""
-    lines = []
+    """What the sanitizer said, and what was skipped: each reason once."""
+    lines, skipped = [], dict[str, list[str]]()
     for item in results.items():
-        if item["kernel"] or item["step"] == "matmul" or item["state"] == WRONG:
-            continue
-        if item["state"] == SKIPPED:
-            lines.append(f"{title_of(item)}: {item['detail']['skipped']}")
-        elif item["step"] == "sanitizer" and item["state"] == PASSED:
+        if item["step"] == "sanitizer" and item["state"] == PASSED:
             lines.append(f"{title_of(item)}: {item['detail']['said']}")
-    reasons = {
-        f"{item['step']}: {item['detail']['skipped']}"
-        for item in results.items()
-        if item["kernel"] and item["state"] == SKIPPED
-    }
-    return lines + sorted(reasons)
+        if item["state"] == SKIPPED:
+            reason = item["detail"]["skipped"]
+            what = item["kernel"] if reason == ENDED_A_WORKER else item["step"]
+            skipped.setdefault(reason, []).append(what)
+    return lines + [f"{', '.join(dict.fromkeys(at))}: {why}" for why, at in skipped.items()]
 
 
 # --- the file ---------------------------------------------------------------------------------
@@ -195,18 +190,18 @@ def as_markdown(results: Results) -> str:
     lines += [f"- {_escape(text)}" for text in other_lines(results)] + [""]
     lines += ["## Speed", "", peak(results), ""]
     for item in results.speeds():
-        lines += _speed(item["detail"], products(results).get(item["detail"]["dtype"]))
+        lines += _speed(results, item["detail"])
     lines += [f"- {_escape(text)}" for text in not_timed(results)]
     lines += ["", "<details><summary>everything, as JSON</summary>", "", "```json"]
     lines += [json.dumps(found, indent=None, allow_nan=False), "```", "", "</details>", ""]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
-def _speed(detail: dict[str, Any], product: float | None) -> list[str]:
+def _speed(results: Results, detail: dict[str, Any]) -> list[str]:
     shape = "" if detail["shape"] in detail["title"] else f" ({detail['shape']})"
     lines = [f"### {detail['title']} {detail['dtype']}{shape}", ""]
     heads = [column.heading for column in SPEED_COLUMNS]
-    lines += [*_markdown(heads, table_of_times(detail, product)), ""]
+    lines += [*_markdown(heads, table_of_times(results, detail)), ""]
     lines += [f"- {_escape(text)}" for text in clocks(detail)]
     return [*lines, ""]
 

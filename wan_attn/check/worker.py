@@ -21,6 +21,7 @@ import torch
 from wan_attn.check import plan, sanitizer, speed
 from wan_attn.check.calls import Detail, WrongError
 from wan_attn.check.plan import STEPS, Item
+from wan_attn.check.results import ENDED_A_WORKER
 from wan_attn.check.target import Kernel, Target, label, of_device
 from wan_attn.selfcheck import child, proof_child
 from wan_attn.transient import is_interruption, is_out_of_memory
@@ -72,7 +73,7 @@ def work(target: Target, items: list[Item], start: int, seconds: float) -> None:
         child.say(begin=number)
         at = time.perf_counter()
         if item.kernel in target.without:
-            detail, problem, is_lost = {"skipped": "it has ended a process before"}, "", False
+            detail, problem, is_lost = {"skipped": ENDED_A_WORKER}, "", False
         else:
             detail, problem, is_lost = _try(target, item, kernels.get(item.kernel), number)
         took = round(time.perf_counter() - at, 3)
