@@ -111,6 +111,23 @@ def test_an_item_that_outlasts_the_whole_time_is_not_blamed(
     assert list(found.ended) == [0] and found.is_fine
 
 
+def test_what_is_known_when_its_user_stops_it_is_told(
+    checked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = child.Child.next
+
+    def interrupted(self: child.Child, seconds: float) -> Any:
+        said = true(self, seconds)
+        if said and said.get("begin") == 2:
+            raise KeyboardInterrupt
+        return said
+
+    monkeypatch.setattr(child.Child, "next", interrupted)
+    found, _ = checked(worker())
+    assert list(found.ended) == [0, 1] and found.trouble == "stopped by Ctrl-C"
+    assert line(found).endswith("2 of 6 kernels right, 4 not checked; the check ended early")
+
+
 def test_a_worker_that_cannot_start_is_trouble(checked: Any) -> None:
     found, _ = checked(lambda words: [sys.executable, "-c", "raise SystemExit('no torch here')"])
     assert "ended before it began an item" in found.trouble and "no torch here" in found.trouble
@@ -199,13 +216,20 @@ def test_what_is_wrong_is_red_everywhere(asked: Any, capsys: pytest.CaptureFixtu
     assert "| row1/bf16 | WRONG | FAILED |" in text
 
 
-def test_a_build_without_kernels_for_the_card_says_so(
-    asked: Any, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "this build has no kernel for a card"),
+        (["row0/bf16"], "nothing of --only can be checked on a card"),
+    ],
+)
+def test_where_there_is_nothing_to_check_it_says_why(
+    names: list[str], message: str, asked: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nothing = "plan.clear(); names.clear(); say(plan=[], kernels=[], environment=environment)"
-    code, text = asked(worker(before=f"{nothing}; say(done=True); sys.exit()"))
+    nothing = f"say(plan=[], kernels={names}, environment=environment); say(done=True); sys.exit()"
+    code, text = asked(worker(before=nothing))
     assert code == 2 and text == ""
-    assert "this build has no kernel for a card" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # --- what is never said -----------------------------------------------------------------------

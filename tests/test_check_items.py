@@ -190,6 +190,31 @@ def test_a_call_that_would_take_all_the_time_is_left_out(
     assert found["skipped"].startswith("would take about ")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a shell script")
+def test_what_the_sanitizer_finds_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs a worker that does nothing but call each kernel once."""
+    program, target = tmp_path / "compute-sanitizer", a_target()
+    monkeypatch.setattr(sanitizer, "find", lambda: str(program))
+    for count, code in ((0, 0), (3, 9)):
+        said = f"echo '========= ERROR SUMMARY: {count} errors'"
+        program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\n{said}\nexit {code}\n')
+        program.chmod(0o755)
+        if not count:
+            found = sanitizer.run_sanitizer(target, None, "memcheck")
+            assert found == {"said": "========= ERROR SUMMARY: 0 errors"}
+            continue
+        with pytest.raises(WrongError, match="exit code 9: .* 3 errors"):
+            sanitizer.run_sanitizer(target, None, "memcheck")
+    words = (tmp_path / "words").read_text()
+    assert words.startswith("--tool=memcheck --error-exitcode=9 ")
+    assert words.rstrip().endswith("--device cpu --rows= --without= --touch")
+    monkeypatch.setattr(sanitizer, "find", lambda: None)
+    skipped = sanitizer.run_sanitizer(target, None, "memcheck")["skipped"]
+    assert skipped == "compute-sanitizer is not installed"
+
+
 # --- the plan ---------------------------------------------------------------------------------
 
 

@@ -64,10 +64,15 @@ class Results:
         return str(self.facts.get("environment", {}).get("device", "an unknown device"))
 
     @property
-    def is_fine(self) -> bool:
-        """Nothing that ran is wrong, and something has run."""
+    def is_wrong(self) -> bool:
+        """Something that ran is wrong, or the check could not go on."""
         states = [self.state(number) for number in range(len(self.plan))]
-        return not self.trouble and WRONG not in states and PASSED in states and not self.broken()
+        return bool(self.trouble) or WRONG in states or bool(self.broken())
+
+    @property
+    def is_fine(self) -> bool:
+        """Nothing is wrong, and something has run."""
+        return not self.is_wrong and PASSED in (item["state"] for item in self.items())
 
     def broken(self) -> dict[str, str]:
         """Kernels that failed while they were timed, with what they raised."""

@@ -71,22 +71,24 @@ def main(args: argparse.Namespace) -> int:
         return refuse("check", error, WRONG)
     finally:
         watcher.close()
-    if not results.facts.get("kernels"):
+    if not results.plan:
         return _nothing(results)
     if args.json:
         console.emit(json.dumps(as_dict(results), indent=1, allow_nan=False))
-        return FINE if results.is_fine else WRONG
-    console.emit(report.as_text(results))
-    console.emit(f"\nTo attach to an issue: {watcher.path}\nTo paste:\n{line(results)}")
-    return FINE if results.is_fine else WRONG
+    else:
+        console.emit(report.as_text(results))
+        console.emit(f"\nTo attach to an issue: {watcher.path}\nTo paste:\n{line(results)}")
+    return FINE if results.is_fine else WRONG if results.is_wrong else USAGE
 
 
 def _nothing(results: Results) -> int:
     if results.trouble:
         return refuse("check", results.trouble, WRONG)
-    if not results.plan and not results.facts:
-        return refuse("check", "the time was over before a worker began", USAGE)
-    return refuse("check", f"this build has no kernel for {results.device}")
+    if not results.facts:
+        return refuse("check", "the time was over before a worker began")
+    if not results.facts["kernels"]:
+        return refuse("check", f"this build has no kernel for {results.device}")
+    return refuse("check", f"nothing of --only can be checked on {results.device}")
 
 
 def _scope(args: argparse.Namespace) -> tuple[run.Scope, str]:
