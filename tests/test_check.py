@@ -52,6 +52,7 @@ FAULTS = """
         end(n, "CUDA error: an illegal memory access", is_lost=True)
         os._exit(1)
     if n == 5:
+        assert words["without"] == "row1/bf16,row3/bf16,row4/bf16"
         end(n, "out[1, 2] is 7 instead of 6")
         continue
 """
