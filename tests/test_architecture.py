@@ -84,12 +84,13 @@ MAY_INCLUDE: dict[str, list[str]] = {
 # From the bottom up: a module may import its own layer and those below. "" is the package itself.
 PYTHON_LAYERS = [
     {"version", "transient", "workloads", "console"},
-    {"config"},
+    {"config", "store"},
     {"request"},
     {"log", "merge"},
     {"cuda"},
     {"native", "selfcheck"},
     {"backends"},
+    {"tuning"},
     {"selection"},
     {"attention"},
     {"signatures"},
@@ -97,7 +98,7 @@ PYTHON_LAYERS = [
     {""},
     {"doctor"},
     {"bench"},
-    {"demo"},
+    {"demo", "check"},
     {"cli"},
     {"__main__"},
 ]

@@ -32,10 +32,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "whether the installed files are those that were built, and from which commit",
     ),
     "why": ("wan_attn.cli.why", "what would compute one attention call, and why not the others"),
+    "tune": ("wan_attn.cli.tune", "measure which attention is the fastest here, ahead of time"),
     "compile": ("wan_attn.cli.compile", "compile the CUDA kernels of a GPU before it needs them"),
     "prove": (
         "wan_attn.cli.prove",
         "try the CUDA kernels on this machine's cards, so that what is right there is used",
+    ),
+    "check": (
+        "wan_attn.cli.check",
+        "is every kernel right on this machine, and how fast; a report for an issue",
     ),
     "comfyui": ("wan_attn.cli.comfyui", "put the node into a ComfyUI, or take it out again"),
     "demo": ("wan_attn.cli.demo", "denoise a short video with and without wan_attn and compare"),

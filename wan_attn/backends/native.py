@@ -59,10 +59,15 @@ def last_kernel() -> str | None:
     return None if row < 0 else kernels.kernels()[row].name
 
 
-def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+def run(
+    query: Tensor, key: Tensor, value: Tensor, call: Call, kernel: int = -1
+) -> tuple[Tensor, Tensor | None]:
     """Compute attention by our kernels; see Backend.run and wan_attn.sdpa.
 
     float32 query and key beside a half value are read as they are, without a converted copy.
+
+    Args:
+        kernel: the row of the kernel table that computes; -1: the best one that takes the call.
     """
     if query.is_cuda:
         _require_self_check(query.device, value.dtype, query.shape[3])
@@ -78,6 +83,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, 
         window_left=left,
         window_right=right,
         return_lse=call.return_lse,
+        kernel=kernel,
     )
     return out, lse if call.return_lse else None
 
