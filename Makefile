@@ -122,7 +122,7 @@ wheels-environment:
 
 wheels: wheels-environment
 	@rm -rf dist
-	@sh .ci/step 'wheels of every platform' env PYTHONPATH=.ci $(wheels_python) -m wheels.build
+	@sh .ci/step 'wheels of every platform' env PYTHONPATH=.ci $(wheels_python) -m wheels.build $(ARGS)
 
 # The second build has its own caches: one of them could hide what differs.
 wheels-check: wheels-environment

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""build.py - makes the wheels of every platform, the sdist and the manifest, on one Linux machine:
+"""build.py - makes the wheels of every platform, the sdist, a manifest with their hashes and a page
+for `pip install --find-links`, on one Linux machine:
 
     PYTHONPATH=.ci python -m wheels.build [--out dist] [--work build/wheels] [--only PLATFORM ...]
 
@@ -144,12 +145,23 @@ def manifest(made: Sequence[Path]) -> dict[str, object]:
     }
 
 
+def page(made: Sequence[Path], url: str) -> str:
+    """A page for `pip install --find-links`: pip checks each file against its hash there."""
+    links = (
+        f'<a href="{url}{file.name}#sha256={hashlib.sha256(file.read_bytes()).hexdigest()}">'
+        f"{file.name}</a><br>"
+        for file in sorted(made)
+    )
+    return "\n".join(["<!DOCTYPE html>", "<title>wan_attn: wheels</title>", *links, ""])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 1 and the reason."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument("--work", type=Path, default=ROOT / "build/wheels")
     parser.add_argument("--only", nargs="+", choices=[*TARGETS, "sdist"], metavar="PLATFORM")
+    parser.add_argument("--url", default="", help="where the files will lie, for index.html")
     args = parser.parse_args(arguments)
     os.umask(0o022)
     wanted, made = args.only or [*TARGETS, "sdist"], []
@@ -159,9 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         copy_sources(source)
         for platform in wanted:
             start = time.monotonic()
-            build = build_sdist if platform == "sdist" else build_wheel
-            words = (source, out, work) if platform == "sdist" else (platform, source, out, work)
-            made.append(build(*words))  # type: ignore[operator] # the two take what they need
+            if platform == "sdist":
+                made.append(build_sdist(source, out, work))
+            else:
+                made.append(build_wheel(platform, source, out, work))
             size = made[-1].stat().st_size / 1024
             print(
                 f"   {made[-1].name:66} {size:6.0f} KiB {time.monotonic() - start:6.1f} s",
@@ -171,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wheels: {error}", file=sys.stderr)
         return 1
     shutil.rmtree(source)
+    (out / "index.html").write_text(page(made, args.url and args.url.rstrip("/") + "/"))
     (out / "manifest.json").write_text(json.dumps(manifest(made), indent=2) + "\n")
     return 0
 

@@ -38,10 +38,12 @@ class Skipped(RuntimeError):
     """This machine lacks something; says what."""
 
 
-def run(words: Sequence[str | Path], cwd: Path, code: int = 0, **more: str) -> str:
+def run(
+    words: Sequence[str | Path], cwd: Path, code: int = 0, more: dict[str, str] | None = None
+) -> str:
     """A program's output; Failed if its exit code is another."""
     left_out = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    environment = {k: v for k, v in os.environ.items() if k not in left_out} | more
+    environment = {k: v for k, v in os.environ.items() if k not in left_out} | (more or {})
     done = subprocess.run(
         [str(word) for word in words],
         cwd=cwd,
@@ -159,7 +161,7 @@ def unpack(wheel: Path, folder: Path) -> Path:
 def zig(folder: Path, *words: str | Path) -> None:
     cache = str(ROOT / "build/wheels/zig")
     caches = {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
-    run([sys.executable, "-m", "ziglang", *words], folder, **caches)
+    run([sys.executable, "-m", "ziglang", *words], folder, more=caches)
 
 
 def import_library(folder: Path, library: Path, machine: str) -> Path:
@@ -194,8 +196,8 @@ def c_drivers(target: Target, wheel: Path) -> str:
         calls = CALLS[kind]
         there = f"Z:{mock}" if suffix else str(mock)
         more = {"WINEDEBUG": "-all", "WINEPREFIX": str(folder / "wine"), "LC_ALL": "C.UTF-8"}
-        said = run([*start, folder / f"test_core{suffix}", calls], folder, **more)
-        said += run([*start, folder / f"test_cuda{suffix}", there, "100"], folder, **more)
+        said = run([*start, folder / f"test_core{suffix}", calls], folder, more=more)
+        said += run([*start, folder / f"test_cuda{suffix}", there, "100"], folder, more=more)
         if said.count(": right") != 2:
             raise Failed(said)
         return "; ".join(line.strip() for line in said.splitlines() if line.endswith(": right"))
