@@ -4,12 +4,12 @@
 __version__ = "0.2.0.dev0"
 
 PUBLISHED = False
-"""Whether an index has wan_attn. Set to True, and `make tables` changes every line that installs."""
+"""Whether an index has wan_attn; `make tables` then changes every line that installs."""
 
-REINSTALL = (
-    "to install it again: pip install --force-reinstall --no-deps wan-attn"
+_WHERE, _WHAT = (
+    ("", "wan-attn")
     if PUBLISHED
-    else "to install it again, in the folder that holds the folder wan_attn:"
-    " pip install --force-reinstall --no-deps ./wan_attn"
+    else (", in the folder that holds the folder wan_attn", "./wan_attn")
 )
+REINSTALL = f"to install it again{_WHERE}: pip install --force-reinstall --no-deps {_WHAT}"
 """The end of every message about a damaged installation."""
