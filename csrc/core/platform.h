@@ -35,9 +35,11 @@ static inline void wan_attn_acquire(wan_attn_lock *lock) { AcquireSRWLockExclusi
 static inline void wan_attn_release(wan_attn_lock *lock) { ReleaseSRWLockExclusive(lock); }
 
 typedef HANDLE wan_attn_thread;
-#define WAN_ATTN_THREAD_MAIN(name, ctx) static unsigned __stdcall name(void *ctx)
+typedef unsigned wan_attn_thread_result;
+#define WAN_ATTN_THREAD_CALL __stdcall
 #define WAN_ATTN_THREAD_DONE 0
-typedef unsigned(__stdcall *wan_attn_thread_fn)(void *ctx);
+
+typedef wan_attn_thread_result(WAN_ATTN_THREAD_CALL *wan_attn_thread_fn)(void *ctx);
 
 static inline int wan_attn_start_thread(wan_attn_thread *thread, wan_attn_thread_fn fn, void *ctx) {
     *thread = (HANDLE)_beginthreadex(NULL, 0, fn, ctx, 0, NULL);
@@ -82,9 +84,11 @@ static inline void wan_attn_acquire(wan_attn_lock *lock) { (void)pthread_mutex_l
 static inline void wan_attn_release(wan_attn_lock *lock) { (void)pthread_mutex_unlock(lock); }
 
 typedef pthread_t wan_attn_thread;
-#define WAN_ATTN_THREAD_MAIN(name, ctx) static void *name(void *ctx)
+typedef void *wan_attn_thread_result;
+#define WAN_ATTN_THREAD_CALL
 #define WAN_ATTN_THREAD_DONE NULL
-typedef void *(*wan_attn_thread_fn)(void *ctx);
+
+typedef wan_attn_thread_result(WAN_ATTN_THREAD_CALL *wan_attn_thread_fn)(void *ctx);
 
 static inline int wan_attn_start_thread(wan_attn_thread *thread, wan_attn_thread_fn fn, void *ctx) {
     return pthread_create(thread, NULL, fn, ctx) == 0;

@@ -33,7 +33,7 @@ static void drain_range(int64_t begin, int64_t end, void *ctx) {
         drain((job *)ctx);
 }
 
-WAN_ATTN_THREAD_MAIN(thread_main, ctx) {
+static wan_attn_thread_result WAN_ATTN_THREAD_CALL thread_main(void *ctx) {
     drain((job *)ctx);
     return WAN_ATTN_THREAD_DONE;
 }
