@@ -28,6 +28,7 @@ __all__ = [
     "fa2",
     "fa3",
     "native",
+    "reads_float32",
     "sage",
     "torch_sdpa",
     "xformers",
@@ -71,3 +72,14 @@ REGISTRY: dict[str, Backend] = {
     for module in (fa3, fa2, native, xformers, torch_sdpa, chunked, sage, comfy_kitchen)
 }
 LOSSY = frozenset({sage.NAME, comfy_kitchen.NAME})
+
+
+def reads_float32(name: str, request: Request) -> tuple[bool, bool]:
+    """Whether this backend reads a query, and a key, of float32 beside a half value where they lie.
+
+    What it would copy, it had better be given in value's dtype by who can let go of the original.
+    """
+    if name == native.NAME:
+        return native.reads_float32(request)
+    is_read = name == chunked.NAME and chunked.reads_float32(request)
+    return is_read, is_read

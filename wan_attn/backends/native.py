@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,26 @@ def kernel_name(request: Request) -> str | None:
     """The row of the kernel table that would take this call, made of contiguous tensors."""
     kernel, _ = kernels.select(request)
     return None if kernel is None else kernel.name
+
+
+def reads_float32(request: Request) -> tuple[bool, bool]:
+    """Whether the row for this call reads a float32 query, and key, beside a half value in place.
+
+    The CPU's rows do. A CUDA row that copies one has room for it in its workspace.
+    """
+    if request.device.type == "cpu":
+        return True, True
+    r, needed = request, kernels.workspace_bytes(request)
+    size = torch.empty((), dtype=r.dtype).element_size() * r.batch * r.head_dim
+    query = _is_read(needed, replace(r, query_dtype=r.dtype), r.seqlen_q * r.num_heads_q * size)
+    key = _is_read(needed, replace(r, key_dtype=r.dtype), r.seqlen_k * r.num_heads_k * size)
+    return query, key
+
+
+def _is_read(needed: int | None, without: Request, copy: int) -> bool:
+    """Whether the call `without` a float32 operand saves no workspace as large as its copy."""
+    less = kernels.workspace_bytes(without)
+    return needed is None or less is None or needed - less < max(1, copy)
 
 
 def last_kernel() -> str | None:

@@ -131,3 +131,19 @@ def select(request: Request) -> tuple[KernelInfo | None, str]:
     if status == library.DEVICE_ERROR:
         raise RuntimeError(f"wan_attn: {error.text()}")
     return None, error.text()
+
+
+def workspace_bytes(request: Request) -> int | None:
+    """The memory beside operands and result that the row for a call of contiguous tensors needs;
+    None: no row takes the call.
+
+    On the CPU it grows with the number of torch's threads.
+    """
+    if library.load() is None:
+        return None
+    params, size = _params(request), ctypes.c_size_t(0)
+    if request.device.type == "cpu":
+        params.num_threads = torch.get_num_threads()
+    with cuda_driver.question():
+        status = library.lib().wan_attn_workspace_size(params, ctypes.byref(size), None)
+    return int(size.value) if status == library.OK else None

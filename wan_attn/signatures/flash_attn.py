@@ -81,7 +81,7 @@ def flash_attn_func(
     check_options(dropout_p, softcap, alibi_slopes, return_attn_probs, deterministic)
     call = _call(dropout_p, softmax_scale, causal, window_size, return_attn_probs)
     try:
-        out, lse = route(q, k, v, call)
+        out, lse = route([q, k, v], call)
     except Refusal as refusal:
         raise refusal.under(_NAMES) from None
     return _result(q, out, lse)
