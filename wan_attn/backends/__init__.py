@@ -52,7 +52,8 @@ class Backend(Protocol):
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None]:
-        """(out in query's dtype, lse or None) for a call that why_not does not refuse.
+        """(out in query's dtype, lse or None) for a call that why_not does not refuse; out may be
+        in call.out_dtype instead.
 
         Args:
             query: [batch, seqlen_q, num_heads_q, head_dim]; key, value: [batch, seqlen_k,

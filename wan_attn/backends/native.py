@@ -83,7 +83,8 @@ def last_kernel() -> str | None:
 def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     """Compute attention by our kernels; see Backend.run and wan_attn.sdpa.
 
-    float32 query and key beside a half value are read as they are, without a converted copy.
+    float32 query and key beside a half value are read as they are, without a converted copy; out is
+    in value's dtype where call.out_dtype asks for that.
     """
     if query.is_cuda:
         _require_self_check(query.device, value.dtype, query.shape[3])
@@ -99,6 +100,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, 
         window_left=left,
         window_right=right,
         return_lse=call.return_lse,
+        out_like_value=call.out_dtype is value.dtype,
     )
     return out, lse if call.return_lse else None
 
