@@ -11,6 +11,9 @@ from typing import Any
 # A worker that spins while it waits starves the other processes of a small machine. OpenMP reads
 # this when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# What runs must depend neither on how fast this machine is nor on what it has measured before.
+# test_tuning.py and its like switch it on, with a cache folder of their own.
+os.environ.setdefault("WAN_ATTN_TUNE", "off")
 
 import hypothesis
 import pytest
@@ -89,6 +92,7 @@ def default_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for variable in config.VARIABLES:
         monkeypatch.delenv(variable.name, raising=False)
+    monkeypatch.setenv("WAN_ATTN_TUNE", "off")  # see above
     config.refresh()
     yield
     monkeypatch.undo()

@@ -20,6 +20,7 @@ from wan_attn.backends import REGISTRY, _common, chunked, native, torch_sdpa
 from wan_attn.config import Settings
 from wan_attn.doctor import selftest_paths
 from wan_attn.request import Call, Request
+from wan_attn.selection import choose
 from wan_attn.selection.choose import select
 from wan_attn.workloads import WORKLOADS, parse_shape
 
@@ -35,7 +36,8 @@ def pretend_amd(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A torch for AMD, and a card of this architecture, which calls itself 10.3."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = types.SimpleNamespace(gcnArchName=f"{name}:sramecc+:xnack-")
+    about = {"name": "AMD Radeon", "major": 10, "minor": 3, "multi_processor_count": 40}
+    found = types.SimpleNamespace(gcnArchName=f"{name}:sramecc+:xnack-", **about)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     standins.pretend_card(monkeypatch, (10, 3))
     _common.amd_architecture.cache_clear()
@@ -71,6 +73,13 @@ def test_amd(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = select(request_on("cuda:0"), Settings())
     assert choice.backend == backend
     assert (name in choice.reasons()) == (backend == "chunked")
+
+
+def test_amds_numbers_are_not_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gfx1030 calls itself 10.3, which is a B300's number."""
+    pretend_amd(monkeypatch, "gfx1030")
+    order = choose.order(request_on("cuda:0"), Settings())
+    assert order.index("sdpa") < order.index("torch")
 
 
 def test_intels_gpu_stays_with_torch() -> None:

@@ -85,12 +85,13 @@ MAY_INCLUDE: dict[str, list[str]] = {
 # From the bottom up: a module may import its own layer and those below. "" is the package itself.
 PYTHON_LAYERS = [
     {"version", "transient", "workloads", "console"},
-    {"config"},
+    {"config", "store"},
     {"request"},
     {"log", "merge"},
     {"cuda"},
     {"native", "selfcheck"},
     {"backends"},
+    {"tuning"},
     {"selection"},
     {"attention"},
     {"signatures"},

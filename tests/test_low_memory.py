@@ -261,7 +261,7 @@ def test_cpu_rows_read_float32_in_place(
 
     def spied(*args: Any, **options: Any) -> Any:
         seen.extend((x.data_ptr(), x.dtype) for x in args[:3])
-        return op(*args, **options, kernel=row.index)
+        return op(*args, **(options | {"kernel": row.index}))
 
     monkeypatch.setattr(module, "_op", spied)
     half = next(dtype for dtype in (BF16, F16, F32) if dtype in row.dtypes)

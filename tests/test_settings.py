@@ -33,7 +33,9 @@ from wan_attn.cuda import images
 from wan_attn.doctor import paths
 from wan_attn.doctor.explain import explain
 from wan_attn.native import kernels, op, shim
+from wan_attn.selection import run as execute
 from wan_attn.selfcheck import first_call
+from wan_attn.tuning import book, kinds
 from wan_attn.workloads import WORKLOADS
 
 # A call that `doctor` shows, as stock Wan2.2 makes it: float32 query and key, real lengths.
@@ -47,6 +49,7 @@ def _reset(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     for variable in VARIABLES:
         if variable.name != "WAN_ATTN_BINDING":
             monkeypatch.delenv(variable.name, raising=False)
+    monkeypatch.setenv("WAN_ATTN_TUNE", "off")  # what runs is not this machine's speed
     standins.reset()
     config.refresh()
     caplog.set_level(logging.DEBUG, logger="wan_attn")
@@ -268,6 +271,27 @@ def test_the_profile(tensors: Any, monkeypatch: Any, tmp_path: Path, caplog: Any
     change(monkeypatch, "WAN_ATTN_PROFILE", None)
     (site,) = json.loads(first.read_text())["sites"]
     assert site["title"] == found.said(r"Using ([^(]*(?:\(sdpa_\w+\))?)").strip()
+
+
+def test_the_measured_order(tensors: Any, monkeypatch: Any, tmp_path: Path, caplog: Any) -> None:
+    """Each value of WAN_ATTN_TUNE, with a measurement in the file that no machine would make."""
+    monkeypatch.setenv("WAN_ATTN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kinds, "SMALL", {"cpu": 0.0, "cuda": 0.0})
+    change(monkeypatch, "WAN_ATTN_TUNE", "auto")
+    before = agree(run(tensors, caplog), tensors)
+    (plan,) = (p for p in execute._plans.values() if p.turn is not None)
+    found = kinds.machine(plan.request.device)
+    assert found is not None and plan.turn is not None
+    times = {one.name: 9.0 for one in plan.turn.candidates} | {"torch": 1.0}
+    entry = book.Entry(plan.turn.kind.text, found, times, {}, {}, True, "", book.today(), 1.0)
+    book.keep(plan.turn.kind, entry, replaces=False)
+    for value, is_obeyed in (("auto", True), ("off", False), ("again", False), ("auto", True)):
+        change(monkeypatch, "WAN_ATTN_TUNE", value)
+        execute._plans.clear()
+        ran = run(tensors, caplog)
+        kernel = agree(ran, tensors)
+        assert (ran.backend, kernel) == (("torch", None) if is_obeyed else ("sdpa", before)), value
+        assert any("torch 1.00: torch" in line for line in ran.lines) is is_obeyed
 
 
 def test_folders(monkeypatch: Any, tmp_path: Path) -> None:

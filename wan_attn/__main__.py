@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "what works on this machine, a self-test, and what to do next",
     ),
     "why": ("wan_attn.cli.why", "what would compute one attention call, and why not the others"),
+    "tune": ("wan_attn.cli.tune", "measure which attention is the fastest here, ahead of time"),
     "compile": ("wan_attn.cli.compile", "compile the CUDA kernels of a GPU before it needs them"),
     "prove": (
         "wan_attn.cli.prove",

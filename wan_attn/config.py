@@ -145,8 +145,8 @@ VARIABLES: tuple[Variable, ...] = (
         "path",
         ("a folder",),
         "",
-        "Where to keep CUDA kernels that were compiled on this machine. Unset: the user's cache"
-        " folder.",
+        "Where to keep CUDA kernels that were compiled on this machine, and what was measured on"
+        " it. Unset: the user's cache folder.",
     ),
     Variable(
         "WAN_ATTN_SELF_CHECK",
@@ -156,6 +156,15 @@ VARIABLES: tuple[Variable, ...] = (
         "1",
         "1 uses our CUDA kernels only where they have been right on this card in another process"
         " (`prove`), and checks each once more before its first call. 0 uses all of them unproven.",
+    ),
+    Variable(
+        "WAN_ATTN_TUNE",
+        "tune",
+        "choice",
+        ("auto", "off", "again"),
+        "auto",
+        "`auto` measures which backend and kernel is the fastest here, once for each kind of call,"
+        " and keeps that in the cache folder. `off` keeps the fixed order, `again` measures anew.",
     ),
     Variable(
         "WAN_ATTN_LIBCUDA",
@@ -219,6 +228,7 @@ class Settings:
     binding: str = "auto"
     cache_dir: str | None = None
     self_check: bool = True
+    tune: str = "auto"
     libcuda: str | None = None
     comfyui: str = "global"
     profile: str | None = None

@@ -75,12 +75,15 @@ REGISTRY: dict[str, Backend] = {
 LOSSY = frozenset({sage.NAME, comfy_kitchen.NAME})
 
 
-def reads_float32(name: str, request: Request) -> tuple[bool, bool]:
+def reads_float32(name: str, request: Request, variant: str = "") -> tuple[bool, bool]:
     """Whether this backend reads a query, and a key, of float32 beside a half value where they lie.
 
     What it would copy, it had better be given in value's dtype by who can let go of the original.
+
+    Args:
+        variant: the row of `sdpa` that computes; "": the best one that takes the call.
     """
     if name == native.NAME:
-        return native.reads_float32(request)
+        return native.reads_float32(request, variant)
     is_read = name == chunked.NAME and chunked.reads_float32(request)
     return is_read, is_read

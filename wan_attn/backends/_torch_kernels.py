@@ -11,9 +11,10 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,23 @@ _ORDER = (
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 )
+
+
+class Variant(NamedTuple):
+    """One of PyTorch's kernels that may be measured and chosen by name."""
+
+    kernel: SDPBackend
+    title: str
+
+
+# Not MATH, which stores every score.
+VARIANTS = {
+    "flash": Variant(SDPBackend.FLASH_ATTENTION, "flash"),
+    "cudnn": Variant(SDPBackend.CUDNN_ATTENTION, "cuDNN"),
+    "efficient": Variant(SDPBackend.EFFICIENT_ATTENTION, "efficient"),
+}
+
+_here = threading.local()  # .asked: what asking() has set
 
 _FLAGS_LOCK = threading.Lock()  # sdpa_kernel sets flags of the process, not of the thread
 _refused: set[tuple[SDPBackend, tuple[object, ...]]] = set()
@@ -97,6 +115,30 @@ def order_for(device: torch.device) -> tuple[SDPBackend, ...]:
     return _device_order(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def variants(device: torch.device) -> tuple[str, ...]:
+    """The names in VARIANTS of the kernels to ask on `device`, best first; empty off CUDA."""
+    order = _enabled(order_for(device))
+    return tuple(name for kernel in order for name, one in VARIANTS.items() if one.kernel is kernel)
+
+
+@contextmanager
+def asking(kernel: SDPBackend, is_alone: bool) -> Iterator[None]:
+    """Within, this thread asks `kernel` first, or it alone."""
+    before = getattr(_here, "asked", None)
+    _here.asked = (kernel, is_alone)
+    try:
+        yield
+    finally:
+        _here.asked = before
+
+
+def _with_asked(
+    order: tuple[SDPBackend, ...], asked: tuple[SDPBackend, bool]
+) -> tuple[SDPBackend, ...]:
+    kernel, is_alone = asked
+    return (kernel,) if is_alone else (kernel, *(other for other in order if other is not kernel))
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -122,6 +164,7 @@ def attend(
 
     query = laid_out(query)
     order = order_for(query.device)
+    asked = getattr(_here, "asked", None)
     if not order or torch.compiler.is_compiling():  # a tracer follows neither locks nor flags
         return call()
     kind = (
@@ -135,7 +178,9 @@ def attend(
         query.device,
         torch.is_grad_enabled(),
     )
-    if kind in _settled:
+    if asked is not None:
+        order = _with_asked(order, asked)
+    elif kind in _settled:
         return call()
     with _FLAGS_LOCK:
         untried = [kernel for kernel in _enabled(order) if (kernel, kind) not in _refused]
@@ -147,9 +192,11 @@ def attend(
                     raise
                 _remember(_refused, (kernel, kind))
                 continue
-            if kernel is SDPBackend.FLASH_ATTENTION and kernel is order[0]:
+            if kernel is SDPBackend.FLASH_ATTENTION and kernel is order[0] and asked is None:
                 _remember(_settled, kind)
             return out
+    if asked is not None and asked[1]:
+        raise RuntimeError(f"PyTorch's {asked[0].name} has refused such a call, or is switched off")
     return call()  # the user switched all of ours off: PyTorch says so
 
 

@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from wan_attn.backends import _torch_kernels
 from wan_attn.backends._common import (
@@ -93,6 +94,21 @@ def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, 
         key = key.to(value.dtype)
         out, lse = _known_lengths(query, key, value, q_host, k_host, scale, call)
     return _finish(out.to(out_dtype), lse, query, key, value)
+
+
+def run_by(
+    kernel: SDPBackend, is_alone: bool, query: Tensor, key: Tensor, value: Tensor, call: Call
+) -> tuple[Tensor, Tensor | None]:
+    """`run` by this kernel of PyTorch's on CUDA, and by others only where it refuses.
+
+    Args:
+        is_alone: by no other kernel.
+
+    Raises:
+        RuntimeError: is_alone, and the kernel refuses the call.
+    """
+    with _torch_kernels.asking(kernel, is_alone):
+        return run(query, key, value, call)
 
 
 def run_unread(

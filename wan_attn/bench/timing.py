@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""timing.py - how long calls take: clocks, interleaved rounds; knows no attention.
-
-On a GPU the device's own events are read, once per round: between two events the host only queues
-work, and nothing waits. Before each call a buffer larger than the L2 cache is overwritten, so that
-no call finds its operands there; that write also gives the host time to queue the call, so that
-launching it is not measured.
-"""
+"""timing.py - how long calls take: interleaved rounds and their statistics; knows no attention."""
 
 from __future__ import annotations
 
@@ -16,13 +10,42 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
 from wan_attn.backends._errors import is_device_error
+from wan_attn.tuning.clocks import (
+    FLUSH_BYTES_MIN,
+    Clock,
+    CpuTimeClock,
+    DeviceClock,
+    WallClock,
+    clock_for,
+)
 
-FLUSH_BYTES_MIN = 256 << 20  # where a device does not tell the size of its L2 cache
+__all__ = [
+    "CPU_TIME_NOTE",
+    "FLUSH_BYTES_MIN",
+    "ROUNDS_MAX",
+    "ROUNDS_MIN",
+    "ROUNDS_SLOW",
+    "Clock",
+    "CpuTimeClock",
+    "DeviceClock",
+    "Rounds",
+    "StepTiming",
+    "WallClock",
+    "clock_for",
+    "describe_failure",
+    "interleave",
+    "is_fatal",
+    "measure_step",
+    "no_collection",
+    "percentile",
+    "summary",
+]
+
 ROUNDS_MIN, ROUNDS_MAX = 5, 200
 ROUNDS_SLOW = 3  # where even ROUNDS_MIN would take three times as long as there is time
 
@@ -34,109 +57,6 @@ class StepTiming(NamedTuple):
     p50_ms: float
     p90_ms: float
     iters: int
-
-
-class Clock(Protocol):
-    """Marks the time before and after a call, and reads the marks later."""
-
-    def begin(self) -> Any: ...
-
-    def end(self, begun: Any) -> Any: ...
-
-    def wait(self) -> None:
-        """Waits until everything between marks has run."""
-
-    def read(self, mark: Any) -> float:
-        """Returns the milliseconds of a mark that end() returned; call wait() before."""
-
-    def flush(self) -> None:
-        """Empties the caches, where that is possible."""
-
-
-class WallClock:
-    """time.perf_counter: for the CPU, where a call has run when it returns."""
-
-    def begin(self) -> float:
-        return time.perf_counter()
-
-    def end(self, begun: float) -> float:
-        return time.perf_counter() - begun
-
-    def wait(self) -> None:
-        """Does nothing: on a CPU a call has run when it returns."""
-
-    def read(self, mark: float) -> float:
-        return mark * 1e3
-
-    def flush(self) -> None:
-        """Does nothing: a model's calls find a CPU's caches as they are, too."""
-
-
-class CpuTimeClock(WallClock):
-    """The CPU time of this process over its threads: for a machine that others use, too.
-
-    What waits for a core is not counted. A waiting OpenMP thread that spins is: set
-    OMP_WAIT_POLICY=passive before Python starts.
-    """
-
-    def begin(self) -> float:
-        return time.process_time()
-
-    def end(self, begun: float) -> float:
-        return (time.process_time() - begun) / torch.get_num_threads()
-
-
-class DeviceClock:
-    """Events on the current stream of a CUDA device.
-
-    Args:
-        device: the one to time.
-        api: torch.cuda, or a stand-in.
-        flush_bytes: how much to overwrite before a call; None: twice the L2 cache, 0: nothing.
-    """
-
-    def __init__(
-        self, device: torch.device, api: Any = torch.cuda, flush_bytes: int | None = None
-    ) -> None:
-        self.device, self.api = device, api
-        if flush_bytes is None:
-            l2 = getattr(api.get_device_properties(device), "L2_cache_size", 0)
-            flush_bytes = max(FLUSH_BYTES_MIN, 2 * l2)
-        self.flush_bytes = flush_bytes
-        self._buffer: torch.Tensor | None = None
-
-    def begin(self) -> Any:
-        event = self.api.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def end(self, begun: Any) -> tuple[Any, Any]:
-        event = self.api.Event(enable_timing=True)
-        event.record()
-        return begun, event
-
-    def wait(self) -> None:
-        self.api.synchronize(self.device)
-
-    def read(self, mark: tuple[Any, Any]) -> float:
-        begin, end = mark
-        return float(begin.elapsed_time(end))
-
-    def flush(self) -> None:
-        if not self.flush_bytes:
-            return
-        if self._buffer is None:
-            self._buffer = torch.empty(self.flush_bytes, dtype=torch.uint8, device=self.device)
-        self._buffer.zero_()
-
-
-def clock_for(
-    device: torch.device, flush_bytes: int | None = None, cpu_time: bool = False
-) -> Clock:
-    """The clock of this device; flush_bytes as DeviceClock has it, cpu_time for a CPU only."""
-    if device.type == "cuda":
-        return DeviceClock(device, flush_bytes=flush_bytes)
-    return CpuTimeClock() if cpu_time else WallClock()
 
 
 CPU_TIME_NOTE = (

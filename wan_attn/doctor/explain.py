@@ -14,17 +14,20 @@ from wan_attn.doctor import proofs
 from wan_attn.log import dtype_name
 from wan_attn.native import op
 from wan_attn.request import Request
-from wan_attn.selection.choose import order, select, why_not
+from wan_attn.selection.choose import Choice, order, select, why_not
 from wan_attn.selfcheck import proof
+from wan_attn.tuning import words
+from wan_attn.tuning.kinds import why_never
 from wan_attn.workloads import Workload
 
 
 def explain(request: Request, call: Workload, settings: Settings) -> dict[str, Any]:
     """The choice, and every backend's and kernel row's own answer, as plain values."""
-    error, backend, kernel = None, None, None
+    error, backend, kernel, variant, measured = None, None, None, None, ""
     try:
         choice = select(request, settings)
-        backend, kernel = choice.backend, choice.kernel_name
+        backend, kernel, variant = choice.backend, choice.kernel_name, choice.variant or None
+        measured = _measured(choice, call, settings)
     except RuntimeError as problem:  # nothing takes it, or WAN_ATTN_STRICT=1 and the named does not
         error = str(problem)
     asked = order(request, settings)
@@ -58,11 +61,34 @@ def explain(request: Request, call: Workload, settings: Settings) -> dict[str, A
         "settings": {"forced_by": settings.forced_by, "strict": settings.strict},
         "backend": backend,
         "kernel": kernel,
+        "variant": variant,
+        "measured": measured,
         "error": error,
         "backends": backends,
         "kernels": kernels,
         "no_kernels": "" if kernels else op.binding_reason(),
     }
+
+
+def _measured(choice: Choice, call: Workload, settings: Settings) -> str:
+    """What measurements say about the call, and how to repeat them, in words."""
+    if settings.tune == "off":
+        return "nothing counts: WAN_ATTN_TUNE=off"
+    if settings.forced_backend is not None:
+        return f"nothing counts: {settings.forced_by}"
+    entry, repeat = choice.entry, f"{words.REPEAT} --shape {call.shape}"
+    if entry is not None and choice.is_measured:
+        told = f"{words.figures(entry)}: {choice.candidate.title}. {words.age(entry)}, on"
+        return f"{told} {entry.slice}; to repeat: {repeat}"
+    if entry is not None:
+        return f"not decided: there was no time within a call; to decide: {repeat}"
+    if reason := why_never(choice.request):
+        return f"nothing: {reason}"
+    if choice.turn is None:
+        return "nothing: there is nothing to choose from"
+    needed = choice.turn.needed
+    when = "the first call" if needed == 1 else f"call {needed}"
+    return f"nothing yet: {when} of this kind will be; to do it now: {repeat}"
 
 
 def _why_not(name: str, request: Request, settings: Settings) -> str | None:
@@ -114,6 +140,8 @@ def render(answer: dict[str, Any]) -> str:
     ]
     if answer["proof"]:
         rows.append(("proof", f"{answer['proof']['state']}; {proofs.HOW}"))
+    if answer["measured"]:
+        rows.append(("measured", answer["measured"]))
     if answer["note"]:
         rows.append(("note", answer["note"]))
     text = pairs(rows)
@@ -141,8 +169,8 @@ def render(answer: dict[str, Any]) -> str:
 def _choice(answer: dict[str, Any]) -> str:
     if answer["backend"] is None:
         return f"none. {answer['error']}"
-    kernel = f", kernel {answer['kernel']}" if answer["kernel"] else ""
-    return f"{answer['backend']}{kernel}"
+    kernel = answer["kernel"] or answer["variant"]
+    return f"{answer['backend']}, kernel {kernel}" if kernel else str(answer["backend"])
 
 
 def _state(reason: str | None, chosen: bool, asked: bool = True) -> str:

@@ -16,6 +16,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from wan_attn.store.machine import cpu_name
+
+__all__ = [
+    "Gpu",
+    "Guard",
+    "Machine",
+    "broken_packages",
+    "cpu_facts",
+    "cpu_name",
+    "cuda_devices",
+    "machine",
+    "native_facts",
+    "nvidia_driver",
+    "packages",
+    "python_h",
+]
+
 T = TypeVar("T")
 
 # Distributions that meet in a Wan2.2 environment, in the order in which they are shown.
@@ -110,16 +127,6 @@ def nvidia_driver() -> tuple[str, list[str]]:
             return rows[0][0].strip(), [row[1].strip() for row in rows]
     module = Path("/sys/module/nvidia/version")
     return (module.read_text(encoding="ascii").strip(), []) if module.exists() else ("", [])
-
-
-def cpu_name() -> str:
-    """The processor's name as its maker writes it, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def cuda_devices() -> tuple[list[Gpu], str]:

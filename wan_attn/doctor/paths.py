@@ -14,6 +14,7 @@ from wan_attn.log import DTYPES, dtype_name
 from wan_attn.native import op
 from wan_attn.request import Request
 from wan_attn.selection.choose import compute_dtype, select
+from wan_attn.tuning import words
 from wan_attn.workloads import WORKLOADS, Workload
 
 # The calls that decide how long a video takes, and the one with another head_dim.
@@ -88,6 +89,8 @@ def _choice(device: str, call: Workload, settings: Settings) -> dict[str, Any]:
         "dtype": dtype_name(dtype),
         "backend": None,
         "kernel": None,
+        "variant": None,
+        "measured": "",
         "refusals": [],
         "error": None,
     }
@@ -98,5 +101,14 @@ def _choice(device: str, call: Workload, settings: Settings) -> dict[str, Any]:
         RuntimeError
     ) as error:  # nothing takes it, or WAN_ATTN_STRICT=1 and the named one does not
         return {**told, "error": str(error)}
-    refusals = [list(pair) for pair in choice.refusals]
-    return {**told, "backend": choice.backend, "kernel": choice.kernel_name, "refusals": refusals}
+    measured = ""
+    if choice.entry is not None and choice.is_measured:
+        measured = f"{words.figures(choice.entry)}, {words.age(choice.entry)}"
+    return {
+        **told,
+        "backend": choice.backend,
+        "kernel": choice.kernel_name,
+        "variant": choice.variant or None,
+        "measured": measured,
+        "refusals": [list(pair) for pair in choice.refusals],
+    }

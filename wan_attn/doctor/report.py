@@ -111,13 +111,22 @@ def _choices(report: Report) -> str:
             c["device"],
             c["title"],
             c["dtype"],
-            c["error"] or (f"{c['backend']}: {c['kernel']}" if c["kernel"] else c["backend"]),
+            c["error"] or _runs(c),
         )
         for c in report["choices"]
     ]
-    return (
-        f"{heading('what would run', 'the calls of stock Wan2.2')}\n{table(rows)}" if rows else ""
-    )
+    if not rows:
+        return ""
+    text = f"{heading('what would run', 'the calls of stock Wan2.2')}\n{table(rows)}"
+    if not any(c["measured"] for c in report["choices"]):
+        text += "\n" + wrap("none of them is measured here: python -m wan_attn tune")
+    return text
+
+
+def _runs(choice: dict[str, Any]) -> str:
+    kernel = choice["kernel"] or choice["variant"]
+    text = f"{choice['backend']}: {kernel}" if kernel else str(choice["backend"])
+    return text + (f" (measured: {choice['measured']})" if choice["measured"] else "")
 
 
 def _backends(report: Report) -> str:

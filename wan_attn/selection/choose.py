@@ -1,22 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """choose.py - Request + Settings -> Choice: what runs a call, and why not what came before it.
 
-Pure: the same request and settings give the same choice on the same machine. Python chooses the
-library here, C chooses the kernel (csrc/core/dispatch.c).
+The same request and settings give the same choice on the same machine and with the same
+measurements (tuning/). Python chooses the library here, and C the kernel (csrc/core/dispatch.c)
+unless another was measured to be faster.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from wan_attn.backends import LOSSY, REGISTRY, chunked, native, torch_sdpa, xformers
+from wan_attn.backends import (
+    LOSSY,
+    REGISTRY,
+    _torch_kernels,
+    chunked,
+    native,
+    torch_sdpa,
+    xformers,
+)
 from wan_attn.backends._common import accelerators, capability
 from wan_attn.backends._flash_attention import NOT_INSTALLED
 from wan_attn.config import FLASH_ATTENTION_BACKENDS, Settings
 from wan_attn.request import Request
+from wan_attn.selection import measured
+from wan_attn.tuning import words
+from wan_attn.tuning.book import Entry
+from wan_attn.tuning.candidates import Candidate
+from wan_attn.tuning.turn import Turn
 from wan_attn.workloads import WORKLOADS
 
 DISABLED = "disabled by DISABLE_FLASH_ATTN=1"
@@ -32,7 +48,7 @@ class Card(NamedTuple):
             cards, and newer ones, get the range of bfloat16.
         is_torch_first: its tensor cores reach their full rate by wgmma or tcgen05 alone: PyTorch's
             cuDNN has such kernels, and what mma.sync can reach is some 62 % on Hopper (Luo et al.,
-            arXiv 2402.13499). Until ours are measured there, PyTorch's go first.
+            arXiv 2402.13499). Until they are measured on the card itself, PyTorch's go first.
     """
 
     title: str
@@ -62,12 +78,24 @@ class Choice:
         request: the call.
         refusals: (backend, reason) for each one that came before it in the order, in that order.
         forced_by: the variable that named a backend, as the user wrote it; "" for auto.
+        variant: the row or the kernel of PyTorch's that was measured to be the fastest; "": the
+            backend's own choice.
+        entry: the measurement of such calls; None: there is none.
+        turn: what such calls wait for until they are measured; None: for nothing.
     """
 
     backend: str
     request: Request
     refusals: tuple[tuple[str, str], ...]
     forced_by: str = ""
+    variant: str = ""
+    entry: Entry | None = field(default=None, compare=False, repr=False)
+    turn: Turn | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def candidate(self) -> Candidate:
+        """The backend and its variant."""
+        return Candidate(self.backend, self.variant)
 
     @property
     def kernel_name(self) -> str | None:
@@ -75,12 +103,20 @@ class Choice:
 
         An answer of the kernel table, asked now. What ran is what the backend says after a run.
         """
-        return native.kernel_name(self.request) if self.backend == native.NAME else None
+        if self.backend != native.NAME:
+            return None
+        return self.variant or native.kernel_name(self.request)
 
     @property
     def title(self) -> str:
         """What would run, as the log calls it."""
-        return title(self.backend, self.kernel_name)
+        return title(self.backend, self.kernel_name or self.variant)
+
+    @property
+    def is_measured(self) -> bool:
+        """A measurement has decided."""
+        entry = self.entry
+        return entry is not None and entry.is_whole and bool(entry.times) and self.turn is None
 
     @property
     def is_fallback(self) -> bool:
@@ -102,18 +138,25 @@ class Choice:
                 parts.append(f"{REGISTRY[name].TITLE}: {' '.join(reason.split())}")
         if not parts and self.forced_by:
             parts.append(self.forced_by)
+        if self.entry is not None and self.is_measured:
+            parts.append(words.measured(self.entry, self.candidate))
         return "; ".join(parts)
 
 
 def title(backend: str, kernel_name: str | None) -> str:
-    """A backend, and the row of the kernel table that it runs, as the log calls them."""
+    """A backend, and the row of the kernel table or PyTorch's kernel that it runs, as the log
+    calls them."""
     name = REGISTRY[backend].TITLE
-    return name if kernel_name is None else f"{name} ({kernel_name})"
+    if kernel_name in _torch_kernels.VARIANTS and backend == torch_sdpa.NAME:
+        kernel_name = _torch_kernels.VARIANTS[kernel_name].title
+    return f"{name} ({kernel_name})" if kernel_name else name
 
 
 def _card(device: torch.device) -> Card:
     arch = capability(device)
-    return _ANY_CARD if arch is None else CARDS.get(arch, _ANY_CARD)
+    if arch is None or torch.version.hip is not None:  # AMD's numbers are of other cards
+        return _ANY_CARD
+    return CARDS.get(arch, _ANY_CARD)
 
 
 def compute_dtype(
@@ -150,8 +193,8 @@ def order(request: Request, settings: Settings) -> tuple[str, ...]:
 
     auto: FA3 > FA2 > ours > xFormers > PyTorch > memory-bounded; off CUDA without FlashAttention
         and xFormers, which have nothing there; PyTorch before ours on the cards where CARDS says
-        so. A named backend comes first and the ones behind it follow; all of auto's, behind a lossy
-        one, which auto never takes.
+        so. A measurement goes before this order (select). A named backend comes first and the ones
+        behind it follow; all of auto's, behind a lossy one, which auto never takes.
     """
     names = tuple(name for name in REGISTRY if _is_for_auto(name))
     forced = settings.forced_backend
@@ -190,24 +233,35 @@ def select(
     version: int | None = None,
     failed: tuple[tuple[str, str], ...] = (),
 ) -> Choice:
-    """The first backend in the order that does not refuse the call.
+    """The fastest that was measured for such calls; else the first backend in the order that does
+    not refuse the call.
 
     Args:
         version: flash_attention's `version`: 2 leaves FlashAttention 3 out, 3 and None do not.
-        failed: (backend, reason) for each one that failed at run time: passed over too.
+        failed: (backend or candidate, reason) for each one that failed at run time: passed over.
 
     Raises:
         RuntimeError: no backend takes the call, or, under WAN_ATTN_STRICT=1, the named one does
             not; the message has every reason.
     """
     refusals: list[tuple[str, str]] = []
-    gone = dict(failed)
-    for name in order(request, settings):
-        reason = gone.get(name) or why_not(
+    gone, names = dict(failed), order(request, settings)
+
+    @cache
+    def reason_of(name: str) -> str | None:
+        return gone.get(name) or why_not(
             name, request, settings, version, wrapper_failed=chunked.NAME in gone
         )
+
+    found = _decide(request, settings, names, reason_of, gone)
+    for name in names:
+        reason = reason_of(name)
         if reason is None:
-            return Choice(name, request, tuple(refusals), settings.forced_by)
+            if found.candidate is not None and found.candidate.backend != name:
+                continue  # slower
+            variant = "" if found.candidate is None else found.candidate.variant
+            given = (settings.forced_by, variant, found.entry, found.turn)
+            return Choice(name, request, tuple(refusals), *given)
         refusals.append((name, reason))
         if settings.strict and settings.forced_backend == name:
             raise RuntimeError(
@@ -216,6 +270,29 @@ def select(
             )
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
     raise RuntimeError(f"wan_attn: no backend takes this call: {reasons}")
+
+
+def _decide(
+    request: Request,
+    settings: Settings,
+    names: tuple[str, ...],
+    reason_of: Callable[[str], str | None],
+    gone: dict[str, str],
+) -> measured.Decision:
+    """What the measurements say. `names` is the order that holds without them."""
+    if not measured.may_decide(request, settings):
+        return measured.NONE
+    try:
+        takers = [name for name in names if reason_of(name) is None]
+    except RuntimeError:  # a device in trouble: the order says where that matters
+        return measured.NONE
+    return measured.decide(request, takers, gone)
+
+
+def takers(request: Request, settings: Settings) -> tuple[str, ...]:
+    """The backends that take the call and may be chosen for it, in the order of order()."""
+    names = order(request, settings)
+    return tuple(n for n in names if why_not(n, request, settings, None, False) is None)
 
 
 def available(

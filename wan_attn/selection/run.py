@@ -29,6 +29,8 @@ from wan_attn.request import (
 from wan_attn.selection import profile
 from wan_attn.selection.choose import Choice, compute_dtype, select, title
 from wan_attn.transient import is_interruption
+from wan_attn.tuning import candidates
+from wan_attn.tuning.turn import Turn
 
 # What a backend may raise for reasons of its own: a missing symbol, a changed signature, a shape it
 # did not expect.
@@ -52,7 +54,8 @@ class _Plan:
         settings: those it was made under; refresh() makes others, and plans are made anew.
         dtypes: what query, key and value are converted to.
         reads: whether the backend reads query, and key, of float32 beside a half value in place.
-        failed: (backend, reason) for those that failed at run time.
+        turn: what it waits for until it is made anew by measurement; None: for nothing.
+        failed: (backend or candidate, reason) for those that failed at run time.
         is_said: the log has described it.
     """
 
@@ -62,6 +65,7 @@ class _Plan:
     run: Callable[[Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor | None]]
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
     reads: tuple[bool, bool]
+    turn: Turn | None = None
     failed: tuple[tuple[str, str], ...] = ()
     is_said: bool = False
 
@@ -104,6 +108,9 @@ def attend(operands: list[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
         plan = _make_plan(query, key, value, call, settings)
         _keep(kind, plan)
     pairs = _check_values(plan.request, call)
+    if plan.turn is not None and plan.turn.take((query, key, value, call)) is not None:
+        plan = _make_plan(query, key, value, call, settings, plan.failed)
+        _keep(kind, plan)
     recorder = None if settings.profile is None else profile.recorder(settings.profile)
     while True:
         begun = None if recorder is None else recorder.start(query.device)
@@ -135,7 +142,8 @@ def attend(operands: list[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
 
 def _what_ran(choice: Choice) -> str:
     """As the log calls it: the row is the one that the op says it has run."""
-    return title(choice.backend, native.last_kernel() if choice.backend == native.NAME else None)
+    row = native.last_kernel() if choice.backend == native.NAME else None
+    return title(choice.backend, row or choice.variant)
 
 
 def _readable(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,14 +220,20 @@ def _dtypes(
 
 
 def _make_plan(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, settings: config.Settings
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    settings: config.Settings,
+    failed: tuple[tuple[str, str], ...] = (),
 ) -> _Plan:
     request = Request.from_tensors(query, key, value, call)
     native.prove(request.device)
-    choice = select(request, settings, version=call.version)
+    choice = select(request, settings, version=call.version, failed=failed)
+    run = candidates.runner(choice.candidate, request)
     dtypes = (query.dtype, key.dtype, value.dtype)
-    reads = reads_float32(choice.backend, request)
-    return _Plan(settings, request, choice, REGISTRY[choice.backend].run, dtypes, reads)
+    reads = reads_float32(choice.backend, request, choice.variant)
+    return _Plan(settings, request, choice, run, dtypes, reads, choice.turn, failed)
 
 
 def _check_values(request: Request, call: Call) -> int | None:
@@ -245,27 +259,31 @@ def _check_values(request: Request, call: Call) -> int | None:
 
 
 def _next_plan(plan: _Plan, error: Exception, version: int | None) -> _Plan:
-    """The plan without the backend that failed just now.
+    """The plan without the candidate that failed just now: a backend, or one kernel of it.
 
     Raises:
         RuntimeError: WAN_ATTN_STRICT=1. Exception: `error` itself, if no other backend is left.
     """
-    backend, failing = plan.choice.backend, REGISTRY[plan.choice.backend].TITLE
+    name, failing = plan.choice.candidate.name, REGISTRY[plan.choice.backend].TITLE
+    if plan.choice.variant:
+        failing = title(plan.choice.backend, plan.choice.variant)
     said = " ".join(str(error).split())[:300] or "no message"
     reason = f"failed at run time ({type(error).__name__}: {said})"
     if plan.settings.strict:
         raise RuntimeError(
             f"wan_attn: {failing} {reason} (WAN_ATTN_STRICT=1: nothing else is tried)"
         ) from error
-    failed = (*plan.failed, (backend, reason))
+    failed = (*plan.failed, (name, reason))
     try:
         choice = select(plan.request, plan.settings, version=version, failed=failed)
     except RuntimeError as nothing_left:
         raise error from nothing_left
-    following = REGISTRY[choice.backend]
-    log.once((backend, reason), logging.WARNING, f"{failing} {reason}; trying {following.TITLE}")
-    reads = reads_float32(choice.backend, plan.request)
-    return _Plan(plan.settings, plan.request, choice, following.run, plan.dtypes, reads, failed)
+    following = choice.title if choice.variant else REGISTRY[choice.backend].TITLE
+    log.once((name, reason), logging.WARNING, f"{failing} {reason}; trying {following}")
+    run = candidates.runner(choice.candidate, plan.request)
+    reads = reads_float32(choice.backend, plan.request, choice.variant)
+    more = (reads, choice.turn, failed)
+    return _Plan(plan.settings, plan.request, choice, run, plan.dtypes, *more)
 
 
 def _say(plan: _Plan, version: int | None, pairs: int | None) -> None:
