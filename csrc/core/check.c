@@ -306,7 +306,8 @@ static wan_attn_status check_lse(const wan_attn_tensor *lse, const wan_attn_tens
 
 wan_attn_status wan_attn_check_outputs(wan_attn_problem *p, wan_attn_error *err) {
     const wan_attn_tensor *q = &p->params->q, *out = &p->params->out, *lse = &p->params->lse;
-    wan_attn_status status = is_absent(out) ? WAN_ATTN_OK : check_out(out, q, p->params->v.dtype, err);
+    wan_attn_status status =
+        is_absent(out) ? WAN_ATTN_OK : check_out(out, q, p->params->v.dtype, err);
     if (status == WAN_ATTN_OK && !is_absent(lse))
         status = check_lse(lse, q, err);
     if (status != WAN_ATTN_OK)

@@ -41,7 +41,16 @@ static const volatile uint32_t *cpu_features;
 static int32_t cpu_code, cuda_code, u8_code, code_of[WAN_ATTN_DTYPE_OTHER];
 
 enum { QUERY, KEY, VALUE, Q_LENS, K_LENS, OPERANDS }; /* in the order of the op's schema */
-enum { SCALE = OPERANDS, IS_CAUSAL, WINDOW_LEFT, WINDOW_RIGHT, RETURN_LSE, KERNEL, OUT_LIKE_VALUE, INPUTS };
+enum {
+    SCALE = OPERANDS,
+    IS_CAUSAL,
+    WINDOW_LEFT,
+    WINDOW_RIGHT,
+    RETURN_LSE,
+    KERNEL,
+    OUT_LIKE_VALUE,
+    INPUTS
+};
 static const char *const NAMES[] = {"query", "key", "value", "q_lens", "k_lens"};
 
 /* One call. It owns its tensors: each is deleted on every way out, but for those returned. */
