@@ -279,7 +279,7 @@ def show(found: dict[str, Any]) -> str:
 def main() -> int:
     """Measures, and prints a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--wan22", type=Path, default=os.environ.get("WAN22_DIR"))
+    parser.add_argument("--wan22", type=Path, default=os.environ.get("WAN22_DIR") or None)
     parser.add_argument("--model", choices=model.ARCHS, default="ti2v-5b")
     parser.add_argument("--video", default="640x352x65")
     parser.add_argument("--full", action="store_true", help="all heads, not 4: minutes on a CPU")
