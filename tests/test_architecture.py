@@ -99,7 +99,7 @@ PYTHON_LAYERS = [
     {""},
     {"doctor"},
     {"bench"},
-    {"demo"},
+    {"demo", "check"},
     {"cli"},
     {"__main__"},
 ]

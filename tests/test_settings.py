@@ -283,7 +283,9 @@ def test_the_measured_order(tensors: Any, monkeypatch: Any, tmp_path: Path, capl
     found = kinds.machine(plan.request.device)
     assert found is not None and plan.turn is not None
     times = {one.name: 9.0 for one in plan.turn.candidates} | {"torch": 1.0}
-    entry = book.Entry(plan.turn.kind.text, found, times, {}, {}, True, "", book.today(), 1.0)
+    entry = book.Entry(
+        plan.turn.kind.text, found, times, times, {}, {}, True, "", book.today(), 1.0
+    )
     book.keep(plan.turn.kind, entry, replaces=False)
     for value, is_obeyed in (("auto", True), ("off", False), ("again", False), ("auto", True)):
         change(monkeypatch, "WAN_ATTN_TUNE", value)

@@ -442,9 +442,8 @@ def test_a_second_thread_does_not_wait(lab: Lab, monkeypatch: pytest.MonkeyPatch
 
 def _keep(number: int, results: Any, start: Any) -> None:
     start.wait()
-    entry = book.Entry(
-        "kind", {"device": "x"}, *[{"one": float(number + 1)}] * 2, {}, {}, True, "", "", 1.0
-    )
+    times = {"one": float(number + 1)}
+    entry = book.Entry("kind", {"device": "x"}, times, times, {}, {}, True, "", "", 1.0)
     results.put(book.keep(Kind(-1, "kind"), entry, replaces=False).times)
 
 

@@ -126,7 +126,7 @@ def options_of_command(name: str) -> frozenset[str]:
     return frozenset(options_of(parser))
 
 
-PROGRAMS = ("ship.py", "selftest_run.py")
+PROGRAMS = ("ship.py", "selftest_run.py", "worker.py")
 """Modules of the package that a process of their own runs."""
 
 

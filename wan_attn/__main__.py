@@ -34,6 +34,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "wan_attn.cli.prove",
         "try the CUDA kernels on this machine's cards, so that what is right there is used",
     ),
+    "check": (
+        "wan_attn.cli.check",
+        "is every kernel right on this machine, and how fast; a report for an issue",
+    ),
     "comfyui": ("wan_attn.cli.comfyui", "put the node into a ComfyUI, or take it out again"),
     "demo": ("wan_attn.cli.demo", "denoise a short video with and without wan_attn and compare"),
     "bench": (

@@ -17,7 +17,8 @@ from wan_attn.tuning.candidates import Candidate
 from wan_attn.tuning.slices import Operands, Slice
 from wan_attn.workloads import Workload
 
-SECONDS = 3.0  # about as long all runs of one call take on a slow card, less on others
+# About as long all runs of one call take on a slow card or CPU, less on others.
+SECONDS = {"cuda": 3.0, "cpu": 10.0}
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ def _part(request: Request, count: int) -> Slice:
     """As large as there is time for: no call has to pay."""
     kind = request.device.type
     units = 1 if kind == "cuda" else torch.get_num_threads()
-    return slices.choose(request, 1.0, SECONDS * turn.RATE[kind] * units / measure.runs(count))
+    return slices.choose(
+        request, 1.0, SECONDS[kind] * turn.RATE[kind] * units / measure.runs(count)
+    )
 
 
 def _operands(request: Request, part: Slice) -> Operands:

@@ -26,9 +26,9 @@ from wan_attn.tuning.kinds import Kind, kind_of, machine, why_never, work
 from wan_attn.tuning.slices import Operands, Slice
 
 COST = 0.05
-# FLOP a second that any card, or one thread of a CPU, reaches: what a slice may be, so that all its
-# runs take less than a second.
-RATE = {"cpu": 1e10, "cuda": 2e13}
+# FLOP a second that cards, or one thread of a CPU with AVX2 or NEON, reach: what a slice may be, so
+# that all its runs end within measure.SECONDS_MAX.
+RATE = {"cpu": 3e10, "cuda": 2e13}
 # How much more than its share of the call a slice takes: keys are packed for fewer rows, and the
 # slower candidates run as well. Measured with benchmarks/measured_order.py: up to 1.4.
 OVERHEAD = 1.5
@@ -134,7 +134,8 @@ def part_of(request: Request, candidates: int) -> Slice:
     runs = measure.runs(candidates)
     kind = request.device.type
     units = 1 if kind == "cuda" else torch.get_num_threads()
-    return slices.choose(request, COST / (OVERHEAD * runs), RATE[kind] * units / runs)
+    most = measure.SECONDS_MAX[kind] * RATE[kind] * units / runs
+    return slices.choose(request, COST / (OVERHEAD * runs), most)
 
 
 def calls_needed(request: Request, part: Slice, candidates: int) -> int:
