@@ -120,11 +120,9 @@ def flash_attn_varlen_func(
     begins = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
     ends = zip(cu_seqlens_q.tolist()[1:], cu_seqlens_k.tolist()[1:], strict=True)
     for (q_begin, k_begin), (q_end, k_end) in zip(begins, ends, strict=False):
-        heads_first = (
-            x[begin:end].transpose(0, 1).unsqueeze(0)
-            for x, begin, end in ((q, q_begin, q_end), (k, k_begin, k_end), (v, k_begin, k_end))
-        )
-        out = torch.nn.functional.scaled_dot_product_attention(*heads_first)
+        parts = q[q_begin:q_end], k[k_begin:k_end], v[k_begin:k_end]
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in parts)
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
         outs.append(out.squeeze(0).transpose(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 

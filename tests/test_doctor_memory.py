@@ -63,7 +63,7 @@ def test_the_peak_is_what_is_allocated(
     force(backend)
     batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim = sizes
     q, k, v = operands(batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim)
-    request = Request(*sizes, dtypes[2], dtypes[0], dtypes[1], CPU)
+    request = Request(*(*sizes, dtypes[2], dtypes[0], dtypes[1], CPU))
 
     def call() -> Tensor:
         given = (x.to(dtype, copy=True) for x, dtype in zip((q, k, v), dtypes, strict=True))
@@ -83,9 +83,8 @@ def test_the_peak_is_what_is_allocated(
 
 @pytest.mark.parametrize("seqlen_q", [3, 500])
 def test_the_log_sum_exp_and_grouped_heads_of_our_rows(seqlen_q: int, native: str) -> None:
-    sizes = (2, seqlen_q, 600, 6, 2, 64)
-    request = Request(*sizes, BF16, BF16, BF16, CPU, return_lse=True)
-    q, k, v = operands(*sizes, dtype=BF16)
+    request = Request(2, seqlen_q, 600, 6, 2, 64, BF16, BF16, BF16, CPU, return_lse=True)
+    q, k, v = operands(2, seqlen_q, 600, 6, 2, 64, BF16)
     seen, _ = peak_bytes(lambda: torch.ops.wan_attn.sdpa(q, k, v, return_lse=True)[0], CPU)
     if seen is None:
         pytest.skip("this torch's profiler does not report allocations")
