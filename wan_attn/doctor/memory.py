@@ -25,7 +25,7 @@ from wan_attn.request import Request
 WAN22_BLOCK_BYTES = 88
 
 # Rows of query and keys that one thread of PyTorch's CPU kernel takes at a time, by the length of
-# query (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
+# query, as in the FlashAttentionKernel of its ATen.
 _CPU_ROWS = ((768, 256), (192, 64), (0, 32))
 _CPU_KEYS = 512
 
