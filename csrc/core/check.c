@@ -275,15 +275,17 @@ static wan_attn_status check_overlap(const char *name, const wan_attn_tensor *t,
 }
 
 static wan_attn_status check_out(const wan_attn_tensor *out, const wan_attn_tensor *q,
-                                 wan_attn_error *err) {
+                                 int32_t v_dtype, wan_attn_error *err) {
     wan_attn_status status = check_rank_and_dtype("out", out, err);
     if (status == WAN_ATTN_OK)
         status = check_device("out", out, q, err);
     if (status == WAN_ATTN_OK)
         status = check_shape("out", out, q->shape, "shaped like query", err);
-    if (status == WAN_ATTN_OK && out->dtype != q->dtype)
-        status = INVALID(err, "out must have query's dtype %s, got %s",
-                         wan_attn_dtype_name(q->dtype), wan_attn_dtype_name(out->dtype));
+    if (status == WAN_ATTN_OK && out->dtype != q->dtype && out->dtype != v_dtype)
+        status = INVALID(err, "out must have query's dtype %s%s%s, got %s",
+                         wan_attn_dtype_name(q->dtype), q->dtype == v_dtype ? "" : " or value's ",
+                         q->dtype == v_dtype ? "" : wan_attn_dtype_name(v_dtype),
+                         wan_attn_dtype_name(out->dtype));
     return status == WAN_ATTN_OK ? check_overlap("out", out, err) : status;
 }
 
@@ -304,7 +306,8 @@ static wan_attn_status check_lse(const wan_attn_tensor *lse, const wan_attn_tens
 
 wan_attn_status wan_attn_check_outputs(wan_attn_problem *p, wan_attn_error *err) {
     const wan_attn_tensor *q = &p->params->q, *out = &p->params->out, *lse = &p->params->lse;
-    wan_attn_status status = is_absent(out) ? WAN_ATTN_OK : check_out(out, q, err);
+    wan_attn_status status =
+        is_absent(out) ? WAN_ATTN_OK : check_out(out, q, p->params->v.dtype, err);
     if (status == WAN_ATTN_OK && !is_absent(lse))
         status = check_lse(lse, q, err);
     if (status != WAN_ATTN_OK)

@@ -35,14 +35,23 @@ static const volatile uint32_t *cpu_features;
 static int32_t cpu_code, cuda_code, u8_code, code_of[WAN_ATTN_DTYPE_OTHER];
 
 enum { QUERY, KEY, VALUE, Q_LENS, K_LENS, OPERANDS }; /* in the order of the op's schema */
-enum { SCALE = OPERANDS, IS_CAUSAL, WINDOW_LEFT, WINDOW_RIGHT, RETURN_LSE, KERNEL, INPUTS };
+enum {
+    SCALE = OPERANDS,
+    IS_CAUSAL,
+    WINDOW_LEFT,
+    WINDOW_RIGHT,
+    RETURN_LSE,
+    KERNEL,
+    OUT_LIKE_VALUE,
+    INPUTS
+};
 static const char *const NAMES[] = {"query", "key", "value", "q_lens", "k_lens"};
 
 /* One call. It owns its tensors: each is deleted on every way out, but for those returned. */
 typedef struct call {
     torch_tensor operand[OPERANDS]; /* NULL: an optional one that was not given */
     torch_tensor out, lse, workspace;
-    bool return_lse;
+    bool return_lse, out_like_value;
     int64_t kernel;
     wan_attn_params params;
     char message[sizeof(wan_attn_error) + 16]; /* why the call failed */
@@ -84,6 +93,7 @@ static void take_arguments(const torch_value *stack, call *c) {
     p->window_size_right = (int64_t)stack[WINDOW_RIGHT];
     c->return_lse = (stack[RETURN_LSE] & 0xff) != 0;
     c->kernel = (int64_t)stack[KERNEL];
+    c->out_like_value = (stack[OUT_LIKE_VALUE] & 0xff) != 0;
 }
 
 static void delete_tensor(torch_tensor tensor) {
@@ -185,13 +195,15 @@ static bool allocate_all(call *c, size_t workspace_size) {
                                  .ndim = 1,
                                  .shape = {(int64_t)workspace_size}};
     p->out = p->q;
+    p->out.dtype = c->out_like_value ? p->v.dtype : p->q.dtype;
+    int64_t out_size = p->out.dtype == WAN_ATTN_F32 ? 4 : 2;
     p->lse = p->q;
     p->lse.dtype = WAN_ATTN_F32;
     p->lse.ndim = 3;
     p->lse.shape[0] = c->return_lse ? p->q.shape[0] : 0;
     p->lse.shape[1] = p->q.shape[2];
     p->lse.shape[2] = p->q.shape[1];
-    if (!allocate(c, code_of[p->q.dtype], p->q.dtype == WAN_ATTN_F32 ? 4 : 2, &p->out, &c->out) ||
+    if (!allocate(c, code_of[p->out.dtype], out_size, &p->out, &c->out) ||
         !allocate(c, code_of[WAN_ATTN_F32], 4, &p->lse, &c->lse) ||
         (workspace_size && !allocate(c, u8_code, 1, &workspace, &c->workspace)))
         return false;
