@@ -13,6 +13,7 @@ MINUTES ?= 2
 ARGS ?=
 
 python = $(VENV)/bin/python
+wheels_python = build/wheels/venv/bin/python
 setup = PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh .ci/setup
 
 help:
@@ -27,6 +28,9 @@ help:
 	@echo 'make bench         the benchmarks that need no GPU (an idle machine tells more)'
 	@echo 'make build         the C library and the torch shim, beside wan_attn/'
 	@echo 'make wheel         a wheel for this platform, in dist/'
+	@echo 'make wheels        the wheels of every platform and the sdist, in dist/ (0.7 GB of tools)'
+	@echo 'make wheels-check  what can be read from them; made again, they must be the same bytes'
+	@echo 'make wheels-test   runs them: here, under wine, under qemu'
 	@echo 'make install-matrix   every way to install, beside several torch versions (GBs)'
 	@echo 'make ptx-matrix    every CUDA kernel of every compiler here, run from its PTX; planted bugs'
 	@echo 'make host-matrix   the tests with several versions of diffusers and transformers'
@@ -111,6 +115,28 @@ wheel: build
 	@$(python) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 	@ls -l dist/*.whl
 
+wheels-environment:
+	@echo '== environment for the wheels'
+	@mkdir -p build/wheels
+	@PYTHON="$(PYTHON)" VENV=build/wheels/venv sh .ci/setup wheels
+
+wheels: wheels-environment
+	@rm -rf dist
+	@sh .ci/step 'wheels of every platform' env PYTHONPATH=.ci $(wheels_python) -m wheels.build $(ARGS)
+
+# The second build has its own caches: one of them could hide what differs.
+wheels-check: wheels-environment
+	@rm -rf build/wheels/again
+	@sh .ci/step 'wheels, made again' env PYTHONPATH=.ci $(wheels_python) -m wheels.build \
+		--work build/wheels/again --out build/wheels/again/dist
+	@sh .ci/step 'wheels: what can be read from them' env PYTHONPATH=.ci $(wheels_python) \
+		-m wheels.check --again build/wheels/again/dist
+	@rm -rf build/wheels/again
+
+wheels-test: wheels-environment build
+	@sh .ci/step 'wheels: run' env PYTHONPATH=.ci $(wheels_python) -m wheels.test \
+		--torch $(python) $(ARGS)
+
 install-matrix:
 	@echo '== every way to install'
 	@PYTHONPATH=tests/support $(PYTHON) tests/install_matrix.py $(ARGS)
@@ -133,5 +159,6 @@ clean:
 
 .PHONY: help demo test nightly fuzz ptx-matrix check check-environment check-fast check-format check-lint check-types \
 	check-spelling check-scripts check-files check-rules check-commits check-warnings \
-	check-analyzers check-sanitizers check-tables format tables build bench wheel install-matrix \
+	check-analyzers check-sanitizers check-tables format tables build bench wheel wheels \
+	wheels-environment wheels-check wheels-test install-matrix \
 	host-matrix clean

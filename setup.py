@@ -8,11 +8,13 @@ setuptools 64 and newer, with or without the package `wheel`. The environment ca
 WAN_ATTN_NATIVE=1|0      the C library and the shim (default), or PyTorch's attention alone
 WAN_ATTN_CUDA=auto|0|1   ready CUDA kernels: if NVRTC 12 is here (default), never, or always
 WAN_ATTN_KEPT=DIR        where builds keep ready CUDA kernels for the next one (build/cubin)
-CC, CFLAGS, LDFLAGS      as everywhere
+WAN_ATTN_TARGET=PLATFORM another platform of .ci/wheels/targets.py, by zig's compiler (ziglang)
+CC, CFLAGS, LDFLAGS      as everywhere; without effect if WAN_ATTN_TARGET is set
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -20,6 +22,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,19 @@ def bdist_wheel() -> Any:
     return bdist_wheel
 
 
+def target() -> Any:
+    """The platform to build for (a Target of .ci/wheels/targets.py); None: this machine."""
+    name = os.environ.get("WAN_ATTN_TARGET")
+    if not name:
+        return None
+    known = runpy.run_path(str(ROOT / ".ci/wheels/targets.py"))["TARGETS"]
+    if name not in known:
+        sys.exit(f"WAN_ATTN_TARGET must be one of {' '.join(known)}, got {name}")
+    return known[name]
+
+
+TARGET = target()
+SYSTEM = TARGET.system if TARGET else sys.platform
 HEADERS = (".h", ".cuh", ".def", ".inc")
 SHIM_SOURCE = "csrc/torch/shim.c"
 C_SOURCES = sorted(
@@ -68,12 +84,12 @@ C_SOURCES = sorted(
     if source != SHIM_SOURCE
 )
 
-IS_MSVC = sys.platform == "win32"
+IS_MSVC = sys.platform == "win32" and not TARGET
 C_FLAGS = (
     ["/std:c11", "/O2", "/utf-8", "/fp:precise"]
     if IS_MSVC
     else ["-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-g0"]
-)
+) + (TARGET.compile_flags() if TARGET else [])
 # torch throws C++ exceptions through the shim: without unwind tables they would end the process.
 # (MSVC always writes them on 64 bits.)
 SHIM_FLAGS = C_FLAGS if IS_MSVC else [*C_FLAGS, "-fexceptions", "-funwind-tables"]
@@ -93,9 +109,17 @@ Or install without our kernels, so that PyTorch computes everything: WAN_ATTN_NA
 
 def shared_library(stem: str) -> str:
     prefix, suffix = {"win32": ("", ".dll"), "darwin": ("lib", ".dylib")}.get(
-        sys.platform, ("lib", ".so")
+        SYSTEM, ("lib", ".so")
     )
     return f"{prefix}{stem}{suffix}"
+
+
+def link_flags(library: str) -> list[str]:
+    if TARGET:
+        return list(TARGET.link_flags(library))
+    if SYSTEM != "linux":
+        return []
+    return ["-s", "-Wl,--no-undefined,-z,relro,-z,now,-z,noexecstack"]
 
 
 def asked(variable: str, default: str, *others: str) -> str:
@@ -107,6 +131,11 @@ def asked(variable: str, default: str, *others: str) -> str:
 
 
 def compiler() -> Any:
+    if TARGET:
+        made = new_compiler(compiler="unix")
+        words = TARGET.compiler()
+        made.set_executables(compiler=words, compiler_so=words, linker_so=[*words, "-shared"])
+        return made
     made = new_compiler()
     customize_compiler(made)
     for name, words in vars(made).items():
@@ -136,6 +165,35 @@ def say_ignored_flags() -> None:
     ignored = sorted({word for word in words if UNSAFE_FLAGS.fullmatch(word)})
     if ignored:
         print(f"wan_attn: compiled without {' '.join(ignored)}, which would make results wrong")
+
+
+def commit() -> str | None:
+    """The commit that is built, "-dirty" if files of it are changed; None: nobody knows."""
+    packed = ROOT / ".commit"  # .ci/wheels puts it into what it packs
+    if packed.exists():
+        return packed.read_text().strip()
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git here
+        return None
+    return done.stdout.strip() if done.returncode == 0 and (ROOT / ".git").exists() else None
+
+
+def hashes(package: Path) -> dict[str, str]:
+    """{name below the package: SHA-256} of what was compiled, for `wan-attn verify`."""
+    made = [package / shared_library(stem) for stem in ("wan_attn", "wan_attn_shim")]
+    made += sorted((package / "cuda/cubin").glob("*"))
+    return {
+        file.relative_to(package).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in made
+        if file.is_file()
+    }
 
 
 def hidden_packages() -> list[str]:
@@ -173,30 +231,32 @@ class build_native(Command):
         left_out = self.build_libraries(target)
         record = self.build_cuda(target / "cuda", in_place)
         record["left_out"] = left_out + record["left_out"]
+        record["platform"] = TARGET.platform if TARGET else sysconfig.get_platform()
+        record["commit"] = commit()
+        record["files"] = hashes(target)
         (target / "build_record.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def build_libraries(self, target: Path) -> list[str]:
         """Compiles the C library and the shim; returns what was left out, and how to get it."""
-        if asked("WAN_ATTN_NATIVE", "1", "0") == "0":
+        why = None
+        if TARGET and not TARGET.triple:
+            why = "our kernels (a wheel for any platform); to get them, install one for yours"
+        elif asked("WAN_ATTN_NATIVE", "1", "0") == "0":
+            why = "our kernels (WAN_ATTN_NATIVE=0); to get them, install again without it"
+        if why:
             for stem in ("wan_attn", "wan_attn_shim"):
                 (target / shared_library(stem)).unlink(missing_ok=True)
-            why = "our kernels (WAN_ATTN_NATIVE=0); to get them, install again without it"
             print(f"wan_attn: this build leaves out {why}")
             return [why]
         refuse_without_compiler()
         say_ignored_flags()
-        linux = sys.platform == "linux"
-        self.link(
-            self.compile(C_SOURCES, C_FLAGS),
-            target / shared_library("wan_attn"),
-            libraries=[] if IS_MSVC else ["m", "pthread", *(["dl"] if linux else [])],
-            extra_postargs=["-Wl,--no-undefined", "-s"] if linux else [],
-        )
-        self.link(
-            self.compile([SHIM_SOURCE], SHIM_FLAGS),
-            target / shared_library("wan_attn_shim"),
-            extra_postargs=["-Wl,--no-undefined", "-s"] if linux else [],
-        )
+        system = {"linux": ["m", "pthread", "dl"], "darwin": ["m", "pthread"]}.get(SYSTEM, [])
+        libraries = {"wan_attn": (C_SOURCES, C_FLAGS, system)}
+        libraries["wan_attn_shim"] = ([SHIM_SOURCE], SHIM_FLAGS, [])
+        for stem, (sources, flags, needed) in libraries.items():
+            made = target / shared_library(stem)
+            objects = self.compile(sources, flags)
+            self.link(objects, made, libraries=needed, extra_postargs=link_flags(made.name))
         return []
 
     def compile(self, sources: list[str], flags: list[str]) -> list[str]:
@@ -224,7 +284,8 @@ class build_native(Command):
 
     def build_cuda(self, target: Path, in_place: bool) -> dict[str, Any]:
         """The CUDA kernels as text, and as machine code for most GPUs if NVRTC is here."""
-        if sys.platform == "darwin":
+        has_none = not TARGET.has_cuda if TARGET else SYSTEM == "darwin"
+        if has_none:
             return {"cubins": 0, "left_out": []}
         wanted = asked("WAN_ATTN_CUDA", "auto", "0", "1")
         # A program of its own, because it imports modules of the package, and that wants torch.
@@ -273,15 +334,15 @@ class PlatformWheel(bdist_wheel()):  # type: ignore[misc] # which one there is, 
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.root_is_pure = False
+        self.root_is_pure = bool(TARGET and not TARGET.triple)
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", TARGET.platform if TARGET else super().get_tag()[2]
 
 
 class BinaryDistribution(Distribution):
     def has_ext_modules(self) -> bool:
-        return True
+        return not TARGET or bool(TARGET.triple)
 
 
 setup(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""readme_tables.py - generated tables of the documentation: kernels and environment variables.
+"""readme_tables.py - generated tables of the documentation: kernels and environment variables;
+and the lines that install, by wan_attn.version.PUBLISHED.
 
     python .ci/readme_tables.py            prints them
     python .ci/readme_tables.py --check    exit code 1 if a table in a file is not current
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from wan_attn import config
 from wan_attn.native import op
+from wan_attn.version import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = 130  # of a page
@@ -115,6 +117,15 @@ def up_to_date(text: str, name: str, table: str) -> str:
     return f"{before}{begin}{table}\n{end}{after}"
 
 
+def install_lines(text: str, is_published: bool = PUBLISHED) -> str:
+    """`text` with our name instead of our folder in every `pip install`, once it is published."""
+    if not is_published:
+        return text
+    return re.sub(
+        r"(pip install(?: --[\w-]+)*) \.{1,2}[/\\]wan_attn\b(?![/\\])", r"\1 wan-attn", text
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python .ci/readme_tables.py", description=__doc__)
     action = parser.add_mutually_exclusive_group()
@@ -132,6 +143,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             (ROOT / file).write_text(new, encoding="utf-8")
         elif new != old:
             print(f"{file}: the table of {name} is not current; run: make tables")
+            exit_code = 1
+    for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
+        old = page.read_text(encoding="utf-8")
+        new = install_lines(old)
+        if args.write:
+            page.write_text(new, encoding="utf-8")
+        elif new != old:
+            print(f"{page.relative_to(ROOT)}: wan_attn is published now; run: make tables")
             exit_code = 1
     return exit_code
 

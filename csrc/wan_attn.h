@@ -93,7 +93,7 @@ typedef struct wan_attn_params {
 
     /* [batch, seqlen, heads, head_dim], any strides whose last is 1, at most 2^48 elements.
      * num_heads_q must be a multiple of num_heads_k. v is f32, f16 or bf16; q and k have v's dtype
-     * or f32; out has q's. */
+     * or f32; out has q's dtype, or v's. */
     wan_attn_tensor q;
     wan_attn_tensor k;
     wan_attn_tensor v;

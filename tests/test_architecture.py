@@ -39,7 +39,10 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/wan_attn.h": ["<stddef.h>", "<stdint.h>"],
     "csrc/core/atomic.h": ["<stdint.h>", "<stdatomic.h>", "<intrin.h>"],
     "csrc/core/cpuid.c": ["core/*.h", "<cpuid.h>", "<immintrin.h>", "<intrin.h>"],
-    "csrc/core/lock.h": ["<pthread.h>", "<windows.h>"],
+    "csrc/core/platform.h": [
+        *("<windows.h>", "<process.h>", "<dlfcn.h>", "<pthread.h>"),
+        *("<stddef.h>", "<stdio.h>", "<string.h>"),
+    ],
     "csrc/core/kernels.def": ["cuda/sdpa_rows.def"],
     "csrc/core/rope_rows.def": [],
     "csrc/core/*": [
@@ -49,7 +52,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/cpu/threads.c": [
         "cpu/threads.h",
         "core/atomic.h",
-        *("<pthread.h>", "<process.h>", "<windows.h>"),
+        "core/platform.h",
     ],
     "csrc/cpu/large_pages.c": ["cpu/large_pages.h", "<sys/mman.h>"],
     "csrc/cpu/*.[ch]": [
@@ -59,15 +62,11 @@ MAY_INCLUDE: dict[str, list[str]] = {
     ],
     "csrc/cpu/row.inc": ["cpu/sdpa_*.inc"],
     "csrc/cpu/*.inc": [],  # a body for files that include what it needs
-    "csrc/cuda/host/driver.c": [
-        *("cuda/host/*.h", "core/lock.h", "<dlfcn.h>", "<windows.h>"),
-        *C_LIBRARY,
-    ],
     "csrc/cuda/host/*.[ch]": [
         *(
             "core/kernel.h",
             "core/util.h",
-            "core/lock.h",
+            "core/platform.h",
             "core/atomic.h",
             "cuda/host/*.h",
             "cuda/args*.h",
@@ -103,7 +102,7 @@ PYTHON_LAYERS = [
     {""},
     {"doctor"},
     {"bench"},
-    {"demo"},
+    {"demo", "check"},
     {"cli"},
     {"__main__"},
 ]
@@ -275,6 +274,25 @@ def test_c_prints_allocates_and_ends_nothing() -> None:
         (file, match[0]) for file in c_sources() for match in BANNED_IN_C.finditer(c_code(file))
     )
     expect_none(f"{file}: {word}" for file, word in found if (file.name, word) not in allowed)
+
+
+# Where systems may be told apart: behind one header, and in files that are whole for one system.
+MAY_KNOW_THE_SYSTEM = {
+    "csrc/wan_attn.h",  # what a library exports
+    "csrc/core/platform.h",
+    "csrc/cpu/amx_permission.c",
+    "csrc/cpu/large_pages.c",
+}
+
+
+def test_systems_differ_behind_one_header() -> None:
+    system = re.compile(r"\b(_WIN32|_WIN64|__linux__|__APPLE__|__MINGW32__|__unix__)\b")
+    found = ((file, system.search(c_code(file))) for file in c_sources())
+    expect_none(
+        f"{file}: {match[0]}"
+        for file, match in found
+        if match and file.as_posix() not in MAY_KNOW_THE_SYSTEM
+    )
 
 
 def cuda_driver_functions() -> dict[str, tuple[str, list[str]]]:

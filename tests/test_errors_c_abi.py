@@ -143,6 +143,21 @@ def test_c_abi_malformed_tensors(
     assert tensors[-1].isnan().all(), "out was touched"
 
 
+def test_out_has_the_dtype_of_query_or_of_value(
+    c_call: tuple[library.Params, list[Tensor]],
+) -> None:
+    params, tensors = c_call
+    value = tensors[2].to(torch.bfloat16)
+    params.v, error = describe(value), library.Error()
+    for dtype in (F16, torch.float64, torch.int64):
+        out = tensors[3].to(dtype)
+        params.out = describe(out)
+        assert library.lib().wan_attn_forward(params, error) == library.INVALID_ARGUMENT
+        if dtype == F16:
+            rule = "out must have query's dtype float32 or value's bfloat16, got float16"
+            assert error.text() == rule
+
+
 def test_c_abi_missing_pointers(c_call: tuple[library.Params, list[Tensor]]) -> None:
     """Operands without data: fine for questions, refused by forward, and so is a missing out."""
     params, tensors = c_call

@@ -21,7 +21,8 @@ OP = torch.ops.wan_attn.sdpa
 SCHEMA = (
     "wan_attn::sdpa(Tensor query, Tensor key, Tensor value, Tensor? q_lens=None, "
     "Tensor? k_lens=None, *, float? scale=None, bool is_causal=False, int window_left=-1, "
-    "int window_right=-1, bool return_lse=False, int kernel=-1) -> (Tensor out, Tensor lse)"
+    "int window_right=-1, bool return_lse=False, int kernel=-1,"
+    " bool out_like_value=False) -> (Tensor out, Tensor lse)"
 )
 
 

@@ -122,7 +122,9 @@ def card_fixture(
     def on_card(*tensors: Any) -> Request:
         return replace(real(*tensors), device=CUDA)
 
-    about = SimpleNamespace(name=CARDS[80].name, major=8, minor=0, multi_processor_count=2)
+    about = SimpleNamespace(
+        name=CARDS[80].name, major=8, minor=0, multi_processor_count=2, total_memory=80 << 30
+    )
     for module, name, value in (
         (Request, "from_tensors", staticmethod(on_card)),
         (native, "_op", op),

@@ -27,12 +27,20 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "wan_attn.cli.doctor",
         "what works on this machine, a self-test, and what to do next",
     ),
+    "verify": (
+        "wan_attn.cli.verify",
+        "whether the installed files are those that were built, and from which commit",
+    ),
     "why": ("wan_attn.cli.why", "what would compute one attention call, and why not the others"),
     "tune": ("wan_attn.cli.tune", "measure which attention is the fastest here, ahead of time"),
     "compile": ("wan_attn.cli.compile", "compile the CUDA kernels of a GPU before it needs them"),
     "prove": (
         "wan_attn.cli.prove",
         "try the CUDA kernels on this machine's cards, so that what is right there is used",
+    ),
+    "check": (
+        "wan_attn.cli.check",
+        "is every kernel right on this machine, and how fast; a report for an issue",
     ),
     "comfyui": ("wan_attn.cli.comfyui", "put the node into a ComfyUI, or take it out again"),
     "demo": ("wan_attn.cli.demo", "denoise a short video with and without wan_attn and compare"),
@@ -118,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code. Bad arguments end in SystemExit(2), as in argparse."""
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = words[0] if words and words[0] in COMMANDS else None
-    if wan_attn._import_error is not None and chosen not in (None, "doctor"):
+    if wan_attn._import_error is not None and chosen not in (None, "doctor", "verify"):
         reason = f"{wan_attn._import_error}; `wan-attn doctor` says more"
         _parser(None)[0].error(f"wan_attn cannot be used here: {reason}")
     parser, command = _parser(chosen)

@@ -29,6 +29,7 @@ def sdpa(
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     return_lse: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled-dot-product attention, exact, on the backend that the selection names.
 
@@ -49,9 +50,10 @@ def sdpa(
         is_causal: no row sees a key to the right of its diagonal.
         window: (left, right) keys seen beside the diagonal; -1 is no bound.
         return_lse: also return the log-sum-exp, which wan_attn.merge_states needs.
+        out_dtype: of the result: float16, bfloat16 or float32; None: query's.
 
     Returns:
-        out [batch, seqlen_q, num_heads_q, head_dim] in query's dtype; with return_lse also lse
+        out [batch, seqlen_q, num_heads_q, head_dim] in out_dtype; with return_lse also lse
         [batch, num_heads_q, seqlen_q] float32, the natural log of Σ exp(scale · score).
 
     Raises:
@@ -68,8 +70,11 @@ def sdpa(
         is_causal=is_causal if type(is_causal) is bool else gate.flag("is_causal", is_causal),
         window=gate.pair("window", window),
         return_lse=return_lse if type(return_lse) is bool else gate.flag("return_lse", return_lse),
+        out_dtype=out_dtype if out_dtype is None else _one_of_ours("out_dtype", out_dtype),
     )
-    out, lse = route(query, key, value, call)
+    operands = [query, key, value]
+    del query, key, value  # see flash_attention
+    out, lse = route(operands, call)
     return out if lse is None else (out, lse)
 
 
@@ -87,12 +92,15 @@ def flash_attention(
     deterministic: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     version: int | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Wan2.2's flash_attention, through the selection, on any device.
 
     Signature and meaning are those of wan/modules/attention.py at 42bf4cf. Unlike it, this takes
     q_lens shorter than q, keeps the window on every backend, rounds each operand once (a float32 q
     beside a half v not at all where a kernel reads it), and makes nothing on the device per call.
+    It holds no operand longer than it needs it: one that its caller does not keep, as Wan2.2 keeps
+    neither q nor k, is freed once it is converted, and before the result is.
 
     Args:
         q: [B, Lq, Nq, C]; k, v: [B, Lk, Nk, C]. Nq must be divisible by Nk. Any float dtype.
@@ -106,14 +114,48 @@ def flash_attention(
         dtype: what to compute in if v is not half: float16, float32, or bfloat16, which leaves the
             choice to the card: float16 on RTX 20, 30 and 40, else bfloat16. WAN_FORCE_FP16=1 wins.
         version: 2 leaves FlashAttention 3 out; 3 prefers it, as None does.
+        out_dtype: of the result, not in the original: float16, bfloat16 or float32; None: q's.
 
     Returns:
-        [B, Lq, Nq, C] in q's dtype, contiguous. Rows beyond q_lens, and rows that see no key, are
+        [B, Lq, Nq, C] in out_dtype, contiguous. Rows beyond q_lens, and rows that see no key, are
         0.
 
     Raises:
         RuntimeError: as wan_attn.sdpa.
     """
+    operands = [q, k, v]
+    del q, k, v  # a frame that keeps them would keep their memory while attention is computed
+    return attend(
+        operands,
+        q_lens,
+        k_lens,
+        dropout_p,
+        softmax_scale,
+        q_scale,
+        causal,
+        window_size,
+        deterministic,
+        dtype,
+        version,
+        out_dtype,
+    )
+
+
+def attend(
+    operands: list[Tensor],
+    q_lens: Tensor | Sequence[int] | None = None,
+    k_lens: Tensor | Sequence[int] | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    q_scale: float | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    deterministic: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    version: int | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """flash_attention for hosts that hand over [q, k, v] in a list, which is emptied."""
     if dtype not in DTYPES:
         refuse("dtype", "torch.float16, torch.bfloat16 or torch.float32", gate.shown(dtype))
     if version is not None and (type(version) is not int or version not in (2, 3)):
@@ -130,9 +172,10 @@ def flash_attention(
         q_lens = gate.lengths("q_lens", q_lens)
     if k_lens is not None and type(k_lens) is not Tensor:
         k_lens = gate.lengths("k_lens", k_lens)
-    given_q = q
+    if out_dtype is not None:
+        _one_of_ours("out_dtype", out_dtype)
     if q_scale is not None:
-        q, softmax_scale = _with_q_scale(q, q_scale, softmax_scale)
+        softmax_scale, out_dtype = _with_q_scale(operands, q_scale, softmax_scale, out_dtype)
     call = Call(
         q_lens=q_lens,
         k_lens=k_lens,
@@ -142,35 +185,47 @@ def flash_attention(
         dropout_p=dropout_p,
         dtype=dtype,
         version=version,
+        out_dtype=out_dtype,
     )
     try:
-        out, _ = route(q, k, v, call)
+        out, _ = route(operands, call)
     except Refusal as refusal:
         raise refusal.under(_NAMES) from None
     # Contiguous as the original's: callers `.view` it.
-    return out.to(given_q.dtype).contiguous()
+    return out.contiguous()
+
+
+def _one_of_ours(name: str, dtype: object) -> torch.dtype:
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES:
+        return dtype
+    refuse(name, "None, torch.float16, torch.bfloat16 or torch.float32", gate.shown(dtype))
 
 
 def _with_q_scale(
-    q: Tensor, q_scale: float | Tensor, scale: float | None
-) -> tuple[Tensor, float | None]:
-    """q and softmax_scale with q_scale in one of them."""
+    operands: list[Tensor],
+    q_scale: float | Tensor,
+    scale: float | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[float | None, torch.dtype | None]:
+    """softmax_scale, or q among the operands, with q_scale in it, and the dtype of the result."""
+    q = operands[0]
     gate.dense("q", q)
     if not isinstance(q_scale, Tensor):
         q_scale = gate.number("q_scale", q_scale)
         if scale is None:
             if q.dim() != 4 or q.shape[-1] < 1:
-                return q, q_scale  # which is refused with the rest of the call
+                return q_scale, out_dtype  # which is refused with the rest of the call
             scale = q.shape[-1] ** -0.5
-        return q, gate.number("q_scale", q_scale * scale)
+        return gate.number("q_scale", q_scale * scale), out_dtype
     gate.dense("q_scale", q_scale)
     if not q_scale.is_floating_point():
         refuse("q_scale", "a number or a tensor of a floating-point dtype", q_scale.dtype)
     if q_scale.device != q.device and (q_scale.dim() > 0 or q_scale.is_meta):
         refuse("q_scale", f"on q's device {q.device}", q_scale.device)
     if not q.is_floating_point():
-        return q, scale  # likewise
+        return scale, out_dtype  # likewise
     sizes = zip(reversed(q_scale.shape), reversed(q.shape), strict=False)
     if q_scale.dim() > q.dim() or any(size not in (1, whole) for size, whole in sizes):
         refuse("q_scale", f"broadcastable to q's {list(q.shape)}", gate.shown(q_scale))
-    return q * q_scale, scale
+    operands[0] = q * q_scale  # perhaps in another dtype
+    return scale, q.dtype if out_dtype is None else out_dtype

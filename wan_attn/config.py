@@ -384,6 +384,11 @@ def put(name: str, value: str) -> Settings:
     return refresh()
 
 
+def for_child(**defaults: str) -> dict[str, str]:
+    """The environment of a process that this one starts: its own, and these where it has none."""
+    return {**defaults, **os.environ}
+
+
 def cache_folder() -> Path | None:
     """Where this user's caches belong on this system, ours among them; None: nowhere."""
     if named := current().cache_dir:

@@ -3,8 +3,13 @@
 
 __version__ = "0.2.0.dev0"
 
-REINSTALL = (
-    "to install it again, in the folder that holds the folder wan_attn:"
-    " pip install --force-reinstall --no-deps ./wan_attn"
+PUBLISHED = False
+"""Whether an index has wan_attn; `make tables` then changes every line that installs."""
+
+_WHERE, _WHAT = (
+    ("", "wan-attn")
+    if PUBLISHED
+    else (", in the folder that holds the folder wan_attn", "./wan_attn")
 )
-"""The end of every message about a damaged installation. No index has this package."""
+REINSTALL = f"to install it again{_WHERE}: pip install --force-reinstall --no-deps {_WHAT}"
+"""The end of every message about a damaged installation."""

@@ -151,15 +151,17 @@ wan_attn_status wan_attn_check_lengths(wan_attn_problem *p, wan_attn_error *err)
 }
 
 static wan_attn_status check_out(const wan_attn_tensor *out, const wan_attn_tensor *q,
-                                 wan_attn_error *err) {
+                                 int32_t v_dtype, wan_attn_error *err) {
     wan_attn_status status = wan_attn_check_rank_and_dtype("out", out, err);
     if (status == WAN_ATTN_OK)
         status = wan_attn_check_device("out", out, q, "query", err);
     if (status == WAN_ATTN_OK)
         status = wan_attn_check_shape("out", out, q->shape, "shaped like query", err);
-    if (status == WAN_ATTN_OK && out->dtype != q->dtype)
-        status = INVALID(err, "out must have query's dtype %s, got %s",
-                         wan_attn_dtype_name(q->dtype), wan_attn_dtype_name(out->dtype));
+    if (status == WAN_ATTN_OK && out->dtype != q->dtype && out->dtype != v_dtype)
+        status = INVALID(err, "out must have query's dtype %s%s%s, got %s",
+                         wan_attn_dtype_name(q->dtype), q->dtype == v_dtype ? "" : " or value's ",
+                         q->dtype == v_dtype ? "" : wan_attn_dtype_name(v_dtype),
+                         wan_attn_dtype_name(out->dtype));
     return status == WAN_ATTN_OK ? wan_attn_check_overlap("out", out, err) : status;
 }
 
@@ -180,7 +182,8 @@ static wan_attn_status check_lse(const wan_attn_tensor *lse, const wan_attn_tens
 
 wan_attn_status wan_attn_check_outputs(wan_attn_problem *p, wan_attn_error *err) {
     const wan_attn_tensor *q = &p->params->q, *out = &p->params->out, *lse = &p->params->lse;
-    wan_attn_status status = wan_attn_is_absent(out) ? WAN_ATTN_OK : check_out(out, q, err);
+    wan_attn_status status =
+        wan_attn_is_absent(out) ? WAN_ATTN_OK : check_out(out, q, p->params->v.dtype, err);
     if (status == WAN_ATTN_OK && !wan_attn_is_absent(lse))
         status = check_lse(lse, q, err);
     if (status != WAN_ATTN_OK)

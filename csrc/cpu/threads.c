@@ -7,13 +7,7 @@
 #include "cpu/threads.h"
 
 #include "core/atomic.h"
-
-#if defined(_WIN32)
-#include <process.h> /* defines: _beginthreadex */
-#include <windows.h> /* defines: WaitForSingleObject, CloseHandle */
-#else
-#include <pthread.h>
-#endif
+#include "core/platform.h"
 
 #define MAX_THREADS 256
 
@@ -39,39 +33,20 @@ static void drain_range(int64_t begin, int64_t end, void *ctx) {
         drain((job *)ctx);
 }
 
-#if defined(_WIN32)
-typedef HANDLE thread;
-static unsigned __stdcall thread_main(void *ctx) {
+static wan_attn_thread_result WAN_ATTN_THREAD_CALL thread_main(void *ctx) {
     drain((job *)ctx);
-    return 0;
+    return WAN_ATTN_THREAD_DONE;
 }
-static int start(thread *t, job *j) {
-    *t = (HANDLE)_beginthreadex(NULL, 0, thread_main, j, 0, NULL);
-    return *t != NULL;
-}
-static void join(thread t) {
-    WaitForSingleObject(t, INFINITE);
-    CloseHandle(t);
-}
-#else
-typedef pthread_t thread;
-static void *thread_main(void *ctx) {
-    drain((job *)ctx);
-    return NULL;
-}
-static int start(thread *t, job *j) { return pthread_create(t, NULL, thread_main, j) == 0; }
-static void join(thread t) { pthread_join(t, NULL); }
-#endif
 
 static void drain_on_own_threads(job *j, int64_t workers) {
-    thread threads[MAX_THREADS];
+    wan_attn_thread threads[MAX_THREADS];
     int started = 0;
     /* A thread that cannot be made is no error: those that could, and this one, do its share. */
-    while (started < workers - 1 && start(&threads[started], j))
+    while (started < workers - 1 && wan_attn_start_thread(&threads[started], thread_main, j))
         started++;
     drain(j);
     for (int t = 0; t < started; t++)
-        join(threads[t]);
+        wan_attn_join_thread(threads[t]);
 }
 
 int64_t wan_attn_workers(const wan_attn_params *params, int64_t count) {

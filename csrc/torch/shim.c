@@ -17,12 +17,6 @@
 #include "torch/torch_abi.h"
 #include "wan_attn.h"
 
-#if defined(_WIN32)
-#define SHIM_API __declspec(dllexport)
-#else
-#define SHIM_API __attribute__((visibility("default")))
-#endif
-
 #if defined(_MSC_VER)
 #define PER_THREAD __declspec(thread)
 #else
@@ -42,7 +36,16 @@ static const volatile uint32_t *cpu_features;
 static int32_t cpu_code, cuda_code, u8_code, code_of[WAN_ATTN_DTYPE_OTHER];
 
 enum { QUERY, KEY, VALUE, Q_LENS, K_LENS, OPERANDS }; /* in the order of the op's schema */
-enum { SCALE = OPERANDS, IS_CAUSAL, WINDOW_LEFT, WINDOW_RIGHT, RETURN_LSE, KERNEL, INPUTS };
+enum {
+    SCALE = OPERANDS,
+    IS_CAUSAL,
+    WINDOW_LEFT,
+    WINDOW_RIGHT,
+    RETURN_LSE,
+    KERNEL,
+    OUT_LIKE_VALUE,
+    INPUTS
+};
 static const char *const NAMES[] = {"query", "key", "value", "q_lens", "k_lens"};
 
 /* The same of rms_norm_rope. */
@@ -63,7 +66,7 @@ typedef struct call {
     const char *const *names;       /* of its operands */
     torch_tensor operand[OPERANDS]; /* NULL: an optional one that was not given */
     torch_tensor out, lse, workspace;
-    bool return_lse;
+    bool return_lse, out_like_value;
     int64_t kernel;
     wan_attn_params params;
     char message[sizeof(wan_attn_error) + 16]; /* why the call failed */
@@ -106,6 +109,7 @@ static void take_arguments(const torch_value *stack, call *c) {
     p->window_size_right = (int64_t)stack[WINDOW_RIGHT];
     c->return_lse = (stack[RETURN_LSE] & 0xff) != 0;
     c->kernel = (int64_t)stack[KERNEL];
+    c->out_like_value = (stack[OUT_LIKE_VALUE] & 0xff) != 0;
 }
 
 static void delete_tensor(torch_tensor tensor) {
@@ -214,13 +218,15 @@ static bool allocate_all(call *c, size_t workspace_size) {
                                  .ndim = 1,
                                  .shape = {(int64_t)workspace_size}};
     p->out = p->q;
+    p->out.dtype = c->out_like_value ? p->v.dtype : p->q.dtype;
+    int64_t out_size = p->out.dtype == WAN_ATTN_F32 ? 4 : 2;
     p->lse = p->q;
     p->lse.dtype = WAN_ATTN_F32;
     p->lse.ndim = 3;
     p->lse.shape[0] = c->return_lse ? p->q.shape[0] : 0;
     p->lse.shape[1] = p->q.shape[2];
     p->lse.shape[2] = p->q.shape[1];
-    if (!allocate(c, code_of[p->q.dtype], p->q.dtype == WAN_ATTN_F32 ? 4 : 2, &p->out, &c->out) ||
+    if (!allocate(c, code_of[p->out.dtype], out_size, &p->out, &c->out) ||
         !allocate(c, code_of[WAN_ATTN_F32], 4, &p->lse, &c->lse) ||
         (workspace_size && !allocate(c, u8_code, 1, &workspace, &c->workspace)))
         return false;
@@ -343,7 +349,7 @@ static void rms_norm_rope(torch_value *stack, uint64_t num_inputs, uint64_t num_
 }
 
 /* The functions that wan_attn_shim_configure wants, one name a line; ? before an optional one. */
-SHIM_API const char *wan_attn_shim_wants(void) {
+WAN_ATTN_API const char *wan_attn_shim_wants(void) {
 #define REQUIRED_NAME(result, name, parameters) #name "\n"
 #define OPTIONAL_NAME(result, name, parameters) "?" #name "\n"
     return WAN_ATTN_SHIM_REQUIRED(REQUIRED_NAME) WAN_ATTN_SHIM_OPTIONAL(OPTIONAL_NAME);
@@ -351,8 +357,8 @@ SHIM_API const char *wan_attn_shim_wants(void) {
 
 /* Sets these functions, in that order, and where the allowed CPU features stand. To be called
  * before the op is registered, and again in a child of fork. */
-SHIM_API void wan_attn_shim_configure(const wan_attn_shim_functions *functions,
-                                      const uint32_t *allowed_cpu_features) {
+WAN_ATTN_API void wan_attn_shim_configure(const wan_attn_shim_functions *functions,
+                                          const uint32_t *allowed_cpu_features) {
     torch = *functions;
     cpu_features = allowed_cpu_features;
     cpu_code = torch.aoti_torch_device_type_cpu();
@@ -367,11 +373,11 @@ SHIM_API void wan_attn_shim_configure(const wan_attn_shim_functions *functions,
 }
 
 /* The row that the last call of this thread ran; -1: there was none. */
-SHIM_API int32_t wan_attn_shim_last_kernel(void) { return last_kernel; }
+WAN_ATTN_API int32_t wan_attn_shim_last_kernel(void) { return last_kernel; }
 
 /* Registers the ops as long as the process lives: sdpa for CPU and CUDA, rms_norm_rope for the CPU.
  * 0, or torch has refused. */
-SHIM_API int32_t wan_attn_shim_register(void) {
+WAN_ATTN_API int32_t wan_attn_shim_register(void) {
     static const char *const KEYS[] = {"CPU", "CUDA"};
     for (int i = 0; i < 2; i++) {
         torch_library library = NULL; /* never deleted: that would take the op away */

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 
 #include "reference.h"
+#include "system.h"
 
 #define FAIL(...)                                                                                  \
     do {                                                                                           \
@@ -96,7 +97,7 @@ static void free_call(wan_attn_params *p) {
     wan_attn_tensor *all[] = {&p->q, &p->k, &p->v, &p->out, &p->lse, &p->seqused_q, &p->seqused_k};
     for (size_t n = 0; n < sizeof(all) / sizeof(all[0]); n++)
         free(all[n]->data);
-    free(p->workspace);
+    free_aligned(p->workspace);
 }
 
 static wan_attn_params random_call(void) {
@@ -208,8 +209,8 @@ static int compare(const wan_attn_params *p) {
 static wan_attn_status give_workspace(wan_attn_params *p, wan_attn_error *err) {
     size_t size = 0;
     wan_attn_status status = wan_attn_workspace_size(p, &size, err);
-    p->workspace = NULL;
-    if (size && posix_memalign(&p->workspace, 64, size))
+    p->workspace = size ? allocate_aligned(size) : NULL;
+    if (size && !p->workspace)
         return WAN_ATTN_INTERNAL;
     p->workspace_size = size;
     return status;
@@ -264,7 +265,7 @@ static int same_bits_on_other_threads(const wan_attn_params *p) {
         different |= give_workspace(&again, NULL) != WAN_ATTN_OK ||
                      wan_attn_forward(&again, NULL) != WAN_ATTN_OK ||
                      memcmp(again.out.data, p->out.data, size) != 0;
-        free(again.workspace);
+        free_aligned(again.workspace);
         free(again.out.data);
     }
     return different;
@@ -276,7 +277,7 @@ static int run_row(wan_attn_params *p, int32_t row, int *runs) {
     wan_attn_status status = wan_attn_why_not(p, row, &err);
     if (status == WAN_ATTN_UNSUPPORTED)
         return err.message[0] == '\0'; /* a refusal has a reason */
-    free(p->workspace);
+    free_aligned(p->workspace);
     if (give_workspace(p, &err) != WAN_ATTN_OK || status != WAN_ATTN_OK)
         FAIL("refused: %s", err.message);
     memset(p->out.data, UNTOUCHED, buffer_size(&p->out));
@@ -371,7 +372,7 @@ static void *run_many_times(void *argument) {
     for (int n = 0; n < 4; n++)
         if (wan_attn_forward(&p, NULL) != WAN_ATTN_OK || compare(&p))
             abort();
-    free(p.workspace);
+    free_aligned(p.workspace);
     free(p.out.data);
     return NULL;
 }

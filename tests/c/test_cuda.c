@@ -5,12 +5,12 @@
  *
  *     test_cuda MOCK_DRIVER [calls]    prints one line; 1 and the failing call if anything is wrong
  */
-#include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "system.h"
 #include "wan_attn.h"
 
 #define FAIL(...)                                                                                  \
@@ -152,14 +152,14 @@ static int test_failures(uint64_t *random) {
 }
 
 static int find_mock(const char *path) {
-    void *mock = dlopen(path, RTLD_NOW);
+    void *mock = open_library(path);
     void (*add_device)(int, int, int, const char *);
     if (!mock)
-        FAIL("%s", dlerror());
-    *(void **)&add_device = dlsym(mock, "mock_add_device");
-    *(void **)&mock_fail = dlsym(mock, "mock_fail");
-    *(void **)&mock_depth = dlsym(mock, "mock_depth");
-    *(void **)&mock_clear_log = dlsym(mock, "mock_clear_log");
+        FAIL("%s does not load", path);
+    *(void **)&add_device = find_function(mock, "mock_add_device");
+    *(void **)&mock_fail = find_function(mock, "mock_fail");
+    *(void **)&mock_depth = find_function(mock, "mock_depth");
+    *(void **)&mock_clear_log = find_function(mock, "mock_clear_log");
     if (!add_device || !mock_fail || !mock_depth || !mock_clear_log)
         FAIL("%s is no mock driver", path);
     add_device(7, 5, 68, "NVIDIA GeForce RTX 2080 Ti");

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[:] = json.loads(sys.argv.pop(1))
@@ -46,7 +47,7 @@ class MockCard(proof_child.TableCard):
         self.gpu, self.faults = gpu, faults
         self.skipped = ["CUDA graphs: the mock GPU has none"]
         self.asked: set[str] = set()
-        self._now: tuple[Operands, Tensor | None, Tensor, Case] | None = None
+        self._now: dict[str, Any] = {}
         self._error = self._calls = 0
         if faults is not None:
             self._keep = LAUNCH(self._launch)
@@ -65,15 +66,33 @@ class MockCard(proof_child.TableCard):
     def run(
         self, row: KernelInfo, operands: Operands, q_lens: Tensor | None, k_lens: Tensor, case: Case
     ) -> Answer:
-        self._now, self._calls = (operands, q_lens, k_lens, case), self._calls + 1
         is_causal, window = MASKS[case.mask]
+        on_device = (case.seqlen_q, case.seqlen_k) in ON_DEVICE
+        return self.attend(row, operands, q_lens, k_lens, on_device, is_causal, window)
+
+    def attend(
+        self,
+        row: KernelInfo,
+        operands: Operands,
+        q_lens: Tensor | None = None,
+        k_lens: Tensor | None = None,
+        lens_on_device: bool = False,
+        is_causal: bool = False,
+        window: tuple[int, int] = (-1, -1),
+        scale: float | None = None,
+    ) -> Answer:
+        """Any call, through the library and the mock driver."""
+        call = {"is_causal": is_causal, "scale": scale}
+        self._calls += 1
+        self._now = {"operands": operands, "lens": (q_lens, k_lens), "window": window, **call}
         return self.gpu.sdpa(
             *operands,
             q_lens=q_lens,
             k_lens=k_lens,
-            lens_on_device=(case.seqlen_q, case.seqlen_k) in ON_DEVICE,
+            lens_on_device=lens_on_device,
             is_causal=is_causal,
             window=window,
+            scale=scale,
             kernel=row.index,
         )
 
@@ -92,26 +111,31 @@ class MockCard(proof_child.TableCard):
             assert self.gpu.call is not None
             outputs = self.gpu.call.outputs
             if fault == "wrong numbers":
-                outputs["out"][1, 17, 1, 5] *= 1.25
+                _spoil(outputs["out"])
             if fault == "other bits":
                 outputs["lse"][0, 0, 0] *= 1 + 1e-6 * (self._calls % 2)
         return self._error
 
     def _compute(self) -> None:
-        assert self._now is not None and self.gpu.call is not None
-        operands, q_lens, k_lens, case = self._now
-        is_causal, (left, right) = MASKS[case.mask]
+        assert self._now and self.gpu.call is not None
+        window_left, window_right = self._now["window"]
         out, lse = torch.ops.wan_attn.sdpa(
-            *(x.float() for x in operands),
-            q_lens,
-            k_lens,
-            is_causal=is_causal,
-            window_left=left,
-            window_right=right,
+            *(x.float() for x in self._now["operands"]),
+            *self._now["lens"],
+            scale=self._now["scale"],
+            is_causal=self._now["is_causal"],
+            window_left=window_left,
+            window_right=window_right,
             return_lse=True,
         )
         self.gpu.call.outputs["out"].copy_(out)
         self.gpu.call.outputs["lse"].copy_(lse)
+
+
+def _spoil(out: Tensor) -> None:
+    """One element, a quarter too large; nothing in a call with fewer rows."""
+    if out.shape[0] > 1 and out.shape[1] > 17:
+        out[1, 17, 1 % out.shape[2], 5] *= 1.25
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,8 +2,8 @@
 """stub_comfy.py - a stand-in for ComfyUI: its attention module's interface, and who calls it.
 
 Names, signatures and call forms as recorded from comfy/ldm/modules/attention.py, comfy/ldm/wan and
-kijai's WanVideoWrapper; the bodies are written here. `containers` gives what came with 0.33: q, k
-and v in containers, unpacked by the wrapper.
+kijai's WanVideoWrapper; the bodies are written here. AttentionTensorContainer came in September
+2026: the wrapper unpacks it where the function, or the override, has no container_function.
 """
 
 from __future__ import annotations
@@ -50,25 +50,36 @@ class AttentionTensorContainer:
         self.tensor = tensor
 
     def peek(self):
+        if self.tensor is None:
+            raise RuntimeError("attention tensor container has already been consumed")
         return self.tensor
 
     def take(self):
-        tensor, self.tensor = self.tensor, None
+        tensor, self.tensor = self.peek(), None
         return tensor
 
 
 def wrap_attn(func):
-    @functools.wraps(func)
-    def wrapper(*args, **kwargs):
+    def unpacked(args):
         if isinstance(args[0], AttentionTensorContainer):
             args = (*(box.take() for box in args[:3]), *args[3:])
+        return args
+
+    @functools.wraps(func)
+    def wrapper(*args, **kwargs):
+        is_boxed = isinstance(args[0], AttentionTensorContainer)
         if "_inside_attn_wrapper" not in kwargs:
             kwargs = {**kwargs, "_inside_attn_wrapper": True}
             override = (kwargs.get("transformer_options") or {}).get("optimized_attention_override")
             if override is not None:
-                return override(func, *args, **kwargs)
-        return func(*args, **kwargs)
+                if is_boxed and hasattr(override, "container_function"):
+                    return override.container_function(*args, **kwargs)
+                return override(func, *unpacked(args), **kwargs)
+        if is_boxed and wrapper.container_function is not None:
+            return wrapper.container_function(*args, **kwargs)
+        return func(*unpacked(args), **kwargs)
 
+    wrapper.container_function = None
     return wrapper
 
 

@@ -280,16 +280,40 @@ class TestNode:
             run(*merged(), HEADS, transformer_options=model.model_options["transformer_options"])
             assert host.calls == ([ran] if ran else [])
 
-    def test_containers_are_unpacked_by_comfyui(self, root: Path) -> None:
-        """An override without container_function gets tensors."""
-        (patched,) = self.node(root)().apply(stub_comfy.Model(), "wan_attn")
-        assert not hasattr(patched.override, "container_function")
+    @pytest.mark.parametrize("before", (False, True), ids=("alone", "over another"))
+    def test_containers(self, root: Path, before: bool) -> None:
+        """Ours takes the tensors out of them; over another override ComfyUI unpacks them."""
+        other = {comfyui.OVERRIDE: lambda function, *args, **kwargs: None} if before else None
+        (patched,) = self.node(root)().apply(stub_comfy.Model(other), "wan_attn")
+        assert hasattr(patched.clone().override, "container_function") != before
         host = sys.modules["comfy.ldm.modules.attention"]
-        q, k, v = merged()
-        boxes = [host.AttentionTensorContainer(x) for x in (q, k, v)]
         options = patched.model_options["transformer_options"]
-        run = host.get_attention_function("split")
-        assert close(run(*boxes, heads=HEADS, transformer_options=options), exact(q, k, v))
+        q, k, v = merged()
+        for name in ("split", "wan_attn"):
+            run, boxes = host.get_attention_function(name), host.AttentionTensorContainer
+            given = [boxes(x) for x in (q, k, v)]
+            out = run(*given, heads=HEADS, transformer_options=options)
+            assert close(out, exact(q, k, v)) and host.calls == []
+            assert [box.tensor for box in given] == [None] * 3
+
+    def test_containers_without_the_node(self, root: Path) -> None:
+        """The registered function takes them; ComfyUI's own gets tensors where that leaves one."""
+        start(root)
+        host = sys.modules["comfy.ldm.modules.attention"]
+        run = host.get_attention_function("wan_attn")
+        q, k, v = merged()
+        mask = torch.zeros(2, 9, 14)
+        for given, ran in (({}, []), ({"mask": mask}, ["pytorch"])):
+            out = run(*map(host.AttentionTensorContainer, (q, k, v)), heads=HEADS, **given)
+            assert close(out, exact(q, k, v)) and host.calls == ran
+
+    def test_one_of_comfyuis_own_keeps_its_way_with_containers(self, root: Path) -> None:
+        node = self.node(root)()
+        host = sys.modules["comfy.ldm.modules.attention"]
+        assert not hasattr(node.apply(stub_comfy.Model(), "sage")[0].override, "container_function")
+        host.get_attention_function("sage").container_function = takes = lambda *args: None
+        (patched,) = node.apply(stub_comfy.Model(), "sage")
+        assert patched.override.container_function is takes
 
 
 class TestGlobal:

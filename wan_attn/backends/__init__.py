@@ -28,6 +28,7 @@ __all__ = [
     "fa2",
     "fa3",
     "native",
+    "reads_float32",
     "sage",
     "torch_sdpa",
     "xformers",
@@ -51,7 +52,8 @@ class Backend(Protocol):
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None]:
-        """(out in query's dtype, lse or None) for a call that why_not does not refuse.
+        """(out in query's dtype, lse or None) for a call that why_not does not refuse; out may be
+        in call.out_dtype instead.
 
         Args:
             query: [batch, seqlen_q, num_heads_q, head_dim]; key, value: [batch, seqlen_k,
@@ -71,3 +73,17 @@ REGISTRY: dict[str, Backend] = {
     for module in (fa3, fa2, native, xformers, torch_sdpa, chunked, sage, comfy_kitchen)
 }
 LOSSY = frozenset({sage.NAME, comfy_kitchen.NAME})
+
+
+def reads_float32(name: str, request: Request, variant: str = "") -> tuple[bool, bool]:
+    """Whether this backend reads a query, and a key, of float32 beside a half value where they lie.
+
+    What it would copy, it had better be given in value's dtype by who can let go of the original.
+
+    Args:
+        variant: the row of `sdpa` that computes; "": the best one that takes the call.
+    """
+    if name == native.NAME:
+        return native.reads_float32(request, variant)
+    is_read = name == chunked.NAME and chunked.reads_float32(request)
+    return is_read, is_read

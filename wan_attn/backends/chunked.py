@@ -143,6 +143,12 @@ def choose_method(request: Request, threshold: int, max_elements: int) -> str:
     return "chunked" if max_elements >= heads * request.seqlen_q * MIN_BLOCK else "ring"
 
 
+def reads_float32(request: Request) -> bool:
+    """Whether a float32 query and key beside a half value are read as they are."""
+    method = choose_method(request, config.current().chunk_threshold, MAX_ELEMENTS)
+    return method in ("chunked", "ring")
+
+
 def run(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
     """windows_flash_attention_wrapper as a backend; see there and wan_attn.sdpa."""
     if call.dropout_p > 0:
@@ -185,6 +191,7 @@ def _by_rows(query: Tensor, key: Tensor, value: Tensor, call: Call, max_elements
     else:
         step = max(1, max_elements // max(1, batch * heads * key.shape[1]))
     out, lse = empty_result(query, query.dtype, call.return_lse)
+    key = key.to(value.dtype)  # once, and not for each block of rows
     for begin in range(0, seqlen_q, step):
         end = min(begin + step, seqlen_q)
         lens = None if call.q_lens is None else (call.q_lens - begin).clamp(0, end - begin)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,6 +54,29 @@ def kernel_name(request: Request) -> str | None:
     return None if kernel is None else kernel.name
 
 
+def reads_float32(request: Request, row: str = "") -> tuple[bool, bool]:
+    """Whether the row for this call reads a float32 query, and key, beside a half value in place.
+
+    The CPU's rows do. A CUDA row that copies one has room for it in its workspace.
+
+    Args:
+        row: of the kernel table, by name; "": the best one that takes the call.
+    """
+    if request.device.type == "cpu":
+        return True, True
+    r, needed = request, kernels.workspace_bytes(request, row)
+    size = torch.empty((), dtype=r.dtype).element_size() * r.batch * r.head_dim
+
+    def is_read(without: Request, copy: int) -> bool:
+        """Whether the call without the float32 operand needs no copy's room less."""
+        less = kernels.workspace_bytes(without, row)
+        return needed is None or less is None or needed - less < max(1, copy)
+
+    query = is_read(replace(r, query_dtype=r.dtype), r.seqlen_q * r.num_heads_q * size)
+    key = is_read(replace(r, key_dtype=r.dtype), r.seqlen_k * r.num_heads_k * size)
+    return query, key
+
+
 def last_kernel() -> str | None:
     """The row that the last call of this thread ran on, as C says it; None: there was none."""
     row = bindings.last_kernel()
@@ -64,7 +88,8 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention by our kernels; see Backend.run and wan_attn.sdpa.
 
-    float32 query and key beside a half value are read as they are, without a converted copy.
+    float32 query and key beside a half value are read as they are, without a converted copy; out is
+    in value's dtype where call.out_dtype asks for that.
 
     Args:
         kernel: the row of the kernel table that computes; -1: the best one that takes the call.
@@ -84,6 +109,7 @@ def run(
         window_right=right,
         return_lse=call.return_lse,
         kernel=kernel,
+        out_like_value=call.out_dtype is value.dtype,
     )
     return out, lse if call.return_lse else None
 

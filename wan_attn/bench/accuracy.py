@@ -73,8 +73,18 @@ def error(result: Tensor, exact: Reference) -> Error:
 def extra_bytes(call: Callable[[], Tensor], device: torch.device) -> int | None:
     """The most memory a call holds beside its inputs and output; None where no allocator counts it.
 
+    As peak_bytes() counts it.
+    """
+    peak, out = peak_bytes(call, device)
+    return None if peak is None else max(0, peak - out.numel() * out.element_size())
+
+
+def peak_bytes(call: Callable[[], Tensor], device: torch.device) -> tuple[int | None, Tensor]:
+    """The most memory a call holds beyond what was held before, and its result.
+
     torch's CUDA allocator counts by itself. On the CPU its profiler reports each allocation, and
     only those made through torch: threads' stacks and other libraries' own memory are not seen.
+    None where no allocator counts.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -82,17 +92,16 @@ def extra_bytes(call: Callable[[], Tensor], device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         out = call()
         torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
-        return max(0, peak - out.numel() * out.element_size())
+        return int(torch.cuda.max_memory_allocated(device)) - before, out
     try:
         changes, out = _cpu_allocations(call)
     except (AttributeError, RuntimeError):  # not in every torch
-        return None
+        return None, call()
     held = peak = 0
     for change in changes:
         held += change
         peak = max(peak, held)
-    return max(0, peak - out.numel() * out.element_size())
+    return peak, out
 
 
 def _cpu_allocations(call: Callable[[], Tensor]) -> tuple[list[int], Tensor]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -127,7 +127,11 @@ def run(options: Options, bar: progress.Progress | None = None) -> Report:
         matmul[dtype] = facts.matmul_tflops(device, dtype, clock)
     for call, dtype in cases:
         bar.step(f"{call.name} {dtype_name(dtype)}")
-        _measure_case(report, options, call, dtype, clock, matmul[dtype], len(cases))
+        measure_case(
+            report, peers.choose(peers.all_peers(device), options.wanted), call, dtype, device,
+            clock, qk_dtype=options.qk_dtype, matmul=matmul[dtype],
+            seconds=options.seconds / len(cases), rounds=options.rounds,
+        )  # fmt: skip
     bar.close()
     after = facts.state(device)
     report.state = {
@@ -164,18 +168,32 @@ def _notes(options: Options, report: Report, matmul: dict[torch.dtype, float]) -
     return notes
 
 
-def _measure_case(
+def measure_case(
     report: Report,
-    options: Options,
+    candidates: Iterable[peers.Peer],
     call: Workload,
     dtype: torch.dtype,
+    device: torch.device,
     clock: Clock,
-    matmul: float,
-    cases: int,
+    *,
+    qk_dtype: torch.dtype | None = None,
+    matmul: float = 0.0,
+    seconds: float = 10.0,
+    rounds: int | None = None,
 ) -> None:
-    device, where = options.device, f"{call.shape} {dtype_name(dtype)}"
+    """Adds to the report a row for each candidate that takes the call, and why the others do not.
+
+    Args:
+        qk_dtype: of query and key; None: as value.
+        matmul: TFLOP/s of torch's matrix product, which the rows are a share of; 0: not known.
+        seconds, rounds: see interleave().
+
+    Raises:
+        RuntimeError: the device itself failed.
+    """
+    where = f"{call.shape} {dtype_name(dtype)}"
     try:
-        query, key, value = operands(call, dtype, options.qk_dtype, device)
+        query, key, value = operands(call, dtype, qk_dtype, device)
         exact = accuracy.reference(query, key, value)
     except Exception as error:
         if is_fatal(error):
@@ -186,7 +204,7 @@ def _measure_case(
     with torch.inference_mode():
         request = Request.from_tensors(query, key, value, needs_grad=False)
         usable = []
-        for peer in peers.choose(peers.all_peers(device), options.wanted):
+        for peer in candidates:
             reason = peer.why_not(request)
             if reason is None:
                 usable.append(peer)
@@ -196,7 +214,7 @@ def _measure_case(
         calls: dict[str, Callable[[], Tensor]] = {
             peer.name: partial(peer.run, query, key, value) for peer in usable
         }
-        found = interleave(calls, clock, seconds=options.seconds / cases, rounds=options.rounds)
+        found = interleave(calls, clock, seconds=seconds, rounds=rounds)
         report.skipped += [(where, name, reason) for name, reason in found.skipped.items()]
         baseline = pct(found.times.get(peers.BASELINE, []), 50)
         for peer in usable:

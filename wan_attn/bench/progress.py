@@ -24,6 +24,13 @@ class Progress:
         else:
             print(f"[{self.done}/{self.total}] {text}", file=self.stream, flush=True)
 
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.bar:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
     def close(self) -> None:
         """Says that everything is done."""
         if self.bar:

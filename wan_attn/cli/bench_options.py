@@ -90,20 +90,27 @@ def device(args: argparse.Namespace) -> torch.device:
         if args.threads < 1:
             raise BadOption(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = named_device(args.device)
+    if found.type == "cpu":
+        return found
+    if args.cpu_time:
+        raise BadOption(f"--cpu-time must come with the CPU, got the device {str(found)!r}")
+    torch.cuda.set_device(found)
+    return found
+
+
+def named_device(name: str | None) -> torch.device:
+    """Returns the device of --device; cuda:N always with its number. None: cuda if there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise BadOption(f"--device must be cpu, cuda or cuda:N, got {name!r}")
     found = torch.device(name)
     if found.type == "cpu":
         return found
-    if args.cpu_time:
-        raise BadOption(f"--cpu-time must come with the CPU, got the device {name!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (found.index or 0) >= count:
         raise BadOption(f"--device must exist, got {name!r} and torch sees {count} CUDA devices")
-    found = torch.device("cuda", found.index or 0)
-    torch.cuda.set_device(found)
-    return found
+    return torch.device("cuda", found.index or 0)
 
 
 def dtype(option: str, word: str) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 from wan_attn.backends import REGISTRY
 from wan_attn.config import Settings
 from wan_attn.console import heading, pairs, table, without_name, wrap
-from wan_attn.doctor import proofs
+from wan_attn.doctor import memory, proofs
 from wan_attn.log import dtype_name
 from wan_attn.native import op
 from wan_attn.request import Request
@@ -23,11 +23,12 @@ from wan_attn.workloads import Workload
 
 def explain(request: Request, call: Workload, settings: Settings) -> dict[str, Any]:
     """The choice, and every backend's and kernel row's own answer, as plain values."""
-    error, backend, kernel, variant, measured = None, None, None, None, ""
+    error, backend, kernel, variant, measured, needs = None, None, None, None, "", None
     try:
         choice = select(request, settings)
         backend, kernel, variant = choice.backend, choice.kernel_name, choice.variant or None
         measured = _measured(choice, call, settings)
+        needs = memory.facts(request, choice.backend, choice.variant)
     except RuntimeError as problem:  # nothing takes it, or WAN_ATTN_STRICT=1 and the named does not
         error = str(problem)
     asked = order(request, settings)
@@ -63,6 +64,7 @@ def explain(request: Request, call: Workload, settings: Settings) -> dict[str, A
         "kernel": kernel,
         "variant": variant,
         "measured": measured,
+        "memory": needs,
         "error": error,
         "backends": backends,
         "kernels": kernels,
@@ -140,6 +142,8 @@ def render(answer: dict[str, Any]) -> str:
     ]
     if answer["proof"]:
         rows.append(("proof", f"{answer['proof']['state']}; {proofs.HOW}"))
+    if answer["memory"]:
+        rows.append(("memory", memory.told(answer["memory"])))
     if answer["measured"]:
         rows.append(("measured", answer["measured"]))
     if answer["note"]:

@@ -10,12 +10,13 @@ import torch
 from wan_attn.backends import REGISTRY
 from wan_attn.config import Settings
 from wan_attn.console import without_name
+from wan_attn.doctor import memory
 from wan_attn.log import DTYPES, dtype_name
 from wan_attn.native import op
 from wan_attn.request import Request
 from wan_attn.selection.choose import compute_dtype, select
 from wan_attn.tuning import words
-from wan_attn.workloads import WORKLOADS, Workload
+from wan_attn.workloads import MODELS, WORKLOADS, Workload
 
 # The calls that decide how long a video takes, and the one with another head_dim.
 SHOWN = ("ti2v-5b-720p", "ti2v-5b-720p-cross", "a14b-480p", "a14b-720p", "clip-vit-h")
@@ -81,6 +82,7 @@ def _choice(device: str, call: Workload, settings: Settings) -> dict[str, Any]:
     bf16 = torch.bfloat16
     dtype = compute_dtype(bf16, bf16, torch.device(device), settings.force_fp16)
     is_self = call.seqlen_q == call.seqlen_k  # cross-attention comes without lengths
+    is_wans = any(call.name.startswith(name) for name in MODELS)
     told: dict[str, Any] = {
         "device": device,
         "workload": call.name,
@@ -92,6 +94,8 @@ def _choice(device: str, call: Workload, settings: Settings) -> dict[str, Any]:
         "variant": None,
         "measured": "",
         "refusals": [],
+        "memory": None,
+        "block_bytes": None,
         "error": None,
     }
     try:
@@ -111,4 +115,6 @@ def _choice(device: str, call: Workload, settings: Settings) -> dict[str, Any]:
         "variant": choice.variant or None,
         "measured": measured,
         "refusals": [list(pair) for pair in choice.refusals],
+        "memory": memory.facts(request, choice.backend, choice.variant),
+        "block_bytes": memory.block_bytes(request) if is_self and is_wans else None,
     }

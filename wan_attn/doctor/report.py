@@ -25,6 +25,7 @@ def render(report: Report) -> str:
         _devices,
         _settings,
         _choices,
+        _memory,
         _backends,
         _kernels,
         _cuda_kernels,
@@ -127,6 +128,20 @@ def _runs(choice: dict[str, Any]) -> str:
     kernel = choice["kernel"] or choice["variant"]
     text = f"{choice['backend']}: {kernel}" if kernel else str(choice["backend"])
     return text + (f" (measured: {choice['measured']})" if choice["measured"] else "")
+
+
+def _memory(report: Report) -> str:
+    known = [c for c in report["choices"] if c["memory"]]
+    if not known:
+        return ""
+    rows = []
+    for c in known:
+        whole = c["memory"]["device_bytes"]
+        there = f"{c['device']}, {whole / 2**30:.0f} GiB" if whole else c["device"]
+        block = f"{c['block_bytes'] / 2**30:.2f} GiB" if c["block_bytes"] else ""
+        rows.append((there, c["title"], f"{c['memory']['peak_bytes'] / 2**30:.2f} GiB", block))
+    note = "at most, without weights: of an attention call, and of stock Wan2.2's block around it"
+    return f"{heading('memory', note)}\n{table(rows, ('device', '', 'call', 'block'))}"
 
 
 def _backends(report: Report) -> str:

@@ -47,6 +47,7 @@ _KNOWN = frozenset(
         *("preferred_attention", "_inside_attn_wrapper"),
     )
 )
+_PARAMETERS = frozenset(("mask", "attn_precision", "skip_reshape", "skip_output_reshape"))
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Any) -> str | None:
@@ -91,28 +92,50 @@ def attend(
         [batch, seqlen, heads * head_dim]; with skip_output_reshape [batch, heads, seqlen,
         head_dim].
     """
-    reason = why_not(q, k, v, mask, kwargs)
+    operands = [q, k, v]
+    del q, k, v  # see attend_containers
+    options = {
+        "mask": mask,
+        "attn_precision": attn_precision,
+        "skip_reshape": skip_reshape,
+        "skip_output_reshape": skip_output_reshape,
+        **kwargs,
+    }
+    return _attend(fallback, operands, heads, options)
+
+
+def attend_containers(
+    fallback: Attention, q: Any, k: Any, v: Any, heads: int, *args: Any, **kwargs: Any
+) -> Tensor:
+    """attend() for operands in ComfyUI's AttentionTensorContainer (of 2026-09): each is taken out,
+    so that nothing keeps it alive once it is converted or has been read."""
+    operands = [q.take(), k.take(), v.take()]
+    names = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
+    return _attend(fallback, operands, heads, {**dict(zip(names, args, strict=False)), **kwargs})
+
+
+def _attend(
+    fallback: Attention, operands: list[Tensor], heads: int, options: dict[str, Any]
+) -> Tensor:
+    """The list is emptied."""
+    unknown = {name: x for name, x in options.items() if name not in _PARAMETERS}
+    q, k, v = operands
+    reason = why_not(q, k, v, options.get("mask"), unknown)
+    del q, k, v
     if reason is not None:
         if not torch.compiler.is_compiling():
             log.once(("comfyui", reason), logging.INFO, f"Using {_title(fallback)} ({reason})")
-        return fallback(
-            q,
-            k,
-            v,
-            heads,
-            mask=mask,
-            attn_precision=attn_precision,
-            skip_reshape=skip_reshape,
-            skip_output_reshape=skip_output_reshape,
-            **kwargs,
-        )
-    if skip_reshape:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return fallback(operands.pop(0), operands.pop(0), operands.pop(0), heads, **options)
+    if options.get("skip_reshape"):
+        operands[:] = [x.transpose(1, 2) for x in operands]
     else:
-        head_dim = q.shape[-1] // heads
-        q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in (q, k, v))
-    out = cast(Tensor, attention.sdpa(q, k, v, scale=kwargs.get("scale")))
-    return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)
+        head_dim = operands[0].shape[-1] // heads
+        operands[:] = [x.unflatten(-1, (-1, head_dim)) for x in operands]
+    scale = options.get("scale")
+    out = cast(
+        Tensor, attention.sdpa(operands.pop(0), operands.pop(0), operands.pop(0), scale=scale)
+    )
+    return out.transpose(1, 2) if options.get("skip_output_reshape") else out.flatten(2)
 
 
 def make_override(previous: Attention | None, fallback: Attention) -> Attention:
@@ -130,7 +153,16 @@ def make_override(previous: Attention | None, fallback: Attention) -> Attention:
         rest = fallback if previous is None else functools.partial(previous, function)
         return attend(rest, *args, **kwargs)
 
+    # With another override behind it ComfyUI unpacks containers: it tells only that way which
+    # function it would have called.
+    if previous is None:
+        _take_containers(wan_attn_override, fallback)
     return wan_attn_override
+
+
+def _take_containers(function: Any, fallback: Attention) -> None:
+    """Lets ComfyUI hand containers to this function as they are."""
+    function.container_function = functools.partial(attend_containers, fallback)
 
 
 def register(host: Any) -> Attention:
@@ -157,6 +189,7 @@ def register(host: Any) -> Attention:
 
         # ComfyUI's wrapper is what looks for a model's override.
         function = getattr(host, "wrap_attn", lambda plain: plain)(attention_wan_attn)
+        _take_containers(function, fallback)
         host.register_attention_function(NAME, function)
     return cast(Attention, host.get_attention_function(NAME))
 
@@ -274,11 +307,22 @@ def enable(host: Any, model: Any, backend: str) -> Any:
         fallback = host.get_attention_function("pytorch")
         options[OVERRIDE] = make_override(options.get(OVERRIDE), fallback)
     else:
-        chosen = host.get_attention_function(backend)
-        options[OVERRIDE] = lambda function, *args, **kwargs: chosen(*args, **kwargs)
+        options[OVERRIDE] = _always(host.get_attention_function(backend))
     patched.model_options["transformer_options"] = options
     log.LOGGER.info("Using %s attention for this model", backend)
     return patched
+
+
+def _always(chosen: Any) -> Attention:
+    """The override by which ComfyUI computes with one of its own functions."""
+
+    def override(function: Attention, *args: Any, **kwargs: Any) -> Tensor:
+        return cast(Tensor, chosen(*args, **kwargs))
+
+    containers = getattr(chosen, "container_function", None)
+    if containers is not None:
+        vars(override)["container_function"] = containers
+    return override
 
 
 def _title(function: Any) -> str:

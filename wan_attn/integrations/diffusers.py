@@ -41,7 +41,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     query, key, value = _operands.under_autocast(query, key, value)
     reason = _backend.why_not_operands(query, key, value)
     if reason is None:
-        return cast(Tensor, attention.sdpa(query, key, value))
+        operands = [query, key, value]
+        del query, key, value  # as in flash_attention: no frame keeps them for longer
+        return cast(Tensor, attention.sdpa(operands.pop(0), operands.pop(0), operands.pop(0)))
     log.traced(logging.WARNING, f"diffusers: PyTorch's SDPA takes a call: {reason}")
     return _backend.by_torch(query, key, value)
 
@@ -127,14 +129,19 @@ class _WanProcessor(_Processor):
         if layer.add_k_proj is not None and context is not None:
             image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
         query, key, value = _around.project(layer, hidden_states, context)
+        # One after the other, so that what was there before is not kept.
         query = self.norm_and_rotate(layer.norm_q, query, layer.heads, rotary_emb)
         key = self.norm_and_rotate(layer.norm_k, key, layer.heads, rotary_emb)
         value = value.unflatten(2, (layer.heads, -1))
-        out = self.function(query, key, value).flatten(2).type_as(query)
-        if image is not None:
+        dtype, operands = query.dtype, [query, key, value]
+        again = query if image is not None else None
+        del query, key, value
+        out = self.function(operands.pop(0), operands.pop(0), operands.pop(0)).flatten(2).to(dtype)
+        if image is not None and again is not None:
             key, value = _around.project_image(layer, image)
             key, value = (x.unflatten(2, (layer.heads, -1)) for x in (key, value))
-            out = out + self.function(query, key, value).flatten(2).type_as(query)
+            out = out + self.function(again, key, value).flatten(2).to(dtype)
+            del again, key, value
         for module in layer.to_out:  # the projection, and dropout
             out = module(out)
         return out

@@ -120,14 +120,13 @@ def make_pay_attention(original: Any) -> Any:
             )
         if len(qkv_list) != 3:
             refuse("qkv_list", "[q, k, v]", f"{len(qkv_list)} operands")
-        q, k, v = qkv_list
+        operands = list(qkv_list)
         qkv_list.clear()  # Wan2GP expects it: nothing else may keep the operands alive
-        if k.shape[0] != q.shape[0]:
-            k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
-        return attention.flash_attention(
-            q,
-            k,
-            v,
+        batch, dtype = operands[0].shape[0], operands[2].dtype
+        if operands[1].shape[0] != batch:
+            operands[1:] = [x.expand(batch, -1, -1, -1) for x in operands[1:]]
+        return attention.attend(
+            operands,
             q_lens,
             k_lens,
             dropout_p,
@@ -135,7 +134,7 @@ def make_pay_attention(original: Any) -> Any:
             causal=causal,
             window_size=window_size,
             deterministic=deterministic,
-            dtype=v.dtype,
+            dtype=dtype,
             version=version,
         )
 

@@ -89,6 +89,7 @@ def ctypes_sdpa(
     window_right: int = -1,
     return_lse: bool = False,
     kernel: int = -1,
+    out_like_value: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """torch.ops.wan_attn.sdpa without the shim; the same steps as csrc/torch/shim.c."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -124,7 +125,7 @@ def ctypes_sdpa(
     _check(lib.wan_attn_prepare(params, call, error), error)
 
     batch, seqlen_q, heads, _ = query.shape
-    out = query.new_empty(query.shape)
+    out = query.new_empty(query.shape, dtype=(value if out_like_value else query).dtype)
     lse = query.new_empty((batch if return_lse else 0, heads, seqlen_q), dtype=torch.float32)
     params.out = describe(out)
     if return_lse:

@@ -131,3 +131,23 @@ def select(request: Request) -> tuple[KernelInfo | None, str]:
     if status == library.DEVICE_ERROR:
         raise RuntimeError(f"wan_attn: {error.text()}")
     return None, error.text()
+
+
+def workspace_bytes(request: Request, row: str = "") -> int | None:
+    """The memory beside operands and result that a row needs for a call of contiguous tensors;
+    None: no row takes the call.
+
+    On the CPU it grows with the number of torch's threads.
+
+    Args:
+        row: of the kernel table, by name; "": the best one that takes the call.
+    """
+    if library.load() is None:
+        return None
+    index = next((kernel.index for kernel in kernels() if kernel.name == row), -1)
+    params, size = _params(request, index), ctypes.c_size_t(0)
+    if request.device.type == "cpu":
+        params.num_threads = torch.get_num_threads()
+    with cuda_driver.question():
+        status = library.lib().wan_attn_workspace_size(params, ctypes.byref(size), None)
+    return int(size.value) if status == library.OK else None

@@ -39,7 +39,7 @@ __all__ = [
 SCHEMA = (
     "sdpa(Tensor query, Tensor key, Tensor value, Tensor? q_lens=None, Tensor? k_lens=None, *,"
     " float? scale=None, bool is_causal=False, int window_left=-1, int window_right=-1,"
-    " bool return_lse=False, int kernel=-1) -> (Tensor out, Tensor lse)"
+    " bool return_lse=False, int kernel=-1, bool out_like_value=False) -> (Tensor out, Tensor lse)"
 )
 
 # Torch frees an operator with the last reference to its Library: keep it as long as the module.
@@ -73,11 +73,13 @@ def _call(
     window_right: int = -1,
     return_lse: bool = False,
     kernel: int = -1,
-) -> tuple[Call, int]:
-    """The schema's arguments behind query, key and value: a call, and the row that is forced."""
+    out_like_value: bool = False,
+) -> tuple[Call, int, bool]:
+    """The schema's arguments behind query, key and value: a call, the row that is forced, and
+    whether out has value's dtype rather than query's."""
     window = (window_left, window_right)
     call = Call(q_lens, k_lens, scale, is_causal, window, return_lse=return_lse)
-    return call, kernel
+    return call, kernel, out_like_value
 
 
 def _by_torch(fallback: Fallback) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -86,13 +88,14 @@ def _by_torch(fallback: Fallback) -> Callable[..., tuple[Tensor, Tensor]]:
     def sdpa(
         query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        call, kernel = _call(*args, **options)
+        call, kernel, out_like_value = _call(*args, **options)
         if kernel != -1:
             why = _reason or "torch computes gradients within torch.func"
             refuse("kernel", f"-1, as {why}", kernel)
         check(query, key, value, call)
         out, lse = fallback(query, key, value, call)
-        return out.contiguous(), empty_lse(query, return_lse=False) if lse is None else lse
+        out = out.to((value if out_like_value else query).dtype).contiguous()
+        return out, empty_lse(query, return_lse=False) if lse is None else lse
 
     return sdpa
 
@@ -115,14 +118,15 @@ def _sdpa_elsewhere(
 def _sdpa_fake(
     query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    call, _ = _call(*args, **options)
+    call, _, out_like_value = _call(*args, **options)
     check(query, key, value, call)
-    return query.new_empty(query.shape), empty_lse(query, call.return_lse)
+    out = query.new_empty(query.shape, dtype=(value if out_like_value else query).dtype)
+    return out, empty_lse(query, call.return_lse)
 
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
     query, key, value, *lens = inputs
-    call, _ = _call(*lens, **keyword_only_inputs)
+    call, _, _ = _call(*lens, **keyword_only_inputs)
     autograd.remember(ctx, query, key, value, call)
 
 

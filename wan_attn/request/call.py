@@ -41,6 +41,7 @@ class Call(NamedTuple):
         return_lse: the log-sum-exp is wanted too.
         dtype: what to compute in where value is not half; None: in value's.
         version: of FlashAttention: 2 leaves version 3 out.
+        out_dtype: of the result; None: query's as it was given.
     """
 
     q_lens: Tensor | None = None
@@ -52,6 +53,7 @@ class Call(NamedTuple):
     return_lse: bool = False
     dtype: torch.dtype | None = None
     version: int | None = None
+    out_dtype: torch.dtype | None = None
 
 
 PLAIN = Call()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wan_attn import config, log
-from wan_attn.backends import REGISTRY, native
+from wan_attn.backends import REGISTRY, native, reads_float32
 from wan_attn.backends._errors import is_device_error
 from wan_attn.request import (
     Call,
@@ -53,6 +53,7 @@ class _Plan:
     Attributes:
         settings: those it was made under; refresh() makes others, and plans are made anew.
         dtypes: what query, key and value are converted to.
+        reads: whether the backend reads query, and key, of float32 beside a half value in place.
         turn: what it waits for until it is made anew by measurement; None: for nothing.
         failed: (backend or candidate, reason) for those that failed at run time.
         is_said: the log has described it.
@@ -63,6 +64,7 @@ class _Plan:
     choice: Choice
     run: Callable[[Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor | None]]
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    reads: tuple[bool, bool]
     turn: Turn | None = None
     failed: tuple[tuple[str, str], ...] = ()
     is_said: bool = False
@@ -73,12 +75,22 @@ _PLANS_MAX = 4096  # kinds of calls; shapes that never repeat must not grow this
 config.memory(_plans.clear)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+def attend(operands: list[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
     """Run the call on the chosen backend; on the next ones where that fails.
+
+    Args:
+        operands: [query, key, value]. The list is emptied: whoever holds nothing else lets the
+            memory of what is converted go before attention is computed, and that of the rest
+            before the result is converted.
+
+    Returns:
+        out in call.out_dtype, else in query's dtype; lse or None.
 
     Raises:
         RuntimeError: a bad argument; no backend takes the call; or the device is in trouble.
     """
+    query, key, value = operands
+    operands.clear()
     query, key, value = _readable(query, key, value)
     if transforms.in_forward_mode():  # a known kind of call is not checked again
         transforms.without_tangent(query=query, key=key, value=value)
@@ -87,6 +99,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
     plan = _plans.get(kind)
     if plan is not None and plan.settings is not settings:
         plan = None
+    out_dtype = query.dtype if call.out_dtype is None else call.out_dtype
     dtypes = _dtypes(query, key, value, call, settings) if plan is None else plan.dtypes
     query = query if query.dtype == dtypes[0] else _converted(query, dtypes[0])
     key = key if key.dtype == dtypes[1] else _converted(key, dtypes[1])
@@ -101,8 +114,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
     recorder = None if settings.profile is None else profile.recorder(settings.profile)
     while True:
         begun = None if recorder is None else recorder.start(query.device)
+        # Here and not in the backend, whose callers would still hold what it has converted.
+        if not plan.reads[0] and query.dtype != value.dtype:
+            query = _converted(query, value.dtype)
+        if not plan.reads[1] and key.dtype != value.dtype:
+            key = _converted(key, value.dtype)
         try:
-            result = plan.run(query, key, value, call)
+            out, lse = plan.run(query, key, value, call)
         except Refusal:
             raise  # of an argument, which every backend would refuse
         except _BACKEND_FAILURES as error:
@@ -118,7 +136,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tenso
             if not plan.is_said:
                 plan.is_said = True
                 _say(plan, call.version, pairs)
-            return result
+            del query, key, value
+            return out if out.dtype == out_dtype else out.to(out_dtype), lse
 
 
 def _what_ran(choice: Choice) -> str:
@@ -188,7 +207,8 @@ def _dtypes(
 ) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     """What query, key and value are converted to before any backend sees them.
 
-    float32 beside a half value stays: some backends read it as it is, and the others convert it.
+    float32 beside a half value stays: some backends read it as it is, and attend() converts it for
+    the others.
     """
     dtype = compute_dtype(value.dtype, call.dtype, query.device, settings.force_fp16)
     if call.dtype is None and not settings.force_fp16:
@@ -212,7 +232,8 @@ def _make_plan(
     choice = select(request, settings, version=call.version, failed=failed)
     run = candidates.runner(choice.candidate, request)
     dtypes = (query.dtype, key.dtype, value.dtype)
-    return _Plan(settings, request, choice, run, dtypes, choice.turn, failed)
+    reads = reads_float32(choice.backend, request, choice.variant)
+    return _Plan(settings, request, choice, run, dtypes, reads, choice.turn, failed)
 
 
 def _check_values(request: Request, call: Call) -> int | None:
@@ -260,7 +281,9 @@ def _next_plan(plan: _Plan, error: Exception, version: int | None) -> _Plan:
     following = choice.title if choice.variant else REGISTRY[choice.backend].TITLE
     log.once((name, reason), logging.WARNING, f"{failing} {reason}; trying {following}")
     run = candidates.runner(choice.candidate, plan.request)
-    return _Plan(plan.settings, plan.request, choice, run, plan.dtypes, choice.turn, failed)
+    reads = reads_float32(choice.backend, plan.request, choice.variant)
+    more = (reads, choice.turn, failed)
+    return _Plan(plan.settings, plan.request, choice, run, plan.dtypes, *more)
 
 
 def _say(plan: _Plan, version: int | None, pairs: int | None) -> None:

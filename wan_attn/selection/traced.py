@@ -23,17 +23,28 @@ from wan_attn.selection.run import attend
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def route(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-    """Run the call here, or through the opaque op where something traces or wraps tensors."""
+def route(operands: list[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
+    """Run the call here, or through the opaque op where something traces or wraps tensors.
+
+    Args:
+        operands: [query, key, value]; the list is emptied, see attend().
+
+    Returns:
+        out in call.out_dtype, else in query's dtype; lse or None.
+    """
+    query, key, value = operands
     if not torch.compiler.is_compiling():
         is_plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN
         if is_plain and not query.is_meta:
-            return attend(query, key, value, call)
+            del query, key, value
+            return attend(operands, call)
         check_dense(query, key, value)
+    operands.clear()
     if call.dropout_p > 0:
         # A backward pass must see the forward's dropout: no op of ours, but PyTorch's, traced.
         dtype = _traced_dtype(value.dtype, call.dtype, query.device)
-        return torch_sdpa.run_unread(query, key, value.to(dtype), call)
+        out, lse = torch_sdpa.run_unread(query, key, value.to(dtype), call)
+        return out if call.out_dtype is None else out.to(call.out_dtype), lse
     out, lse = torch.ops.wan_attn.attention(
         query,
         key,
@@ -46,6 +57,7 @@ def route(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor
         call.return_lse,
         call.dtype,
         call.version,
+        call.out_dtype,
     )
     return out, lse if call.return_lse else None
 
@@ -81,7 +93,8 @@ config.follow(_warn_of_graphs)
 _SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor? q_lens, Tensor? k_lens,"
     " float? scale, bool is_causal, int window_left, int window_right, bool return_lse,"
-    " ScalarType? dtype, int? version) -> (Tensor out, Tensor lse)"
+    " ScalarType? dtype, int? version, ScalarType? out_dtype=None)"
+    " -> (Tensor out, Tensor lse)"
 )
 
 
@@ -95,16 +108,17 @@ def _call(
     return_lse: bool,
     dtype: torch.dtype | None,
     version: int | None,
+    out_dtype: torch.dtype | None = None,
 ) -> Call:
     """The schema's arguments behind query, key and value."""
-    window = (window_left, window_right)
-    return Call(q_lens, k_lens, scale, is_causal, window, 0.0, return_lse, dtype, version)
+    masks = (is_causal, (window_left, window_right))
+    return Call(q_lens, k_lens, scale, *masks, 0.0, return_lse, dtype, version, out_dtype)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    out, lse = attend(query, key, value, _call(*arguments))
+    out, lse = attend([query, key, value], _call(*arguments))
     lse = empty_lse(query, return_lse=False) if lse is None else lse.contiguous()
-    return out.to(query.dtype).contiguous(), lse
+    return out.contiguous(), lse
 
 
 def _attention_fake(
@@ -113,7 +127,8 @@ def _attention_fake(
     call = _call(*arguments)
     converts = call.dtype is not None
     check(query, key, value, call, takes_any_strides=True, takes_any_float=converts)
-    return query.new_empty(query.shape), empty_lse(query, call.return_lse)
+    out = query.new_empty(query.shape, dtype=call.out_dtype or query.dtype)
+    return out, empty_lse(query, call.return_lse)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -123,7 +138,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     """The derivative of exact attention does not depend on the backend that computed it."""
-    return (*autograd.backward(ctx, grad_out, grad_lse), *[None] * 7)
+    return (*autograd.backward(ctx, grad_out, grad_lse), *[None] * 8)
 
 
 # Torch frees an operator with the last reference to its Library.

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,16 @@ def say(**words: Any) -> None:
 class Child:
     """A process that says something now and then."""
 
-    def __init__(self, command: Sequence[str], handles: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        handles: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """
         Args:
             handles: open files that it is to keep; not on Windows.
+            environment: None: this process's.
 
         Raises:
             OSError: it cannot be started.
@@ -68,6 +74,7 @@ class Child:
                 errors="replace",
                 # Ctrl-C is for the one who waits: it ends this process, and knows why.
                 start_new_session=True,
+                env=environment,
                 pass_fds=() if sys.platform == "win32" else tuple(handles),
             )
         except BaseException:

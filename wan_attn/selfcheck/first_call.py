@@ -49,8 +49,9 @@ def wrong(run: Run, device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     return None
 
 
-def difference(case: Case, truth: Truth, out: Tensor, lse: Tensor, unit: float) -> str | None:
-    """What is beyond its bound, in words; None: nothing. `unit`: see reference.py."""
+def difference(case: object, truth: Truth, out: Tensor, lse: Tensor, unit: float) -> str | None:
+    """What is beyond its bound, in words; None: nothing. `case`: what the words call the call;
+    `unit`: see reference.py."""
     for name, got, expected, bound in (
         ("out", out, truth.out, truth.out_bound(unit, is_ours=True)),
         ("lse", lse, truth.lse, truth.lse_bound(unit, is_ours=True)),

@@ -51,26 +51,27 @@ class TableCard:
 
     def __init__(self, index: int) -> None:
         self.index = index
+        self.where = torch.device("cuda", index)  # as the table is asked
         self.skipped: list[str] = []
 
     def rows(self) -> list[KernelInfo]:
         return [
             row
             for row in kernels()
-            if row.device == "cuda"
+            if row.device == self.where.type
             and not row.is_lossy
             and self.why_not(row, row.dtypes[0], proof_calls.CALLS[0]) is None
         ]
 
     def why_not(self, row: KernelInfo, dtype: torch.dtype, call: ProofCall) -> str | None:
-        return why_not(request(row, dtype, call, torch.device("cuda", self.index)), row.index)
+        return why_not(request(row, dtype, call, self.where), row.index)
 
 
 class TorchCard(TableCard):
     """torch's CUDA device."""
 
     def device(self) -> torch.device:
-        return torch.device("cuda", self.index)
+        return self.where
 
     def run(
         self, row: KernelInfo, operands: Operands, q_lens: Tensor | None, k_lens: Tensor, case: Case
@@ -158,10 +159,10 @@ def _try(verdict: Verdict, card: Card, name: str, row: KernelInfo, dtype: torch.
         if is_out_of_memory(error):
             verdict.put([name], UNTRIED)
             verdicts.write(verdict)
-            child.say(trouble=f"out of memory: {_line(error)}")
+            child.say(trouble=f"out of memory: {line_of(error)}")
             return False
-        words = _line(error)
-        if _is_lost(card, error):
+        words = line_of(error)
+        if is_lost(card, error):
             _conclude(verdict, name, words, start)
             os._exit(1)  # torch's own end would ask the device again
     _conclude(verdict, name, words, start)
@@ -175,11 +176,12 @@ def _conclude(verdict: Verdict, name: str, words: str | None, start: float) -> N
     child.say(ended=name)
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
+    """What it says, on one line."""
     return (" ".join(str(error).split()) or type(error).__name__)[:500]
 
 
-def _is_lost(card: Card, error: RuntimeError) -> bool:
+def is_lost(card: Card, error: RuntimeError) -> bool:
     """Whether the device, to this process, is beyond use after this error."""
     text = str(error).lower()
     if "cuda error" in text or "cuda driver error" in text or "illegal memory" in text:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,25 +66,28 @@ def cases() -> Iterator[Case]:
         yield Case(seqlen_q, seqlen_k, head_dim, next(masks))
 
 
+def draw(generator: torch.Generator, *shape: int, lens: Sequence[int] | None = None) -> Tensor:
+    """[batch, seqlen, heads, head_dim] float32 on the CPU, NaN beyond the real lengths."""
+    # The CPU by name: the program may have another default device.
+    x = torch.randint(-64, 65, shape, generator=generator, device="cpu").to(torch.float32) / 32
+    for b, used in enumerate(lens or ()):
+        x[b, used:] = math.nan
+    return x
+
+
 def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as float32 on the CPU, the same for the same case, NaN beyond the real lengths."""
-    # The CPU by name: the program may have another default device.
     generator = torch.Generator("cpu").manual_seed(
         case.seqlen_q * 1000 + case.seqlen_k + case.head_dim
     )
 
-    def draw(seqlen: int, heads: int, lens: tuple[int, int] | None) -> Tensor:
-        shape = (BATCH, seqlen, heads, case.head_dim)
-        x = torch.randint(-64, 65, shape, generator=generator, device="cpu")
-        x = x.to(torch.float32) / 32
-        for b, used in enumerate(lens or ()):
-            x[b, used:] = math.nan
-        return x
+    def operand(seqlen: int, heads: int, lens: tuple[int, int] | None) -> Tensor:
+        return draw(generator, BATCH, seqlen, heads, case.head_dim, lens=lens)
 
     return (
-        draw(case.seqlen_q, HEADS_Q, case.q_lens),
-        draw(case.seqlen_k, HEADS_K, case.k_lens),
-        draw(case.seqlen_k, HEADS_K, case.k_lens),
+        operand(case.seqlen_q, HEADS_Q, case.q_lens),
+        operand(case.seqlen_k, HEADS_K, case.k_lens),
+        operand(case.seqlen_k, HEADS_K, case.k_lens),
     )
 
 
@@ -109,27 +112,41 @@ class Truth:
 
 
 def reference(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Truth:
-    """Straight from the definition, one head at a time."""
+    """The case's result; see attention()."""
+    is_causal, window = MASKS[case.mask]
+    q_lens = case.q_lens or (case.seqlen_q,) * BATCH
+    return attention(q, k, v, q_lens, case.k_lens, is_causal, window)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lens: Sequence[int],
+    k_lens: Sequence[int],
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+) -> Truth:
+    """Straight from the definition, one head at a time.
+
+    Args:
+        q, k, v: [batch, seqlen, heads, head_dim]; the heads of q are a multiple of those of k.
+        q_lens, k_lens: the real lengths of each sample.
+        window, scale: as in Call.
+    """
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     spread, peak = torch.zeros_like(out), torch.zeros_like(out[..., :1])
     lse = torch.full_like(out[..., 0].transpose(1, 2), -math.inf)
-    is_causal, (left, right) = MASKS[case.mask]
+    factor = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     group = q.shape[2] // k.shape[2]
-    for b, used_k in enumerate(case.k_lens):
-        used_q = case.q_lens[b] if case.q_lens else case.seqlen_q
-        # How far key j lies to the right of row i's diagonal; the last row's is the last key.
-        rows, keys_at = (torch.arange(n, device=q.device) for n in (used_q, used_k))
-        ahead = keys_at[None, :] - (rows[:, None] + used_k - used_q)
-        seen = torch.ones_like(ahead, dtype=torch.bool)
-        if is_causal:
-            seen &= ahead <= 0
-        if left >= 0:
-            seen &= ahead >= -left
-        if right >= 0:
-            seen &= ahead <= right
-        for h in range(q.shape[2] if used_k else 0):
+    for b, (used_q, used_k) in enumerate(zip(q_lens, k_lens, strict=True)):
+        if not (used_q and used_k):
+            continue
+        seen = _seen(used_q, used_k, is_causal, window, q.device)
+        for h in range(q.shape[2]):
             keys, values = k[b, :used_k, h // group].double(), v[b, :used_k, h // group].double()
-            scores = q[b, :used_q, h].double() @ keys.T / math.sqrt(case.head_dim)
+            scores = q[b, :used_q, h].double() @ keys.T * factor
             peak[b, :used_q, h, 0] = scores.abs().amax(dim=1)
             scores = scores.masked_fill(~seen, -math.inf)
             row = torch.logsumexp(scores, dim=1)
@@ -140,3 +157,21 @@ def reference(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Truth:
             spread[b, :used_q, h] = weights @ values.abs()
             lse[b, h, :used_q] = row
     return Truth(out, lse, spread, peak)
+
+
+def _seen(
+    used_q: int, used_k: int, is_causal: bool, window: tuple[int, int], device: torch.device
+) -> Tensor:
+    """[used_q, used_k]: whether the mask lets row i see key j."""
+    # How far key j lies to the right of row i's diagonal; the last row's is the last key.
+    rows, keys_at = (torch.arange(n, device=device) for n in (used_q, used_k))
+    ahead = keys_at[None, :] - (rows[:, None] + used_k - used_q)
+    left, right = window
+    seen = torch.ones_like(ahead, dtype=torch.bool)
+    if is_causal:
+        seen &= ahead <= 0
+    if left >= 0:
+        seen &= ahead >= -left
+    if right >= 0:
+        seen &= ahead <= right
+    return seen

@@ -20,4 +20,4 @@ def attend(
         key, value = key[:, :seqlen_q], value[:, :seqlen_q]
     elif seqlen_k < seqlen_q:  # the contract's diagonal is so much further left
         call = call._replace(is_causal=False, window=(-1, seqlen_q - seqlen_k))
-    return route(query, key, value, call)
+    return route([query, key, value], call)

@@ -142,12 +142,12 @@ def _by_views(
     for number, q_len, k_len in runs:
         q_begin, q_end = q_end, q_end + number * q_len
         k_begin, k_end = k_end, k_end + number * k_len
-        out, lse = route(
+        operands = [
             query[q_begin:q_end].unflatten(0, (number, q_len)),
             key[k_begin:k_end].unflatten(0, (number, k_len)),
             value[k_begin:k_end].unflatten(0, (number, k_len)),
-            call,
-        )
+        ]
+        out, lse = route(operands, call)
         outs.append(out.flatten(0, 1))
         if lse is not None:
             lses.append(lse.transpose(0, 1).flatten(1))
@@ -169,9 +169,7 @@ def _by_padding(
         lse = _no_key(queries.tokens, total) if call.return_lse else None
         return torch.zeros_like(queries.tokens), lse
     out, lse = route(
-        queries.padded(queries.tokens),
-        keys.padded(keys.tokens),
-        keys.padded(values),
+        [queries.padded(queries.tokens), keys.padded(keys.tokens), keys.padded(values)],
         call._replace(q_lens=queries.real_lengths(), k_lens=keys.real_lengths()),
     )
     begins = queries.begins.to(device=out.device, dtype=torch.int64, non_blocking=True)

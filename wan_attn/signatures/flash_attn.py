@@ -80,11 +80,13 @@ def flash_attn_func(
     """
     check_options(dropout_p, softcap, alibi_slopes, return_attn_probs, deterministic)
     call = _call(dropout_p, softmax_scale, causal, window_size, return_attn_probs)
+    operands = [q, k, v]
+    del q, k, v  # as in wan_attn.flash_attention: no frame keeps them for longer
     try:
-        out, lse = route(q, k, v, call)
+        out, lse = route(operands, call)
     except Refusal as refusal:
         raise refusal.under(_NAMES) from None
-    return _result(q, out, lse)
+    return _result(out, lse)
 
 
 def flash_attn_kvpacked_func(
@@ -211,7 +213,7 @@ def flash_attn_varlen_func(
         out, lse = _varlen.attend(queries, keys, v, call)
     except Refusal as refusal:
         raise refusal.under(_NAMES) from None
-    return _result(q, out, lse)
+    return _result(out, lse)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -348,9 +350,9 @@ def _call(
     )
 
 
-def _result(q: Tensor, out: Tensor, lse: Tensor | None) -> Result:
+def _result(out: Tensor, lse: Tensor | None) -> Result:
     """Contiguous, as the original's results are: its callers `.view` them."""
-    out = out.to(q.dtype).contiguous()
+    out = out.contiguous()
     return out if lse is None else (out, lse.contiguous(), None)
 
 

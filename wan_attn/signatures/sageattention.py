@@ -115,6 +115,6 @@ def _either(
     if is_causal:
         out, lse = _top_left.attend(q, k, v, scale, return_lse)
     else:
-        out, lse = route(q, k, v, Call(scale=scale, return_lse=return_lse))
+        out, lse = route([q, k, v], Call(scale=scale, return_lse=return_lse))
     out = (out.transpose(1, 2) if is_heads_first else out).to(q.dtype).contiguous()
     return out if lse is None else (out, lse.contiguous())

@@ -91,7 +91,7 @@ def scaled_dot_product_attention(
     elif is_causal:
         out, _ = _top_left.attend(q, k, v, scale)
     else:
-        out, _ = route(q, k, v, Call(scale=scale))
+        out, _ = route([q, k, v], Call(scale=scale))
     out = out.transpose(1, 2)
     if query.is_contiguous():  # torch's result is then, too, and callers `.view` it
         out = out.contiguous()

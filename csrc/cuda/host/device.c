@@ -7,7 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "core/lock.h"
+#include "core/platform.h"
 
 typedef struct device_slot {
     int is_known;

@@ -7,16 +7,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "core/lock.h"
+#include "core/platform.h"
 #include "cuda/host/proof.h"
-
-#if defined(_WIN32)
-#include <windows.h> /* defines: LoadLibraryExA, GetProcAddress */
-#define SYSTEM_DRIVER "nvcuda.dll"
-#else
-#include <dlfcn.h> /* defines: dlopen, dlsym, dlerror */
-#define SYSTEM_DRIVER "libcuda.so.1"
-#endif
 
 enum { UNTRIED, NOT_STARTED, USABLE, UNUSABLE };
 enum { MOST_WAITS = 1023 };
@@ -59,48 +51,10 @@ static char configured_path[1024]; /* "": the system's */
 static wan_attn_image_fn find_image;
 static wan_attn_proof_fn find_proof;
 
-/* A function's address as memory, so that it can be put into a field of any function type: ISO C
- * has no cast from void * to a function. */
-typedef struct address {
-    void *value;
-} address;
-
-#if defined(_WIN32)
-static void *open_library(const char *path) {
-    DWORD where = path[0] ? LOAD_LIBRARY_SEARCH_DEFAULT_DIRS | LOAD_LIBRARY_SEARCH_DLL_LOAD_DIR
-                          : LOAD_LIBRARY_SEARCH_SYSTEM32;
-    void *library = (void *)LoadLibraryExA(path[0] ? path : SYSTEM_DRIVER, NULL, where);
-    if (!library)
-        snprintf(why_unusable, sizeof(why_unusable), "%s does not load: Windows error %lu",
-                 path[0] ? path : SYSTEM_DRIVER, (unsigned long)GetLastError());
-    return library;
-}
-static address find(void *library, const char *name) {
-    address found;
-    FARPROC function = GetProcAddress((HMODULE)library, name);
-    memcpy(&found.value, &function, sizeof(found.value));
-    return found;
-}
-#else
-static void *open_library(const char *path) {
-    void *library = dlopen(path[0] ? path : SYSTEM_DRIVER, RTLD_NOW | RTLD_LOCAL);
-    if (!library) {
-        const char *words = dlerror();
-        snprintf(why_unusable, sizeof(why_unusable), "%s",
-                 words ? words : SYSTEM_DRIVER " does not load");
-    }
-    return library;
-}
-static address find(void *library, const char *name) {
-    address found = {dlsym(library, name)};
-    return found;
-}
-#endif
-
 static int bind_functions(void *library) {
 #define BIND(field, name, parameters)                                                              \
     {                                                                                              \
-        address found = find(library, name);                                                       \
+        wan_attn_address found = wan_attn_find_function(library, name);                            \
         if (!found.value) {                                                                        \
             snprintf(why_unusable, sizeof(why_unusable),                                           \
                      "the driver has no %s: it is older than CUDA 12.0", name);                    \
@@ -151,7 +105,8 @@ static int start(void) {
 const wan_attn_cuda_driver *wan_attn_cuda_open_driver(char *reason, size_t size) {
     wan_attn_acquire(&lock);
     if (state == UNTRIED) {
-        void *library = open_library(configured_path);
+        void *library = wan_attn_open_library(configured_path, WAN_ATTN_CUDA_LIBRARY, why_unusable,
+                                              sizeof(why_unusable));
         state = library && bind_functions(library) ? start() : UNUSABLE;
     } else if (state == NOT_STARTED && waits-- <= 0) {
         state = start();

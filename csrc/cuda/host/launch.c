@@ -181,7 +181,7 @@ static void fill_operands(const call *c, wan_attn_cuda_args *args) {
     args->k_scale = at(c, plan->k_scale);
     args->v_scale = at(c, plan->v_scale);
     args->out = view_of(&p->out);
-    args->out_is_f32 = p->q.dtype == WAN_ATTN_F32;
+    args->out_is_f32 = p->out.dtype == WAN_ATTN_F32;
     args->lse = p->lse;
     args->lse_batch_stride = p->lse_batch_stride;
     args->lse_head_stride = p->lse_head_stride;

@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "core/lock.h"
+#include "core/platform.h"
 
 enum { CLASS_TURING, CLASS_WIDE, CLASS_SLIM };
 enum { USE_ANY, USE_MASKED };

@@ -38,7 +38,7 @@ static const char *refuse_tile(const wan_attn_problem *p, const wan_attn_cuda_ti
 }
 
 const char *wan_attn_cuda_refuse_out(const wan_attn_problem *p) {
-    int64_t four = 4 * wan_attn_dtype_size(p->q.dtype);
+    int64_t four = 4 * wan_attn_dtype_size(p->out.dtype);
     return wan_attn_cuda_is_aligned(&p->out, p->batch, p->seqlen_q, p->num_heads_q, four)
                ? NULL
                : "needs out and its strides to be multiples of four elements";

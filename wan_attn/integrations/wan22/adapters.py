@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from wan_attn.request import refuse
@@ -17,8 +18,19 @@ def make_flash_attention(attention: Attention) -> Attention:
     """A new function that does what ``attention`` does.
 
     New, because unpatch finds it by identity and must not reach anybody's own
-    ``from wan_attn import flash_attention``.
+    ``from wan_attn import flash_attention``. Of ours it is a copy: a wrapper's ``args`` would keep
+    q, k and v alive for the whole call.
     """
+    if isinstance(attention, FunctionType) and attention.__module__.startswith("wan_attn."):
+        copy = FunctionType(
+            attention.__code__,
+            attention.__globals__,
+            attention.__name__,
+            attention.__defaults__,
+            attention.__closure__,
+        )
+        copy.__kwdefaults__ = attention.__kwdefaults__
+        return functools.update_wrapper(copy, attention)
 
     @functools.wraps(attention)
     def flash_attention(*args: Any, **kwargs: Any) -> Any:

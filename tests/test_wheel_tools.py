@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""test_wheel_tools.py - the tools that make and check wheels, without their compilers; setup.py's
+targets. The wheels themselves: make wheels-check and make wheels-test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import readme_tables
+from wheels import build, targets
+
+from source_tree import ROOT
+
+
+@pytest.mark.parametrize("name", targets.TARGETS)
+def test_each_target_names_its_platform(name: str) -> None:
+    target = targets.TARGETS[name]
+    assert target.platform == name
+    if name != "any":
+        assert target.triple in target.compiler()[-1] and target.platform.endswith(target.machine)
+        assert ("-Wl,-install_name,@rpath/x" in target.link_flags("x")) == (name[:3] == "mac")
+
+
+def test_what_is_packed_tells_its_commit_and_has_plain_permissions(tmp_path: Path) -> None:
+    if not build.git("ls-files"):
+        pytest.skip("no git here")
+    build.copy_sources(tmp_path / "source")
+    commit = (tmp_path / "source/.commit").read_text().strip()
+    assert commit.removesuffix("-dirty") == build.git("rev-parse", "HEAD")
+    modes = {f.stat().st_mode & 0o777 for f in (tmp_path / "source").rglob("*") if f.is_file()}
+    assert modes == {0o644}
+    assert not (tmp_path / "source/build").exists()
+
+
+def test_a_build_takes_nothing_of_the_users_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CFLAGS", "CC", "LDFLAGS", "PYTHONPATH", "WAN_ATTN_NATIVE"):
+        monkeypatch.setenv(name, "-DWRONG")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1234567890")
+    found = build.environment(tmp_path)
+    assert "-DWRONG" not in found.values() and found["SOURCE_DATE_EPOCH"] == "1234567890"
+
+
+def test_the_page_of_find_links_has_every_files_hash(tmp_path: Path) -> None:
+    file = tmp_path / "wan_attn-1-py3-none-any.whl"
+    file.write_bytes(b"a wheel")
+    digest = hashlib.sha256(b"a wheel").hexdigest()
+    assert f'href="https://x/{file.name}#sha256={digest}"' in build.page([file], "https://x/")
+
+
+def test_a_release_cannot_forget_the_lines_that_install() -> None:
+    line = r"pip install --no-deps ./wan_attn or .\x -m pip install .\wan_attn, ../wan_attn/csrc"
+    published = r"pip install --no-deps wan-attn or .\x -m pip install wan-attn, ../wan_attn/csrc"
+    assert readme_tables.install_lines(line, is_published=False) == line
+    assert readme_tables.install_lines(line, is_published=True) == published
+
+
+def test_a_wrong_hash_or_a_file_too_many_in_a_wheel_is_told() -> None:
+    pytest.importorskip("lief")
+    from wheels import check
+
+    record = "wan_attn-1.dist-info/RECORD"
+    files = {"a": b"1", record: b"a,sha256=a4ayc_80_OGda4BO_1o_V0etpOqiLx1JwB5S3beHW0s,1\n"}
+    files[record] += record.encode() + b",,\n"
+    assert list(check.record_problems(files)) == []
+    assert list(check.record_problems(files | {"a": b"2"})) == ["a is not what RECORD says"]
+    assert "b is in the wheel or in RECORD" in " ".join(check.record_problems(files | {"b": b""}))
+
+
+def test_the_shim_exports_what_python_knows() -> None:
+    pytest.importorskip("lief")
+    from wheels import check
+
+    from wan_attn.native import shim
+
+    assert check.exported("wan_attn_shim") == set(shim.EXPORTED)
+    assert "wan_attn_run" in check.exported("wan_attn")
+    assert (ROOT / ".ci/wheels/requirements.txt").exists()
