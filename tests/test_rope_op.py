@@ -182,3 +182,38 @@ def test_the_table_of_kernels_ends_with_the_specification(native: str) -> None:
     lib = library.lib()
     assert lib.wan_attn_rope_kernel_at(len(rope.kernels()), library.KernelInfo(struct_size=56)) != 0
     assert lib.wan_attn_rope_kernel_at(0, None) != 0
+
+
+def test_the_function_takes_lists_and_looks_at_everything() -> None:
+    given = sample()
+    expected = OP(**given)
+    given["grid_sizes"] = given["grid_sizes"].tolist()
+    assert torch.equal(wan_attn.rms_norm_rope(**given), expected)
+    assert wan_attn.rms_norm_rope(**given, dtype=torch.float16).dtype == torch.float16
+    for name, value, message in (
+        ("x", None, "x must be a tensor, got None"),
+        ("weight", [1.0], "weight must be a tensor, got"),
+        (
+            "grid_sizes",
+            [[1, 2]],
+            "grid_sizes must be a tensor or a list of (frames, height, width)",
+        ),
+        ("grid_sizes", "abc", "grid_sizes must be a tensor or a list of (frames, height, width)"),
+        ("grid_sizes", [[1, 2, 2.5]], "grid_sizes must be a tensor or a list of (frames, height"),
+        ("eps", "small", "eps must be a number, got 'small'"),
+        ("eps", math.inf, "eps must be finite, got inf"),
+        ("per_head", 2, "per_head must be a bool, 0 or 1, got 2"),
+        ("round_norm", None, "round_norm must be a bool, 0 or 1, got None"),
+        ("seqlen_offset", -1, "seqlen_offset must be at least 0, got -1"),
+        ("seqlen_offset", 1.0, "seqlen_offset must be an integer, got 1.0"),
+        ("dtype", torch.float64, "dtype must be float32, float16 or bfloat16"),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            wan_attn.rms_norm_rope(**given | {name: value})
+        assert str(caught.value).startswith(f"wan_attn: {message}"), name
+
+
+def test_where_there_is_no_kernel_torch_computes() -> None:
+    given = sample()
+    out = wan_attn.rms_norm_rope(**{n: v.to("meta") if n == "x" else v for n, v in given.items()})
+    assert out.shape == given["x"].shape and out.device.type == "meta"

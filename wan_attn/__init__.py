@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """wan_attn - the attention engine for the Wan2.2 video models.
 
-Importing registers ``torch.ops.wan_attn.sdpa`` and does nothing else: it patches nothing, starts no
-CUDA context, reads no file but its own library and opens no connection.
+Importing registers ``torch.ops.wan_attn.sdpa`` and ``rms_norm_rope``, and does nothing else: it
+patches nothing, starts no CUDA context, reads no file but its own library, opens no connection.
 """
 
 import importlib as _importlib
@@ -25,6 +25,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "merge_states",
     "patch",
+    "rms_norm_rope",
     "sageattn",
     "scaled_dot_product_attention",
     "sdpa",
@@ -53,6 +54,7 @@ try:
     from wan_attn.backends.chunked import windows_flash_attention_wrapper
     from wan_attn.integrations.wan22 import patch, unpatch
     from wan_attn.merge import merge_states
+    from wan_attn.native.rope_function import rms_norm_rope
     from wan_attn.selection import profile as _profile
     from wan_attn.selection.choose import available
     from wan_attn.signatures.flash_attn import (
