@@ -114,11 +114,11 @@ def test_what_is_known_is_replaced_everywhere_and_put_back(
     for _ in range(2):
         report = wan22.patch(package=package)
         assert f"{PACKAGE}.modules.model.rope_apply: wan_attn" in report.rope
-        assert module.rope_apply is user.rope_apply is not before[0]  # type: ignore[attr-defined]
+        assert module.rope_apply is user.rope_apply is not before[0]
         assert vars(module.WanRMSNorm)["forward"] is not before[1]
     wan22.unpatch()
     assert (module.rope_apply, vars(module.WanRMSNorm)["forward"]) == before
-    assert user.rope_apply is before[0]  # type: ignore[attr-defined]
+    assert user.rope_apply is before[0]
 
 
 @pytest.mark.parametrize("why", ("off", "attention"))

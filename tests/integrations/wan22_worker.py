@@ -235,12 +235,13 @@ def whole_block() -> dict[str, Any]:
         hook.remove()
         args, kwargs = given[0]
         plain = block(*args, **kwargs)
-        harness, torch.amp.autocast = torch.amp.autocast, torch.amp.autocast_mode.autocast
+        amp: Any = torch.amp
+        harness, amp.autocast = amp.autocast, amp.autocast_mode.autocast
         try:  # dynamo knows torch's own; without CUDA it does nothing
-            graph = torch.compile(block, fullgraph=True, backend="aot_eager")
+            graph: Any = torch.compile(block, fullgraph=True, backend="aot_eager")
             return error(graph(*args, **kwargs), plain)
         finally:
-            torch.amp.autocast = harness
+            amp.autocast = harness
 
 
 def wrapped(rank: int, rendezvous: str) -> dict[str, Any]:
