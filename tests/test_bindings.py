@@ -34,7 +34,10 @@ HERE = Path(__file__).parent
 # Kernels are the same code under shim and ctypes; what differs is how a call gets there and back.
 FILES = {
     "shim": ("test_op.py", "test_errors.py", "test_autograd.py", "test_property.py"),
-    "ctypes": ("test_op.py", "test_errors.py", "test_autograd.py", "test_property.py"),
+    "ctypes": (
+        *("test_op.py", "test_errors.py", "test_autograd.py", "test_property.py"),
+        "test_rope_op.py",
+    ),
     "torch": ("test_op.py", "test_errors.py", "test_kernels.py", "test_property.py"),
 }
 NOT_ABOUT_BINDINGS = "not public and not merges"

@@ -93,6 +93,8 @@ def by_ctypes(
     row = ctypes.c_int32(-1)
     if lib.wan_attn_rope_select(params, row, error) != library.OK:
         raise RuntimeError(f"wan_attn: {error.text()}")
+    if dtype is not None:
+        _check_dtype(dtype)
     out = x.new_empty(x.shape, dtype=dtype)
     params.out = bindings.describe(out)
     if lib.wan_attn_rms_norm_rope(params, row, error) != library.OK:
@@ -127,10 +129,15 @@ def _check(
             words = [str(d).removeprefix("torch.") for d in dtypes]
             rule = f"{', '.join(words[:-1])} or {words[-1]}"
             refuse(name, rule, str(tensor.dtype).removeprefix("torch."))
-    if dtype is not None and dtype not in floats:
-        refuse("dtype", "float32, float16 or bfloat16", str(dtype).removeprefix("torch."))
+    if dtype is not None:
+        _check_dtype(dtype)
     _check_norm(x, weight, eps, per_head)
     _check_table(x, table, grid_sizes, seqlen_offset)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        refuse("dtype", "float32, float16 or bfloat16", str(dtype).removeprefix("torch."))
 
 
 def _check_norm(x: Tensor, weight: Tensor | None, eps: float | None, per_head: bool) -> None:
