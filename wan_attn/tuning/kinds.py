@@ -131,8 +131,9 @@ def _card(index: int) -> dict[str, str]:
 def _kernels() -> str:
     """A hash of our kernels: the library, and the text that CUDA's are compiled from."""
     digest = hashlib.sha256()
-    if library.load() is not None:
-        digest.update(Path(library.lib_path()).read_bytes())
+    loaded = library.load()
+    if loaded is not None:
+        digest.update(Path(loaded._name).read_bytes())
     for source in sorted({*(one.source for one in tiles()), *(one.source for one in tiles_sm90())}):
         for name, text in sorted(sources.closure(source).items()):
             digest.update(name.encode() + text)
