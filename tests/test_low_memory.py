@@ -49,7 +49,7 @@ def _alone(request: pytest.FixtureRequest) -> None:
 
 
 def test_in_a_process_of_its_own() -> None:
-    """Calls that other tests have compiled hold the operands of later ones in their process."""
+    """Where torch.compile has met an error, callers hold operands from then on."""
     if not IN_SUITE:
         pytest.skip("this is such a process")
     env = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")}
