@@ -7,6 +7,8 @@ backend runs is asked of weak references.
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -34,8 +36,28 @@ from wan_attn.request import Request
 # Before 3.11 a caller's frame keeps what it hands to a function until that returns.
 moves = pytest.mark.skipif(sys.version_info < (3, 11), reason="callers hold arguments before 3.11")
 
+IN_SUITE = "PYTEST_XDIST_WORKER" in os.environ
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _alone(request: pytest.FixtureRequest) -> None:
+    if IN_SUITE and request.function is not test_in_a_process_of_its_own:
+        pytest.skip("runs in test_in_a_process_of_its_own")
+
+
+def test_in_a_process_of_its_own() -> None:
+    """Where torch.compile has met an error, callers hold operands from then on."""
+    if not IN_SUITE:
+        pytest.skip("this is such a process")
+    env = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_another_start_tries_again_what_has_changed(
     machine = quick(ALL)
     machine.keep(sdpa_sm80_d64__bf16=FAILED)
     if what == "driver":
-        monkeypatch.setattr(verdicts, "driver_release", lambda: "999.99")
+        monkeypatch.setattr(verdicts, "driver_version", lambda: "999.99")
     elif what == "torch":
         monkeypatch.setattr(torch, "__version__", "2.99.0")
     elif what == "build":

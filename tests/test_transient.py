@@ -30,7 +30,7 @@ from wan_attn.integrations import _rebind
 from wan_attn.integrations.wan22.compile import CompiledForward
 from wan_attn.native import cuda_driver, library, shim
 from wan_attn.selection import run
-from wan_attn.signatures import _masked
+from wan_attn.signatures import _masked, _operands
 from wan_attn.transient import is_interruption, is_out_of_memory, is_transient
 
 ERRORS = (TimeoutError, OSError, RuntimeError, ValueError, AssertionError, KeyError)
@@ -111,7 +111,7 @@ def test_a_kernel_of_torchs_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_while_operands_and_masks_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch's own RuntimeError is an answer: this tensor has no strides, that mask no fit."""
+    """Where torch's own RuntimeError is an answer: this tensor has no strides. No mask's is."""
 
     class Operand:
         def stride(self, dim: int) -> int:
@@ -121,7 +121,7 @@ def test_while_operands_and_masks_are_looked_at(monkeypatch: pytest.MonkeyPatch)
     signal.signal(SIGNAL, Object(RuntimeError))
     with pytest.raises(RuntimeError, match="time is up"):
         run._readable(*[Operand()] * 3)  # type: ignore[arg-type]
-    monkeypatch.setattr(torch, "broadcast_shapes", lambda *_: signal.raise_signal(SIGNAL))
+    monkeypatch.setattr(_operands, "broadcasts", lambda *_: signal.raise_signal(SIGNAL))
     q, k, v = (x.transpose(1, 2) for x in operands(dtype=F32, heads_q=1, heads_k=1))
     with pytest.raises(RuntimeError, match="time is up"):
         _masked.attend(q, k, v, torch.ones(1, dtype=torch.bool), None, "mask")

@@ -219,7 +219,7 @@ VARIABLES: tuple[Variable, ...] = (
 
 PREFIX = "WAN_ATTN_"
 # setup.py reads these, and a shell may still have them when wan_attn runs.
-BUILD_VARIABLES = ("WAN_ATTN_NATIVE", "WAN_ATTN_CUDA", "WAN_ATTN_KEPT")
+BUILD_VARIABLES = ("WAN_ATTN_NATIVE", "WAN_ATTN_CUDA", "WAN_ATTN_KEPT", "WAN_ATTN_TARGET")
 
 
 @dataclass(frozen=True, slots=True)

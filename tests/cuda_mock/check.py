@@ -49,12 +49,13 @@ CLOCKS = {"sm_mhz": 1410.0, "power_w": 290.0}
 class MockTarget(Target):
     """The mock GPU as a check sees it. Operands lie in ordinary memory."""
 
-    patience = 0.25
     card: MockCard
 
     def __init__(self, gpu: Gpu, faults: dict[str, str] | None) -> None:
         card = MockCard(0, gpu, faults)
         super().__init__(card, card.where, EMULATED if faults is None else SIZES)
+        # Emulation takes its time; a kernel that hangs should not cost minutes.
+        self.patience = 4.0 if faults is None else 0.5
 
     def able(self) -> list[op.KernelInfo]:
         return self.card.rows()

@@ -268,6 +268,13 @@ def load() -> ctypes.CDLL | None:
     return _open()[0]
 
 
+def binary() -> bytes:
+    """The file of the library that is loaded: what was found out about kernels belongs to it. Empty
+    if there is none."""
+    loaded = load()
+    return b"" if loaded is None else Path(loaded._name).read_bytes()
+
+
 def load_error() -> str | None:
     """Why libwan_attn cannot be used here: what, why, what to do. None if it can."""
     return _open()[1]

@@ -10,7 +10,6 @@ known by the next one.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -29,6 +28,7 @@ from wan_attn import config, log
 from wan_attn.cuda import store
 from wan_attn.cuda.rows import RowError, jobs_for
 from wan_attn.native import cuda_driver, library
+from wan_attn.store.machine import driver_version
 from wan_attn.transient import is_transient
 from wan_attn.version import __version__
 
@@ -97,38 +97,17 @@ def key_of(index: int) -> Key | str:
             raise
         return str(error)
     version = ".".join(map(str, device.driver_version))
-    driver = f"{driver_release() or 'driver'} (CUDA {version})"
+    driver = f"{driver_version() or 'driver'} (CUDA {version})"
     capability = f"{device.arch // 10}.{device.arch % 10}"
     return Key(device.name, capability, driver, torch.__version__, __version__, kernels)
 
 
 @cache
 def _kernels(arch: int) -> str:
-    digest = hashlib.sha256(library.lib_path().read_bytes())
+    digest = hashlib.sha256(library.binary())
     for job in jobs_for(arch):
         digest.update(job.stem.encode() + b"\0")
     return digest.hexdigest()[:20]
-
-
-@cache
-def driver_release() -> str:
-    """As 570.86.10: its kernel module's on Linux, else what NVML says; "" if neither is there."""
-    module = Path("/sys/module/nvidia/version")
-    try:
-        return module.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        if is_transient(error):
-            raise
-    text = ctypes.create_string_buffer(80)
-    try:
-        nvml = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
-        if nvml.nvmlInit_v2() == 0:
-            nvml.nvmlSystemGetDriverVersion(text, len(text))
-            nvml.nvmlShutdown()
-    except (OSError, AttributeError) as error:
-        if is_transient(error):
-            raise
-    return text.value.decode("ascii", "replace")
 
 
 def folder() -> Path | None:

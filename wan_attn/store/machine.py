@@ -9,6 +9,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from wan_attn.transient import is_transient
+
 _LINUX_DRIVER = Path("/sys/module/nvidia/version")
 
 
@@ -24,10 +26,13 @@ def cpu_name() -> str:
 
 @cache
 def driver_version() -> str:
-    """The version of the NVIDIA driver, such as 570.86.15; "" where it cannot be told."""
+    """The version of the NVIDIA driver, such as 570.86.15: its kernel module's on Linux, else what
+    NVML says; "" where it cannot be told."""
     try:
         return _LINUX_DRIVER.read_text(encoding="ascii").strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError) as error:
+        if is_transient(error):
+            raise
         return _by_nvml()  # Windows, and Linux within it
 
 
@@ -40,6 +45,8 @@ def _by_nvml() -> str:
             return ""
         answer = nvml.nvmlSystemGetDriverVersion(text, len(text))
         nvml.nvmlShutdown()
-    except (OSError, AttributeError):
+    except (OSError, AttributeError) as error:
+        if is_transient(error):
+            raise
         return ""
     return text.value.decode(errors="replace") if answer == 0 else ""

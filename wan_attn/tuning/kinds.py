@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -130,9 +129,7 @@ def _card(index: int) -> dict[str, str]:
 @cache
 def _kernels() -> str:
     """A hash of our kernels: the library, and the text that CUDA's are compiled from."""
-    digest = hashlib.sha256()
-    if library.load() is not None:
-        digest.update(Path(library.lib_path()).read_bytes())
+    digest = hashlib.sha256(library.binary())
     for source in sorted({*(one.source for one in tiles()), *(one.source for one in tiles_sm90())}):
         for name, text in sorted(sources.closure(source).items()):
             digest.update(name.encode() + text)
