@@ -37,12 +37,11 @@ def c_campaign(name: str, count: int) -> str:
     return done.stdout.strip()
 
 
-def test_random_legal_calls_of_the_abi(record_property: Any) -> None:
-    record_property("summary", c_campaign("legal", 600))
-
-
-def test_broken_calls_of_the_abi(record_property: Any) -> None:
-    record_property("summary", c_campaign("broken", 1000))
+@pytest.mark.parametrize(
+    ("name", "count"), [("legal", 600), ("rope", 400), ("broken", 1000), ("broken_rope", 800)]
+)
+def test_calls_of_the_abi(name: str, count: int, record_property: Any) -> None:
+    record_property("summary", c_campaign(name, count))
 
 
 @pytest.mark.parametrize(
