@@ -140,7 +140,9 @@ def _measure_case(
     with torch.inference_mode():
         calls = {route.name: route.make(given) for route in chosen(options.wanted)}
         found = interleave(calls, clock, seconds=seconds, rounds=options.rounds)
-        report.skipped += [(where, name, reason) for name, reason in found.skipped.items()]
+        for name, reason in found.skipped.items():
+            said = reason.removeprefix("RuntimeError: wan_attn: ").removeprefix(f"{name}: ")
+            report.skipped.append((where, name, said))
         medians = {name: pct(times, 50) for name, times in found.times.items()}
         for name, times in found.times.items():
             row = _row(given, name, times, medians)
@@ -160,6 +162,7 @@ def _row(
         "grid": "x".join(map(str, given.grid)),
         "dtype": dtype_name(x.dtype),
         "route": name,
+        "ours": name.startswith("rms_norm_rope"),
         "p10_ms": pct(times, 10),
         "p50_ms": p50,
         "p90_ms": pct(times, 90),

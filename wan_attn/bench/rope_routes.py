@@ -146,7 +146,7 @@ def _wan22(given: Operands) -> Run:
 
 
 def _diffusers(given: Operands) -> Run:
-    """torch's RMSNorm and a rotation in float32 (diffusers' transformer_wan.py)."""
+    """torch's RMSNorm and a rotation in float32."""
     x, weight = given.x, given.weight
     angles = _of_tokens(given).float()
     cos, sin = angles[..., 0::2].contiguous(), angles[..., 1::2].contiguous()
