@@ -54,7 +54,7 @@ def program(name: str, variant: str) -> Path:
         flags.remove("-DWAN_ATTN_BUILD=1")
     csrc = [*(ROOT / "csrc").glob("c*/**/*.[ch]"), *(ROOT / "csrc").glob("c*/**/*.[id][ne][cf]")]
     headers = sorted(f for f in [*csrc, ROOT / "csrc/wan_attn.h"] if f.suffix != ".c")
-    own = sorted([*HERE.glob("*.h"), HERE.parent / "c/reference.h"])
+    own = sorted([*HERE.glob("*.h"), *(HERE.parent / "c").glob("*.h")])
     library = sorted(f for f in csrc if f.suffix == ".c")
     objects = [_object(compiler, flags, HERE / f"{name}.c", headers + own)]
     if variant == INSTALLED:

@@ -5,7 +5,7 @@
 #ifndef WAN_ATTN_TESTS_RANDOM_TENSOR_H
 #define WAN_ATTN_TESTS_RANDOM_TENSOR_H
 
-#include "elements.h"
+#include "c/elements.h"
 #include "fuzz.h"
 
 enum { POISON = 0xff, UNTOUCHED = 0xa5 }; /* 0xff..ff is NaN in every floating dtype */

@@ -7,7 +7,7 @@
 
 #include <sys/wait.h>
 
-#include "elements.h"
+#include "c/elements.h"
 #include "fuzz.h"
 
 enum { UNTOUCHED = 0xa5 };

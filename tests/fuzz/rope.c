@@ -5,7 +5,7 @@
  *
  *     rope SEED FIRST COUNT [SECONDS]      prints a line; 1 and how to repeat the case that failed
  */
-#include "rope_expected.h"
+#include "c/rope_reference.h"
 
 #include "rope_call.h"
 #include "running.h"

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
- * rope_expected.h - what a call of wan_attn_rms_norm_rope must give: each step of the contract in
+ * rope_reference.h - what a call of wan_attn_rms_norm_rope must give: each step of the contract in
  * wan_attn.h on an interval of doubles. Only the scale of the norm is wider than a point, by what
  * float32 sums of squares may be off; every later step rounds, and rounding keeps an order. So a
  * rotation alone is expected to the bit. Shares no code with csrc/.
  */
-#ifndef WAN_ATTN_TESTS_ROPE_EXPECTED_H
-#define WAN_ATTN_TESTS_ROPE_EXPECTED_H
+#ifndef WAN_ATTN_TESTS_ROPE_REFERENCE_H
+#define WAN_ATTN_TESTS_ROPE_REFERENCE_H
 
 #include <float.h>
 
@@ -158,4 +158,4 @@ static void expect_head(const wan_attn_rope_params *p, interval scale, int64_t b
         out[d] = rounded(out[d], p->out.dtype);
 }
 
-#endif /* WAN_ATTN_TESTS_ROPE_EXPECTED_H */
+#endif /* WAN_ATTN_TESTS_ROPE_REFERENCE_H */
