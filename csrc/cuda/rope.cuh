@@ -66,14 +66,12 @@ DEVICE void pack(u32 words[4], const float y[WIDTH], int dtype) {
 
 /* To x's dtype and back. */
 DEVICE void round_all(float y[VECTORS][WIDTH]) {
-#if X_DTYPE != 0
 #pragma unroll
-    for (int k = 0; k < VECTORS; k++) {
+    for (int k = 0; X_DTYPE != IS_F32 && k < VECTORS; k++) {
         u32 words[4];
         pack(words, y[k], X_DTYPE);
         unpack(y[k], words, X_DTYPE);
     }
-#endif
 }
 
 /* x of the token; zeros where there is no head. */
