@@ -69,7 +69,10 @@ DEVICE void run_pair(const wan_attn_cuda_rope_args &args, const rope_token &toke
     i64 from = offset_of(args.x, token) + head * args.x.head_stride + 2 * pair;
     i64 to = offset_of(args.out, token) + head * args.out.head_stride + 2 * pair;
     float y[2] = {0.0f, 0.0f};
-    for (int n = 0; n < count; n++) {
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        if (n >= count)
+            continue;
         y[n] = load_x(args, from + n);
         if (args.has_norm)
             y[n] = rounded_to_x(args, y[n] * factor, args.rounds_n);
@@ -82,8 +85,10 @@ DEVICE void run_pair(const wan_attn_cuda_rope_args &args, const rope_token &toke
         rotate_exactly(y, by);
     else if (token.is_rotated)
         rotate(y, by);
-    for (int n = 0; n < count; n++)
-        store_out(args, to + n, y[n]);
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+        if (n < count)
+            store_out(args, to + n, y[n]);
 }
 
 /* One head; the lanes of the warp stay together where they read shared memory. */
