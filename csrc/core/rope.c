@@ -51,8 +51,7 @@
     {ANY_ROW(row, WAN_ATTN_CPU, text, .cpu_features = needs), .run = function},
 #define ROPE_CUDA(row, since, text)                                                                \
     {ANY_ROW(row, WAN_ATTN_CUDA, text, .arch_min = since, .arch_max = WAN_ATTN_NEWEST_ARCH),       \
-     .refuse = wan_attn_##row##_refuse,                                                            \
-     .run = wan_attn_##row},
+     .refuse = wan_attn_##row##_refuse, .run = wan_attn_##row},
 #define ROPE(row, needs, text) CPU_ROW(row, needs, text, wan_attn_##row)
 #define ROPE_ELSEWHERE(row, needs, text) CPU_ROW(row, needs, text, NULL)
 /* NOLINTEND(bugprone-macro-parentheses) */
@@ -95,8 +94,8 @@ static int takes(wan_attn_rope_problem *p, int32_t row, int32_t arch, char *reas
                  missing & ~detected ? "does not have" : "has but the caller has masked");
     else if (arch < info->arch_min)
         snprintf(reason, size, "needs compute capability %d.%d or newer, cuda:%d has %d.%d",
-                 (int)info->arch_min / 10, (int)info->arch_min % 10,
-                 (int)p->params->x.device_index, (int)arch / 10, (int)arch % 10);
+                 (int)info->arch_min / 10, (int)info->arch_min % 10, (int)p->params->x.device_index,
+                 (int)arch / 10, (int)arch % 10);
     else if (ROWS[row].refuse && (why = ROWS[row].refuse(p)) != NULL)
         snprintf(reason, size, "%s", why);
     else

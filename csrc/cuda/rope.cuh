@@ -27,21 +27,29 @@
 
 enum { VECTORS = 4, WIDTH = 8 };
 
-/* This thread's part of the token. */
+/* This thread's part of the token: these columns of heads group, group + num_groups and so on. */
 typedef struct part {
-    int slot, group;
+    int slot;
+    int group; /* num_heads for threads that fill up the last warp: they have no head */
 } part;
 
 DEVICE part part_of(const wan_attn_cuda_rope_args &args) {
     part mine;
-    mine.group = thread_index() * args.slot_factor >> 16;
-    mine.slot = thread_index() - mine.group * args.slots;
+    int group = thread_index() * args.slot_factor >> 16;
+    mine.slot = thread_index() - group * args.slots;
+    mine.group = group < args.num_groups ? group : args.num_heads;
     return mine;
 }
 
-/* The head of the thread's vector k; num_heads or more: there is none. */
-DEVICE int head_of(const wan_attn_cuda_rope_args &args, const part &mine, int k) {
-    return mine.group < args.num_groups ? mine.group + k * args.num_groups : args.num_heads;
+/* Whether there is a head for the thread's vector k. */
+DEVICE bool has_head(const wan_attn_cuda_rope_args &args, const part &mine, int k) {
+    return mine.group + k * args.num_groups < args.num_heads;
+}
+
+/* Bytes from the start of x or out to the thread's first vector. */
+DEVICE i64 first_byte(const wan_attn_cuda_view &view, const rope_token &token, const part &mine,
+                      int size) {
+    return (offset_of(view, token) + mine.group * view.head_stride + mine.slot * WIDTH) * size;
 }
 
 /* 8 values of 16 bits. */
@@ -60,8 +68,8 @@ DEVICE void unpack(float y[WIDTH], const u32 words[4], int dtype) {
 DEVICE void pack(u32 words[4], const float y[WIDTH], int dtype) {
 #pragma unroll
     for (int n = 0; n < 4; n++)
-        words[n] = dtype == IS_F16 ? pack_f16(y[2 * n], y[2 * n + 1])
-                                   : pack_bf16(y[2 * n], y[2 * n + 1]);
+        words[n] =
+            dtype == IS_F16 ? pack_f16(y[2 * n], y[2 * n + 1]) : pack_bf16(y[2 * n], y[2 * n + 1]);
 }
 
 /* To x's dtype and back. */
@@ -78,17 +86,15 @@ DEVICE void round_all(float y[VECTORS][WIDTH]) {
 DEVICE void load_all(const wan_attn_cuda_rope_args &args, const rope_token &token, const part &mine,
                      float y[VECTORS][WIDTH]) {
     const int size = X_DTYPE == IS_F32 ? 4 : 2;
-    const char *from =
-        (const char *)args.x.data + (offset_of(args.x, token) + mine.slot * WIDTH) * size;
+    const i64 step = args.num_groups * args.x.head_stride * size;
+    const char *at = (const char *)args.x.data + first_byte(args.x, token, mine, size);
     u32 words[VECTORS][WIDTH];
 #pragma unroll
-    for (int k = 0; k < VECTORS; k++) {
-        int head = head_of(args, mine, k);
-        const char *at = from + head * args.x.head_stride * size;
+    for (int k = 0; k < VECTORS; k++, at += step) {
 #pragma unroll
         for (int n = 0; n < WIDTH; n++)
             words[k][n] = 0;
-        if (head < args.num_heads) {
+        if (has_head(args, mine, k)) {
             load_own_b32x4(words[k], at);
             if (X_DTYPE == IS_F32)
                 load_own_b32x4(words[k] + 4, at + 16);
@@ -128,16 +134,15 @@ DEVICE void normalize(const wan_attn_cuda_rope_args &args, const float factor[VE
 }
 
 /* n to y. */
-DEVICE void weigh(const wan_attn_cuda_rope_args &args, const part &mine,
-                  float y[VECTORS][WIDTH]) {
+DEVICE void weigh(const wan_attn_cuda_rope_args &args, const part &mine, float y[VECTORS][WIDTH]) {
     const int size = args.weight_dtype == IS_F32 ? 4 : 2;
-    const char *from = (const char *)args.weight + mine.slot * WIDTH * size;
+    const int step = args.num_groups * args.weight_head_stride * size;
+    const char *at = (const char *)args.weight +
+                     (i64)(mine.group * args.weight_head_stride + mine.slot * WIDTH) * size;
 #pragma unroll
-    for (int k = 0; k < VECTORS; k++) {
-        int head = head_of(args, mine, k);
-        if (head >= args.num_heads)
+    for (int k = 0; k < VECTORS; k++, at += step) {
+        if (!has_head(args, mine, k))
             continue;
-        const char *at = from + (i64)head * args.weight_head_stride * size;
         u32 words[WIDTH];
         float weight[WIDTH];
         load_global_b32x4(words, at);
@@ -162,7 +167,7 @@ DEVICE void rotate_all(const wan_attn_cuda_rope_args &args, const part &mine,
                        float y[VECTORS][WIDTH]) {
 #pragma unroll
     for (int n = 0; n < WIDTH / 2; n++) {
-        const angle by = staged_angle(mine.slot * (WIDTH / 2) + n);
+        const angle by = staged_angle((u32)mine.slot * (WIDTH / 2) + (u32)n);
         if (args.out_dtype == IS_F32) {
 #pragma unroll
             for (int k = 0; k < VECTORS; k++)
@@ -178,13 +183,12 @@ DEVICE void rotate_all(const wan_attn_cuda_rope_args &args, const part &mine,
 DEVICE void store_all(const wan_attn_cuda_rope_args &args, const rope_token &token,
                       const part &mine, const float y[VECTORS][WIDTH]) {
     const int size = args.out_dtype == IS_F32 ? 4 : 2;
-    char *to = (char *)args.out.data + (offset_of(args.out, token) + mine.slot * WIDTH) * size;
+    const i64 step = args.num_groups * args.out.head_stride * size;
+    char *at = (char *)args.out.data + first_byte(args.out, token, mine, size);
 #pragma unroll
-    for (int k = 0; k < VECTORS; k++) {
-        int head = head_of(args, mine, k);
-        if (head >= args.num_heads)
+    for (int k = 0; k < VECTORS; k++, at += step) {
+        if (!has_head(args, mine, k))
             continue;
-        char *at = to + head * args.out.head_stride * size;
         u32 words[WIDTH];
         if (args.out_dtype == IS_F32) {
 #pragma unroll

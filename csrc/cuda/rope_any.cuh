@@ -101,8 +101,8 @@ DEVICE void run_head(const wan_attn_cuda_rope_args &args, const rope_token &toke
         pair = is_there ? pair : num_pairs - 1;
         angle by = {{1.0f, 0.0f}, {0.0f, 0.0f}};
         if (token.is_rotated)
-            by = args.table.head_stride != 0 ? find_angle(args, token, head, pair)
-                                             : staged_angle(pair);
+            by = args.table.head_stride != 0 ? find_angle(args, token, head, (u32)pair)
+                                             : staged_angle((u32)pair);
         if (is_there)
             run_pair(args, token, head, pair, factor, by);
     }

@@ -175,7 +175,8 @@ static wan_attn_cu_result find_kernel(const wan_attn_cuda_driver *d, int32_t dev
     wan_attn_cu_result error = d->library_kernel(&made->kernel, made->library, symbol);
     if (error == 0 && smem > 48 * 1024)
         error = d->kernel_set(WAN_ATTN_CU_KERNEL_MAX_DYNAMIC_SMEM, smem, made->kernel, device);
-    if (error == 0 && smem > 0 && !program->wants_caches) /* a wish, in percent: tiles were chosen for the whole of it */
+    if (error == 0 && smem > 0 &&
+        !program->wants_caches) /* a wish, in percent: tiles were chosen for the whole of it */
         (void)d->kernel_set(WAN_ATTN_CU_KERNEL_SMEM_CARVEOUT, 100, made->kernel, device);
     /* Asking brings the machine code to the device now, rather than when launching. */
     return error == 0 ? d->kernel_function(&function, made->kernel) : error;

@@ -49,9 +49,9 @@ DEVICE void place_in_grid(const wan_attn_cuda_rope_args &args, rope_token *token
     u32 frame = t < plane ? 0 : t / (u32)plane;
     u32 rest = frame ? t - frame * (u32)plane : t;
     u32 line = rest / width;
-    token->frame = frame * args.table.row_stride;
-    token->line = line * args.table.row_stride;
-    token->column = (rest - line * width) * args.table.row_stride;
+    token->frame = (i64)frame * args.table.row_stride;
+    token->line = (i64)line * args.table.row_stride;
+    token->column = (i64)(rest - line * width) * args.table.row_stride;
 }
 
 /* This block's token. */
@@ -82,8 +82,8 @@ DEVICE float_pair load_angle(const wan_attn_cuda_rope_args &args, i64 at) {
 
 /* cos and sin of a pair of the token. */
 DEVICE angle find_angle(const wan_attn_cuda_rope_args &args, const rope_token &token, int head,
-                        int pair) {
-    int line_pairs = args.head_dim / 6, frame_pairs = args.head_dim / 2 - 2 * line_pairs;
+                        u32 pair) {
+    u32 line_pairs = (u32)args.head_dim / 6, frame_pairs = (u32)args.head_dim / 2 - 2 * line_pairs;
     i64 row = pair < frame_pairs                ? token.frame
               : pair < frame_pairs + line_pairs ? token.line
                                                 : token.column;
@@ -96,13 +96,15 @@ DEVICE angle find_angle(const wan_attn_cuda_rope_args &args, const rope_token &t
 
 /* Where a pair's angle lies in shared memory. A free place behind every eight: neither threads that
  * write neighbours nor threads that read every fourth meet in one bank. */
-DEVICE u32 place_of_angle(int pair) { return shared_base() + 16 * (u32)(pair + pair / 8); }
+DEVICE u32 place_of_angle(u32 pair) { return shared_base() + 16 * (pair + pair / 8); }
 
 /* All angles of the token, to shared memory; a barrier must follow. */
 DEVICE void stage_angles(const wan_attn_cuda_rope_args &args, const rope_token &token) {
     if (!token.is_rotated || args.table.head_stride != 0)
         return;
-    for (int pair = thread_index(); pair < args.head_dim / 2; pair += args.num_threads) {
+#pragma unroll 1
+    for (u32 pair = (u32)thread_index(); pair < (u32)args.head_dim / 2;
+         pair += (u32)args.num_threads) {
         angle found = find_angle(args, token, 0, pair);
         u32 words[4] = {bits_from_float(found.cosine.high), bits_from_float(found.sine.high),
                         bits_from_float(found.cosine.rest), bits_from_float(found.sine.rest)};
@@ -110,7 +112,7 @@ DEVICE void stage_angles(const wan_attn_cuda_rope_args &args, const rope_token &
     }
 }
 
-DEVICE angle staged_angle(int pair) {
+DEVICE angle staged_angle(u32 pair) {
     u32 words[4];
     load_shared_b32x4(words, place_of_angle(pair));
     angle found = {{float_from_bits(words[0]), float_from_bits(words[2])},
@@ -142,18 +144,20 @@ DEVICE float lanes_sum(float x, int lanes) {
 
 /* A warp's sum, to shared memory; a barrier must follow. */
 DEVICE void stage_sum(float sum) {
-    if (thread_index() % 32 == 0) {
+    u32 thread = (u32)thread_index();
+    if (thread % 32 == 0) {
         const u32 words[4] = {bits_from_float(sum), 0, 0, 0};
-        store_shared_b32x4(shared_base() + SUMS_AT + 16 * (u32)(thread_index() / 32), words);
+        store_shared_b32x4(shared_base() + SUMS_AT + thread / 2, words); /* 16 bytes a warp */
     }
 }
 
 /* The sum of all warps. */
 DEVICE float_pair staged_sum(const wan_attn_cuda_rope_args &args) {
     float_pair sum = {0.0f, 0.0f};
-    for (int warp = 0; warp < args.num_threads / 32; warp++) {
+#pragma unroll 1
+    for (u32 thread = 0; thread < (u32)args.num_threads; thread += 32) {
         u32 words[4];
-        load_shared_b32x4(words, shared_base() + SUMS_AT + 16 * (u32)warp);
+        load_shared_b32x4(words, shared_base() + SUMS_AT + thread / 2);
         const float_pair part = {float_from_bits(words[0]), 0.0f};
         sum = pair_sum(sum, part);
     }
