@@ -47,7 +47,7 @@ class Gpu:
         return self.gb_s / self.sms / self.ghz
 
 
-# Memory by NVIDIA's data sheets; lanes by the CUDA C++ Programming Guide, "Arithmetic Instructions".
+# Memory: NVIDIA's data sheets; lanes: CUDA C++ Programming Guide, "Arithmetic Instructions".
 GPUS = (
     Gpu("RTX 2080 Ti", 75, 68, 1.545, 616, 64, 2),
     Gpu("A100 80GB", 80, 108, 1.41, 2039, 64, 32),

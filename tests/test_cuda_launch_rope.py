@@ -40,7 +40,9 @@ def gpu(tmp_path: Path) -> Iterator[RopeGpu]:
 def runner(gpu: RopeGpu, **more: Any) -> Callable[..., Tensor]:
     """As cases_rope.check calls a kernel."""
 
-    def run(x: Tensor, *operands: Tensor | None, in_place: bool, out: Tensor | None, **o: Any) -> Tensor:
+    def run(
+        x: Tensor, *operands: Tensor | None, in_place: bool, out: Tensor | None, **o: Any
+    ) -> Tensor:
         if in_place:
             x = out = x.clone()
         return gpu.rope(x, *operands, out=out, **o, **more)
@@ -149,7 +151,9 @@ def test_every_row_says_why_not(gpu: RopeGpu) -> None:
     rows = rope.kernels()
     with pytest.raises(RuntimeError, match="2: rms_norm_rope_sm75: takes a head_dim that is a mul"):
         gpu.rope(x[..., :20], eps=1.0, kernel=rows.index("rms_norm_rope_sm75"))
-    with pytest.raises(RuntimeError, match="2: rms_norm_rope_ref: runs on cpu, the call is on cuda"):
+    with pytest.raises(
+        RuntimeError, match="2: rms_norm_rope_ref: runs on cpu, the call is on cuda"
+    ):
         gpu.rope(x, eps=1.0, kernel=rows.index("rms_norm_rope_ref"))
     with pytest.raises(RuntimeError, match="1: kernel must be -1"):
         gpu.rope(x, eps=1.0, kernel=99)

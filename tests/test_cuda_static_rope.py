@@ -66,4 +66,6 @@ def test_memory_is_the_limit_on_every_card(call: rope_model.Call, tmp_path: Path
         found = rope_model.estimate(gpu, call, kernel)
         assert found.limit == "memory", found
         most = 0.9 if gpu.name == "H200" else 0.75
-        assert all(n <= most * found.clocks["memory"] for u, n in found.clocks.items() if u != "memory")
+        assert all(
+            n <= most * found.clocks["memory"] for u, n in found.clocks.items() if u != "memory"
+        )

@@ -162,7 +162,7 @@ def _row(table: Tensor, grid: Grid, t: int) -> Tensor:
 
 
 def stock_error(case: Case, given: Operands, truth: Tensor) -> float:
-    """The largest error of stock's steps for the norm and for float64 rotation, in the out dtype."""
+    """The largest error of stock's norm, float64 rotation and rounding to the out dtype."""
     x, dtype = given.x, case.dtype
     y = x.float()
     if case.eps is not None:

@@ -20,7 +20,10 @@ from wan_attn.cuda.rows import (
 
 if __name__ == "__main__":
     kernels: list[Tile | TileSm90 | Helper | RopeKernel] = [
-        *tiles(), *tiles_sm90(), *helpers().values(), *rope_kernels().values()
+        *tiles(),
+        *tiles_sm90(),
+        *helpers().values(),
+        *rope_kernels().values(),
     ]
     for source in dict.fromkeys(kernel.source for kernel in kernels):
         first = next(kernel for kernel in kernels if kernel.source == source)

@@ -22,6 +22,8 @@ NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 WORDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 VECTORS, WIDTH, MOST_THREADS, MOST_GRIDS = 4, 8, 512, 64
 
+ANY_ORDER = Schedule()
+
 # start(kernel, args, grid, tensors): runs it.
 Start = Callable[[RopeKernel, Structure, int, list[Tensor_]], object]
 
@@ -89,7 +91,7 @@ def run(
     by_vectors: bool | None = None,
     out: Tensor | None = None,
     in_place: bool = False,
-    schedule: Schedule = Schedule(),
+    schedule: Schedule = ANY_ORDER,
     csrc: Path = CSRC,
     arch: int | None = None,
     start: Start | None = None,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wan_attn import log
-from wan_attn.native import op
+from wan_attn.native import op, rope
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALF)
@@ -38,12 +38,15 @@ def why_not(*tensors: Tensor | None) -> str | None:
             continue
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
             return f"an operand is a {type(x).__name__}"
-        if x.device.type != "cpu":
-            return f"no kernel for {x.device.type} yet"
+        if x.device.type not in ("cpu", "cuda"):
+            return f"no kernel for {x.device.type}"
         if x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
             return "an operand has gaps between its elements"
         if x.requires_grad and torch.is_grad_enabled():
             return "a gradient is wanted"
+    x = tensors[0]
+    if x is not None and x.is_cuda and not torch.compiler.is_compiling():
+        return rope.why_not_on(x.device, x.dtype)
     return None
 
 
