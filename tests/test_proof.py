@@ -145,6 +145,8 @@ def here(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Any:
         card = prove.MockCard(0, machine.gpu, faults)
         rows = [row for row in card.rows() if row.name == "sdpa_sm80_d64"]
         monkeypatch.setattr(card, "rows", lambda: rows)
+        if not any(name.startswith(rope_calls.PREFIX) for name in faults):
+            monkeypatch.setattr(card, "rope_rows", list)
         code = proof_child.main(["0", digest], lambda index: card)
         return code, verdicts.read(key)
 
@@ -164,6 +166,14 @@ def test_what_a_child_finds(here: Any, capsys: pytest.CaptureFixture[str]) -> No
     assert lines[0] == {"begin": "sdpa_sm80_d64/fp16"} and lines[-1] == {"end": True}
     here({})
     assert '"begin"' not in capsys.readouterr().out, "what has a verdict is not tried again"
+
+
+def test_a_rope_row_that_is_wrong_is_found(here: Any) -> None:
+    code, verdict = here({"rms_norm_rope_f16_sm75": "wrong numbers"})
+    assert code == 0
+    failed = verdict.rows["rms_norm_rope_sm75/fp16"]
+    assert failed.state == FAILED and "norm and rotation: out[1, 7, 0, 5] is" in failed.said
+    assert verdict.names(FAILED) == ["rms_norm_rope_sm75/fp16"]
 
 
 def test_no_memory_is_nothing_against_a_row(here: Any, capsys: pytest.CaptureFixture[str]) -> None:

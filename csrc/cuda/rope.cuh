@@ -13,7 +13,7 @@
  *   head num_groups: thread 0 again
  *
  * So it needs the angles of four pairs alone, whatever the number of heads.
- * Flow: x is under way while the angles are read, split and staged; one barrier for angles and sums.
+ * Flow: x is under way while angles are read, split and staged; one barrier for angles and sums.
  * Budget: one read of x, one write of out, 16 bytes each time; table and weight from the caches.
  * Limits: head_dim a multiple of 8; x, out and weight, base and strides, multiples of 16 bytes;
  * up to 512 threads; the table the same for all heads; for a norm of each head slots are a power of

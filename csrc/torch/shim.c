@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * shim.c - torch.ops.wan_attn.sdpa for CPU and CUDA tensors, rms_norm_rope for CPU tensors, and
- * rms_norm_rope_kernel, which is the same for CUDA tensors (wan_attn/native/rope_on_cuda.py calls
- * it): describes tensors to the C ABI, allocates, turns a status into an exception. The only native file
+ * rms_norm_rope_kernel, the same for CUDA tensors (wan_attn/native/rope_on_cuda.py calls it):
+ * describes tensors to the C ABI, allocates, turns a status into an exception. The only native file
  * that knows torch, and only through its stable C ABI: one binary serves every torch from 2.9 on.
  * Knows no kernel.
  *

@@ -73,7 +73,7 @@ class Machine:
         key = verdicts.key_of(0)
         assert isinstance(key, verdicts.Key)
         verdict = Verdict(key)
-        verdict.put([*ROWS, *ROPE_ROWS], PASSED)
+        verdict.put(ROWS, PASSED)
         for name, state in rows.items():
             verdict.put([name.replace("__", "/")], state, "wrong" if state == FAILED else "")
         verdicts.write(verdict)
