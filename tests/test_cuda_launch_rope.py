@@ -41,11 +41,18 @@ def runner(gpu: RopeGpu, **more: Any) -> Callable[..., Tensor]:
     """As cases_rope.check calls a kernel."""
 
     def run(
-        x: Tensor, *operands: Tensor | None, in_place: bool, out: Tensor | None, **o: Any
+        x: Tensor,
+        weight: Tensor | None,
+        table: Tensor | None,
+        grid_sizes: Tensor | None,
+        *,
+        in_place: bool,
+        out: Tensor | None,
+        **options: Any,
     ) -> Tensor:
         if in_place:
             x = out = x.clone()
-        return gpu.rope(x, *operands, out=out, **o, **more)
+        return gpu.rope(x, weight, table, grid_sizes, out=out, **options, **more)
 
     return run
 

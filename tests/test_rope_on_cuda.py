@@ -4,6 +4,7 @@ or torch's operators and a reason; and the calls that say whether a kernel is ri
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -221,13 +222,13 @@ def test_integrations_ask_before_they_leave_the_models_own(
     gpu = RopeGpu(tmp_path, CARDS[80])
     monkeypatch.setattr(library, "lib", lambda: gpu.lib)
     device = torch.device("cuda", 0)
-    assert rope.why_not_on(device, torch.bfloat16) is None
+    assert rope.why_not(device, dtype=torch.bfloat16) is None
     answers = library.ProofFn(lambda *_: library.PROOF_FAILED)
     settings = library.CudaConfig(
-        library.ctypes.sizeof(library.CudaConfig), gpu.driver._name.encode(), gpu._keep[1], answers
+        ctypes.sizeof(library.CudaConfig), gpu.driver._name.encode(), gpu._keep[1], answers
     )
     assert gpu.lib.wan_attn_cuda_configure(settings, library.Error()) == library.OK
-    why = rope.why_not_on(device, torch.bfloat16)
+    why = rope.why_not(device, dtype=torch.bfloat16)
     assert why is not None and "rms_norm_rope_sm75: has not passed its proof on this card" in why
 
 

@@ -63,7 +63,9 @@ class Rope:
         program = self.program(one)
         before = program.counts()
         given = cases_rope.operands(case)
-        self.run(*given.inputs(), eps=case.eps, round_norm=case.round_norm, dtype=case.out_dtype,
+        x, *others = given.inputs()
+        assert x is not None
+        self.run(x, *others, eps=case.eps, round_norm=case.round_norm, dtype=case.out_dtype,
                  by_vectors=one.dtype != "ANY")  # fmt: skip
         after = program.counts()
         return Counter({name: after[name] - before[name] for name in after})

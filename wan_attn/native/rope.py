@@ -33,7 +33,7 @@ def kernels() -> tuple[str, ...]:
     return tuple(row.name for row in rope_kernels())
 
 
-def why_not(
+def why_not_call(
     given: Mapping[str, Any], row: int = -1, device: torch.device | None = None
 ) -> str | None:
     """Why no kernel (or not this row) takes a call of these arguments; None: one does.
@@ -59,10 +59,20 @@ def why_not(
     return None if status == library.OK else error.text()
 
 
-def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no kernel takes even a plain call with an x of this dtype on this device, as before the
-    kernels are proven there; None: one does."""
-    return why_not({"x": torch.zeros(1, 1, 1, 8, dtype=dtype, device="cpu")}, device=device)
+def why_not(device: torch.device, row: int = -1, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why this row (-1: every row) takes not even a plain call with an x of this dtype on the
+    device, as before a GPU's kernels are proven there; None: it does."""
+    if library.load() is None:
+        return "no native library"
+    if device.type not in bindings.DEVICES:
+        return f"no kernel for {device.type}"
+    probe = torch.zeros(1, 1, 1, 8, dtype=dtype, device="cpu")
+    return why_not_call({"x": probe, "eps": 1e-6}, row, device)
+
+
+def chosen(device: torch.device) -> str | None:
+    """The name of the row that takes calls on the device; None: none does."""
+    return next((n for i, n in enumerate(kernels()) if why_not(device, i) is None), None)
 
 
 def _params(

@@ -84,7 +84,7 @@ class TableCard:
         ]
 
     def rope_why_not(self, row: KernelInfo, given: Mapping[str, Any]) -> str | None:
-        return rope.why_not(given, row.index, self.where)
+        return rope.why_not_call(given, row.index, self.where)
 
 
 class TorchCard(TableCard):
