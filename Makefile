@@ -31,6 +31,7 @@ help:
 	@echo 'make wheels        the wheels of every platform and the sdist, in dist/ (0.7 GB of tools)'
 	@echo 'make wheels-check  what can be read from them; made again, they must be the same bytes'
 	@echo 'make wheels-test   runs them: here, under wine, under qemu'
+	@echo 'make wheels-quick  those for this machine alone: made, read and run'
 	@echo 'make install-matrix   every way to install, beside several torch versions (GBs)'
 	@echo 'make ptx-matrix    every CUDA kernel of every compiler here, run from its PTX; planted bugs'
 	@echo 'make host-matrix   the tests with several versions of diffusers and transformers'
@@ -133,6 +134,16 @@ wheels-check: wheels-environment
 		-m wheels.check --again build/wheels/again/dist
 	@rm -rf build/wheels/again
 
+# The part of the three above that CI has time for.
+wheels-quick: wheels-environment build
+	@rm -rf build/wheels/quick
+	@sh .ci/step 'wheels for this machine' env PYTHONPATH=.ci $(wheels_python) -m wheels.build \
+		--only manylinux_2_17_$$(uname -m) any sdist --out build/wheels/quick
+	@sh .ci/step 'wheels for this machine: read' env PYTHONPATH=.ci $(wheels_python) \
+		-m wheels.check build/wheels/quick
+	@sh .ci/step 'wheels for this machine: run' env PYTHONPATH=.ci $(wheels_python) \
+		-m wheels.test build/wheels/quick --quick --torch $(python)
+
 wheels-test: wheels-environment build
 	@sh .ci/step 'wheels: run' env PYTHONPATH=.ci $(wheels_python) -m wheels.test \
 		--torch $(python) $(ARGS)
@@ -160,5 +171,5 @@ clean:
 .PHONY: help demo test nightly fuzz ptx-matrix check check-environment check-fast check-format check-lint check-types \
 	check-spelling check-scripts check-files check-rules check-commits check-warnings \
 	check-analyzers check-sanitizers check-tables format tables build bench wheel wheels \
-	wheels-environment wheels-check wheels-test install-matrix \
+	wheels-environment wheels-check wheels-quick wheels-test install-matrix \
 	host-matrix clean

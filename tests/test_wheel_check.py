@@ -34,7 +34,10 @@ def library(
     """What is said of a library that exports `names` and has this text in it, linked so."""
     exported = check.exported("wan_attn") if names is None else names
     source, made = folder / "library.c", folder / "library.so"
-    lines = ["#include <stdlib.h>", *(f"{SHOWN} void *{n}(void) {{ return malloc(8); }}" for n in exported)]  # noqa: E501
+    lines = [
+        "#include <stdlib.h>",
+        *(f"{SHOWN} void *{n}(void) {{ return malloc(8); }}" for n in exported),
+    ]  # noqa: E501
     source.write_text("\n".join([*lines, text, ""]))
     assert COMPILER is not None
     command = [COMPILER, *COMPILE, source, "-o", made, *LINK, *link]

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from wheels import drivers, foreign
-from wheels.running import CALL, ROOT, Failed, attempt, run
+from wheels import drivers, foreign, hub
+from wheels.running import CALL, ROOT, Failed, Skipped, attempt, run
 from wheels.targets import TARGETS
 
 # --- installed wheels ----------------------------------------------------------------------------
@@ -36,12 +36,13 @@ assert "needs PyTorch 2.4 or newer" in str(said[0].message)
 PACKAGE = "import pathlib, wan_attn; print(pathlib.Path(wan_attn.__file__).parent)"
 
 
-def environment(folder: Path, name: str, base: Path, wheel: Path, see: bool) -> Path:
-    """A fresh environment with this wheel; its Python, which can `see` the packages of base."""
+def environment(folder: Path, name: str, base: Path, wheel: Path | None, see: bool) -> Path:
+    """A fresh environment with this wheel, if any; its Python, which can `see` base's packages."""
     venv = folder / name
     run([base, "-m", "venv", venv], folder)
     python = venv / "bin/python"
-    run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], folder)
+    if wheel is not None:
+        run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], folder)
     if see:
         (packages,) = venv.glob("lib/python*/site-packages")
         ask = "import sysconfig, torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])"
@@ -83,6 +84,40 @@ def beside_torch(base: Path, wheel: Path, is_whole: bool = True) -> str:
         return said
 
 
+# The package `kernels` finds our folder among those of other systems, and its own digest agrees.
+BY_KERNELS = """import sys; from pathlib import Path
+from kernels import get_local_kernel
+from kernels.variants import parse_variant
+hub = Path(sys.argv[1])
+assert all(parse_variant(f.name).variant_str == f.name for f in (hub / "build").iterdir())
+import torch
+loaded = get_local_kernel(hub, backend="cpu")
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 9, 2, 16) for _ in range(3))
+want = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+torch.testing.assert_close(loaded.sdpa(q, k, v), want.transpose(1, 2))
+import wan_attn
+assert Path(wan_attn.__file__).is_relative_to(hub), wan_attn.__file__
+from wan_attn.native import op
+print(f"{Path(loaded.__file__).parent.name}: {op.binding()}, right")
+"""
+
+
+def by_kernels(base: Path, dist: Path) -> str:
+    """The layout of the kernels hub, loaded by Hugging Face's own package from PyPI."""
+    with tempfile.TemporaryDirectory(prefix="wan-attn-hub-") as name:
+        folder = Path(name)
+        python = environment(folder, "venv", base, None, see=True)
+        try:
+            run([python, "-m", "pip", "install", "-q", "kernels"], folder)
+        except Failed as error:
+            raise Skipped(f"kernels cannot be had: {str(error)[-300:]}") from error
+        for wheel in dist.glob("*.whl"):
+            hub.lay_out(wheel, folder / "hub")
+        more = {"HF_HUB_OFFLINE": "1"}
+        return run([python, "-c", BY_KERNELS, folder / "hub"], folder, more=more).strip()
+
+
 def without_torch(base: Path, wheel: Path) -> str:
     """The package imports, and its commands say what is missing."""
     with tempfile.TemporaryDirectory(prefix="wan-attn-wheel-") as name:
@@ -105,6 +140,8 @@ def tests(
         for base in torch:
             yield "beside torch", partial(beside_torch, base.absolute(), wheel, is_own)
         yield "without torch", partial(without_torch, Path(sys.executable), wheel)
+    if is_own and torch:
+        yield "by kernels", partial(by_kernels, torch[0].absolute(), wheel.parent)
     if target.triple:
         yield "C drivers", partial(drivers.run_both, target, wheel)
     if name == "manylinux_2_17_x86_64":
