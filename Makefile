@@ -125,10 +125,11 @@ wheels: wheels-environment
 	@rm -rf dist
 	@sh .ci/step 'wheels of every platform' env PYTHONPATH=.ci $(wheels_python) -m wheels.build $(ARGS)
 
-# The second build has its own caches: one of them could hide what differs.
+# The second build has its own caches, NVRTC's results too: one of them could hide what differs.
 wheels-check: wheels-environment
 	@rm -rf build/wheels/again
-	@sh .ci/step 'wheels, made again' env PYTHONPATH=.ci $(wheels_python) -m wheels.build \
+	@sh .ci/step 'wheels, made again' env PYTHONPATH=.ci \
+		WAN_ATTN_KEPT="$$PWD/build/wheels/again/cubin" $(wheels_python) -m wheels.build \
 		--work build/wheels/again --out build/wheels/again/dist
 	@sh .ci/step 'wheels: what can be read from them' env PYTHONPATH=.ci $(wheels_python) \
 		-m wheels.check --again build/wheels/again/dist
