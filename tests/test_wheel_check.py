@@ -40,7 +40,7 @@ def library(
     ]  # noqa: E501
     source.write_text("\n".join([*lines, text, ""]))
     assert COMPILER is not None
-    command = [COMPILER, *COMPILE, source, "-o", made, *LINK, *link]
+    command: list[str | Path] = [COMPILER, *COMPILE, source, "-o", made, *LINK, *link]
     subprocess.run(command, check=True, capture_output=True)
     return list(check.library_problems(made.read_bytes(), TARGET, "wan_attn"))
 
@@ -91,7 +91,14 @@ def test_a_shim_whose_frames_torchs_errors_cannot_pass(tmp_path: Path) -> None:
     data = (tmp_path / "library.so").read_bytes()
     assert list(check.library_problems(data, TARGET, "wan_attn_shim")) == []
     bare = ["-fno-asynchronous-unwind-tables", "-fno-unwind-tables"]
-    command = [str(COMPILER), *COMPILE, *bare, tmp_path / "library.c", "-o", tmp_path / "bare.so"]
+    command: list[str | Path] = [
+        str(COMPILER),
+        *COMPILE,
+        *bare,
+        tmp_path / "library.c",
+        "-o",
+        tmp_path / "bare.so",
+    ]
     subprocess.run([*command, *LINK], check=True, capture_output=True)
     data = (tmp_path / "bare.so").read_bytes()
     (problem,) = check.library_problems(data, TARGET, "wan_attn_shim")

@@ -72,7 +72,7 @@ def with_oldest_glibc(target: Target, wheel: Path) -> str:
         raise Skipped(str(reason)) from reason
     libraries = root / "lib/x86_64-linux-gnu"
     (glibc,) = libraries.glob("libc-*.so")
-    start = [libraries / "ld-linux-x86-64.so.2", "--library-path", libraries]
+    start: list[str | Path] = [libraries / "ld-linux-x86-64.so.2", "--library-path", libraries]
     return f"{glibc.stem.replace('libc-', 'glibc ')}: {run_both(target, wheel, start)}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 # The op against the formula in float64, written out; then what was used.
-CALL = """import time; start = time.perf_counter(); import torch; had = time.perf_counter()
+CALL = """import platform, time; from pathlib import Path; import torch; had = time.perf_counter()
 import wan_attn; took = time.perf_counter() - had
 from wan_attn.native import kernels, library, op
 torch.manual_seed(0)
@@ -24,8 +24,10 @@ assert error < 1e-5, error
 assert not torch.cuda.is_initialized()
 has = set(kernels.cpu_features())
 rows = [k.name for k in kernels.kernels() if k.device == "cpu" and has.issuperset(k.cpu_features)]
+ready = len(list(Path(wan_attn.__file__).parent.glob("cuda/cubin/*.cubin")))
 print(
-    f"torch {torch.__version__}: {op.binding()}, off by {error:.0e}, import {1000 * took:.0f} ms,",
+    f"Python {platform.python_version()}, torch {torch.__version__}: {op.binding()},",
+    f"off by {error:.0e}, import {1000 * took:.0f} ms, {ready} CUDA kernels,",
     rows[0] if library.load_error() is None else "without our library",
 )
 """

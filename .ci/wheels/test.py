@@ -67,11 +67,37 @@ def damaged(python: Path, folder: Path) -> None:
         raise Failed(f"verify does not say that the library is gone:\n{doctor}")
 
 
+# torch's own list of its files, and what the file system says of each.
+TORCH_FILES = """import hashlib, importlib.metadata as m
+files = m.distribution("torch").files
+stats = [(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [f.locate().stat()]]
+record = next(f for f in files if f.name == "RECORD" and f.parent.name[:5] == "torch").read_text()
+print(len(stats), hashlib.sha256(repr([stats, record]).encode()).hexdigest())
+"""
+
+
+def by_uv(base: Path, wheel: Path) -> str:
+    """uv puts the same files there as pip, and leaves torch alone."""
+    with tempfile.TemporaryDirectory(prefix="wan-attn-wheel-") as name:
+        folder = Path(name)
+        python = environment(folder, "venv", base, None, see=True)
+        before = run([python, "-c", TORCH_FILES], folder)
+        uv = [sys.executable, "-m", "uv", "pip", "install", "-q", "--no-index", "--no-deps"]
+        run([*uv, "--python", python, wheel], folder)
+        if run([python, "-c", TORCH_FILES], folder) != before:
+            raise Failed("uv has changed torch")
+        run([python, "-m", "wan_attn", "verify"], folder)
+        return run([python, "-c", CALL], folder).splitlines()[-1]
+
+
 def beside_torch(base: Path, wheel: Path, is_whole: bool = True) -> str:
     """Installs, calls, verifies and damages a wheel in an environment that sees base's torch."""
     with tempfile.TemporaryDirectory(prefix="wan-attn-wheel-") as name:
         folder = Path(name)
+        before = run([base, "-c", TORCH_FILES], folder)
         python = environment(folder, "venv", base, wheel, see=True)
+        if run([python, "-c", TORCH_FILES], folder) != before:
+            raise Failed("installing has changed torch")
         said = run([python, "-c", CALL], folder).splitlines()[-1]
         if ("without our library" in said) == is_whole:
             raise Failed(said)
@@ -139,6 +165,8 @@ def tests(
     if is_own or not target.triple:
         for base in torch:
             yield "beside torch", partial(beside_torch, base.absolute(), wheel, is_own)
+            if is_own:
+                yield "beside torch, by uv", partial(by_uv, base.absolute(), wheel)
         yield "without torch", partial(without_torch, Path(sys.executable), wheel)
     if is_own and torch:
         yield "by kernels", partial(by_kernels, torch[0].absolute(), wheel.parent)
