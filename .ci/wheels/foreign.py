@@ -125,7 +125,7 @@ def windows(wheel: Path) -> str:
         python("-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall", wheel.name)
         python("-m", "wan_attn", "verify")
         python("-m", "wan_attn", "comfyui", "install", "ComfyUI")
-        if not list((portable / "ComfyUI/custom_nodes").glob("wan*/__init__.py")):
+        if not (portable / "ComfyUI/custom_nodes/ComfyUI-wan-attn/__init__.py").exists():
             raise Failed("the custom node is not where ComfyUI looks for it")
         said = bindings([python("-c", CALL, binding=name) for name in ("auto", "ctypes")])
         doctor = " ".join(python("-m", "wan_attn", "doctor").split())

@@ -43,8 +43,6 @@ class Root(NamedTuple):
 
 
 ROOTS = {
-    # Debian 12's wine 8 lacks functions that torch for Windows calls; 13 has wine 10.
-    "wine": Root("trixie", "amd64", ("wine", "wine64", "dash", "coreutils")),
     # With what torch's wheel for arm64 needs: the C++ library.
     "arm64": Root("trixie", "arm64", ("python3", "libstdc++6")),
     # The oldest that Debian's mirrors still carry: glibc 2.31.

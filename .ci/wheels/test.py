@@ -110,6 +110,7 @@ def beside_torch(base: Path, wheel: Path, is_whole: bool = True) -> str:
         return said
 
 
+KERNELS = "kernels==0.17.2"
 # The package `kernels` finds our folder among those of other systems, and its own digest agrees.
 BY_KERNELS = """import sys; from pathlib import Path
 from kernels import get_local_kernel
@@ -135,7 +136,7 @@ def by_kernels(base: Path, dist: Path) -> str:
         folder = Path(name)
         python = environment(folder, "venv", base, None, see=True)
         try:
-            run([python, "-m", "pip", "install", "-q", "kernels"], folder)
+            run([python, "-m", "pip", "install", "-q", KERNELS], folder)
         except Failed as error:
             raise Skipped(f"kernels cannot be had: {str(error)[-300:]}") from error
         for wheel in dist.glob("*.whl"):
