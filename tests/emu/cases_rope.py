@@ -302,3 +302,64 @@ def by_chance(count: int, seed: int, vectors: bool) -> Iterator[Case]:
             size=pick.choice((1.0, 1.0, 3.0, 0.01)),
             seed=1000 * seed + number,
         )
+
+
+def check_rounded_once(run: Callable[..., Tensor]) -> None:
+    """A float32 result is the rounded exact one, which differences of nearly equal products make
+    hard; the allowed excess over half a unit in the last place is what two floats cannot hold of
+    the products."""
+    x = torch.randn(1, 16, 4, 128)
+    angles = torch.atan2(x[..., 0::2], x[..., 1::2]).double()  # x cos - y sin nearly vanishes
+    angles += 1e-3 * torch.randn(angles.shape).double()
+    own = torch.stack((angles[:, :, :1].cos(), angles[:, :, :1].sin()), -1).flatten(-2)
+    table = own.expand(x.shape)
+    truth = _turned(x, Case(), table)
+    out = run(x, None, table)
+    unit = torch.exp2(torch.floor(torch.log2(truth.abs()))) * 2.0**-23
+    off = (out.double() - truth).abs()
+    assert (off <= 0.51 * unit + 2.0**-46 * x.abs().max()).all(), "not rounded once"
+
+
+def check_as_stock(run: Callable[..., Tensor]) -> None:
+    """With the norm rounded nearly every element has stock's bits."""
+    x = torch.randn(1, 4, 12, 128).bfloat16()
+    weight, grids = (torch.rand(12 * 128) + 0.5).bfloat16(), [[1, 2, 2]]
+    stock = rope_oracle.stock(x, weight, grids, eps=1e-6)
+    table, where = rope_oracle.table(4, 128), torch.tensor(grids)
+    out = run(x, weight, table, where, eps=1e-6, dtype=torch.float32)
+    assert (out == stock).float().mean() > 0.99, "not rounded as stock does"
+
+
+def check_infinities(run: Callable[..., Tensor]) -> None:
+    """One that is turned stays one, as in stock's arithmetic."""
+    x, table = torch.randn(1, 4, 3, 40), rope_oracle.table(4, 40)
+    x[0, 1, 0, 0] = math.inf
+    out = run(x, None, table, torch.tensor([[4, 1, 1]]))  # frame 1: neither factor is 0
+    assert out[0, 1, 0, :2].isinf().all(), "an infinity is NaN"
+    assert out.isfinite().sum() == out.numel() - 2, "an infinity has spread"
+
+
+def check_clamped(run: Callable[..., Tensor]) -> None:
+    """Sizes on the device that the table does not have."""
+    x, table = torch.randn(1, 6, 2, 16), rope_oracle.table(3, 16)
+    out = run(x, None, table, torch.tensor([[9, 1 << 40, 2]]), grid_on_device=True)
+    assert torch.equal(out, run(x, None, table, torch.tensor([[3, 3, 2]]))), "not clamped"
+
+
+def suspicious() -> Iterator[Case]:
+    """A few cases that between them meet what could go wrong in both bodies."""
+    turn = Case(grids=((2, 2, 1), (1, 1, 3)), table="grid", batch=2, seqlen=6)
+    yield replace(turn, dtype=torch.float32, out_dtype=torch.float32)
+    yield replace(turn, heads=5, head_dim=128, weight=torch.bfloat16, seqlen_offset=1)
+    yield replace(turn, heads=4, head_dim=256, grid_on_device=True, grid_dtype=torch.int32)
+    yield replace(turn, grid_on_device=True, dtype=torch.float16, out_dtype=torch.float32)
+    yield replace(turn, heads=13, round_norm=False, out_dtype=torch.float32)
+    yield Case(per_head=True, heads=6, round_norm=False, out_dtype=torch.float32)
+    yield Case(dtype=torch.float32, out_dtype=torch.float32, size=1e-3, heads=12)
+    yield replace(turn, out_layout="in place", layout="fused")
+
+
+def suspicious_for_any() -> Iterator[Case]:
+    yield Case(head_dim=63, dtype=torch.float32, out_dtype=torch.float16)
+    yield Case(head_dim=100, heads=7, table="head", out_dtype=torch.float32)
+    yield Case(head_dim=20, heads=9, layout="odd", dtype=torch.float16)
