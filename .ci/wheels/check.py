@@ -4,8 +4,8 @@
     PYTHONPATH=.ci python -m wheels.check [dist] [--again DIR]
 
 Names, RECORD, manifest and contents; of each library: its machine, exports, what it needs, how it
-is hardened. With --again the files of DIR, built a second time, must be the same bytes. auditwheel
-and twine have their say, too. Prints one line for each file; exit code 1 and the reasons.
+is hardened. With --again the files of DIR, built a second time, must be the same bytes. auditwheel,
+delvewheel and twine have their say, too. Prints one line a file; exit code 1 and the reasons.
 """
 
 from __future__ import annotations
@@ -215,6 +215,11 @@ def wheel_problems(wheel: Path) -> Iterator[str]:
         # A newer tag may stand there, too: it is enough that ours is fulfilled.
         if f'"{target.platform}"' not in said.replace("\n", " "):
             yield f"auditwheel: {said}"
+    if target.system == "win32":
+        # Without this option it looks at Python's own extensions alone, and we have none.
+        said = tool("delvewheel", "show", "--analyze-existing", str(wheel))
+        if "copied into the wheel.\n    None" not in said:
+            yield f"delvewheel: {said}"
 
 
 def tool(*words: str) -> str:
