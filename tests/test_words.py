@@ -37,6 +37,7 @@ EXTERNAL_OPTIONS = {
     " --no-index --find-links --only-binary --no-compile --no-binary --require-hashes --target"
     " --platform --python-version",
     "the dynamic linker": "--library-path",
+    "delvewheel": "--analyze-existing",
     "apt-get and dpkg-deb": "--yes --download-only --extract",
     "git": "--always --abbrev --dirty --exclude",
     "setuptools' commands": "--build-base --bdist-dir --formats",
