@@ -83,7 +83,6 @@ static int takes(wan_attn_rope_problem *p, int32_t row, int32_t arch, char *reas
     const wan_attn_kernel_info *info = &ROWS[row].info;
     uint32_t detected = wan_attn_cpu_features(), allowed = p->params->cpu_features;
     uint32_t missing = info->cpu_features & ~(allowed ? detected & allowed : detected);
-    const char *why = NULL;
     p->kernel = row;
     p->kernel_name = info->name;
     if ((int32_t)p->device_type != info->device_type)
@@ -96,10 +95,11 @@ static int takes(wan_attn_rope_problem *p, int32_t row, int32_t arch, char *reas
         snprintf(reason, size, "needs compute capability %d.%d or newer, cuda:%d has %d.%d",
                  (int)info->arch_min / 10, (int)info->arch_min % 10, (int)p->params->x.device_index,
                  (int)arch / 10, (int)arch % 10);
-    else if (ROWS[row].refuse && (why = ROWS[row].refuse(p)) != NULL)
-        snprintf(reason, size, "%s", why);
-    else
-        return 1;
+    else {
+        const char *why = ROWS[row].refuse ? ROWS[row].refuse(p) : NULL;
+        snprintf(reason, size, "%s", why ? why : "");
+        return !why;
+    }
     return 0;
 }
 

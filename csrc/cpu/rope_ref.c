@@ -55,7 +55,7 @@ static void normalize(const wan_attn_rope_problem *p, int64_t h, float scale, fl
 
 /* (y[d] + i y[d + 1]) * (cos + i sin), as complex128. */
 static void rotate(float *y, const double *angles, int64_t head_dim) {
-    for (int64_t d = 0; d < head_dim; d += 2) {
+    for (int64_t d = 0; d + 1 < head_dim; d += 2) { /* head_dim is even here */
         double a = y[d], b = y[d + 1], cosine = angles[d], sine = angles[d + 1];
         double ac = a * cosine, bs = b * sine;
         double bc = b * cosine, as = a * sine;
