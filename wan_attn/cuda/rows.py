@@ -30,6 +30,7 @@ from wan_attn.cuda.tiles import (
 
 __all__ = [
     "SHIPPED",
+    "SHIPPED_FOR_BOARDS",
     "Helper",
     "Job",
     "Kernel",
@@ -55,6 +56,9 @@ __all__ = [
 
 # Architectures whose machine code travels in a wheel; what runs elsewhere of it says `serving`.
 SHIPPED = (75, 80, 86, 90, 120)
+# What travels for Linux on arm64 alone: for boards whose GPU runs no machine code of a card.
+# 87 is Jetson Orin; the newer boards need NVRTC 13, whose machine code many drivers do not load.
+SHIPPED_FOR_BOARDS = (87,)
 
 
 class Kernel(Protocol):
