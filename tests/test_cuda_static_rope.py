@@ -20,7 +20,7 @@ from test_cuda_static import ARCHS, COMPILERS, compile_with
 pytestmark = pytest.mark.skipif(sass.nvdisasm() is None, reason="no nvdisasm")
 
 # A thread's. 96: seven blocks of 96 threads an SM (24 heads), 43 KiB of bfloat16 under way at once.
-REGISTERS = {"rope": 96, "rope_any": 48}
+REGISTERS = {"rope": 96, "rope_any": 64}
 KERNELS = list(rope_kernels().values())
 
 
