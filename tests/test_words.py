@@ -34,7 +34,12 @@ QUICK_STARTS = [Path("docs/README.ko.md"), Path("docs/README.zh.md")]
 # Options of other programs, by their owner.
 EXTERNAL_OPTIONS = {
     "pip": "--no-build-isolation --force-reinstall --no-deps --editable --upgrade"
-    " --no-index --find-links",
+    " --no-index --find-links --target --platform --python-version --only-binary --no-binary"
+    " --no-compile --require-hashes",
+    "apt-get": "--yes --download-only",
+    "dpkg-deb": "--extract",
+    "glibc's loader": "--library-path",
+    "delvewheel": "--analyze-existing",
     "git": "--always --abbrev --dirty --exclude",
     "setuptools' commands": "--build-base --bdist-dir --formats",
     "twine": "--strict",
