@@ -13,6 +13,7 @@ from typing import Protocol
 from wan_attn.cuda import sources
 from wan_attn.cuda.tiles import (
     Helper,
+    RopeKernel,
     Row,
     RowError,
     Tile,
@@ -20,6 +21,7 @@ from wan_attn.cuda.tiles import (
     gpus,
     half_rate,
     helpers,
+    rope_kernels,
     table_rows,
     tegra,
     tiles,
@@ -32,6 +34,7 @@ __all__ = [
     "Helper",
     "Job",
     "Kernel",
+    "RopeKernel",
     "Row",
     "RowError",
     "Tile",
@@ -42,6 +45,7 @@ __all__ = [
     "helpers",
     "jobs_for",
     "kernels_for",
+    "rope_kernels",
     "serving",
     "table_rows",
     "tegra",
@@ -139,9 +143,9 @@ def tiles_for(arch: int) -> tuple[Tile, ...]:
 
 
 def kernels_for(arch: int) -> tuple[Kernel, ...]:
-    """All that `arch` runs: attention, and the passes before and after."""
+    """All that `arch` runs: attention, the passes before and after, norm and rotation."""
     sm90 = (t for t in tiles_sm90() if t.one_arch == arch)
-    return (*sm90, *tiles_for(arch), *helpers().values())
+    return (*sm90, *tiles_for(arch), *helpers().values(), *rope_kernels().values())
 
 
 def jobs_for(arch: int, names: Iterable[str] | None = None) -> tuple[Job, ...]:
