@@ -125,7 +125,7 @@ def windows(wheel: Path) -> str:
         python("-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall", wheel.name)
         python("-m", "wan_attn", "verify")
         python("-m", "wan_attn", "comfyui", "install", "ComfyUI")
-        if not (portable / "ComfyUI/custom_nodes/ComfyUI-wan-attn").is_dir():
+        if not (portable / "ComfyUI/custom_nodes/ComfyUI-wan-attn/__init__.py").exists():
             raise Failed("the custom node is not where ComfyUI looks for it")
         said = bindings([python("-c", CALL, binding=name) for name in ("auto", "ctypes")])
         tested = "doctor with its self-test"
