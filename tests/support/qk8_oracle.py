@@ -73,7 +73,7 @@ def mean_of(keys: Float32) -> Float32:
             block = block + row
         total = total + block.astype(np.float64)
     mean = (total / max(count, 1)).astype(np.float32)
-    return np.where(np.isfinite(mean), mean, np.float32(0.0)).astype(np.float32)
+    return np.asarray(np.where(np.isfinite(mean), mean, 0.0), dtype=np.float32)
 
 
 def one_head(
