@@ -73,6 +73,10 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str,
         (["step", "--batch", "2", "--fill", "1,0"], "--fill must be"),
         (["step", "--fill", "1,0.5"], "--fill must be"),
         (["step", "--source", "wan22"], "WAN22_DIR"),
+        (["rope", "--routes", "flashinfer"], "got 'flashinfer'"),
+        (["rope", "--routes", ""], "--routes must name"),
+        (["rope", "--frames", "4"], "--frames: frames must be 4*n + 1"),
+        (["rope", "--size", "100x100"], "--size: width and height"),
         (["suite"], "--output"),
         (["suite", "--output", "x.txt"], "--output must end in .csv"),
         (["suite", "--output", "x.csv", "--settings", "mine"], "cpu-small; got 'mine'"),
@@ -207,7 +211,7 @@ def test_step_measures_each_backend_against_the_stock_model(
     for row in found.rows:
         assert 0 < row["attention"] < row["blocks"] < 1, row["backend"]
         assert row["video_min"] is None, "reduced dimensions must not be extrapolated"
-    assert {what for _, what, _ in found.skipped} == {"fa2", "fa3"}
+    assert {what for _, what, _ in found.skipped} <= {"fa2", "fa3", step.ROPE}
     assert "Reduced for a CPU" in " ".join(found.notes)
 
 
@@ -248,7 +252,8 @@ def test_stock_wan22() -> None:
     video = Video(64, 64, 5)
     options = tiny_step(wan22=Path(folder), batch=2, fill=(1.0, 0.5), videos=(video,))
     found = step.run(options)
-    assert [row["backend"] for row in found.rows] == ["torch-batched", "torch", "chunked", "sdpa"]
+    backends = ["torch-batched", "torch", "chunked", "sdpa", step.ROPE]
+    assert [row["backend"] for row in found.rows] == backends
     assert all(0 < row["attention"] < row["blocks"] < 1 for row in found.rows)
     assert any("flash_attn" in reason for _, name, reason in found.skipped if name == step.STOCK)
     stack = step.make_stack(options, torch.float32)

@@ -33,6 +33,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "import_error": (str, type(None)),
     "backends": list,
     "kernels": list,
+    "rope": list,
     "cuda_kernels": dict,
     "proofs": list,
     "choices": list,

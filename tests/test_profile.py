@@ -20,6 +20,7 @@ import wan_attn
 from test_bench_timing import FakeCuda
 from wan_attn import config
 from wan_attn.bench import profile as bench_profile
+from wan_attn.integrations import _rope
 from wan_attn.request import Request
 from wan_attn.selection import profile
 from wan_attn.selection.profile import Mark, Recorder, Site
@@ -73,6 +74,55 @@ def test_calls_are_told_by_line_and_layer(recorder: Recorder) -> None:
     assert "test_profile.py:" in sites[0].line and "forward" in sites[0].line
     assert "test_calls_are_told" in sites[-1].line
     assert {mark.kind for mark in recorder.marks} == {"1x8x2x16 float32"}
+
+
+class Normed(torch.nn.Module):
+    """A layer whose forward is not the program's: as one of Wan2.2's that is patched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(32), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = _rope.rms_norm_rope(x, self.weight, eps=1e-6, dtype=torch.float32)
+        out = wan_attn.sdpa(y, y, x)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+
+def test_norm_and_rotation_are_marked_beside_attention(
+    recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outer = Model()
+    outer.blocks[0] = Normed()
+    outer(torch.randn(1, 8, 2, 16))
+    parts = [(mark.part, mark.site.layer) for mark in recorder.marks]
+    assert parts == [
+        (profile.ROPE, "blocks.0"),
+        (profile.ATTENTION, "blocks.0"),
+        (profile.ATTENTION, "blocks.1"),
+    ]
+    first = recorder.marks[0]
+    assert first.kind == "1x8x2x16 float32" and first.title
+    recorder.finish()
+    bench_profile.finish(recorder, 1.0)
+    found = json.loads(Path(recorder.path).read_text())
+    assert (found["calls"], found["rope_calls"]) == (2, 1)
+    assert found["where"]["norm_and_rope_ms"] == pytest.approx(first.ms)
+    assert "norm and RoPE" in capsys.readouterr().err
+
+
+def test_the_line_of_a_call_is_the_programs(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a forward of ours was called by torch's Module, the line is the one before."""
+    ours = (profile._PACKAGE, __file__)  # frames of this file too
+    monkeypatch.setattr(profile, "_PACKAGE", ours)
+    namespace: dict[str, Any] = {}
+    code = compile("def use(module, x):\n    return module(x)\n", "a_program.py", "exec")
+    exec(code, namespace)
+    namespace["use"](Layer(), torch.randn(1, 8, 2, 16))
+    assert recorder.marks[0].site.line.startswith("a_program.py:2 ")
 
 
 def test_a_model_is_not_kept_alive(recorder: Recorder) -> None:

@@ -13,7 +13,8 @@ from wan_attn import config
 from wan_attn.__main__ import main
 from wan_attn.backends import REGISTRY
 from wan_attn.cli import why
-from wan_attn.native import op
+from wan_attn.doctor import rope as rope_facts
+from wan_attn.native import op, rope
 from wan_attn.request import Request
 from wan_attn.selection.choose import order, select
 
@@ -182,3 +183,24 @@ def test_an_impossible_variable_is_told(
     assert main(CALL) == 2
     err = capsys.readouterr().err
     assert "USE_ATTENTION_BACKEND must be one of auto, sdpa" in err and "'best'" in err
+
+
+def test_what_norms_and_rotates_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, native: str
+) -> None:
+    found = answer(capsys)["rope"]
+    assert found["kernel"] == rope.chosen(torch.device("cpu")) is not None
+    rows = {row["name"]: row["reason"] for row in found["kernels"]}
+    assert tuple(rows) == rope.kernels() and rows["rms_norm_rope_ref"] is None
+    assert main(CALL) == 0
+    assert f"{found['kernel']}, one pass" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setenv("WAN_ATTN_ROPE", "off")
+    found = answer(capsys)["rope"]
+    assert (found["kernel"], found["reason"]) == (None, "WAN_ATTN_ROPE=off")
+    assert main(CALL) == 0
+    assert "the model's own steps: WAN_ATTN_ROPE=off" in capsys.readouterr().out
+
+
+def test_a_device_without_a_rope_kernel_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    found = rope_facts.facts("mps", config.Settings())
+    assert found["kernel"] is None and "mps" in found["reason"]

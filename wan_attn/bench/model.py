@@ -23,6 +23,7 @@ from torch import Tensor
 from wan_attn import config, workloads
 from wan_attn.integrations import diffusers as diffusers_host
 from wan_attn.integrations import wan22
+from wan_attn.integrations.wan22.rope_patch import RopePatch
 from wan_attn.selection.choose import compute_dtype
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -145,8 +146,9 @@ class DiffusersStack:
         self.inputs = (draw(batch, *video.latent(self.arch)), time, text)
         self.k_lens = _lengths(tokens, batch, fill)
 
-    def use(self, attend: Attend | None) -> None:
-        """Computes attention by this function; None: as diffusers does."""
+    def use(self, attend: Attend | None, *, rope: bool = False) -> None:
+        """Computes attention by this function, None: as diffusers does; `rope`: norm and rotation
+        by our pass."""
         diffusers_host.restore_processors(self.model)
         if attend is None:
             return
@@ -155,7 +157,7 @@ class DiffusersStack:
             is_self = query.shape[1] == key.shape[1]
             return attend(query, key, value, self.k_lens if is_self else None)
 
-        diffusers_host.replace_processors(self.model, function)
+        diffusers_host.replace_processors(self.model, function, rope=rope)
 
     def forward(self) -> None:
         self.model(*self.inputs, return_dict=False)
@@ -191,6 +193,7 @@ class Wan22Stack:
         self.attend: Attend | None = None
         self.original = vars(module)["flash_attention"]
         wan22.patch(package=ALIAS, attention=self._flash_attention)
+        self.rope = RopePatch(ALIAS)
 
     @property
     def blocks(self) -> list[Any]:
@@ -209,9 +212,14 @@ class Wan22Stack:
         self.time = torch.full((batch, tokens), 500, device=self.device)
         self.tokens = tokens
 
-    def use(self, attend: Attend | None) -> None:
-        """Computes attention by this function; None: by the model's own, which needs flash_attn."""
+    def use(self, attend: Attend | None, *, rope: bool = False) -> None:
+        """Computes attention by this function, None: by the model's own, which needs flash_attn;
+        `rope`: norm and rotation by our pass."""
         self.attend = attend
+        if rope:
+            self.rope.sync()
+        else:
+            self.rope.restore()
 
     def forward(self) -> None:
         is_cuda = self.device.type == "cuda"
@@ -221,6 +229,7 @@ class Wan22Stack:
 
     def close(self) -> None:
         """Restores the names, and forgets the modules."""
+        self.rope.restore()
         wan22.unpatch()
         for name in [n for n in sys.modules if n.split(".")[0] == ALIAS]:
             del sys.modules[name]

@@ -40,6 +40,7 @@ def draw(report: Report, stem: Path, suffix: str = ".svg") -> list[Path]:
     """
     makers = {
         "kernels": (("bars", _kernel_bars), ("roofline", _roofline)),
+        "rope": (("bars", _rope_bars),),
         "step": (("bars", _step_bars),),
         "suite": (("bars", _step_bars), ("frames", _frames)),
     }.get(report.kind, ())
@@ -74,7 +75,17 @@ def _caption(figure: Any, report: Report, what: str) -> None:
 
 
 def _kernel_bars(pyplot: Any, report: Report) -> Any:
-    """One panel for each call: how many times as fast as torch each kernel is."""
+    title = "Attention: times as fast as PyTorch's SDPA (= 1.0), higher is better"
+    return _speedups(pyplot, report, "kernel", "torch", title)
+
+
+def _rope_bars(pyplot: Any, report: Report) -> Any:
+    title = "RMS norm and RoPE: times as fast as stock Wan2.2's steps (= 1.0), higher is better"
+    return _speedups(pyplot, report, "route", "wan22", title)
+
+
+def _speedups(pyplot: Any, report: Report, name: str, base: str, title: str) -> Any:
+    """One panel for each call: how many times as fast as the base each one is."""
     cases = list(dict.fromkeys((r["shape"], r["dtype"]) for r in report.rows))
     columns = min(len(cases), LABELS_MAX)
     lines = -(-len(cases) // columns)
@@ -89,12 +100,12 @@ def _kernel_bars(pyplot: Any, report: Report) -> Any:
         rows = [r for r in report.rows if (r["shape"], r["dtype"]) == case]
         _bars(
             axis,
-            [r["kernel"] for r in rows],
+            [r[name] for r in rows],
             [r["speedup"] for r in rows],
-            [OURS if r["ours"] else BASE if r["kernel"] == "torch" else THEIRS for r in rows],
+            [OURS if r["ours"] else BASE if r[name] == base else THEIRS for r in rows],
         )
         axis.set_title(f"{case[0]}  {case[1]}", fontsize=9)
-    _caption(figure, report, "Attention: times as fast as PyTorch's SDPA (= 1.0), higher is better")
+    _caption(figure, report, title)
     figure.tight_layout(rect=(0, 0.03, 1, 0.98))
     return figure
 

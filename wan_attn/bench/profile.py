@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from wan_attn import console
 from wan_attn.bench import facts
 from wan_attn.bench.timing import percentile
+from wan_attn.selection.profile import ATTENTION, ROPE
 
 if TYPE_CHECKING:
     from wan_attn.selection.profile import Mark, Recorder
@@ -59,32 +60,36 @@ def file_for(path: Path, rank: int | None, pid: int | None) -> Path:
 
 def analyse(marks: Sequence[Mark], seconds: float) -> dict[str, Any]:
     """Everything but the machine; times in milliseconds on the device's own time line."""
-    attention = sum(mark.ms for mark in marks)
+    attention = sum(mark.ms for mark in marks if mark.part == ATTENTION)
+    rope = sum(mark.ms for mark in marks if mark.part == ROPE)
+    calls = [mark for mark in marks if mark.part == ATTENTION]
     first = min(mark.begin_ms for mark in marks)
     last = max(mark.begin_ms + mark.ms for mark in marks)
-    forwards = _forwards(marks)
+    forwards = _forwards(calls)
     # The host's clock where the two lines meet: the first call's end on the host is close enough.
     before = max(0.0, marks[0].host * 1e3 - marks[0].ms)
     between = last - first
     return {
         "run_seconds": seconds,
-        "calls": len(marks),
+        "calls": len(calls),
+        "rope_calls": len(marks) - len(calls),
         "where": {
             "before_first_call_ms": before,
             "attention_ms": attention,
-            "between_calls_ms": max(0.0, between - attention),
+            "norm_and_rope_ms": rope,
+            "between_calls_ms": max(0.0, between - attention - rope),
             "after_last_call_ms": max(0.0, seconds * 1e3 - before - between),
         },
         "attention_share": attention / between if between > 0 else 1.0,
         "forwards": forwards,
         "sites": [
-            {"line": key[0], "kind": key[1], "title": key[2], **_numbers(group, attention)}
+            {"line": key[0], "kind": key[1], "title": key[2], **_numbers(group, attention + rope)}
             for key, group in _grouped(marks, lambda m: (m.site.line, m.kind, m.title)).items()
         ],
         "layers": [
             {"model": key[0], "layer": key[1], "line": key[2], **_numbers(group, attention)}
             for key, group in _grouped(
-                marks, lambda m: (m.site.model, m.site.layer, m.site.line)
+                calls, lambda m: (m.site.model, m.site.layer, m.site.line)
             ).items()
         ],
         "spikes": _spikes(marks),
@@ -98,13 +103,13 @@ def _grouped(marks: Sequence[Mark], key: Any) -> dict[Any, list[Mark]]:
     return groups
 
 
-def _numbers(marks: Sequence[Mark], attention: float) -> dict[str, Any]:
+def _numbers(marks: Sequence[Mark], whole: float) -> dict[str, Any]:
     times = [mark.ms for mark in marks]
     total = sum(times)
     return {
         "calls": len(times),
         "total_ms": total,
-        "share": total / attention if attention else 0.0,
+        "share": total / whole if whole else 0.0,
         "p50_ms": percentile(times, 50),
         "p90_ms": percentile(times, 90),
         "max_ms": max(times),
@@ -158,6 +163,13 @@ def _spikes(marks: Sequence[Mark]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda spike: spike["usual_ms"] - spike["ms"])
 
 
+def _rope_row(found: dict[str, Any]) -> list[tuple[str, str]]:
+    if not found["rope_calls"]:
+        return []
+    seconds = found["where"]["norm_and_rope_ms"] / 1e3
+    return [("norm and RoPE", f"{seconds:.2f} s in {found['rope_calls']} calls")]
+
+
 def as_text(found: dict[str, Any]) -> str:
     """The summary, as short as it can be read."""
     where = found["where"]
@@ -168,6 +180,7 @@ def as_text(found: dict[str, Any]) -> str:
             f"{where['attention_ms'] / 1e3:.2f} s in {found['calls']} calls, "
             f"{found['attention_share']:.0%} of the time from the first call to the last",
         ),
+        *_rope_row(found),
         ("between the calls", f"{where['between_calls_ms'] / 1e3:.2f} s"),
         ("after the last call", f"{where['after_last_call_ms'] / 1e3:.2f} s"),
     ]

@@ -42,11 +42,13 @@ from wan_attn.bench.timing import (
     summary,
 )
 from wan_attn.log import dtype_name
+from wan_attn.native import rope
 from wan_attn.request import Call, Request
 from wan_attn.workloads import Workload
 
 FORWARDS = 2
 STOCK = "stock"
+ROPE = "sdpa+rope"
 YARDSTICK = "matmul"
 PUBLISHED = ((896, 512), (1152, 640), (1344, 768))
 
@@ -70,12 +72,14 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Route:
-    """One way to compute the attention of a step. `attend` is None for the model's own."""
+    """One way to compute the attention of a step. `attend` is None for the model's own; `rope`:
+    rms_norm_rope norms and rotates query and key, where otherwise the model does."""
 
     name: str
     title: str
     attend: Attend | None
     why_not: Callable[[Request], str | None]
+    rope: bool = False
 
 
 def routes(device: torch.device) -> list[Route]:
@@ -97,7 +101,14 @@ def routes(device: torch.device) -> list[Route]:
         ("fa3", "FlashAttention 3"),
     ):
         found.append(Route(name, title, _by(REGISTRY[name].run), REGISTRY[name].why_not))
+    title = "wan_attn's kernels, norm and rotation in one pass"
+    found.append(Route(ROPE, title, _by(REGISTRY["sdpa"].run), _why_no_rope, rope=True))
     return found
+
+
+def _why_no_rope(request: Request) -> str | None:
+    why = rope.why_not(request.device)
+    return REGISTRY["sdpa"].why_not(request) if why is None else f"norm and rotation: {why}"
 
 
 def _by(run: Callable[..., tuple[Tensor, Tensor | None]]) -> Attend:
@@ -306,7 +317,7 @@ def _why_no_stock(options: Options) -> str | None:
 
 def _step(stack: Stack, route: Route) -> Callable[[], None]:
     def step() -> None:
-        stack.use(route.attend)
+        stack.use(route.attend, rope=route.rope)
         for _ in range(FORWARDS):
             stack.forward()
 
@@ -406,7 +417,7 @@ def split(stack: Stack, route: Route, clock: Clock) -> dict[str, float]:
                 cleanup.callback(handle.remove)
         if attend is None:
             cleanup.enter_context(_MarkSdpa(clock, calls))
-        stack.use(None if attend is None else marked)
+        stack.use(None if attend is None else marked, rope=route.rope)
         begun = clock.begin()
         for _ in range(FORWARDS):
             stack.forward()

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from wan_attn import config, console
-from wan_attn.bench import compare, kernels, peers, plots, progress, report, step, suite
+from wan_attn.bench import compare, kernels, peers, plots, progress, report, rope, step, suite
 from wan_attn.bench.model import ARCHS, CPU_FRAMES, Arch, ModelError, Video
-from wan_attn.cli import FINE, WRONG, bench_options, refuse
+from wan_attn.cli import FINE, WRONG, bench_options, bench_rope, refuse
 from wan_attn.cli.bench_options import BadOption
 from wan_attn.selfcheck import proof
 from wan_attn.workloads import WORKLOADS, parse_shape
@@ -28,7 +28,7 @@ DEFAULT_FOLDER = "wan-attn-bench"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `bench` and of its four actions."""
+    """Options of `bench` and of its five actions."""
     bench_options.common(parser, is_action=False)
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     for name, (add, _, summary) in ACTIONS.items():
@@ -204,14 +204,7 @@ def _videos(args: argparse.Namespace, arch: Arch, device: torch.device) -> tuple
     lengths = [CPU_FRAMES if is_small else arch.frames]
     if frames is not None:
         lengths = bench_options.integers("--frames", frames, 1)
-    videos = tuple(Video(w, h, f) for w, h in sizes for f in lengths)
-    for video in videos:
-        try:
-            arch.call.tokens(video.width, video.height, video.frames)
-        except ValueError as error:
-            option = "--frames" if str(error).startswith("frames") else "--size"
-            raise BadOption(f"{option}: {error}") from error
-    return videos
+    return bench_options.videos(sizes, lengths, arch.call)
 
 
 def _checkout(source: str | None) -> Path | None:
@@ -225,6 +218,10 @@ def _checkout(source: str | None) -> Path | None:
 
 def _step(args: argparse.Namespace) -> int:
     return _finish(args, step.run(_step_options(args)))
+
+
+def _rope(args: argparse.Namespace) -> int:
+    return _finish(args, rope.run(bench_rope.options(args)))
 
 
 # --- suite and compare ------------------------------------------------------------------------
@@ -343,6 +340,7 @@ Adder = Callable[[argparse.ArgumentParser], None]
 ACTIONS: dict[str, tuple[Adder, Callable[[argparse.Namespace], int], str]] = {
     "kernels": (_add_kernels, _kernels, "our kernels beside every other that is installed"),
     "step": (_add_step, _step, "one denoising step of a stack of Wan blocks, per backend"),
+    "rope": (bench_rope.add, _rope, "RMS norm and RoPE of one query, on every route"),
     "suite": (_add_suite, _suite, "steps over several lengths of video, as a file for `compare`"),
     "compare": (_add_compare, _compare, "two files of `suite`: slower, faster, or the same"),
 }

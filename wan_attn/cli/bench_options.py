@@ -9,7 +9,9 @@ import re
 
 import torch
 
+from wan_attn.bench.model import Video
 from wan_attn.log import DTYPES
+from wan_attn.workloads import Model
 
 SECONDS = 60.0
 
@@ -153,6 +155,18 @@ def size(word: str) -> tuple[int, int]:
     if match is None:
         raise BadOption(f"--size must be WxH (896x512), got {word!r}")
     return int(match[1]), int(match[2])
+
+
+def videos(sizes: list[tuple[int, int]], lengths: list[int], model: Model) -> tuple[Video, ...]:
+    """Returns each size with each number of frames; refuses what the model has no tokens for."""
+    found = tuple(Video(w, h, f) for w, h in sizes for f in lengths)
+    for video in found:
+        try:
+            model.tokens(video.width, video.height, video.frames)
+        except ValueError as error:
+            option = "--frames" if str(error).startswith("frames") else "--size"
+            raise BadOption(f"{option}: {error}") from error
+    return found
 
 
 def shares(text: str, batch: int) -> tuple[float, ...]:

@@ -41,6 +41,7 @@ def examine(selftest: bool = True, isolated: bool = True) -> dict[str, Any]:
         "import_error": None if wan_attn._import_error is None else str(wan_attn._import_error),
         "backends": [],
         "kernels": [],
+        "rope": [],
         "cuda_kernels": {},
         "proofs": [],
         "choices": [],
@@ -71,7 +72,7 @@ def _examine_package(report: dict[str, Any], guard: Guard, selftest: bool, isola
             "CUDA kernels", functools.partial(_cuda_kernels, report), {}
         )
         report["proofs"] = guard.run("proofs", functools.partial(_proofs, report), [])
-        for what in ("backends", "kernels", "choices"):
+        for what in ("backends", "kernels", "rope", "choices"):
             report[what] = guard.run(what, functools.partial(_ask, what, devices), [])
         if selftest:
             report["selftest"], report["selftest_error"] = guard.run(
@@ -141,10 +142,12 @@ def _devices() -> list[str]:
 
 def _ask(what: str, devices: list[str]) -> list[dict[str, Any]]:
     from wan_attn.config import current
-    from wan_attn.doctor import paths
+    from wan_attn.doctor import paths, rope
 
     if what == "choices":
         return paths.choices(devices, current())
+    if what == "rope":
+        return [rope.facts(device, current()) for device in devices]
     return paths.backends(devices) if what == "backends" else paths.kernels(devices)
 
 

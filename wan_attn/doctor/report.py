@@ -28,6 +28,7 @@ def render(report: Report) -> str:
         _memory,
         _backends,
         _kernels,
+        _rope,
         _cuda_kernels,
         _proofs,
         _selftest,
@@ -161,6 +162,17 @@ def _kernels(report: Report) -> str:
     for device, count in absent.items():
         text += f"\n{wrap(f'and {count} for {device}: there is no {device} device here')}"
     return text
+
+
+def _rope(report: Report) -> str:
+    rows = [
+        (r["device"], r["kernel"] or f"the model's own steps: {r['reason']}")
+        for r in report["rope"]
+    ]
+    if not rows:
+        return ""
+    note = "of q and k, in one pass, for stock Wan2.2 and diffusers"
+    return f"{heading('RMS norm and RoPE', note)}\n{table(rows)}"
 
 
 def _cuda_kernels(report: Report) -> str:

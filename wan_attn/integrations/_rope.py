@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_attn import log
-from wan_attn.native import op
+from wan_attn import config, log
+from wan_attn.native import op, rope
+from wan_attn.selection import profile
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALF)
@@ -25,7 +26,14 @@ def rms_norm_rope(*operands: Any, **options: Any) -> Tensor:
         logging.INFO,
         f"RMS norm and RoPE: wan_attn, one pass, into {str(dtype).removeprefix('torch.')}",
     )
-    result: Tensor = torch.ops.wan_attn.rms_norm_rope(*operands, **options)
+    path = None if torch.compiler.is_compiling() else config.current().profile
+    if path is None:
+        result: Tensor = torch.ops.wan_attn.rms_norm_rope(*operands, **options)
+        return result
+    recorder = profile.recorder(path)
+    begun = recorder.start(operands[0].device)
+    result = torch.ops.wan_attn.rms_norm_rope(*operands, **options)
+    recorder.stop_rope(begun, operands[0], rope.chosen(operands[0].device) or "rms_norm_rope")
     return result
 
 
@@ -39,7 +47,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
             return f"an operand is a {type(x).__name__}"
         if x.device.type != "cpu":
-            return f"no kernel for {x.device.type} yet"
+            return rope.why_not(x.device)
         if x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
             return "an operand has gaps between its elements"
         if x.requires_grad and torch.is_grad_enabled():

@@ -55,11 +55,10 @@ class _Processor(ABC):
     both belong to the replaced one, which reads them.
     """
 
-    def __init__(self, replaced: Any, function: AttentionFunction) -> None:
+    def __init__(self, replaced: Any, function: AttentionFunction, may_fuse: bool) -> None:
         self.replaced = replaced
         self.function = function
         self._is_overruled = False
-        may_fuse = config.current().rope == "auto"
         self.norm_and_rotate = functools.partial(_around.norm_and_rotate, may_fuse=may_fuse)
 
     @property
@@ -195,21 +194,27 @@ def _layers(target: Any) -> Iterator[tuple[Any, Any]]:
                 yield layer, processor
 
 
-def replace_processors(target: Any, function: AttentionFunction) -> int:
+def replace_processors(
+    target: Any, function: AttentionFunction, *, rope: bool | None = None
+) -> int:
     """Let `function` compute the attention of every layer that has diffusers' own processor.
+
+    Args:
+        rope: whether rms_norm_rope norms and rotates query and key; None: as WAN_ATTN_ROPE says.
 
     Returns:
         How many layers; 0 is no error. All or none: if one refuses, every one has what it had.
     """
     if not callable(function):
         refuse("function", "one of (query, key, value)", gate.kind_of(function))
+    may_fuse = config.current().rope == "auto" if rope is None else gate.flag("rope", rope)
     done: list[tuple[Any, Any]] = []
     try:
         for layer, processor in list(_layers(target)):
             stock = processor.replaced if isinstance(processor, _Processor) else processor
             ours = _OURS.get(type(stock).__name__)
             if ours is not None and type(stock).__module__.partition(".")[0] == "diffusers":
-                layer.set_processor(ours(stock, function))
+                layer.set_processor(ours(stock, function, may_fuse))
                 done.append((layer, processor))
                 _let_layers_be_skipped(type(stock), ours)
     except BaseException:

@@ -38,6 +38,25 @@ def kernels() -> tuple[str, ...]:
     return tuple(names)
 
 
+def why_not(device: torch.device, row: int = -1) -> str | None:
+    """Why this row (-1: every row) takes no call on the device; None: it does."""
+    if device.type != "cpu":
+        return f"no kernel for {device.type} yet"
+    if library.load() is None:
+        return "no native library"
+    probe = torch.zeros(1, 1, 1, 2, device=device)
+    params = _params(probe, None, None, None, 1e-6, False, True, 0, row)
+    error = library.Error()
+    if library.lib().wan_attn_rope_select(params, ctypes.c_int32(), error) == library.OK:
+        return None
+    return error.text()
+
+
+def chosen(device: torch.device) -> str | None:
+    """The name of the row that takes calls on the device; None: none does."""
+    return next((n for i, n in enumerate(kernels()) if why_not(device, i) is None), None)
+
+
 def _params(
     x: Tensor,
     weight: Tensor | None,

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""profile.py - WAN_ATTN_PROFILE=FILE: how long each attention call of a real run took, and where.
+"""profile.py - WAN_ATTN_PROFILE=FILE: how long each attention call of a real run took, and where;
+norm and rotation of q and k beside it, where our kernels do them.
 
 Off, it costs one comparison a call. On, it marks each call with two events of the device (a clock
 on the CPU), waits for nothing, and reads the marks when they have long passed and at exit. A call
@@ -27,6 +28,7 @@ from wan_attn import config
 from wan_attn.request import Request
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _HOME = os.path.expanduser("~").rstrip(os.sep) + os.sep
 DRAIN_EVERY = 512  # calls between two looks at marks that have passed
 
@@ -49,6 +51,10 @@ class Site:
     layer: str
 
 
+ATTENTION, ROPE = "attention", "norm and RoPE"
+"""What a mark is of."""
+
+
 @dataclass(slots=True)
 class Mark:
     """One call: when it began and ended, in events or in seconds."""
@@ -62,6 +68,7 @@ class Mark:
     host: float  # seconds since the recorder began
     begin_ms: float = -1.0
     ms: float = -1.0
+    part: str = ATTENTION
 
 
 class Recorder:
@@ -110,22 +117,37 @@ class Recorder:
         return event
 
     def stop(self, begun: Any, request: Request, title: str) -> None:
-        """After it; `title` is what ran."""
+        """After an attention call; `title` is what ran."""
+        lengths = f"{request.seqlen_q}"
+        if request.seqlen_k != request.seqlen_q:
+            lengths += f":{request.seqlen_k}"
+        shape = f"{request.batch}x{lengths}x{request.num_heads_q}x{request.head_dim}"
+        self._stop(begun, request.device, shape, request.dtype, title, ATTENTION)
+
+    def stop_rope(self, begun: Any, x: torch.Tensor, title: str) -> None:
+        """After norm and rotation of x [batch, seqlen, heads, head_dim]."""
+        self._stop(begun, x.device, "x".join(map(str, x.shape)), x.dtype, title, ROPE)
+
+    def _stop(
+        self,
+        begun: Any,
+        device: torch.device,
+        shape: str,
+        dtype: torch.dtype,
+        title: str,
+        part: str,
+    ) -> None:
         if begun is None:
             return
         end: Any = time.perf_counter()
         host = end - self.began
-        if request.device.type == "cuda":
-            end = self._record(request.device)
-        site = self._site(sys._getframe(1))
-        kind = (
-            f"{request.batch}x{request.seqlen_q}"
-            + (f":{request.seqlen_k}" if request.seqlen_k != request.seqlen_q else "")
-            + f"x{request.num_heads_q}x{request.head_dim}"
-            + f" {str(request.dtype).removeprefix('torch.')}"
-        )
+        if device.type == "cuda":
+            end = self._record(device)
+        site = self._site(sys._getframe(2))
+        kind = f"{shape} {str(dtype).removeprefix('torch.')}"
+        mark = Mark(site, kind, title, device, begun, end, host, part=part)
         with self._lock:
-            self.marks.append(Mark(site, kind, title, request.device, begun, end, host))
+            self.marks.append(mark)
             if self.rank is None:
                 self.rank = _rank()
             is_time = len(self.marks) % DRAIN_EVERY == 0
@@ -136,7 +158,11 @@ class Recorder:
         """The first frame outside this package, and the names of the modules around it."""
         while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
             frame = frame.f_back
-        if frame is None or frame.f_code.co_filename.startswith("<frozen"):
+        inner = frame
+        # A module whose forward is ours is called by torch; the program's line is the one before.
+        while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+            frame = frame.f_back
+        if inner is None or frame is None or frame.f_code.co_filename.startswith("<frozen"):
             return Site("wan_attn itself", "", "")  # python -m wan_attn demo
         code = frame.f_code
         file = code.co_filename
@@ -145,7 +171,7 @@ class Recorder:
         file = "/".join(file.replace("\\", "/").split("/")[-3:])
         function = getattr(code, "co_qualname", code.co_name)  # Python 3.11 and newer
         line = f"{file}:{frame.f_lineno} {function}"
-        module, outer = _modules(frame)
+        module, outer = _modules(inner)
         if module is None:
             return Site(line, "", "")
         known = self._names.get(id(module))
