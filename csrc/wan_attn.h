@@ -288,12 +288,12 @@ WAN_ATTN_API wan_attn_status wan_attn_workspace_size(const wan_attn_params *para
  * angle from the frame's row, the next P / 3 from the line's, the last P / 3 from the column's.
  * Tokens behind the grid are not rotated: out = y.
  *
- * Numerics. Squares are summed in float32 in at least 16 parts, these and 1 / sqrt in float64; n
- * and y are float32 products. With
- * rounds_norm, n is rounded to x's dtype and y to the wider one of x's and the weight's, as torch's
- * operators do in x.float() ... .type_as(x) * weight; without, neither is. Products of the rotation
- * are float64, each rounded by itself, and so is their sum, which is what complex128 gives; out is
- * that sum, rounded to float32 and then to its dtype. */
+ * Numerics. Squares are summed in float32, in at least 16 parts or as many as a head has elements;
+ * these parts and 1 / sqrt are float64. n and y are float32 products. With rounds_norm, n is
+ * rounded to x's dtype and y to the wider one of x's and the weight's, as torch's operators do in
+ * x.float() ... .type_as(x) * weight; without, neither is. Products of the rotation are float64,
+ * each rounded by itself, and so is their sum, which is what complex128 gives; out is that sum,
+ * rounded to float32 and then to its dtype. */
 typedef struct wan_attn_rope_params {
     uint32_t struct_size; /* sizeof(wan_attn_rope_params) of the caller; only ever appended to */
     int32_t kernel;       /* row of the table of rope kernels to force; -1: the best */

@@ -58,7 +58,7 @@ def compile_library(folder: Path) -> Path:
     flags: list[str] = ["-std=c11", "-O1", "-fPIC", "-DWAN_ATTN_BUILD", f"-I{ROOT / 'csrc'}"]
 
     def compile_one(source: Path) -> Path:
-        made = folder / f"{source.stem}.o"
+        made = folder / f"{source.parent.name}-{source.stem}.o"
         if source.stem == "sdpa_amx":
             source = trapped(source, folder, flags)
         subprocess.run(["cc", *flags, "-c", source, "-o", made], check=True)

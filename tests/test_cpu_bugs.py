@@ -41,7 +41,7 @@ class Bug:
     needs: str = "avx2"
 
 
-FEW = "cpu/sdpa_few.inc"
+FEW, ROPE = "cpu/sdpa_few.inc", "cpu/rope_token.inc"
 TILE, PACK, FMA, BLOCKED, AMX = (
     f"cpu/{name}"
     for name in ("sdpa_tile.inc", "sdpa_pack.inc", "sdpa_fma.inc", "blocked.c", "sdpa_amx.c")
@@ -107,6 +107,30 @@ BUGS = (
     Bug(
         *("AMX: maxima of all but the last step are lost", AMX),
         *("(steps > 1 ? steps - 1 : 0) * STEP", "steps * STEP", AMX, "amx"),
+    ),
+    Bug(
+        *("rope: the tail of a head is not summed", ROPE, "d < p->head_dim; d += UNIT_LANES, n++"),
+        *("d + UNIT_LANES <= p->head_dim; d += UNIT_LANES, n++", "cpu/rope_avx2.c"),
+    ),
+    Bug(
+        *("rope: every head has the first one's weight", ROPE, "h * p->weight.head_stride"),
+        *("0", "cpu/rope_avx2.c"),
+    ),
+    Bug(
+        *("rope: sines where cosines belong", "cpu/rope_avx2.c", "_mm256_movedup_pd(angle)"),
+        *("angle", "cpu/rope_avx2.c"),
+    ),
+    Bug(
+        *("rope: a product is rounded to float32", "cpu/rope_ref.c", "double bc = b * cosine,"),
+        *("double bc = (float)(b * cosine),", "cpu/rope_ref.c"),
+    ),
+    Bug(
+        *("rope: lines and columns change places", "cpu/rope.c", "t % grid->width * p->table"),
+        *("t / grid->width % grid->height * p->table", "cpu/rope.c"),
+    ),
+    Bug(
+        *("rope: a task's last token is left out", "cpu/rope.c", "for (; token.s < end;"),
+        *("for (; token.s + 1 < end;", "cpu/rope.c"),
     ),
     Bug(
         "the last task is left out",

@@ -180,12 +180,24 @@ def test_doctor_tells_it_for_wans_sizes(native: str) -> None:
         call = WORKLOADS[name]
         elements = call.seqlen_q * call.num_heads_q * call.head_dim
         assert choices[name]["memory"]["peak_bytes"] >= 12 * elements
-        assert choices[name]["block_bytes"] == 88 * elements
+        assert choices[name]["block_bytes"] == 85 * elements
     assert choices["clip-vit-h"]["block_bytes"] is None
     text = report.render(found)
     part = text[text.index("\nmemory  (") : text.index("\nbackends  (")]
-    assert "6.87 GiB" in part and "A14B 1280x720, 81 frames, self-attention" in part
+    assert "6.63 GiB" in part and "A14B 1280x720, 81 frames, self-attention" in part
     assert report.render({**found, "choices": []}).count("\nmemory") == 0
+
+
+def test_stock_rope_takes_more(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = WORKLOADS["ti2v-5b-720p"]
+    request = Request.of(call, torch.bfloat16, "cpu")
+    elements = call.seqlen_q * call.num_heads_q * call.head_dim
+    assert memory.block_bytes(request) == 85 * elements
+    monkeypatch.setenv("WAN_ATTN_ROPE", "off")
+    config.refresh()
+    assert memory.block_bytes(request) == 88 * elements
+    monkeypatch.undo()
+    config.refresh()
 
 
 def bench(*args: str, **variables: str) -> list[dict[str, Any]]:
@@ -214,6 +226,7 @@ def test_the_benchmark_of_stock_wan22s_block_and_what_doctor_says_of_it() -> Non
     """28 bytes are there before the block begins; stock flash_attention takes more than ours."""
     own, _, by_torch = bench()[:3]
     assert own["host"] == "Wan2.2" and by_torch["attention"] == "patched, torch"
-    for row in (own, by_torch):
-        assert 87 < 28 + row["block_bytes_per_element"] < memory.WAN22_BLOCK_BYTES + 1
+    held = (memory.WAN22_BLOCK_BYTES, memory.WAN22_BLOCK_BYTES_ROPE)
+    for row, said in zip((own, by_torch), held, strict=True):
+        assert said - 1 < 28 + row["block_bytes_per_element"] < said + 1
     assert by_torch["call_bytes"] < own["call_bytes"]

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -13,9 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import wan_attn
 from emu.build import compiler
-from fuzz import build, caches, driver_faults, driver_table, fallbacks, malformed, run, surroundings
+from fuzz import (
+    build,
+    caches,
+    driver_faults,
+    driver_table,
+    fallbacks,
+    functions,
+    malformed,
+    run,
+    surroundings,
+)
 from fuzz.count import Count
 from wan_attn.native import library
 
@@ -37,12 +50,11 @@ def c_campaign(name: str, count: int) -> str:
     return done.stdout.strip()
 
 
-def test_random_legal_calls_of_the_abi(record_property: Any) -> None:
-    record_property("summary", c_campaign("legal", 600))
-
-
-def test_broken_calls_of_the_abi(record_property: Any) -> None:
-    record_property("summary", c_campaign("broken", 1000))
+@pytest.mark.parametrize(
+    ("name", "count"), [("legal", 600), ("rope", 400), ("broken", 1000), ("broken_rope", 800)]
+)
+def test_calls_of_the_abi(name: str, count: int, record_property: Any) -> None:
+    record_property("summary", c_campaign(name, count))
 
 
 @pytest.mark.parametrize(
@@ -59,6 +71,24 @@ def test_broken_calls_of_the_abi(record_property: Any) -> None:
 )
 def test_what_a_campaign_comes_to(program: str, expected: Count) -> None:
     assert run.run([sys.executable, "-c", program], limit=5.0) == expected
+
+
+def arguments_of(function: Any) -> set[str]:
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return {argument.name for argument in function.default._schema.arguments}
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+
+
+def test_no_argument_of_a_public_function_is_left_out() -> None:
+    """Whatever is added must be in the list that the malformed calls are made from."""
+    public = {getattr(wan_attn, name) for name in wan_attn.__all__}
+    public = {f for f in public if inspect.isfunction(f)}
+    public -= {wan_attn.available, wan_attn.unpatch}  # which are given nothing to compute with
+    public |= {torch.ops.wan_attn.sdpa, torch.ops.wan_attn.rms_norm_rope}
+    for function in public:
+        broken = {n for f in functions.functions() if f.call is function for n in f.kinds}
+        assert arguments_of(function) <= broken, function
 
 
 def test_malformed_python_calls(native: str, record_property: Any) -> None:

@@ -124,6 +124,18 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "grid_sizes must be int32 or int64, got float32",
     ),
     "offset": ({"seqlen_offset": -1}, "seqlen_offset must be at least 0 and below 2^62, got -1"),
+    "weight device": (
+        {"weight": torch.ones(60, device="meta")},
+        "weight must be on x's device cpu, got",
+    ),
+    "table device": (
+        {"table": rope_oracle.table(8, 20).to("meta")},
+        "table must be on x's device cpu, got",
+    ),
+    "grid device": (
+        {"grid_sizes": torch.ones(2, 3, device="meta").long()},
+        "grid_sizes must be on the CPU or on x's device cpu, got",
+    ),
     "out dtype": ({"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16"),
 }
 OF_THE_LIBRARY: dict[str, tuple[dict[str, Any], str]] = {
@@ -213,5 +225,7 @@ def test_the_function_takes_lists_and_looks_at_everything() -> None:
 
 def test_where_there_is_no_kernel_torch_computes() -> None:
     given = sample()
-    out = wan_attn.rms_norm_rope(**{n: v.to("meta") if n == "x" else v for n, v in given.items()})
+    for name in ("x", "weight", "table"):
+        given[name] = given[name].to("meta")
+    out = wan_attn.rms_norm_rope(**given)
     assert out.shape == given["x"].shape and out.device.type == "meta"

@@ -60,7 +60,6 @@ static wan_attn_status check_norm(const wan_attn_rope_params *a, wan_attn_error 
 static wan_attn_status check_table(const wan_attn_rope_params *a, wan_attn_error *err) {
     const wan_attn_tensor *x = &a->x, *table = &a->table;
     int has_grid = !wan_attn_is_absent(&a->grid_sizes);
-    int32_t last = table->ndim - 1;
     if (wan_attn_is_absent(table))
         return has_grid ? INVALID(err, "table must be a tensor where grid_sizes is one, got None")
                         : WAN_ATTN_OK;
@@ -85,9 +84,10 @@ static wan_attn_status check_table(const wan_attn_rope_params *a, wan_attn_error
                  : wan_attn_check_shape("table", table, x->shape, "shaped like x", err);
     if (status != WAN_ATTN_OK)
         return status;
-    if (table->stride[last] != 1)
+    int64_t last_stride = table->stride[table->ndim - 1]; /* of 2 or 4 */
+    if (last_stride != 1)
         return INVALID(err, "table must have stride 1 in its last dimension, got %lld",
-                       (long long)table->stride[last]);
+                       (long long)last_stride);
     status = wan_attn_check_device("table", table, x, "x", err);
     return status == WAN_ATTN_OK ? wan_attn_check_reach("table", table, err) : status;
 }

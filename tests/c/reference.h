@@ -13,7 +13,9 @@
 #include "wan_attn.h"
 
 static size_t element_size(int32_t dtype) {
-    return dtype == WAN_ATTN_I64 ? 8 : dtype == WAN_ATTN_F16 || dtype == WAN_ATTN_BF16 ? 2 : 4;
+    return dtype == WAN_ATTN_I64 || dtype == WAN_ATTN_F64    ? 8
+           : dtype == WAN_ATTN_F16 || dtype == WAN_ATTN_BF16 ? 2
+                                                             : 4;
 }
 
 static double decode_half(uint16_t bits, int exponent_bits) {
@@ -44,6 +46,7 @@ static double read_element(const void *at, int32_t dtype) {
         uint16_t h;
         int32_t i;
         int64_t l;
+        double d;
     } raw;
     memcpy(&raw, at, element_size(dtype));
     switch (dtype) {
@@ -51,6 +54,7 @@ static double read_element(const void *at, int32_t dtype) {
     case WAN_ATTN_F16: return decode_half(raw.h, 5);
     case WAN_ATTN_BF16: return decode_half(raw.h, 8);
     case WAN_ATTN_I32: return raw.i;
+    case WAN_ATTN_F64: return raw.d;
     default: return (double)raw.l;
     }
 }
@@ -65,6 +69,7 @@ static void write_element(void *at, int32_t dtype, double value) {
     const void *from = dtype == WAN_ATTN_F32   ? (const void *)&f
                        : dtype == WAN_ATTN_I32 ? (const void *)&i
                        : dtype == WAN_ATTN_I64 ? (const void *)&l
+                       : dtype == WAN_ATTN_F64 ? (const void *)&value
                                                : (const void *)&h;
     memcpy(at, from, element_size(dtype));
 }

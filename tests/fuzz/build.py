@@ -47,14 +47,14 @@ def _object(compiler: str, flags: list[str], source: Path, headers: list[Path]) 
 
 
 def program(name: str, variant: str) -> Path:
-    """The campaign `name` (legal or broken), linked with the library."""
+    """The campaign `name` (legal, rope, broken or broken_rope), linked with the library."""
     compiler, more = VARIANTS[variant]
     flags = [*_COMMON, *more]
     if variant == INSTALLED:
         flags.remove("-DWAN_ATTN_BUILD=1")
     csrc = [*(ROOT / "csrc").glob("c*/**/*.[ch]"), *(ROOT / "csrc").glob("c*/**/*.[id][ne][cf]")]
     headers = sorted(f for f in [*csrc, ROOT / "csrc/wan_attn.h"] if f.suffix != ".c")
-    own = sorted([*HERE.glob("*.h"), HERE.parent / "c/reference.h"])
+    own = sorted([*HERE.glob("*.h"), *(HERE.parent / "c").glob("*.h")])
     library = sorted(f for f in csrc if f.suffix == ".c")
     objects = [_object(compiler, flags, HERE / f"{name}.c", headers + own)]
     if variant == INSTALLED:

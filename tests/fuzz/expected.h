@@ -8,7 +8,7 @@
 
 #include <float.h>
 
-#include "elements.h"
+#include "c/elements.h"
 
 enum { MOST_KEYS = 512, MOST_HEAD_DIM = 256 };
 

@@ -17,7 +17,10 @@ from fuzz import odd_values as odd
 from fuzz import values as v
 
 OPERANDS = frozenset({"query", "key", "value"})
-OP, ATTENTION, FLASH = "torch.ops.wan_attn.sdpa", "flash_attention", "flash_attn_func"
+ATTENTION, FLASH = "flash_attention", "flash_attn_func"
+OP, ROPE_OP = "torch.ops.wan_attn.sdpa", "torch.ops.wan_attn.rms_norm_rope"
+OPS = frozenset({OP, ROPE_OP})
+"""Those whose arguments torch's dispatcher looks at first."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ _NUMBERS = {
     "Decimal": "it has a value as a float",
     "tensor": "a tensor of one element is a number to torch",
 }
-_TENSORS = (v.OPERAND, v.TOKENS, v.PACKED, v.PACKED_KEYS, v.LSE, v.OUT, v.MASK)
+_TENSORS = (v.OPERAND, v.TOKENS, v.PACKED, v.PACKED_KEYS, v.LSE, v.OUT, v.MASK, v.WEIGHT, v.TABLE)
 _GENERAL: dict[int, dict[str, str]] = {
     **{id(x): odd.LEGAL_TENSORS for x in _TENSORS},
     id(v.CU_SEQLENS): odd.LEGAL_INTEGERS | {"2^62 expanded": "only memory is wanting"},
@@ -56,6 +59,11 @@ _GENERAL: dict[int, dict[str, str]] = {
     id(v.FLAG): odd.LEGAL_FLAGS,
     id(v.WINDOW): odd.LEGAL_PAIRS,
     id(v.SCALE): _NUMBERS | odd.LEGAL_NUMBERS,
+    id(v.EPS): _NUMBERS | odd.LEGAL_NUMBERS,
+    id(v.GRIDS): odd.LEGAL_INTEGERS
+    | dict.fromkeys(("list", "list of tuples", "list of tensors"), "three sizes of each sample")
+    | dict.fromkeys(("list of numpy's", "numpy"), "three sizes of each sample")
+    | {"list of whole floats": "nothing is lost of 1.0; refusing it is right, too"},
     id(v.Q_SCALE): odd.LEGAL_NUMBERS
     | dict.fromkeys(("leaf", "Parameter"), "a tensor is multiplied in, with its gradient"),
     id(v.PROBABILITY): {"tensor": _NUMBERS["tensor"]} | odd.LEGAL_NUMBERS,
@@ -223,27 +231,35 @@ def _integration(name: str, function: str) -> Callable[..., Any]:
     return call
 
 
-def _of_torchs_dispatcher() -> dict[tuple[str, str], str]:
+def _of_torchs_dispatcher(
+    tensors: tuple[str, ...], numbers: tuple[str, ...], flags: tuple[str, ...], scale: str
+) -> dict[tuple[str, str], str]:
     """What torch converts, or refuses in words of its own, before anything of ours is asked."""
     converted = "torch's dispatcher converts it, and nothing of ours sees what it was"
     refused = "torch's dispatcher refuses it, and nothing of ours is asked"
-    flags = ("None", "2", "-1", "fraction", "nan", "float tensor")
+    of_flags = ("None", "2", "-1", "fraction", "nan", "float tensor")
     counts = ("bool", "float tensor", "bool tensor")
-    bounds = ("window_left", "window_right", "kernel")
-    rules = {(n, x): converted for n in ("is_causal", "return_lse") for x in flags}
-    rules |= {(n, x): converted for n in bounds for x in counts}
-    rules |= {("scale", x): converted for x in ("bool", "bool tensor")}
-    rules |= {(n, f"nested {x}"): refused for n in OPERANDS for x in ("strided", "jagged")}
-    rules |= {(n, "negative"): "-1 is no bound, or the best row" for n in bounds}
+    rules = {(n, x): converted for n in flags for x in of_flags}
+    rules |= {(n, x): converted for n in numbers for x in counts}
+    rules |= {(scale, x): converted for x in ("bool", "bool tensor")}
+    rules |= {(n, f"nested {x}"): refused for n in tensors for x in ("strided", "jagged")}
     # numpy's and tensors' scalars are numbers and bools to it, and fractions integers.
     scalars = ["0d numpy", "numpy of one", "0d tensor", "numpy bool", "numpy complex"]
     scalars += ["leaf", "Parameter", "whole float", "Fraction", "10^5000"]
     # It asks for a __torch_function__, which these have, and shows what it cannot convert.
     others = ("Anything", "Raising", "list of Raising", "weak", "deaf subclass")
-    names = (*OPERANDS, "q_lens", "k_lens", "scale", "is_causal", "return_lse", *bounds)
-    rules |= {(n, x): converted for n in names[5:] for x in scalars}
-    rules |= {(n, x): refused for n in names for x in others}
-    return rules | {("scale", "sparse tensor"): refused}
+    rules |= {(n, x): converted for n in (scale, *flags, *numbers) for x in scalars}
+    rules |= {(n, x): refused for n in (*tensors, scale, *flags, *numbers, "dtype") for x in others}
+    return rules | {(scale, "sparse tensor"): refused}
+
+
+_BOUNDS = ("window_left", "window_right", "kernel")
+_OF_THE_OP = _of_torchs_dispatcher(
+    ("query", "key", "value", "q_lens", "k_lens"),
+    _BOUNDS,
+    ("is_causal", "return_lse", "out_like_value"),
+    "scale",
+) | {(n, "negative"): "-1 is no bound, or the best row" for n in _BOUNDS}
 
 
 def _core() -> list[Function]:
@@ -253,7 +269,7 @@ def _core() -> list[Function]:
             "sdpa",
             wan_attn.sdpa,
             _sdpa,
-            {**_SDPA, "window": v.WINDOW},
+            {**_SDPA, "window": v.WINDOW, "out_dtype": v.OUT_DTYPE},
             {"window": _WINDOW_WORDS},
         ),
         Function(
@@ -265,7 +281,7 @@ def _core() -> list[Function]:
                 **{"q_lens": v.LENGTHS, "k_lens": v.LENGTHS, "dropout_p": v.PROBABILITY},
                 **{"softmax_scale": v.SCALE, "q_scale": v.Q_SCALE, "causal": v.FLAG},
                 **{"window_size": v.WINDOW, "deterministic": v.FLAG, "dtype": v.DTYPE},
-                "version": v.VERSION,
+                **{"version": v.VERSION, "out_dtype": v.OUT_DTYPE},
             },
             _FLASH_WORDS,
             {(n, x): _ANY_DTYPE for n in "qkv" for x in ("float64", "another half", "float8")},
@@ -274,16 +290,16 @@ def _core() -> list[Function]:
             OP,
             torch.ops.wan_attn.sdpa,
             _op,
-            {**_SDPA, "window_left": v.COUNT, "window_right": v.COUNT, "kernel": v.COUNT},
+            {**_SDPA, **dict.fromkeys(_BOUNDS, v.COUNT), "out_like_value": v.FLAG},
             {},
-            _of_torchs_dispatcher(),
+            _OF_THE_OP,
         ),
         Function(
             "windows_flash_attention_wrapper",
             wan_attn.windows_flash_attention_wrapper,
             lambda: {**_sdpa(), "method": "chunked", "threshold": 8, "max_elements": 64},
-            {**wrapper, "max_elements": v.COUNT},
-            {"window": _WINDOW_WORDS},
+            {**wrapper, "max_elements": v.COUNT, "group": v.NOTHING},
+            {"window": _WINDOW_WORDS, "group": frozenset({"method"})},
         ),
         Function(
             "merge_states",
@@ -293,6 +309,55 @@ def _core() -> list[Function]:
             {"out1": frozenset({"out2", "lse1", "lse2"}), "out2": frozenset({"lse2"})},
         ),
     ]  # fmt: skip
+
+
+def _rope() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(9)
+    angles = torch.randn(6, 8, generator=generator, dtype=torch.float64)
+    return {
+        "x": torch.randn(2, 5, 4, 16, generator=generator),
+        "weight": torch.rand(64, generator=generator) + 0.5,
+        "table": torch.stack((angles.cos(), angles.sin()), -1).flatten(-2),
+        "grid_sizes": torch.tensor([[1, 2, 2], [4, 1, 1]]),
+        **{"eps": 1e-6, "per_head": False, "round_norm": True},
+        **{"seqlen_offset": 0, "dtype": torch.float32},
+    }
+
+
+def _rms_norm_rope() -> list[Function]:
+    kinds = {
+        **{"x": v.OPERAND, "weight": v.WEIGHT, "table": v.TABLE, "grid_sizes": v.GRIDS},
+        **{"eps": v.EPS, "per_head": v.FLAG, "round_norm": v.FLAG},
+        **{"seqlen_offset": v.COUNT, "dtype": v.OUT_DTYPE},
+    }
+    words = {
+        "x": frozenset({"weight", "table", "grid_sizes"}),
+        "table": frozenset({"grid_sizes"}),  # which has more sizes than the table has positions
+        "grid_sizes": frozenset({"table"}),
+        "eps": frozenset({"weight"}),  # which goes with a norm alone
+        "per_head": frozenset({"weight"}),
+    }
+    rules = {
+        ("weight", "None"): "no weight is a weight of 1",
+        ("x", "another half"): "any floating dtype, whatever the weight's is",
+    }
+    op = _of_torchs_dispatcher(
+        ("x", "weight", "table", "grid_sizes"),
+        ("seqlen_offset", "kernel"),
+        ("per_head", "round_norm"),
+        "eps",
+    )
+    return [
+        Function("rms_norm_rope", wan_attn.rms_norm_rope, _rope, kinds, words, rules),
+        Function(
+            ROPE_OP,
+            torch.ops.wan_attn.rms_norm_rope,
+            _rope,
+            kinds | {"kernel": v.COUNT},
+            words,
+            rules | op | {("kernel", "negative"): "-1 is the best row"},
+        ),
+    ]
 
 
 def _of_other_libraries() -> list[Function]:
@@ -382,4 +447,4 @@ def _of_hosts() -> list[Function]:
 
 def functions() -> list[Function]:
     """All of them."""
-    return [*_core(), *_of_other_libraries(), *_of_hosts()]
+    return [*_core(), *_rms_norm_rope(), *_of_other_libraries(), *_of_hosts()]

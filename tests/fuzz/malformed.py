@@ -22,7 +22,7 @@ import torch
 import wan_attn.config
 from fuzz import odd_values
 from fuzz.count import Count
-from fuzz.functions import OP, Function, allowed, functions
+from fuzz.functions import OPS, Function, allowed, functions
 from wan_attn.transient import is_out_of_memory
 
 Bits = tuple[torch.Tensor, ...]
@@ -80,13 +80,13 @@ def _is_said_by_torch(function: Function, error: Exception, argument: str) -> bo
     text = str(error)
     expects = rf"Expected a value of type .* for argument '{argument}' but instead found"
     overflow = isinstance(error, (OverflowError, RuntimeError)) and argument in text
-    return function.name == OP and (re.search(expects, text) is not None or overflow)
+    return function.name in OPS and (re.search(expects, text) is not None or overflow)
 
 
 def judge(function: Function, argument: str, value: str, error: Exception | None) -> Outcome:
     """What the outcome of this call is worth."""
     is_legal = allowed(function, argument, value) is not None
-    if error is None or (is_legal and (function.name == OP or is_out_of_memory(error))):
+    if error is None or (is_legal and (function.name in OPS or is_out_of_memory(error))):
         return Outcome.ALLOWED if is_legal else Outcome.ACCEPTED
     if not isinstance(error, (RuntimeError, TypeError, ValueError, OverflowError)):
         return Outcome.WORDS

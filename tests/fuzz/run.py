@@ -5,11 +5,13 @@
     make fuzz ARGS="--only legal --seed 7 --case 123 [--variant sanitized]"     one case again
 
 broken        calls of the C ABI that break its contract (broken.c)
+broken_rope   the same of rms_norm_rope (broken_rope.c)
 malformed     every argument of every Python function, broken in every way (malformed.py)
 driver        every call of the CUDA driver fails, with every error (driver_faults.py), and what
               Python makes of it (fallbacks.py); --write writes docs/driver-faults.md
 surroundings  caches, threads, forks, signals (surroundings.py)
-legal         random calls of the C ABI against float64, with guard pages, on every row (legal.c)
+rope          random calls of rms_norm_rope against float64, with guard pages, on every row (rope.c)
+legal         the same of attention (legal.c)
 
 The C campaigns run plain, under the address and undefined-behaviour sanitizers of gcc and clang,
 and under gcc's thread sanitizer. Ends with a line for each campaign, and with 1 if anything is
@@ -34,12 +36,12 @@ from fuzz import build  # noqa: E402 - behind the path
 from fuzz.count import Count, counted  # noqa: E402
 
 # Shares of the time; malformed and driver take what they need, and legal gets the rest.
-SHARES = {"broken": 0.1, "surroundings": 0.1}
+SHARES = {"broken": 0.1, "broken_rope": 0.05, "surroundings": 0.1, "rope": 0.1}
 LEAST_FOR_LEGAL = 0.3
-CAMPAIGNS = ("broken", "malformed", "driver", "surroundings", "legal")
+CAMPAIGNS = ("broken", "broken_rope", "malformed", "driver", "surroundings", "rope", "legal")
 VARIANTS = {
-    "legal": ("plain", "sanitized", "sanitized clang", "threads"),
-    "broken": ("plain", "sanitized", "sanitized clang"),
+    **dict.fromkeys(("legal", "rope"), ("plain", "sanitized", "sanitized clang", "threads")),
+    **dict.fromkeys(("broken", "broken_rope"), ("plain", "sanitized", "sanitized clang")),
 }
 SPARE = 120.0  # seconds beyond its own time after which a campaign hangs
 LIMIT = 900.0  # of those that have none
@@ -83,7 +85,7 @@ def run_c(name: str, options: argparse.Namespace, seconds: float) -> Count:
         else:
             first, count = number << 40, 1 << 40
             time_limit = max(1.0, (end - time.monotonic()) / (len(programs) - number))
-        if name == "broken" and options.case is None:
+        if name.startswith("broken") and options.case is None:
             first = 0  # the single faults in each
         command = [program, str(options.seed), str(first), str(count), f"{time_limit:g}"]
         total += run(command, time_limit + SPARE)
@@ -115,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=2.0, help="for all of it, about")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000_000)
     parser.add_argument("--only", choices=CAMPAIGNS)
-    parser.add_argument("--case", type=int, help="of legal or broken, as a failure prints it")
+    parser.add_argument("--case", type=int, help="of a campaign in C, as a failure prints it")
     parser.add_argument("--variant", help=f"some of {', '.join(build.VARIANTS)}")
     parser.add_argument("--short", action="store_true", help="fewer errors of the driver")
     parser.add_argument("--write", action="store_true", help="write docs/driver-faults.md")

@@ -374,6 +374,78 @@ OUT: dict[str, Make] = {
     "another head_dim": lambda x: x[..., :8],
 }
 
+
+def _without(kind: dict[str, Make], *names: str) -> dict[str, Make]:
+    """For tensors of fewer dimensions: those values that these can have."""
+    return {name: make for name, make in kind.items() if not name.startswith(names)}
+
+
+# Of rms_norm_rope: the norm's weight [n], and angles [positions, head_dim].
+WEIGHT: dict[str, Make] = {
+    **_without(odd.TENSORS, "transposed", "none in the second", "none in the third", "2^"),
+    **_NO_TENSORS,
+    **_without(_TENSORS, "nested"),
+    "float64": lambda x: x.double(),
+    "too many": lambda x: torch.cat((x, x)),
+    "too few": lambda x: x[:-1],
+}
+TABLE: dict[str, Make] = {
+    **_without(odd.TENSORS, "none in the third"),
+    **_NO_TENSORS,
+    **_without(_TENSORS, "nested"),
+    "half": lambda x: x.half(),
+    "another head_dim": lambda x: x[:, :8],
+    "too few": lambda x: x[:2],
+}
+# Sizes of each sample, [batch, 3].
+GRIDS: dict[str, Make] = {
+    **{n: f for n, f in _INTEGER_TENSORS.items() if n not in ("2d tensor", "every other number")},
+    "2^62 expanded": lambda x: x[:1].expand(1 << 60, 3),
+    "named": lambda x: x.rename("A", "B"),
+    "1d tensor": lambda x: x[0],
+    "3d tensor": lambda x: x[None],
+    "turned": lambda x: x.t(),
+    "too many": lambda x: torch.cat((x, x)),
+    "too few": lambda x: x[:1],
+    "two sizes": lambda x: x[:, :2],
+    "four sizes": lambda x: torch.cat((x, x), 1)[:, :4],
+    "None": lambda x: None,
+    "list": lambda x: x.tolist(),
+    "list of tuples": lambda x: [tuple(n) for n in x.tolist()],
+    "list of tensors": lambda x: list(x),
+    "list of numpy's": lambda x: [n.numpy() for n in x],
+    "numpy": lambda x: x.numpy(),
+    "flat list": lambda x: [1, 2, 2],
+    "empty list": lambda x: [],
+    "list of empty": lambda x: [[], []],
+    "list of fractions": lambda x: [[1.5, 2, 2], [1, 1, 1]],
+    "list of whole floats": lambda x: [[1.0, 2, 2], [1, 1, 1]],
+    "list of bools": lambda x: [[True, True, True], [1, 1, 1]],
+    "list of NaN": lambda x: [[math.nan, 2, 2], [1, 1, 1]],
+    "list of None": lambda x: [None, None],
+    "list of str": lambda x: ["122", "111"],
+    "list of sets": lambda x: [{1, 2, 3}, {1, 2, 3}],
+    "list of Raising": lambda x: [odd.Raising(), odd.Raising()],
+    "list of itself": lambda x: odd.list_of_itself(),
+    "list beyond 64 bit": lambda x: [[HUGE, 1, 1], [1, 1, 1]],
+    "list negative": lambda x: [[-1, 1, 1], [1, 1, 1]],
+    "list too large": lambda x: [[1, 1, 1], [1, 1, 1000]],
+    "list too long": lambda x: [[1, 1, 1]] * 3,
+    "endless": lambda x: odd.Endless([[1, 1, 1], [1, 1, 1]]),
+    "str": lambda x: "12",
+    "bytes": lambda x: b"\1\2",
+    "set": lambda x: {(1, 1, 1), (2, 1, 1)},
+    "dict": lambda x: {0: [1, 1, 1], 1: [1, 1, 1]},
+    "generator": lambda x: ([1, 1, 1] for _ in range(2)),
+    "int": lambda x: 2,
+    "float": lambda x: 2.5,
+    "bool": lambda x: True,
+    "object": lambda x: object(),
+}
+EPS: dict[str, Make] = {**SCALE, "negative": lambda x: -1e-6, "None": lambda x: None}
+# A dtype that may be left out: then it is that of another operand.
+OUT_DTYPE = _without(DTYPE, "None")
+
 MODEL: dict[str, Make] = {
     **odd.OBJECTS,
     "None": lambda x: None,

@@ -20,11 +20,11 @@ def sources(csrc: Path) -> list[Path]:
 def compile_objects(
     compiler: str, folder: Path, csrc: Path, of: Iterable[Path], optimize: str = "-O2"
 ) -> None:
-    """folder/NAME.o of each source."""
+    """folder/ROOM-NAME.o of each source: core/ and cpu/ have files of one name."""
     flags = ["-std=c11", "-D_GNU_SOURCE", optimize, "-DWAN_ATTN_BUILD=1", f"-I{csrc}"]
 
     def compile_one(source: Path) -> None:
-        made = folder / f"{source.stem}.o"
+        made = folder / f"{source.parent.name}-{source.stem}.o"
         subprocess.run([compiler, *flags, "-c", source, "-o", made], check=True)
 
     with ThreadPoolExecutor(2) as pool:

@@ -16,13 +16,16 @@ import torch
 
 from wan_attn.backends import chunked, fa2, fa3, native, reads_float32, torch_sdpa, xformers
 from wan_attn.config import current
-from wan_attn.native import kernels
+from wan_attn.native import kernels, rope
 from wan_attn.request import Request
 
 # What stock Wan2.2's block takes at most for each element of its input (tokens * width), beside its
 # weights: 28 are there when it begins (the input and six modulations in float32), and the most is
 # held while its RoPE turns the key in float64. benchmarks/bench_memory.py measures it.
 WAN22_BLOCK_BYTES = 88
+
+# The same where rms_norm_rope stands in for the RoPE: now the feed-forward layer holds the most.
+WAN22_BLOCK_BYTES_ROPE = 85
 
 # Rows of query and keys that one thread of PyTorch's CPU kernel takes at a time, by the length of
 # query, as in the FlashAttentionKernel of its ATen.
@@ -164,7 +167,8 @@ def facts(request: Request, backend: str, variant: str = "") -> dict[str, Any] |
 def block_bytes(request: Request) -> int:
     """What stock Wan2.2's block around a call of its self-attention takes, without its weights."""
     elements = request.batch * request.seqlen_q * request.num_heads_q * request.head_dim
-    return WAN22_BLOCK_BYTES * elements
+    is_fused = current().rope == "auto" and rope.why_not(request.device) is None
+    return (WAN22_BLOCK_BYTES_ROPE if is_fused else WAN22_BLOCK_BYTES) * elements
 
 
 def told(found: dict[str, Any]) -> str:

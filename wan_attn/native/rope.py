@@ -23,6 +23,7 @@ SCHEMA = (
     " ScalarType? dtype=None, int kernel=-1) -> Tensor"
 )
 NAME = "wan_attn::rms_norm_rope"
+OPERANDS = ("x", "weight", "table", "grid_sizes")
 
 
 def kernels() -> tuple[str, ...]:
@@ -152,6 +153,11 @@ def _check(
         _check_dtype(dtype)
     _check_norm(x, weight, eps, per_head)
     _check_table(x, table, grid_sizes, seqlen_offset)
+    for name, tensor in (("weight", weight), ("table", table)):
+        if tensor is not None and tensor.device != x.device:
+            refuse(name, f"on x's device {x.device}", tensor.device)
+    if grid_sizes is not None and grid_sizes.device not in (x.device, torch.device("cpu")):
+        refuse("grid_sizes", f"on the CPU or on x's device {x.device}", grid_sizes.device)
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -195,7 +201,9 @@ def _check_table(
 
 
 def _by_torch(x: Tensor, *operands: Any, **options: Any) -> Tensor:
-    gate.dense("x", x)
+    for name, tensor in zip(OPERANDS, (x, *operands), strict=False):
+        if tensor is not None or name == "x":
+            gate.dense(name, tensor)
     _check(x, *operands, **options)
     return rope_in_torch.rms_norm_rope(x, *operands, **options)
 
@@ -206,7 +214,8 @@ def _fake(x: Tensor, *operands: Any, dtype: torch.dtype | None = None, **options
 
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+    # Torch keeps no tensor of inference mode, as a table or sizes made once may be.
+    ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in inputs))
     ctx.options = keyword_only_inputs
 
 
@@ -235,8 +244,7 @@ class _Guard:
         """As a library's."""
 
         def guarded(keyset: Any, *operands: Any, **keywords: Any) -> Any:
-            names = ("x", "weight", "table")
-            without_tangent(**dict(zip(names, operands, strict=False)))
+            without_tangent(**dict(zip(OPERANDS[:3], operands, strict=False)))
             return kernel(keyset, *operands, **keywords)
 
         self._library.impl(op, guarded, key, **options)

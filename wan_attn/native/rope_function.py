@@ -52,7 +52,9 @@ def rms_norm_rope(
     for name, value in (("x", x), ("weight", weight), ("table", table)):
         if value is not None or name == "x":
             gate.dense(name, value)
-    if grid_sizes is not None and not isinstance(grid_sizes, Tensor):
+    if isinstance(grid_sizes, Tensor):
+        gate.dense("grid_sizes", grid_sizes)
+    elif grid_sizes is not None:
         rule = "a tensor or a list of (frames, height, width)"
         if not isinstance(grid_sizes, (list, tuple)):
             refuse("grid_sizes", rule, gate.shown(grid_sizes))

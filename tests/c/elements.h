@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * elements.h - tests/c/reference.h for those who do not need all of it.
+ * elements.h - reference.h for those who do not need all of it.
  */
 #ifndef WAN_ATTN_TESTS_ELEMENTS_H
 #define WAN_ATTN_TESTS_ELEMENTS_H
@@ -8,7 +8,7 @@
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"
 #endif
-#include "c/reference.h"
+#include "reference.h"
 #if defined(__GNUC__)
 #pragma GCC diagnostic pop
 #endif
