@@ -92,7 +92,7 @@ static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blockin
     choose_tiles(p, blocking, &plan);
     plan.workers = wan_attn_workers(p->params, plan.pairs_per_group *
                                                    max_of(plan.tiles_per_pair, plan.blocks));
-    /* Q^T and O^T of each panel, S of one; some numbers for each row (its maximum, sum and so on). */
+    /* Q^T and O^T of each panel, S of one; some numbers for each row (maximum, sum and so on). */
     plan.scratch_floats =
         round_up(blocking->panel *
                      (plan.panels_per_tile * (plan.depth + plan.width + blocking->row_numbers) +
