@@ -12,7 +12,7 @@ import torch
 
 import oracle
 from benchmarks.accuracy import __main__ as room
-from benchmarks.accuracy import families, schemes
+from benchmarks.accuracy import families, library, schemes
 from benchmarks.accuracy.families import Case
 
 CASES = {case.family: case for case in families.synthetic(keys=512, long=1280)}
@@ -67,6 +67,20 @@ def test_a_scheme_is_attention(scheme: schemes.Scheme) -> None:
     np.testing.assert_allclose(schemes.exact(case.q, case.k, case.v, case.scale), want, atol=1e-12)
     got = scheme(case.q, case.k, case.v, case.scale)
     assert 1e-4 < room.error(got, want).relative_l2 < 0.06
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_librarys_kernel_is_what_was_simulated(case: Case) -> None:
+    """It rounds K's mean to float32, so that an integer here and there is the next one."""
+    row = library.lossy_row()
+    if row is None:
+        pytest.skip("without the native library")
+    simulated = schemes.qk8(case.q, case.k, case.v, case.scale)
+    computed = library.scheme(row)(case.q, case.k, case.v, case.scale)
+    want = schemes.exact(case.q, case.k, case.v, case.scale)
+    assert (
+        room.error(computed, simulated).relative_l2 < 0.05 * room.error(simulated, want).relative_l2
+    )
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
