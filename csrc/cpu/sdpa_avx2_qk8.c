@@ -2,11 +2,11 @@
  * sdpa_avx2_qk8.c - attention with 8-bit scores (qk8.h) with AVX2: products of int16 pairs, P V in
  * float32 with FMA. The body: sdpa_tile.inc, with sdpa_qk8.inc's scores.
  *
- * Budget: 4 x 3 accumulators + 3 + 1: all 16 registers. Two channels of a register tile are 12
- * vpmaddwd and 12 vpaddd for 7 loads, where float32 needs 24 FMA for 14. A core that adds integers
- * in four ports (AMD) then takes half the time for S, one with three (Intel) two thirds: 1.3 or 1.2
- * times sdpa_avx2 in all, where the quantising of q and k is shared by some thousand rows. Measured:
- * nothing yet.
+ * Budget: 4 x 3 accumulators, two vectors of Q^T, a key's pair and a product: all 16 registers. Two
+ * channels of a register tile are 12 vpmaddwd and 12 vpaddd for 10 loads, where float32 has 24 FMA
+ * for 14. A core that adds integers in four ports (AMD) then takes half the time for S, one with
+ * three (Intel) two thirds: 1.3 or 1.2 times sdpa_avx2 in all, where the quantising of q and k is
+ * shared by some thousand rows. Measured: nothing yet.
  */
 #include <float.h>
 #include <math.h>

@@ -134,15 +134,21 @@ static void score_row(const head_at_work *h, row_block *rows, int m, int64_t hea
     memset(rows->o[m], 0, (size_t)p->head_dim * sizeof(float));
 }
 
-/* Adds the keys [begin, end), whose values are v from `first` on, to row m. */
-static void add_keys(const wan_attn_problem *p, row_block *rows, int m, const float *s,
-                     float v[BLOCK_N][MAX_HEAD_DIM], int64_t first, int64_t begin, int64_t end) {
+/* One block of values, converted once for 16 rows. */
+typedef struct value_block {
+    float v[BLOCK_N][MAX_HEAD_DIM];
+} value_block;
+
+/* Adds the keys [begin, end) of this block to row m; s: the scores of the block. */
+static void add_keys(const wan_attn_problem *p, row_block *rows, int m, const value_block *block,
+                     const float *s, int begin, int end) {
     float sum = 0.0f, acc[MAX_HEAD_DIM] = {0};
-    for (int64_t n = begin; n < end; n++) {
+    for (int n = begin; n < end; n++) {
         float weight = expf((s[n] - rows->row_max[m]) * rows->factor[m]);
         sum += weight;
         for (int64_t d = 0; d < p->head_dim; d++)
-            acc[d] += weight * v[n - first][d];
+            /* NOLINTNEXTLINE(clang-analyzer-core.UndefinedBinaryOperatorResult): all are loaded */
+            acc[d] += weight * block->v[n][d];
     }
     rows->row_sum[m] += sum;
     for (int64_t d = 0; d < p->head_dim; d++)
@@ -176,7 +182,7 @@ static void compute_rows(int64_t task, int64_t worker, void *ctx) {
     float *scores = h->scores + worker * BLOCK_M * p->seqlen_k;
 
     row_block rows;
-    float v[BLOCK_N][MAX_HEAD_DIM];
+    value_block block;
     int64_t begin = INT64_MAX, end = 0; /* the keys that any of these rows sees */
     for (int m = 0; m < count; m++) {
         wan_attn_key_range keys = wan_attn_visible_keys(p, first_row + m, h->len_q, h->len_k);
@@ -188,16 +194,17 @@ static void compute_rows(int64_t task, int64_t worker, void *ctx) {
         end = keys.end > end ? keys.end : end;
     }
     for (int64_t first = begin; first < end; first += BLOCK_N) {
-        int64_t last = end - first < BLOCK_N ? end : first + BLOCK_N;
-        for (int64_t n = first; n < last; n++)
-            wan_attn_load_floats(v[n - first], wan_attn_row_address(&p->v, h->b, n, h->head_k),
+        int64_t left = end - first < BLOCK_N ? end - first : BLOCK_N;
+        for (int64_t n = 0; n < left; n++)
+            wan_attn_load_floats(block.v[n],
+                                 wan_attn_row_address(&p->v, h->b, first + n, h->head_k),
                                  p->v.dtype, p->head_dim);
         for (int m = 0; m < count; m++) {
-            int64_t from = rows.keys[m].begin, to = rows.keys[m].end;
-            from = from > first ? from : first;
-            to = to < last ? to : last;
+            int64_t from = rows.keys[m].begin - first, to = rows.keys[m].end - first;
+            from = from > 0 ? from : 0;
+            to = to < left ? to : left;
             if (from < to)
-                add_keys(p, &rows, m, scores + m * p->seqlen_k, v, first, from, to);
+                add_keys(p, &rows, m, &block, scores + m * p->seqlen_k + first, (int)from, (int)to);
         }
     }
     for (int m = 0; m < count; m++)
