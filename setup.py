@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -295,6 +296,7 @@ class build_native(Command):
         ship: list[str | Path] = [sys.executable, ROOT / "wan_attn/cuda/ship.py", "--into", target]
         kept = Path(os.environ.get("WAN_ATTN_KEPT") or ROOT / "build/cubin").resolve()
         ship += ["--kept", kept, "--record", record, "--cubins", wanted]
+        ship += ["--machine", TARGET.machine if TARGET else platform.machine().lower()]
         ship += [f"--site={folder}" for folder in hidden_packages()]
         if in_place:
             ship.append("--editable")

@@ -289,11 +289,13 @@ WAN_ATTN_API wan_attn_status wan_attn_workspace_size(const wan_attn_params *para
  * Tokens behind the grid are not rotated: out = y.
  *
  * Numerics. Squares are summed in float32, in at least 16 parts or as many as a head has elements;
- * these parts and 1 / sqrt are float64. n and y are float32 products. With rounds_norm, n is
+ * these parts and 1 / sqrt are float64 (on a GPU: one part a thread, a warp's summed in float32,
+ * warps and 1 / sqrt in pairs of floats). n and y are float32 products. With rounds_norm, n is
  * rounded to x's dtype and y to the wider one of x's and the weight's, as torch's operators do in
  * x.float() ... .type_as(x) * weight; without, neither is. Products of the rotation are float64,
  * each rounded by itself, and so is their sum, which is what complex128 gives; out is that sum,
- * rounded to float32 and then to its dtype. */
+ * rounded to float32 and then to its dtype. A GPU makes that sum in pairs of floats for a float32
+ * out, off by 2^-44 of the products at most; for a 16-bit out in float32, off by 2^-22. */
 typedef struct wan_attn_rope_params {
     uint32_t struct_size; /* sizeof(wan_attn_rope_params) of the caller; only ever appended to */
     int32_t kernel;       /* row of the table of rope kernels to force; -1: the best */
@@ -318,7 +320,7 @@ typedef struct wan_attn_rope_params {
     int32_t is_per_head;
     int32_t rounds_norm;
 
-    int32_t num_threads; /* CPU rows, as in wan_attn_params; so are the next two */
+    int32_t num_threads; /* these four: as in wan_attn_params */
     wan_attn_parallel_fn parallel;
     void *stream;
     uint32_t cpu_features;
@@ -330,7 +332,8 @@ WAN_ATTN_API wan_attn_status wan_attn_rope_kernel_at(int32_t row, wan_attn_kerne
 /* As wan_attn_select: the row that would run. Reads nothing; data pointers may be NULL. */
 WAN_ATTN_API wan_attn_status wan_attn_rope_select(const wan_attn_rope_params *params, int32_t *row,
                                                   wan_attn_error *err);
-/* Needs no workspace. At once on the CPU. *row, if not NULL: the row that ran. */
+/* Needs no workspace. At once on the CPU, enqueued on `stream` on a GPU. *row, if not NULL: the row
+ * that ran. */
 WAN_ATTN_API wan_attn_status wan_attn_rms_norm_rope(const wan_attn_rope_params *params,
                                                     int32_t *row, wan_attn_error *err);
 

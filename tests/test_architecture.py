@@ -65,6 +65,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/cuda/host/*.[ch]": [
         *(
             "core/kernel.h",
+            "core/rope.h",
             "core/util.h",
             "core/platform.h",
             "core/atomic.h",
@@ -77,6 +78,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     # No system header anywhere else in csrc/cuda: nvcc, NVRTC and the emulator take the same text.
     "csrc/cuda/args.h": [],
     "csrc/cuda/args_sm90.h": ["cuda/args.h"],
+    "csrc/cuda/args_rope.h": ["cuda/args.h"],
     "csrc/cuda/sdpa_rows.def": [],
     "csrc/cuda/ptx/ptx*.cuh": ["cuda/ptx/*.cuh", "emu/*.h"],
     "csrc/cuda/ptx/*.cuh": [],

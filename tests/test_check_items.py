@@ -218,6 +218,17 @@ def test_what_the_sanitizer_finds_is_a_failure(
 # --- the plan ---------------------------------------------------------------------------------
 
 
+def test_a_rope_row_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, native: str) -> None:
+    target, true = a_target(), torch.ops.wan_attn.rms_norm_rope
+    name = target.rope_kernels()[0].name
+    assert calls.check_rope(target, None, name)["calls"] > 0
+    monkeypatch.setattr(
+        torch.ops.wan_attn, "rms_norm_rope", lambda **given: true(**{**given, "eps": 0.1})
+    )
+    with pytest.raises(calls.WrongError, match="norm and rotation: out"):
+        calls.check_rope(target, None, name)
+
+
 def test_the_plan_has_every_step_for_every_kernel(native: str) -> None:
     target = a_target()
     items = plan.make(target)
@@ -226,7 +237,9 @@ def test_the_plan_has_every_step_for_every_kernel(native: str) -> None:
     assert len(names) == len(set(names)) > 0
     for name in names:
         mine = {item.step for item in items if item.kernel == name}
-        assert mine == set(STEPS) - {"speed", "matmul", *plan.ON_GPU_ONLY}
+        assert mine == set(STEPS) - {"speed", "matmul", "rope", *plan.ON_GPU_ONLY}
+    rope = [item.argument for item in items if item.step == "rope"]
+    assert rope == [kernel.name for kernel in target.rope_kernels()] and len(rope) >= 3
     some = plan.make(target, ("small", "speed"))
     assert [item.step for item in some] == ["small"] * len(names) + ["speed"] * 2
 

@@ -139,6 +139,8 @@ def ship(machine: Machine, kernel: str, arch: int) -> Path:
     [
         (86, 86, True),
         (86, 87, False),  # Jetson Orin: what is compiled for cards does not run there
+        (87, 87, True),
+        (87, 89, False),  # and not the other way round
         (86, 89, True),
         (88, 89, False),
         (120, 121, True),

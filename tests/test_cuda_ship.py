@@ -104,7 +104,7 @@ def test_an_old_compiler_ships_what_it_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(nvrtc.load(ship.compiler()), "archs", (50, 75, 80, 86, 90))
+    monkeypatch.setattr(nvrtc.load(ship.compiler()), "archs", (50, 75, 80, 86, 87, 90))
 
     def wanted(archs: Iterable[int]) -> list[Any]:
         asked.extend(archs)
@@ -113,6 +113,10 @@ def test_an_old_compiler_ships_what_it_knows(
     monkeypatch.setattr(ship, "wanted", wanted)
     assert "for sm_75 sm_80 sm_86 sm_90, 0.0 MiB" in ship.ship(tmp_path / "a", tmp_path / "b", 1)
     assert asked == [75, 80, 86, 90]
+    for machine, boards in (("x86_64", []), ("arm64", []), ("aarch64", [87])):
+        asked.clear()
+        ship.ship(tmp_path / "a", tmp_path / "b", 1, machine)
+        assert asked == [75, 80, 86, 90, *boards], machine
 
 
 def test_only_a_compiler_of_cuda_12_makes_what_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None:

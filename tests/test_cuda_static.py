@@ -36,7 +36,7 @@ def row_id(x: object) -> str:
     return x.name if isinstance(x, Tile) else str(x)
 
 
-def compile_with(compiler: str, tile: Tile | Helper, arch: int, output: Path) -> None:
+def compile_with(compiler: str, tile: compilers.Kernel, arch: int, output: Path) -> None:
     if compiler == NVCC:
         if compilers.nvcc() is None:
             pytest.skip("no nvcc on PATH")

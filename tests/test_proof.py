@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from cuda_mock import prove
-from cuda_mock.gpu import CARDS, Gpu
+from cuda_mock.gpu import CARDS
+from cuda_mock.rope import RopeGpu
 from cuda_mock.user import (  # noqa: F401 - some are fixtures
     BF16,
     CUDA,
     F16,
+    ROPE_ROWS,
     ROWS,
     Machine,
     machine_fixture,
@@ -29,7 +31,7 @@ from cuda_mock.user import (  # noqa: F401 - some are fixtures
 from emu.build import compiler
 from wan_attn.cuda.rows import kernels_for
 from wan_attn.native import cuda_driver, kernels, library
-from wan_attn.selfcheck import child, proof, proof_calls, proof_child, verdicts
+from wan_attn.selfcheck import child, proof, proof_calls, proof_child, rope_calls, verdicts
 from wan_attn.selfcheck.reference import MASKS, make_inputs
 from wan_attn.selfcheck.verdicts import FAILED, PASSED, UNTRIED, Verdict
 
@@ -63,14 +65,14 @@ def test_faults_end_a_child_and_not_the_users_process(
     # float16 of d64 is deadly: torch computes, and the call is right.
     assert not user_calls(machine, monkeypatch, 64, F16)
     verdict = verdicts.read(verdicts.key_of(0))  # type: ignore[arg-type]
-    assert verdict is not None and list(verdict.rows) == ROWS[:6]
+    assert verdict is not None and list(verdict.rows) == [*ROWS[:6], *ROPE_ROWS]
     for name, row in verdict.rows.items():
         assert row.state == (FAILED if name in WORDS else PASSED), name
         assert WORDS.get(name, "") in row.said and row.at > 0
     assert len(machine.children) == 5, "four rows each ended theirs"
     text = said(spoken)
     assert "in a process of its own, once for this driver, torch and build: about 10 s" in text
-    assert "1 of 6 CUDA kernels are right on NVIDIA A100" in text
+    assert "7 of 12 CUDA kernels are right on NVIDIA A100" in text
     for name, words in WORDS.items():
         assert f"{name} is not used on NVIDIA A100-SXM4-80GB: " in text and words in text
     # The next start tries nothing again, and each row is used or left as the verdict says.
@@ -91,7 +93,7 @@ def test_every_tile_and_every_pass_that_a_card_can_run_is_tried(
     arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Machine
 ) -> None:
     """With rings that go round, and both blocks of a cluster at work: see test_first_call.py."""
-    gpu = Gpu(tmp_path, CARDS[arch])
+    gpu = RopeGpu(tmp_path, CARDS[arch])
     monkeypatch.setattr(library, "load", lambda: gpu.lib)
     monkeypatch.setattr(library, "lib", lambda: gpu.lib)
     monkeypatch.setattr(proof_calls, "_known", lambda case: (make_inputs(case), None))
@@ -102,6 +104,9 @@ def test_every_tile_and_every_pass_that_a_card_can_run_is_tried(
     for row in card.rows():
         for dtype in row.dtypes:
             assert proof_calls.wrong(card, row, dtype) is None
+    for row in card.rope_rows():
+        for dtype in row.dtypes:
+            assert rope_calls.wrong(card, row, dtype) is None
     tried = {name for name, _ in gpu.asked}
     missing = {kernel.key for kernel in kernels_for(arch)} - tried
     is_half_rate = "GeForce" in CARDS[arch].name
@@ -140,6 +145,8 @@ def here(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Any:
         card = prove.MockCard(0, machine.gpu, faults)
         rows = [row for row in card.rows() if row.name == "sdpa_sm80_d64"]
         monkeypatch.setattr(card, "rows", lambda: rows)
+        if not any(name.startswith(rope_calls.PREFIX) for name in faults):
+            monkeypatch.setattr(card, "rope_rows", list)
         code = proof_child.main(["0", digest], lambda index: card)
         return code, verdicts.read(key)
 
@@ -159,6 +166,14 @@ def test_what_a_child_finds(here: Any, capsys: pytest.CaptureFixture[str]) -> No
     assert lines[0] == {"begin": "sdpa_sm80_d64/fp16"} and lines[-1] == {"end": True}
     here({})
     assert '"begin"' not in capsys.readouterr().out, "what has a verdict is not tried again"
+
+
+def test_a_rope_row_that_is_wrong_is_found(here: Any) -> None:
+    code, verdict = here({"rms_norm_rope_f16_sm75": "wrong numbers"})
+    assert code == 0
+    failed = verdict.rows["rms_norm_rope_sm75/fp16"]
+    assert failed.state == FAILED and "norm and rotation: out[1, 7, 0, 5] is" in failed.said
+    assert verdict.names(FAILED) == ["rms_norm_rope_sm75/fp16"]
 
 
 def test_no_memory_is_nothing_against_a_row(here: Any, capsys: pytest.CaptureFixture[str]) -> None:

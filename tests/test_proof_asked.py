@@ -13,7 +13,8 @@ import torch
 
 import wan_attn
 from cuda_mock import prove
-from cuda_mock.gpu import CARDS, Gpu
+from cuda_mock.gpu import CARDS
+from cuda_mock.rope import RopeGpu
 from cuda_mock.user import (  # noqa: F401 - some are fixtures
     ALL,
     BF16,
@@ -97,7 +98,7 @@ def test_another_start_tries_again_what_has_changed(
 def test_a_row_that_failed_leaves_the_call_to_the_next(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu = Gpu(tmp_path, CARDS[90])
+    gpu = RopeGpu(tmp_path, CARDS[90])
     monkeypatch.setattr(library, "load", lambda: gpu.lib)
     monkeypatch.setattr(library, "lib", lambda: gpu.lib)
     monkeypatch.setattr(cuda_driver, "_path", gpu.driver._name)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,11 @@ SAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
     "norm": lambda: sample(table=None, grid_sizes=None),
     "rotation": lambda: sample(weight=None, eps=None, seqlen_offset=7),
     "per_head": lambda: sample(weight=torch.rand(20), per_head=True, round_norm=False),
+    "transposed": lambda: sample(x=torch.randn(2, 3, 26, 20).transpose(1, 2)),
+    "of_qkv": lambda: sample(
+        x=torch.randn(2, 26, 3, 3, 20).bfloat16()[:, :, 1], eps=None, weight=None
+    ),
+    "expanded": lambda: sample(x=torch.randn(1, 26, 1, 20).expand(2, 26, 3, 20)),
     "each_token": lambda: sample(
         table=rope_oracle.table(26, 20)[None, :, None].expand(2, 26, 3, 20), grid_sizes=None
     ),
@@ -59,8 +65,44 @@ def test_compiles_into_one_graph(make: Callable[[], dict[str, Any]]) -> None:
     def twice(**given: Any) -> Any:
         return OP(**given) + OP(**given | {"x": 2 * given["x"]})
 
+    torch._dynamo.reset()  # which allows one function some variants, and no more
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**arguments), twice(**arguments))
+
+
+class Counter:
+    """A backend that counts how often it is asked to compile."""
+
+    def __init__(self, backend: str) -> None:
+        self.compile, self.count = torch._dynamo.lookup_backend(backend), 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
+        self.count += 1
+        return self.compile(graph, example)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_one_graph_for_every_length(backend: str) -> None:
+    """Between operators that a compiler fuses, of a strided x, and through the public function."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs g++")
+    weight, table = torch.rand(60) + 0.5, rope_oracle.table(8, 20)
+
+    def block(projected: Tensor, grid_sizes: Tensor) -> Any:
+        q, k = (2 * projected).unflatten(2, (2, 3, 20)).unbind(2)
+        q = OP(q, weight, table, grid_sizes, eps=1e-6, dtype=torch.bfloat16)
+        k = wan_attn.rms_norm_rope(k, weight, table, grid_sizes, eps=1e-6)
+        return q.float() + 3 * k
+
+    torch._dynamo.reset()
+    counter = Counter(backend)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
+    grid = torch.tensor([[2, 3, 4], [5, 5, 1]])
+    for seqlen in (26, 31, 40):
+        projected = torch.randn(2, seqlen, 120)
+        torch.testing.assert_close(compiled(projected, grid), block(projected, grid))
+    assert counter.count == 1
 
 
 @pytest.mark.parametrize("per_head", (False, True))
@@ -90,6 +132,32 @@ def test_gradient(per_head: bool, rounds: bool) -> None:
         gradients(OP, torch.float32), gradients(plain, torch.float64), strict=True
     ):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("of", ("x", "weight"))
+@pytest.mark.parametrize("per_head", (False, True))
+def test_gradient_is_what_a_small_step_changes(of: str, per_head: bool) -> None:
+    """Against differences of the oracle, which knows no autograd; x is a strided view."""
+    grids, step = [[2, 3, 4], [5, 5, 1]], 1e-4
+    given = sample(x=torch.randn(2, 3, 26, 20).transpose(1, 2), per_head=per_head)
+    given["weight"] = torch.rand(20 if per_head else 60) + 0.5
+    given[of].requires_grad_()
+    out = OP(**given)
+    grad_out = torch.randn(out.shape)
+    (found,) = torch.autograd.grad(out, given[of], grad_out)
+    assert found.shape == given[of].shape
+
+    def exact(moved: Tensor) -> float:
+        inputs = {"x": given["x"], "weight": given["weight"], of: moved}
+        inputs = {name: value.detach() for name, value in inputs.items()}
+        turned = rope_oracle.exact(**inputs, grids=grids, eps=1e-6, per_head=per_head)
+        return float((turned * grad_out).sum())
+
+    for _ in range(3):
+        way = torch.randn(given[of].shape, dtype=torch.float64)
+        here = given[of].detach().double()
+        change = (exact(here + step * way) - exact(here - step * way)) / (2 * step)
+        assert abs(float((found.double() * way).sum()) - change) <= 1e-4 * max(1.0, abs(change))
 
 
 def test_a_tangent_is_refused_and_not_dropped() -> None:

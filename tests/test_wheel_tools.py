@@ -6,11 +6,16 @@ targets. The wheels themselves: make wheels-check and make wheels-test.
 from __future__ import annotations
 
 import hashlib
+import json
+import platform
+import sys
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import readme_tables
-from wheels import build, targets
+from wheels import build, drivers, foreign, hub, roots, running, targets
 
 from source_tree import ROOT
 
@@ -50,6 +55,62 @@ def test_the_page_of_find_links_has_every_files_hash(tmp_path: Path) -> None:
     file.write_bytes(b"a wheel")
     digest = hashlib.sha256(b"a wheel").hexdigest()
     assert f'href="https://x/{file.name}#sha256={digest}"' in build.page([file], "https://x/")
+
+
+def test_the_kernels_hub_gets_a_folder_for_each_system_and_cuda(tmp_path: Path) -> None:
+    names = ("win_amd64", "manylinux_2_17_aarch64", "macosx_11_0_arm64", "any")
+    for name in names:
+        with zipfile.ZipFile(tmp_path / f"wan_attn-1-py3-none-{name}.whl", "w") as packed:
+            packed.writestr("wan_attn/__init__.py", "")
+            packed.writestr("wan_attn/build_record.json", '{"commit": "0123456789abcdef-dirty"}')
+            packed.writestr("wan_attn-1.dist-info/licenses/LICENSE", "x")
+    assert hub.main([str(tmp_path), "--out", str(tmp_path / "hub")]) == 0
+    made = {folder.name: folder for folder in (tmp_path / "hub/build").iterdir()}
+    arch = "torch-stable-abi29"
+    linux = {f"{arch}-{b}-aarch64-linux" for b in ("cpu", "cu126", "cu130")}
+    windows = {f"{arch}-{b}-x86_64-windows" for b in ("cpu", "cu126", "cu130")}
+    assert set(made) == linux | windows | {f"{arch}-cpu-aarch64-darwin", "torch-universal"}
+    for name, folder in made.items():
+        about = json.loads((folder / "metadata.json").read_text())
+        kind = "cuda" if "-cu1" in name else "cpu"
+        assert (about["id"], about["backend"]) == (f"_wan_attn_{kind}_0123456789ab", {"type": kind})
+        files = {f"wan_attn/{n}" for n in ("__init__.py", "build_record.json")}
+        assert set(about["digest"]["files"]) == files | {"LICENSE", "__init__.py"}
+        assert not list(folder.glob("*.dist-info"))
+
+
+def test_what_a_machine_lacks_is_said_and_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    wheel = tmp_path / "wan_attn-1-py3-none-any.whl"
+    arm, windows = (targets.TARGETS[n] for n in ("manylinux_2_17_aarch64", "win_amd64"))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(drivers, "ARM_LIBRARIES", tmp_path)
+    monkeypatch.setattr(drivers, "ROOT", tmp_path)
+    for what, test, reason in (
+        ("wine", partial(foreign.windows, wheel), "no wine here"),
+        ("wine", partial(drivers.run_both, windows, wheel), "no wine here"),
+        ("qemu", partial(foreign.arm64, wheel), "no qemu here"),
+        ("qemu", partial(drivers.run_both, arm, wheel), "no qemu here"),
+        ("glibc", partial(drivers.with_oldest_glibc, arm, wheel), "only a Debian can make"),
+    ):
+        assert running.attempt("name", what, test), "a lack is not a failure"
+        line = capsys.readouterr().out
+        assert f"{what} " in line and "not run" in line and reason in line
+    with pytest.raises(roots.NoRoot):
+        roots.make("oldest", tmp_path)
+
+
+def test_a_program_that_fails_is_a_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = partial(
+        running.run, [sys.executable, "-c", "print('why'); raise SystemExit(3)"], tmp_path
+    )
+    assert not running.attempt("name", "what", test)
+    line = capsys.readouterr().out
+    assert "PROBLEM" in line and "exit code 3" in line and "why" in line
 
 
 def test_a_release_cannot_forget_the_lines_that_install() -> None:

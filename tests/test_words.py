@@ -34,7 +34,11 @@ QUICK_STARTS = [Path("docs/README.ko.md"), Path("docs/README.zh.md")]
 # Options of other programs, by their owner.
 EXTERNAL_OPTIONS = {
     "pip": "--no-build-isolation --force-reinstall --no-deps --editable --upgrade"
-    " --no-index --find-links",
+    " --no-index --find-links --only-binary --no-compile --no-binary --require-hashes --target"
+    " --platform --python-version",
+    "the dynamic linker": "--library-path",
+    "delvewheel": "--analyze-existing",
+    "apt-get and dpkg-deb": "--yes --download-only --extract",
     "git": "--always --abbrev --dirty --exclude",
     "setuptools' commands": "--build-base --bdist-dir --formats",
     "twine": "--strict",
@@ -65,7 +69,8 @@ EXTERNAL_FILES = {
     "Wan2.2": "generate.py requirements.txt prompt_extend.py face_blocks.py utils/prompt_extend.py"
     " wan/modules/attention.py wan/modules/model.py",
     "the user, as the recipe makes it": "requirements-wan.txt",
-    "ComfyUI": "main.py comfy/ldm/modules/attention.py",
+    "ComfyUI": "main.py comfy/ldm/modules/attention.py"
+    " ComfyUI/custom_nodes/ComfyUI-wan-attn/__init__.py",
     "Wan2GP": "wgp.py shared/attention.py",
     "LightX2V": "template.py",
     "FlashAttention": "flash_attn/flash_attn_interface.py hopper/flash_attn_interface.py"

@@ -4,8 +4,8 @@
     PYTHONPATH=.ci python -m wheels.check [dist] [--again DIR]
 
 Names, RECORD, manifest and contents; of each library: its machine, exports, what it needs, how it
-is hardened. With --again the files of DIR, built a second time, must be the same bytes. auditwheel
-and twine have their say, too. Prints one line for each file; exit code 1 and the reasons.
+is hardened. With --again the files of DIR, built a second time, must be the same bytes. auditwheel,
+delvewheel and twine have their say, too. Prints one line a file; exit code 1 and the reasons.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def elf_problems(library: Any, target: Target, stem: str) -> Iterator[str]:
         if tag in tags:
             yield f"has {tag}"
     segments = {plain(segment.type): segment for segment in library.segments}
-    if "GNU_RELRO" not in segments or "NOW" not in str(tags["FLAGS_1"]):
+    if "GNU_RELRO" not in segments or "NOW" not in str(tags.get("FLAGS_1")):
         yield "its tables of addresses stay writable (no full RELRO)"
     stack = segments.get("GNU_STACK")
     if stack is None or int(stack.flags) & 1:
@@ -81,9 +81,10 @@ def elf_problems(library: Any, target: Target, stem: str) -> Iterator[str]:
         for needed in library.symbols_version_requirement
         for version in needed.get_auxiliary_symbols()
     }
-    if max(versions) > (*NEWEST_GLIBC, 99):
+    if max(versions, default=(0,)) > (*NEWEST_GLIBC, 99):
         yield f"needs glibc {max(versions)}, newer than {NEWEST_GLIBC}"
-    if stem == "wan_attn_shim" and library.get_section(".eh_frame").size < 100:
+    frames = library.get_section(".eh_frame")
+    if stem == "wan_attn_shim" and (frames is None or frames.size < 100):
         yield "has no unwind tables: torch's errors cannot pass through"
     if "GNU_PROPERTY" not in segments:
         yield f"has no note of guarded jumps for {target.machine}"
@@ -169,6 +170,8 @@ def content_problems(files: dict[str, bytes], target: Target) -> Iterator[str]:
         yield f"has {len(cubins)} kernels, its record says {record['cubins']}, {record['platform']}"
     if bool(cubins) != target.has_cuda:
         yield f"has {len(cubins)} ready CUDA kernels"
+    if any("-sm_87-" in name for name in cubins) != (target.machine == "aarch64"):
+        yield "has machine code for Jetson Orin, or lacks it (what is compiled for cards is no use)"
     if bool(record["left_out"]) != (not target.triple):
         yield f"leaves out {record['left_out']}"
     if bool([n for n in files if n.endswith(".cuh")]) != target.has_cuda:
@@ -212,6 +215,11 @@ def wheel_problems(wheel: Path) -> Iterator[str]:
         # A newer tag may stand there, too: it is enough that ours is fulfilled.
         if f'"{target.platform}"' not in said.replace("\n", " "):
             yield f"auditwheel: {said}"
+    if target.system == "win32":
+        # Without this option it looks at Python's own extensions alone, and we have none.
+        said = tool("delvewheel", "show", "--analyze-existing", str(wheel))
+        if "copied into the wheel.\n    None" not in said:
+            yield f"delvewheel: {said}"
 
 
 def tool(*words: str) -> str:

@@ -1,83 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """test.py - runs the wheels of one folder, as far as this machine can:
 
-    PYTHONPATH=.ci python -m wheels.test [dist] [--quick] [--torch PYTHON ...]
+    PYTHONPATH=.ci python -m wheels.test [dist] [--quick] [--only PLATFORM ...] [--torch PYTHON ...]
 
 Installs into fresh environments: beside each torch of --torch (a Python that has one), and without
-any. Compiles the C drivers of tests/c for each platform and lets them call the wheel's own library:
-directly, under wine, under qemu. What cannot run here is said. Exit code 1 if anything is wrong.
+any; into a real Python for Windows under wine, and one for arm64 under qemu, beside torch's own
+wheels. Lets the C drivers of tests/c call each wheel's own library: directly, with an old glibc,
+under wine, under qemu. What cannot run here is said. Exit code 1 if anything is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from wheels.targets import TARGETS, Target
-
-ROOT = Path(__file__).resolve().parents[2]
-ARM_LIBRARIES = Path("/usr/aarch64-linux-gnu")  # Debian's libc6-arm64-cross
-CALLS = {"": "100", "wine": "60", "qemu": "10"}  # of the CPU kernels
-
-
-class Failed(RuntimeError):
-    """A program has said something else than it should."""
-
-
-class Skipped(RuntimeError):
-    """This machine lacks something; says what."""
-
-
-def run(
-    words: Sequence[str | Path], cwd: Path, code: int = 0, more: dict[str, str] | None = None
-) -> str:
-    """A program's output; Failed if its exit code is another."""
-    left_out = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    environment = {k: v for k, v in os.environ.items() if k not in left_out} | (more or {})
-    done = subprocess.run(
-        [str(word) for word in words],
-        cwd=cwd,
-        env=environment | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    if done.returncode != code:
-        shown = " ".join(map(str, words))[:300]
-        raise Failed(f"{shown}: exit code {done.returncode}\n{done.stdout[-3000:]}")
-    return done.stdout
-
+from wheels import drivers, foreign, hub
+from wheels.running import CALL, ROOT, Failed, Skipped, attempt, run
+from wheels.targets import TARGETS
 
 # --- installed wheels ----------------------------------------------------------------------------
 
-# The op against the formula in float64, written out; then what was used.
-CALL = """
-import time; start = time.perf_counter(); import torch; had = time.perf_counter()
-import wan_attn; took = time.perf_counter() - had
-from wan_attn.native import library, op
-torch.manual_seed(0)
-q, k, v = (torch.randn(2, n, 3, 64) for n in (5, 70, 70))
-scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / 8
-expected = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v.double())
-error = (wan_attn.sdpa(q, k, v).double() - expected).abs().max().item()
-assert error < 1e-5, error
-assert not torch.cuda.is_initialized()
-said = f"torch {torch.__version__}: {op.binding()}, off by {error:.0e}, import {1000 * took:.0f} ms"
-print(said if library.load_error() is None else said + ", without our library")
-"""
 WITHOUT_TORCH = """
 import warnings
 with warnings.catch_warnings(record=True) as said:
@@ -88,12 +36,13 @@ assert "needs PyTorch 2.4 or newer" in str(said[0].message)
 PACKAGE = "import pathlib, wan_attn; print(pathlib.Path(wan_attn.__file__).parent)"
 
 
-def environment(folder: Path, name: str, base: Path, wheel: Path, see: bool) -> Path:
-    """A fresh environment with this wheel; its Python, which can `see` the packages of base."""
+def environment(folder: Path, name: str, base: Path, wheel: Path | None, see: bool) -> Path:
+    """A fresh environment with this wheel, if any; its Python, which can `see` base's packages."""
     venv = folder / name
     run([base, "-m", "venv", venv], folder)
     python = venv / "bin/python"
-    run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], folder)
+    if wheel is not None:
+        run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], folder)
     if see:
         (packages,) = venv.glob("lib/python*/site-packages")
         ask = "import sysconfig, torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])"
@@ -118,11 +67,37 @@ def damaged(python: Path, folder: Path) -> None:
         raise Failed(f"verify does not say that the library is gone:\n{doctor}")
 
 
+# torch's own list of its files, and what the file system says of each.
+TORCH_FILES = """import hashlib, importlib.metadata as m
+files = m.distribution("torch").files
+stats = [(str(f), s.st_size, s.st_mtime_ns) for f in files for s in [f.locate().stat()]]
+record = next(f for f in files if f.name == "RECORD" and f.parent.name[:5] == "torch").read_text()
+print(len(stats), hashlib.sha256(repr([stats, record]).encode()).hexdigest())
+"""
+
+
+def by_uv(base: Path, wheel: Path) -> str:
+    """uv puts the same files there as pip, and leaves torch alone."""
+    with tempfile.TemporaryDirectory(prefix="wan-attn-wheel-") as name:
+        folder = Path(name)
+        python = environment(folder, "venv", base, None, see=True)
+        before = run([python, "-c", TORCH_FILES], folder)
+        uv = [sys.executable, "-m", "uv", "pip", "install", "-q", "--no-index", "--no-deps"]
+        run([*uv, "--python", python, wheel], folder)
+        if run([python, "-c", TORCH_FILES], folder) != before:
+            raise Failed("uv has changed torch")
+        run([python, "-m", "wan_attn", "verify"], folder)
+        return run([python, "-c", CALL], folder).splitlines()[-1]
+
+
 def beside_torch(base: Path, wheel: Path, is_whole: bool = True) -> str:
     """Installs, calls, verifies and damages a wheel in an environment that sees base's torch."""
     with tempfile.TemporaryDirectory(prefix="wan-attn-wheel-") as name:
         folder = Path(name)
+        before = run([base, "-c", TORCH_FILES], folder)
         python = environment(folder, "venv", base, wheel, see=True)
+        if run([python, "-c", TORCH_FILES], folder) != before:
+            raise Failed("installing has changed torch")
         said = run([python, "-c", CALL], folder).splitlines()[-1]
         if ("without our library" in said) == is_whole:
             raise Failed(said)
@@ -135,6 +110,41 @@ def beside_torch(base: Path, wheel: Path, is_whole: bool = True) -> str:
         return said
 
 
+KERNELS = "kernels==0.17.2"
+# The package `kernels` finds our folder among those of other systems, and its own digest agrees.
+BY_KERNELS = """import sys; from pathlib import Path
+from kernels import get_local_kernel
+from kernels.variants import parse_variant
+hub = Path(sys.argv[1])
+assert all(parse_variant(f.name).variant_str == f.name for f in (hub / "build").iterdir())
+import torch
+loaded = get_local_kernel(hub, backend="cpu")
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 9, 2, 16) for _ in range(3))
+want = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+torch.testing.assert_close(loaded.sdpa(q, k, v), want.transpose(1, 2))
+import wan_attn
+assert Path(wan_attn.__file__).is_relative_to(hub), wan_attn.__file__
+from wan_attn.native import op
+print(f"{Path(loaded.__file__).parent.name}: {op.binding()}, right")
+"""
+
+
+def by_kernels(base: Path, dist: Path) -> str:
+    """The layout of the kernels hub, loaded by Hugging Face's own package from PyPI."""
+    with tempfile.TemporaryDirectory(prefix="wan-attn-hub-") as name:
+        folder = Path(name)
+        python = environment(folder, "venv", base, None, see=True)
+        try:
+            run([python, "-m", "pip", "install", "-q", KERNELS], folder)
+        except Failed as error:
+            raise Skipped(f"kernels cannot be had: {str(error)[-300:]}") from error
+        for wheel in dist.glob("*.whl"):
+            hub.lay_out(wheel, folder / "hub")
+        more = {"HF_HUB_OFFLINE": "1"}
+        return run([python, "-c", BY_KERNELS, folder / "hub"], folder, more=more).strip()
+
+
 def without_torch(base: Path, wheel: Path) -> str:
     """The package imports, and its commands say what is missing."""
     with tempfile.TemporaryDirectory(prefix="wan-attn-wheel-") as name:
@@ -145,97 +155,30 @@ def without_torch(base: Path, wheel: Path) -> str:
         return "imports, and says that torch is missing; verify is content"
 
 
-# --- C drivers against a wheel's library ---------------------------------------------------------
-
-
-def unpack(wheel: Path, folder: Path) -> Path:
-    """The wheel's libwan_attn, in the folder."""
-    with zipfile.ZipFile(wheel) as packed:
-        names = (n for n in packed.namelist() if re.fullmatch(r"wan_attn/(lib)?wan_attn\.\w+", n))
-        (name,) = names
-        made = folder / Path(name).name
-        made.write_bytes(packed.read(name))
-    return made
-
-
-def zig(folder: Path, *words: str | Path) -> None:
-    cache = str(ROOT / "build/wheels/zig")
-    caches = {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
-    run([sys.executable, "-m", "ziglang", *words], folder, more=caches)
-
-
-def import_library(folder: Path, library: Path, machine: str) -> Path:
-    """What a linker for Windows needs to know of a DLL, from tests/abi.txt."""
-    names = [
-        w for w in (ROOT / "tests/abi.txt").read_text().splitlines() if re.fullmatch(r"\w+", w)
-    ]
-    (folder / "abi.def").write_text("EXPORTS\n" + "\n".join(names) + "\n")
-    made = folder / "abi.lib"
-    kind = {"amd64": "i386:x86-64", "arm64": "arm64"}[machine]
-    zig(folder, "dlltool", "-m", kind, "-d", "abi.def", "-D", library.name, "-l", made)
-    return made
-
-
-def c_drivers(target: Target, wheel: Path) -> str:
-    """Both drivers call the wheel's library; the CUDA half with the mock driver."""
-    with tempfile.TemporaryDirectory(prefix="wan-attn-c-") as name:
-        folder = Path(name)
-        start, kind = runner(target, folder)
-        library = unpack(wheel, folder)
-        link = library
-        if target.system == "win32":
-            link = import_library(folder, library, target.machine)
-        tests, suffix = ROOT / "tests", ".exe" if target.system == "win32" else ""
-        mock = folder / ("nvcuda.dll" if suffix else "libcuda.so.1")
-        words = ["cc", "-target", target.triple, "-std=c11", "-D_GNU_SOURCE", "-O1"]
-        words += ["-fno-sanitize=all", f"-I{ROOT / 'csrc'}"]
-        ends = ["-lpthread"] if suffix else ["-lpthread", "-lm", "-ldl", "-Wl,-rpath,$ORIGIN"]
-        for driver in ("test_core", "test_cuda"):
-            zig(folder, *words, tests / f"c/{driver}.c", link, "-o", driver + suffix, *ends)
-        zig(folder, *words, "-shared", "-fPIC", tests / "cuda_mock/driver.c", "-o", mock, *ends[:1])
-        calls = CALLS[kind]
-        there = f"Z:{mock}" if suffix else str(mock)
-        more = {"WINEDEBUG": "-all", "WINEPREFIX": str(folder / "wine"), "LC_ALL": "C.UTF-8"}
-        said = run([*start, folder / f"test_core{suffix}", calls], folder, more=more)
-        said += run([*start, folder / f"test_cuda{suffix}", there, "100"], folder, more=more)
-        if said.count(": right") != 2:
-            raise Failed(said)
-        return "; ".join(line.strip() for line in said.splitlines() if line.endswith(": right"))
-
-
-def runner(target: Target, folder: Path) -> tuple[list[str | Path], str]:
-    """The command that starts this platform's programs here, and which of CALLS it is."""
-    if target.system == "linux" and target.machine == platform.machine():
-        return [], ""
-    if target.system == "win32" and target.machine == "amd64":
-        wine = shutil.which("wine64") or shutil.which("wine")
-        if wine is None:
-            raise Skipped("no wine here (Debian: apt install wine64 wine)")
-        return [wine], "wine"
-    if target.system == "linux" and target.machine == "aarch64":
-        qemu = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-        if qemu is None or not ARM_LIBRARIES.is_dir():
-            raise Skipped("no qemu here (Debian: apt install qemu-user libc6-arm64-cross)")
-        return [qemu, "-L", ARM_LIBRARIES], "qemu"
-    raise Skipped("nothing here runs its programs: wheels.check has read its files")
-
-
 # --- all of it -----------------------------------------------------------------------------------
 
 
-def attempt(name: str, what: str, test: Callable[[], str]) -> bool:
-    """Prints one line of the table; whether the test did not fail."""
-    start = time.monotonic()
-    try:
-        verdict, said = "ok", test()
-    except Skipped as reason:
-        verdict, said = "not run", str(reason)
-    except (Failed, OSError, subprocess.TimeoutExpired) as error:
-        verdict, said = "PROBLEM", str(error)
-    print(
-        f"   {name:22} {what:14} {verdict:8} {time.monotonic() - start:5.0f} s  {said}", flush=True
-    )
-    return verdict != "PROBLEM"
+def tests(
+    name: str, wheel: Path, torch: Sequence[Path], is_own: bool
+) -> Iterator[tuple[str, Callable[[], str]]]:
+    """What can be tried with one wheel, each with its title."""
+    target = TARGETS[name]
+    if is_own or not target.triple:
+        for base in torch:
+            yield "beside torch", partial(beside_torch, base.absolute(), wheel, is_own)
+            if is_own:
+                yield "beside torch, by uv", partial(by_uv, base.absolute(), wheel)
+        yield "without torch", partial(without_torch, Path(sys.executable), wheel)
+    if is_own and torch:
+        yield "by kernels", partial(by_kernels, torch[0].absolute(), wheel.parent)
+    if target.triple:
+        yield "C drivers", partial(drivers.run_both, target, wheel)
+    if name == "manylinux_2_17_x86_64":
+        yield "C drivers, old glibc", partial(drivers.with_oldest_glibc, target, wheel)
+    if name == "manylinux_2_17_aarch64":
+        yield "Python and torch", partial(foreign.arm64, wheel)
+    if name == "win_amd64":
+        yield "Python and torch", partial(foreign.windows, wheel)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -244,30 +187,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("dist", type=Path, nargs="?", default=ROOT / "dist")
     parser.add_argument("--torch", type=Path, nargs="+", default=[], metavar="PYTHON")
     parser.add_argument("--quick", action="store_true", help="this machine's own wheel alone")
+    parser.add_argument("--only", nargs="+", choices=TARGETS, metavar="PLATFORM")
     args = parser.parse_args(arguments)
     wheels = {w.stem.rpartition("-")[2]: w.resolve() for w in args.dist.glob("*.whl")}
     own = next((t.platform for t in TARGETS.values() if t.machine == platform.machine()), "")
     fine = own in wheels
+    if args.only:
+        wheels = {name: wheel for name, wheel in wheels.items() if name in args.only}
+        fine = len(wheels) == len(args.only)
     if not fine:
-        print(f"there is no wheel for this machine in {args.dist}: {sorted(wheels)}")
+        print(f"there is not every wheel that should be in {args.dist}: {sorted(wheels)}")
     for name, wheel in wheels.items():
-        target = TARGETS[name]
-        if args.quick and name != own:
-            continue
-        if name in (own, "any"):
-            for base in args.torch:
-                fine &= attempt(
-                    name,
-                    "beside torch",
-                    lambda b=base, w=wheel, n=name: beside_torch(b.absolute(), w, n == own),  # type: ignore[misc]
-                )
-            fine &= attempt(
-                name,
-                "without torch",
-                lambda w=wheel: without_torch(Path(sys.executable), w),  # type: ignore[misc]
-            )
-        if target.triple:
-            fine &= attempt(name, "C drivers", lambda t=target, w=wheel: c_drivers(t, w))  # type: ignore[misc]
+        if not args.quick or name == own:
+            for what, test in tests(name, wheel, args.torch, name == own):
+                fine &= attempt(name, what, test)
     return int(not fine)
 
 

@@ -4,6 +4,7 @@
  */
 #include "core/rope.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "core/cpuid.h"
@@ -13,6 +14,9 @@
 #define ROPE(row, ...)                                                                             \
     wan_attn_status wan_attn_##row(const wan_attn_rope_problem *, wan_attn_error *);
 #define ROPE_ELSEWHERE(...)
+#define ROPE_CUDA(row, ...)                                                                        \
+    const char *wan_attn_##row##_refuse(const wan_attn_rope_problem *);                            \
+    wan_attn_status wan_attn_##row(const wan_attn_rope_problem *, wan_attn_error *);
 
 /* Rows of another architecture are in the table, so that it reads the same everywhere; what they
  * need is never detected here, so they always refuse. */
@@ -29,20 +33,25 @@
 #include "core/rope_rows.def"
 #undef ROPE
 #undef ROPE_ELSEWHERE
+#undef ROPE_CUDA
 
 /* Second reading: the table. */
 /* NOLINTBEGIN(bugprone-macro-parentheses): each argument is a whole initialiser */
+#define ANY_ROW(row, device, text, ...)                                                            \
+    .info = {.struct_size = sizeof(wan_attn_kernel_info),                                          \
+             .device_type = device,                                                                \
+             .name = #row,                                                                         \
+             .description = text,                                                                  \
+             .dtypes = 1u << WAN_ATTN_F32 | 1u << WAN_ATTN_F16 | 1u << WAN_ATTN_BF16,              \
+             .head_dim_min = 1,                                                                    \
+             .head_dim_max = WAN_ATTN_ROPE_MAX_HEAD_DIM,                                           \
+             .head_dim_multiple = 1,                                                               \
+             __VA_ARGS__}
 #define CPU_ROW(row, needs, text, function)                                                        \
-    {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
-              .device_type = WAN_ATTN_CPU,                                                         \
-              .name = #row,                                                                        \
-              .description = text,                                                                 \
-              .dtypes = 1u << WAN_ATTN_F32 | 1u << WAN_ATTN_F16 | 1u << WAN_ATTN_BF16,             \
-              .head_dim_min = 1,                                                                   \
-              .head_dim_max = WAN_ATTN_ROPE_MAX_HEAD_DIM,                                          \
-              .head_dim_multiple = 1,                                                              \
-              .cpu_features = needs},                                                              \
-     .run = function},
+    {ANY_ROW(row, WAN_ATTN_CPU, text, .cpu_features = needs), .run = function},
+#define ROPE_CUDA(row, since, text)                                                                \
+    {ANY_ROW(row, WAN_ATTN_CUDA, text, .arch_min = since, .arch_max = WAN_ATTN_NEWEST_ARCH),       \
+     .refuse = wan_attn_##row##_refuse, .run = wan_attn_##row},
 #define ROPE(row, needs, text) CPU_ROW(row, needs, text, wan_attn_##row)
 #define ROPE_ELSEWHERE(row, needs, text) CPU_ROW(row, needs, text, NULL)
 /* NOLINTEND(bugprone-macro-parentheses) */
@@ -63,72 +72,120 @@ wan_attn_status wan_attn_rope_kernel_at(int32_t row, wan_attn_kernel_info *info)
     return WAN_ATTN_OK;
 }
 
-static uint32_t missing_features(const wan_attn_rope_problem *p, int32_t row) {
+static const char *device_name(wan_attn_device device_type) {
+    return device_type == WAN_ATTN_CPU    ? "cpu"
+           : device_type == WAN_ATTN_CUDA ? "cuda"
+                                          : "this device";
+}
+
+/* Whether this row takes the call; else why not. arch: of the call's device, if it is a GPU. */
+static int takes(wan_attn_rope_problem *p, int32_t row, int32_t arch, char *reason, size_t size) {
+    const wan_attn_kernel_info *info = &ROWS[row].info;
     uint32_t detected = wan_attn_cpu_features(), allowed = p->params->cpu_features;
-    return ROWS[row].info.cpu_features & ~(allowed ? detected & allowed : detected);
+    uint32_t missing = info->cpu_features & ~(allowed ? detected & allowed : detected);
+    const char *why = NULL;
+    p->kernel = row;
+    p->kernel_name = info->name;
+    if ((int32_t)p->device_type != info->device_type)
+        snprintf(reason, size, "runs on %s, the call is on %s",
+                 device_name((wan_attn_device)info->device_type), device_name(p->device_type));
+    else if (missing)
+        snprintf(reason, size, "needs %s, which this CPU %s", wan_attn_cpu_feature_words(missing),
+                 missing & ~detected ? "does not have" : "has but the caller has masked");
+    else if (arch < info->arch_min)
+        snprintf(reason, size, "needs compute capability %d.%d or newer, cuda:%d has %d.%d",
+                 (int)info->arch_min / 10, (int)info->arch_min % 10, (int)p->params->x.device_index,
+                 (int)arch / 10, (int)arch % 10);
+    else if (ROWS[row].refuse && (why = ROWS[row].refuse(p)) != NULL)
+        snprintf(reason, size, "%s", why);
+    else
+        return 1;
+    return 0;
 }
 
-static wan_attn_status refuse_device(const wan_attn_rope_problem *p, const char *what,
-                                     wan_attn_error *err) {
-    return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: runs on cpu, the call is on %s", what,
-                         p->device_type == WAN_ATTN_CUDA ? "cuda" : "this device");
+/* UNSUPPORTED, with the reasons of the rows for the call's device. */
+static wan_attn_status no_row(wan_attn_rope_problem *p, int32_t arch, wan_attn_error *err) {
+    char reasons[900] = "", reason[200];
+    size_t used = 0;
+    for (int32_t row = 0; row < ROW_COUNT; row++) {
+        if ((int32_t)p->device_type != ROWS[row].info.device_type ||
+            takes(p, row, arch, reason, sizeof(reason)))
+            continue;
+        int n = snprintf(reasons + used, sizeof(reasons) - used, "%s%s: %s", used ? "; " : "",
+                         ROWS[row].info.name, reason);
+        used = n > 0 && used + (size_t)n < sizeof(reasons) ? used + (size_t)n : used;
+    }
+    return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "no kernel takes this call: %s",
+                         used ? reasons : "they run on cpu and cuda, the call is on this device");
 }
 
-static wan_attn_status force(const wan_attn_rope_problem *p, int32_t row, wan_attn_error *err) {
+/* What the call's GPU is; 0 elsewhere. `what`: the words before the reason. */
+static wan_attn_status find_arch(const wan_attn_rope_problem *p, const char *what, int32_t *arch,
+                                 wan_attn_error *err) {
+    wan_attn_error why = {WAN_ATTN_OK, ""};
+    *arch = 0;
+    if (p->device_type != WAN_ATTN_CUDA)
+        return WAN_ATTN_OK;
+    wan_attn_status status = wan_attn_cuda_find_arch(p->params->x.device_index, arch, &why);
+    return status == WAN_ATTN_OK ? status : wan_attn_fail(err, status, "%s: %s", what, why.message);
+}
+
+static wan_attn_status force(wan_attn_rope_problem *p, int32_t row, wan_attn_error *err) {
+    char reason[200];
+    int32_t arch = 0;
     if (row < 0 || row >= ROW_COUNT)
         return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT,
                              "kernel must be -1 (the best) or a row from 0 to %d, got %d",
                              ROW_COUNT - 1, (int)row);
-    if ((int32_t)p->device_type != ROWS[row].info.device_type)
-        return refuse_device(p, ROWS[row].info.name, err);
-    uint32_t missing = missing_features(p, row);
-    if (missing)
-        return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: needs %s, which this CPU %s",
-                             ROWS[row].info.name, wan_attn_cpu_feature_words(missing),
-                             missing & ~wan_attn_cpu_features() ? "does not have"
-                                                                : "has but the caller has masked");
+    if ((int32_t)p->device_type == ROWS[row].info.device_type) {
+        wan_attn_status status = find_arch(p, ROWS[row].info.name, &arch, err);
+        if (status != WAN_ATTN_OK)
+            return status;
+    }
+    if (!takes(p, row, arch, reason, sizeof(reason)))
+        return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", ROWS[row].info.name, reason);
     return WAN_ATTN_OK;
 }
 
-/* The forced row if it can, else the first that can. */
-static wan_attn_status choose(const wan_attn_rope_problem *p, int32_t *row, wan_attn_error *err) {
-    int32_t forced = p->params->kernel;
-    *row = forced;
-    if (forced != -1)
-        return force(p, forced, err);
-    for (*row = 0; *row < ROW_COUNT; ++*row)
-        if ((int32_t)p->device_type == ROWS[*row].info.device_type && !missing_features(p, *row))
+/* The forced row if it can, else the first that can: p->kernel. */
+static wan_attn_status choose(wan_attn_rope_problem *p, wan_attn_error *err) {
+    char reason[200];
+    int32_t arch;
+    if (p->params->kernel != -1)
+        return force(p, p->params->kernel, err);
+    wan_attn_status status = find_arch(p, "no kernel takes this call", &arch, err);
+    for (int32_t row = 0; status == WAN_ATTN_OK && row < ROW_COUNT; row++)
+        if (takes(p, row, arch, reason, sizeof(reason)))
             return WAN_ATTN_OK;
-    return refuse_device(p, "no kernel takes this call", err);
+    return status == WAN_ATTN_OK ? no_row(p, arch, err) : status;
 }
 
 wan_attn_status wan_attn_rope_select(const wan_attn_rope_params *params, int32_t *row,
                                      wan_attn_error *err) {
     wan_attn_rope_problem problem;
-    int32_t found = -1;
     if (!row)
         return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, "row must be a pointer, got NULL");
     wan_attn_status status = wan_attn_rope_check(params, &problem, err);
     if (status == WAN_ATTN_OK)
-        status = choose(&problem, &found, err);
+        status = choose(&problem, err);
     if (status != WAN_ATTN_OK)
         return status;
-    *row = found;
+    *row = problem.kernel;
     return wan_attn_ok(err);
 }
 
 wan_attn_status wan_attn_rms_norm_rope(const wan_attn_rope_params *params, int32_t *row,
                                        wan_attn_error *err) {
     wan_attn_rope_problem problem;
-    int32_t found = -1;
     wan_attn_status status = wan_attn_rope_check(params, &problem, err);
     if (status == WAN_ATTN_OK)
-        status = choose(&problem, &found, err);
+        status = choose(&problem, err);
     if (status == WAN_ATTN_OK)
         status = wan_attn_rope_check_memory(&problem, err);
     if (status != WAN_ATTN_OK)
         return status;
     if (row)
-        *row = found;
-    return problem.batch && problem.seqlen ? ROWS[found].run(&problem, err) : wan_attn_ok(err);
+        *row = problem.kernel;
+    return problem.batch && problem.seqlen ? ROWS[problem.kernel].run(&problem, err)
+                                           : wan_attn_ok(err);
 }

@@ -18,6 +18,8 @@ typedef struct wan_attn_grid {
 /* A call that has passed wan_attn_rope_check: everything a row may rely on. */
 typedef struct wan_attn_rope_problem {
     const wan_attn_rope_params *params; /* for stream and threads only */
+    int32_t kernel;                     /* the row that is asked or run */
+    const char *kernel_name;
     wan_attn_device device_type;
     int64_t batch, seqlen, num_heads, head_dim;
     wan_attn_view x, out;
@@ -38,6 +40,8 @@ typedef struct wan_attn_rope_problem {
 /* One row of the table. */
 typedef struct wan_attn_rope_kernel {
     wan_attn_kernel_info info;
+    /* NULL, or a reason why this row cannot take a call that fits `info`. The field may be NULL. */
+    const char *(*refuse)(const wan_attn_rope_problem *problem);
     wan_attn_status (*run)(const wan_attn_rope_problem *problem, wan_attn_error *err);
 } wan_attn_rope_kernel;
 

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * shim.c - torch.ops.wan_attn.sdpa for CPU and CUDA tensors, and rms_norm_rope for CPU tensors:
+ * shim.c - torch.ops.wan_attn.sdpa for CPU and CUDA tensors, rms_norm_rope for CPU tensors, and
+ * rms_norm_rope_kernel, the same for CUDA tensors (wan_attn/native/rope_on_cuda.py calls it):
  * describes tensors to the C ABI, allocates, turns a status into an exception. The only native file
  * that knows torch, and only through its stable C ABI: one binary serves every torch from 2.9 on.
  * Knows no kernel.
@@ -186,6 +187,22 @@ static bool check_kernel(call *c) {
     return fail(c, "kernel must be -1 (the best) or a row, got ", number);
 }
 
+/* What runs the call: threads of the CPU, or the current stream of the GPU that `first` is on. */
+static bool find_place(call *c, const wan_attn_tensor *first, int32_t *num_threads,
+                       wan_attn_parallel_fn *parallel, void **stream) {
+    if (first->device_type == WAN_ATTN_CPU) {
+        uint32_t threads = 1;
+        torch.torch_get_num_threads(&threads);
+        *num_threads = (int32_t)threads;
+        *parallel = torch.torch_parallel_for;
+    } else if (!torch.aoti_torch_get_current_cuda_stream ||
+               torch.aoti_torch_get_current_cuda_stream(first->device_index, stream)) {
+        return fail(c, "torch does not tell the current CUDA stream of the device of ",
+                    c->names[0]);
+    }
+    return true;
+}
+
 /* The call in words of the C ABI, but for what it writes to. */
 static bool describe_call(call *c) {
     wan_attn_params *p = &c->params;
@@ -197,16 +214,7 @@ static bool describe_call(call *c) {
         if (c->operand[i] && !describe(c, i, slots[i]))
             return false;
     p->cpu_features = *cpu_features;
-    if (p->q.device_type == WAN_ATTN_CPU) {
-        uint32_t threads = 1;
-        torch.torch_get_num_threads(&threads);
-        p->num_threads = (int32_t)threads;
-        p->parallel = torch.torch_parallel_for;
-    } else if (!torch.aoti_torch_get_current_cuda_stream ||
-               torch.aoti_torch_get_current_cuda_stream(p->q.device_index, &p->stream)) {
-        return fail(c, "torch does not tell the current CUDA stream of query's device", "");
-    }
-    return true;
+    return find_place(c, &p->q, &p->num_threads, &p->parallel, &p->stream);
 }
 
 /* Allocates out, lse and the workspace. An lse that is not wanted has batch 0: a schema cannot
@@ -302,7 +310,6 @@ static void take_rope_arguments(const torch_value *stack, call *c, wan_attn_rope
 static bool compute_rope(call *c, wan_attn_rope_params *p, int32_t out_dtype) {
     wan_attn_error error;
     wan_attn_tensor *const slots[] = {&p->x, &p->weight, &p->table, &p->grid_sizes};
-    uint32_t threads = 1;
     int32_t row = -1;
     if (!check_kernel(c))
         return false;
@@ -310,10 +317,9 @@ static bool compute_rope(call *c, wan_attn_rope_params *p, int32_t out_dtype) {
     for (int i = X; i < ROPE_OPERANDS; i++)
         if (c->operand[i] && !describe(c, i, slots[i]))
             return false;
-    torch.torch_get_num_threads(&threads);
-    p->num_threads = (int32_t)threads;
-    p->parallel = torch.torch_parallel_for;
     p->cpu_features = *cpu_features;
+    if (!find_place(c, &p->x, &p->num_threads, &p->parallel, &p->stream))
+        return false;
     if (torch.wan_attn_rope_select(p, &row, &error) != WAN_ATTN_OK)
         return fail(c, error.message, "");
     if (out_dtype > WAN_ATTN_BF16) /* those before it are the floats that are computed with */
@@ -375,15 +381,16 @@ WAN_ATTN_API void wan_attn_shim_configure(const wan_attn_shim_functions *functio
 /* The row that the last call of this thread ran; -1: there was none. */
 WAN_ATTN_API int32_t wan_attn_shim_last_kernel(void) { return last_kernel; }
 
-/* Registers the ops as long as the process lives: sdpa for CPU and CUDA, rms_norm_rope for the CPU.
- * 0, or torch has refused. */
+/* Registers the ops as long as the process lives: sdpa for CPU and CUDA, rms_norm_rope for the CPU,
+ * rms_norm_rope_kernel for CUDA. 0, or torch has refused. */
 WAN_ATTN_API int32_t wan_attn_shim_register(void) {
     static const char *const KEYS[] = {"CPU", "CUDA"};
+    static const char *const ROPE_OPS[] = {"rms_norm_rope", "rms_norm_rope_kernel"};
     for (int i = 0; i < 2; i++) {
         torch_library library = NULL; /* never deleted: that would take the op away */
         if (torch.aoti_torch_library_init_impl("wan_attn", KEYS[i], __FILE__, __LINE__, &library) ||
             torch.aoti_torch_library_impl(library, "sdpa", sdpa) ||
-            (i == 0 && torch.aoti_torch_library_impl(library, "rms_norm_rope", rms_norm_rope)))
+            torch.aoti_torch_library_impl(library, ROPE_OPS[i], rms_norm_rope))
             return 1;
     }
     return 0;

@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from cuda_mock.gpu import CARDS, LAUNCH, Gpu
+from cuda_mock.gpu import CARDS, LAUNCH
+from cuda_mock.rope import RopeGpu
 from wan_attn.native import cuda_driver, library
 from wan_attn.native.kernels import KernelInfo
 from wan_attn.selfcheck import proof_child
@@ -42,7 +43,7 @@ ON_DEVICE = {(call.seqlen_q, call.seqlen_k) for call in CALLS if call.lens_on_de
 class MockCard(proof_child.TableCard):
     """The mock GPU as a proof sees it. Operands lie in ordinary memory."""
 
-    def __init__(self, index: int, gpu: Gpu, faults: dict[str, str] | None = None) -> None:
+    def __init__(self, index: int, gpu: RopeGpu, faults: dict[str, str] | None = None) -> None:
         super().__init__(index)
         self.gpu, self.faults = gpu, faults
         self.skipped = ["CUDA graphs: the mock GPU has none"]
@@ -56,6 +57,10 @@ class MockCard(proof_child.TableCard):
     def rows(self) -> list[KernelInfo]:
         absent = [name for name, fault in (self.faults or {}).items() if fault == "absent"]
         return [row for row in super().rows() if row.name not in absent]
+
+    def rope_rows(self) -> list[KernelInfo]:
+        absent = [name for name, fault in (self.faults or {}).items() if fault == "absent"]
+        return [row for row in super().rope_rows() if row.name not in absent]
 
     def device(self) -> torch.device:
         return torch.device("cpu")
@@ -96,9 +101,20 @@ class MockCard(proof_child.TableCard):
             kernel=row.index,
         )
 
+    def rope(self, row: KernelInfo, given: Mapping[str, Any]) -> Tensor:
+        self._now = {"rope": given}
+        on_device = given.get("seqlen_offset", 0) > 0  # as in rope_calls.CALLS
+        return self.gpu.rope(**given, kernel=row.index, grid_on_device=on_device)
+
     def _launch(self, image: bytes, args: int, numbers: object, stream: int | None) -> int:
         name = image.decode()
         fault = self.faults.get(name, "") if self.faults else ""
+        if name.startswith("rms_norm_rope_") and not self._error:
+            assert self.gpu.call is not None
+            out = torch.ops.wan_attn.rms_norm_rope(**self._now["rope"])
+            self.gpu.call.out.copy_(out)  # type: ignore[attr-defined]
+            if fault == "wrong numbers":
+                self.gpu.call.out[1, 7, 0, 5] *= 1.25  # type: ignore[attr-defined]
         if name.startswith("sdpa_") and not self._error:
             self._compute()
             if fault == "hang":
@@ -142,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
     arch, faults, *words = argv
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        gpu = Gpu(Path(folder), CARDS[int(arch)])
+        gpu = RopeGpu(Path(folder), CARDS[int(arch)])
         library.load = library.lib = lambda: gpu.lib
         cuda_driver._path = None  # this library has its driver, and every row counts as proven
         return proof_child.main(words, lambda index: MockCard(index, gpu, json.loads(faults)))

@@ -54,3 +54,19 @@ class MergeArgs(ctypes.Structure):
         *((name, c_int) for name in ("batch", "seqlen", "num_heads", "head_dim")),
         *(("num_splits", c_int), ("out_dtype", c_int)),
     ]
+
+
+class RopeArgs(ctypes.Structure):
+    """wan_attn_cuda_rope_args of csrc/cuda/args_rope.h."""
+
+    _fields_ = [
+        *(("x", View), ("out", View), ("weight", c_void_p), ("table", View)),
+        *(("grid_sizes", c_void_p), ("grid_strides", c_longlong * 2), ("grids", c_int * 3 * 64)),
+        *(("inverse_size", c_float * 2), ("eps", c_float * 2)),
+        *((name, c_int) for name in ("seqlen", "num_heads", "head_dim", "seqlen_offset")),
+        *((name, c_int) for name in ("positions", "weight_head_stride")),
+        *((name, c_int) for name in ("x_dtype", "out_dtype", "weight_dtype")),
+        *((name, c_int) for name in ("table_is_f64", "has_grid", "grid_is_i64")),
+        *((name, c_int) for name in ("has_norm", "is_per_head", "rounds_n", "rounds_y")),
+        *((name, c_int) for name in ("num_threads", "slots", "num_groups", "slot_factor")),
+    ]

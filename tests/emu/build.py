@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from emu.rows import CSRC, Helper, Tile, TileSm90, emulated_arch
+from emu.rows import CSRC, Helper, RopeKernel, Tile, TileSm90, emulated_arch
 
 HERE = Path(__file__).resolve().parent
 BUILT = HERE.parents[1] / "build" / "emu"
@@ -84,10 +84,14 @@ def _machine() -> tuple[str, ...]:
     return tuple(objects)
 
 
-def definitions(kernel: Tile | TileSm90 | Helper, arch: int | None = None) -> dict[str, str]:
+def definitions(
+    kernel: Tile | TileSm90 | Helper | RopeKernel, arch: int | None = None
+) -> dict[str, str]:
     """The macros that make one kernel of kernel.cpp."""
     return {
         "SMEM_BYTES": str(getattr(kernel, "smem_bytes", 0)),
+        # The host says how many of a kernel's threads a launch has.
+        **({"LAUNCH_THREADS": "args->num_threads"} if isinstance(kernel, RopeKernel) else {}),
         **kernel.defines(),
         "KERNEL_ARGS": kernel.args,
         "EMULATED_ARCH": str(arch or emulated_arch(kernel)),
@@ -96,7 +100,9 @@ def definitions(kernel: Tile | TileSm90 | Helper, arch: int | None = None) -> di
 
 
 @cache
-def library(tile: Tile | Helper, csrc: Path = CSRC, arch: int | None = None) -> ctypes.CDLL:
+def library(
+    tile: Tile | Helper | RopeKernel, csrc: Path = CSRC, arch: int | None = None
+) -> ctypes.CDLL:
     """The emulated kernel. `csrc`: other sources than the repository's (planted bugs)."""
     defines = [f"-D{name}={value}" for name, value in definitions(tile, arch).items()]
     strict = ["-Werror"] if csrc == CSRC else []  # bugs may leave things unused

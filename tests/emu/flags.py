@@ -7,10 +7,24 @@ For clang-tidy, which reads csrc/cuda through kernel.cpp; of the tiles of a body
 from __future__ import annotations
 
 from emu.build import definitions
-from wan_attn.cuda.rows import Helper, Tile, TileSm90, helpers, tiles, tiles_sm90
+from wan_attn.cuda.rows import (
+    Helper,
+    RopeKernel,
+    Tile,
+    TileSm90,
+    helpers,
+    rope_kernels,
+    tiles,
+    tiles_sm90,
+)
 
 if __name__ == "__main__":
-    kernels: list[Tile | TileSm90 | Helper] = [*tiles(), *tiles_sm90(), *helpers().values()]
+    kernels: list[Tile | TileSm90 | Helper | RopeKernel] = [
+        *tiles(),
+        *tiles_sm90(),
+        *helpers().values(),
+        *rope_kernels().values(),
+    ]
     for source in dict.fromkeys(kernel.source for kernel in kernels):
         first = next(kernel for kernel in kernels if kernel.source == source)
         print(*(f"-D{name}={value}" for name, value in definitions(first).items()))

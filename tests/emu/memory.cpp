@@ -6,9 +6,10 @@
 
 namespace emu {
 
-void global_memory::add(const char *name, void *data, std::int64_t bytes, bool is_output) {
+void global_memory::add(const char *name, void *data, std::int64_t bytes, bool is_output,
+                        bool in_place) {
     auto *begin = static_cast<const char *>(data);
-    tensors.push_back({name, begin, begin + bytes, is_output, {}});
+    tensors.push_back({name, begin, begin + bytes, is_output, in_place, {}});
     if (is_output)
         tensors.back().written.assign(static_cast<std::size_t>(bytes / 2 + 1), false);
 }
@@ -26,12 +27,13 @@ std::string global_memory::check(const void *address, int bytes, bool is_write) 
         if (at < t.begin || at + bytes > t.end)
             continue;
         last_hit = (last_hit + i) % tensors.size();
-        if (is_write != t.is_output)
+        if (is_write != t.is_output && !t.in_place)
             return outside + ", in " + t.name;
-        for (std::ptrdiff_t n = at - t.begin; is_write && n < at - t.begin + bytes; n += 2) {
+        for (std::ptrdiff_t n = at - t.begin; t.is_output && n < at - t.begin + bytes; n += 2) {
             if (t.written[static_cast<std::size_t>(n / 2)])
-                return t.name + " is written twice at byte " + std::to_string(n);
-            t.written[static_cast<std::size_t>(n / 2)] = true;
+                return t.name + (is_write ? " is written twice" : " is read where it was written") +
+                       " at byte " + std::to_string(n);
+            t.written[static_cast<std::size_t>(n / 2)] = is_write;
         }
         return "";
     }

@@ -11,11 +11,13 @@
 
 namespace emu {
 
-// Tensors of the launch. Every access must lie in one of them; outputs are written once.
+// Tensors of the launch. Every access must lie in one of them; outputs are written once, and not
+// read afterwards.
 class global_memory {
   public:
     void clear() { tensors.clear(); }
-    void add(const char *name, void *data, std::int64_t bytes, bool is_output);
+    // in_place: an output that may be read as well, element by element before it is written.
+    void add(const char *name, void *data, std::int64_t bytes, bool is_output, bool in_place);
     // "" or what is wrong with touching these bytes.
     std::string check(const void *at, int bytes, bool is_write);
 
@@ -24,7 +26,7 @@ class global_memory {
         std::string name;
         const char *begin;
         const char *end;
-        bool is_output;
+        bool is_output, in_place;
         std::vector<bool> written; // per 2 bytes
     };
     std::vector<tensor> tensors;

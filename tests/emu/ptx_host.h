@@ -70,7 +70,19 @@ DEVICE float load_global_f32(const void *at) {
     emu::load_global(&x, at, 4);
     return x;
 }
+DEVICE double load_global_f64(const void *at) {
+    double x;
+    emu::load_global(&x, at, 8);
+    return x;
+}
+DEVICE u32 load_own_b16(const void *at) { return load_global_b16(at); }
+DEVICE u32 load_own_b32(const void *at) { return load_global_b32(at); }
+DEVICE void load_own_b32x4(u32 x[4], const void *at) { emu::load_global(x, at, 16); }
 DEVICE void load_global_f32x2(float x[2], const void *at) { emu::load_global(x, at, 8); }
+DEVICE void store_global_b16(void *at, u32 x) {
+    const auto half = static_cast<unsigned short>(x);
+    emu::store_global(at, &half, 2);
+}
 DEVICE void store_global_f32(void *at, float x) { emu::store_global(at, &x, 4); }
 DEVICE void store_global_b32(void *at, u32 x) { emu::store_global(at, &x, 4); }
 DEVICE void store_global_f32x2(void *at, float x, float y) {
@@ -81,6 +93,7 @@ DEVICE void store_global_b32x2(void *at, u32 x, u32 y) {
     const u32 pair[2] = {x, y};
     emu::store_global(at, pair, 8);
 }
+DEVICE void store_global_b32x4(void *at, const u32 x[4]) { emu::store_global(at, x, 16); }
 
 DEVICE void load_shared_b32x4(u32 x[4], u32 at, emu::site where = {}) {
     emu::load_shared(x, own_shared(at, where), where);
@@ -137,6 +150,9 @@ DEVICE void mma_m16n8k16_f16_sum_f16(u32 d[2], const u32 a[4], u32 b0, u32 b1, e
 DEVICE float float_from_bits(u32 bits) { return emu::float_of_bits(bits); }
 DEVICE u32 bits_from_float(float x) { return emu::bits_of_float(x); }
 DEVICE float fused_multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
+DEVICE float rounded_sum(float x, float y) { return x + y; }
+DEVICE float rounded_product(float x, float y) { return x * y; }
+DEVICE float reciprocal_sqrt(float x) { return emu::rough(1.0f / std::sqrt(x)); }
 DEVICE float natural_log(float x) { return std::log(x); }
 DEVICE float larger(float x, float y) { return std::fmax(x, y); }
 DEVICE float exp2_approx(float x) {

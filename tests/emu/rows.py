@@ -7,11 +7,13 @@ from wan_attn.cuda import sources
 from wan_attn.cuda.rows import (
     Helper,
     Job,
+    RopeKernel,
     Tile,
     TileSm90,
     gpus,
     half_rate,
     helpers,
+    rope_kernels,
     tiles,
     tiles_for,
     tiles_sm90,
@@ -21,12 +23,14 @@ __all__ = [
     "CSRC",
     "Helper",
     "Job",
+    "RopeKernel",
     "Tile",
     "TileSm90",
     "emulated_arch",
     "gpus",
     "half_rate",
     "helpers",
+    "rope_kernels",
     "tiles",
     "tiles_for",
     "tiles_sm90",
@@ -35,7 +39,7 @@ __all__ = [
 CSRC = sources.root()
 
 
-def emulated_arch(kernel: Tile | Helper | TileSm90) -> int:
+def emulated_arch(kernel: Tile | Helper | TileSm90 | RopeKernel) -> int:
     """Whose instructions the emulator offers; all from sm_80 on are alike to most kernels."""
     if isinstance(kernel, TileSm90):
         return 90

@@ -69,7 +69,7 @@ class Memory:
         self.tensors: list[Tensor_] = []
         self._places: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, name: str, x: Tensor, output: bool = False) -> Tensor:
+    def add(self, name: str, x: Tensor, output: int = 0) -> Tensor:
         """The view x at its new place; views of one storage stay together."""
         whole = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
         if whole.data_ptr() not in self._places:

@@ -20,6 +20,15 @@ KERNEL(k_load_global_b32, u32 *out, const u32 *x) { *out = load_global_b32(x); }
 KERNEL(k_load_global_f32, float *out, const float *x) { *out = load_global_f32(x); }
 KERNEL(k_load_global_b32x4, u32 *out, const void *x) { load_global_b32x4(out, x); }
 KERNEL(k_load_global_f32x2, float *out, const float *x) { load_global_f32x2(out, x); }
+KERNEL(k_load_global_f64, double *out, const double *x) { *out = load_global_f64(x); }
+KERNEL(k_load_own_b16, u32 *out, const void *x) { *out = load_own_b16(x); }
+KERNEL(k_load_own_b32, u32 *out, const void *x) { *out = load_own_b32(x); }
+KERNEL(k_load_own_b32x4, u32 *out, const void *x) { load_own_b32x4(out, x); }
+KERNEL(k_store_global_b16, void *out, u32 x) { store_global_b16(out, x); }
+KERNEL(k_store_global_b32x4, u32 *out, u32 x, u32 y) {
+    const u32 words[4] = {x, y, 3, 4};
+    store_global_b32x4(out, words);
+}
 KERNEL(k_store_global_f32, float *out, float x) { store_global_f32(out, x); }
 KERNEL(k_store_global_b32, u32 *out, u32 x) { store_global_b32(out, x); }
 KERNEL(k_store_global_f32x2, float *out, float x, float y) { store_global_f32x2(out, x, y); }
@@ -60,6 +69,9 @@ KERNEL(k_float_from_bits, float *out, u32 x) { *out = float_from_bits(x); }
 KERNEL(k_bits_from_float, u32 *out, float x) { *out = bits_from_float(x); }
 KERNEL(k_exp2_approx, float *out, float x) { *out = exp2_approx(x); }
 KERNEL(k_reciprocal, float *out, float x) { *out = reciprocal(x); }
+KERNEL(k_reciprocal_sqrt, float *out, float x) { *out = reciprocal_sqrt(x); }
+KERNEL(k_rounded_sum, float *out, float x, float y) { *out = rounded_sum(x, y); }
+KERNEL(k_rounded_product, float *out, float x, float y) { *out = rounded_product(x, y); }
 KERNEL(k_fused_multiply_add, float *out, float x, float y, float z) {
     *out = fused_multiply_add(x, y, z);
 }

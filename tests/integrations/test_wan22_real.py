@@ -147,8 +147,10 @@ def test_sequence_parallel_in_two_processes(tmp_path: Path) -> None:
     meeting = str(tmp_path / "rendezvous")
     ranks = [start("ulysses", str(result), str(n), meeting) for n, result in enumerate(results)]
     for process, result in zip(ranks, results, strict=True):
-        seen = finish(process, result)["pieces"]["ulysses"]
+        pieces = finish(process, result)["pieces"]
+        seen = pieces["ulysses"]
         assert_close(seen)
+        assert_close(pieces["s2v_ulysses"])
         assert seen["calls"][0].startswith("[2, 80, 1, 128] [2, 80, 1, 128]"), "one head per rank"
         assert seen["calls"][0].endswith("[72, 30]")
 
@@ -156,7 +158,7 @@ def test_sequence_parallel_in_two_processes(tmp_path: Path) -> None:
 def test_norm_and_rotation_are_ours_and_go_back(saw: Callable[..., Any]) -> None:
     seen = saw("rope")
     assert len(seen["report"]) == 12
-    assert sum(line.endswith(": wan_attn") for line in seen["report"]) == 10, seen["report"]
+    assert sum(line.endswith(": wan_attn") for line in seen["report"]) == 11, seen["report"]
     for name, count in seen["ops"].items():
         assert count > 0, f"{name} called nothing of ours"
         bound = 2.0**-7 if name != "wan_model_float32" else 1e-4

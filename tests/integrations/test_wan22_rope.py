@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,3 +187,108 @@ def test_a_norm_with_hooks_is_not_fused() -> None:
     handle.remove()
     assert fused._norm_of(norm, {}) is None
     assert fused._norm_of(torch.nn.Identity(), {}) == (None, None)
+
+
+def token_freqs(batch: int, seqlen: int, heads: int, pairs: int) -> Tensor:
+    """As Wan2.2's rope_precompute stores them: those of all heads, alike."""
+    angles = torch.rand(batch, seqlen, 1, pairs, dtype=torch.float64)
+    return torch.polar(torch.ones_like(angles), angles).repeat(1, 1, heads, 1)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """Every tensor whose heads have been compared."""
+    found: list[Tensor] = []
+    equal = torch.equal
+
+    def counted(one: Tensor, other: Tensor) -> bool:
+        found.append(one)
+        return equal(one, other)
+
+    monkeypatch.setattr(rope, "_last_asked", (lambda: None, 0, False))
+    monkeypatch.setattr(torch, "equal", counted)
+    yield found
+    monkeypatch.undo()
+
+
+def bytes_per_element(freqs: Tensor, x: Tensor) -> float:
+    """Of the table that the kernel reads, for each element of x."""
+    table = rope.token_table_of(freqs, x)
+    assert table is not None and table.shape == x.shape
+    sizes = (n for n, step in zip(table.shape, table.stride(), strict=True) if step)
+    return math.prod(sizes) * table.element_size() / x.numel()
+
+
+def test_heads_that_turn_alike_are_read_as_one(asked: list[Tensor]) -> None:
+    x, freqs = torch.randn(2, 7, 4, 12), token_freqs(2, 7, 4, 6)
+    for _ in range(3):
+        assert bytes_per_element(freqs, x) == 8 / 4
+    assert len(asked) == 1, "every layer asks about the same tensor"
+    freqs[1, 3, 2, 5] *= 1j  # now one head has an angle of its own
+    assert bytes_per_element(freqs, x) == 8
+    assert bytes_per_element(freqs[:, :, :1], x) == 8 / 4
+    freqs[0, 0] = torch.nan
+    assert bytes_per_element(freqs, x) == 8
+    with torch.inference_mode():
+        assert bytes_per_element(token_freqs(2, 7, 4, 6), x) == 8, "it would not tell of a change"
+    del freqs
+    asked.clear()
+    gc.collect()
+    assert rope._last_asked[0]() is None, "nothing is kept alive"
+
+
+def test_a_graph_does_not_ask_what_is_in_a_tensor(asked: list[Tensor]) -> None:
+    x, freqs = torch.randn(1, 5, 4, 12), token_freqs(1, 5, 4, 6)
+
+    def table(freqs: Tensor) -> Tensor:
+        found = rope.token_table_of(freqs, x)
+        assert found is not None
+        return found.clone()
+
+    compiled = torch.compile(table, fullgraph=True, backend="eager")
+    assert compiled(freqs).shape == x.shape and not asked
+    assert table(freqs).shape == x.shape and len(asked) == 1
+
+
+PARALLEL = """
+import torch
+
+def distributed_attention(q, k, v, seq_lens, window_size):
+    asked.append((q, k))
+    return v
+
+def turn(x, grid_sizes, freqs):
+    turned = torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * freqs
+    return torch.view_as_real(turned).flatten(-2).float()
+
+def sp_attn_forward(self, x, seq_lens, grid_sizes, freqs, dtype=torch.bfloat16):
+    b, s, n, d = *x.shape[:2], self.num_heads, self.head_dim
+    q = turn(self.norm_q(self.q(x)).view(b, s, n, d), grid_sizes, freqs)
+    k = turn(self.norm_k(self.k(x)).view(b, s, n, d), grid_sizes, freqs)
+    v = self.v(x).view(b, s, n, d)
+    x = distributed_attention(q.to(dtype), k.to(dtype), v.to(dtype), seq_lens, self.window_size)
+    return self.o(x.flatten(2).float())
+"""
+
+
+def test_a_part_of_s2v_has_the_angles_of_its_tokens(native: str) -> None:
+    """sp_attn_forward_s2v: q and k leave one pass in the dtype of attention, with stock's bits."""
+    names: dict[str, Any] = {"asked": []}
+    exec(compile(PARALLEL, "parallel", "exec"), names)
+    attention: Any = torch.nn.Module()
+    for name in "qkvo":
+        setattr(attention, name, torch.nn.Linear(48, 48))
+    attention.norm_q = attention.norm_k = torch.nn.Identity()
+    attention.num_heads, attention.head_dim, attention.window_size = 4, 12, (-1, -1)
+    x, freqs = torch.randn(1, 6, 48), token_freqs(1, 6, 4, 6)
+    forward = fused.make_parallel_forward(names["sp_attn_forward"], {}, "turn", True)
+    turn, names["turn"] = names["turn"], None  # which ours does not need
+    with torch.no_grad():
+        attention.o.to(torch.bfloat16)
+        forward(attention, x, None, None, freqs)
+        names["turn"] = turn
+        attention.o.float()
+        names["sp_attn_forward"](attention, x, None, None, freqs)
+    ours, stocks = names["asked"]
+    for one, other in zip(ours, stocks, strict=True):
+        assert one.dtype == torch.bfloat16 and torch.equal(one, other)

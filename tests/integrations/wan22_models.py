@@ -100,7 +100,16 @@ def clip_pool() -> Tensor:
 
 def s2v() -> Tensor:
     """Speech to video: attention over video, reference and motion; audio injected per frame."""
-    from wan.modules.s2v.model_s2v import WanModel_S2V
+    return _s2v(is_parallel=False)
+
+
+def s2v_ulysses() -> Tensor:
+    """The same, sequence parallel; needs a process group."""
+    return _s2v(is_parallel=True)
+
+
+def _s2v(is_parallel: bool) -> Tensor:
+    from wan.modules.s2v.model_s2v import WanModel_S2V, sp_attn_forward_s2v
 
     model = WanModel_S2V(
         cond_dim=16,
@@ -111,6 +120,10 @@ def s2v() -> Tensor:
         zero_timestep=True,
         **SMALL,
     )
+    if is_parallel:
+        for block in model.blocks:
+            block.self_attn.forward = types.MethodType(sp_attn_forward_s2v, block.self_attn)
+        model.use_context_parallel = True
     random = Random(4)
     with CpuAutocast(BF16):
         return _flat(

@@ -181,7 +181,8 @@ def ulysses(rank: int, rendezvous: str) -> dict[str, Any]:
     wan22.patch()
     import wan22_models
 
-    return {"pieces": compare({"ulysses": wan22_models.wan_model_ulysses})}
+    pieces = {"ulysses": wan22_models.wan_model_ulysses, "s2v_ulysses": wan22_models.s2v_ulysses}
+    return {"pieces": compare(pieces)}
 
 
 def rope() -> dict[str, Any]:

@@ -222,6 +222,7 @@ template <class T> T right(T a, u32 n) {
 float add_f(float a, float b) { return a + b; }
 float sub_f(float a, float b) { return a - b; }
 float mul_f(float a, float b) { return a * b; }
+double sub_d(double a, double b) { return a - b; }
 float fma_f(float a, float b, float c) { return fmaf(a, b, c); }
 float neg_f(float a) { return float_of(bits_of(a) ^ 0x80000000u); }
 float abs_f(float a) { return float_of(bits_of(a) & 0x7fffffffu); }
@@ -305,6 +306,9 @@ const std::vector<Op> ALU_OPS = [] {
         {"add.f32", "=r r r", binary<float, add_f>},
         {"sub.f32", "=r r r", binary<float, sub_f>},
         {"mul.f32", "=r r r", binary<float, mul_f>},
+        {"add.rn.f32", "=r r r", binary<float, add_f>},
+        {"mul.rn.f32", "=r r r", binary<float, mul_f>},
+        {"sub.f64", "=l l l", binary<double, sub_d>},
         {"fma.rn.f32", "=r r r r", ternary<float, fma_f>},
         {"neg.f32", "=r r", unary<float, neg_f>},
         {"abs.f32", "=r r", unary<float, abs_f>},

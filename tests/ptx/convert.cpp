@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * convert.cpp - PTX ISA, "cvt", and the approximations "ex2" and "rcp".
+ * convert.cpp - PTX ISA, "cvt", and the approximations "ex2", "rcp" and "rsqrt".
  */
 #include <cmath>
 
@@ -79,7 +79,33 @@ template <float f(float)> void approximation(Warp &w, const Ins &, const int *o,
     w.define(o[0], mask, w.defined[o[1]]);
 }
 
+/* Without .ftz. */
+template <float f(float)> void kept_approximation(Warp &w, const Ins &, const int *o, u32 mask) {
+    float *d = w.at<float>(o[0]);
+    const float *a = w.at<float>(o[1]);
+    lanes(mask, [&](int l) { d[l] = blurred(*w.machine, f(a[l])); });
+    w.define(o[0], mask, w.defined[o[1]]);
+}
+
 float inverse(float x) { return 1.0f / x; }
+float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+
+/* "cvt" between the two sizes of floats. */
+void double_from_float(Warp &w, const Ins &, const int *o, u32 mask) {
+    double *d = w.at<double>(o[0]), result[LANES];
+    const float *a = w.at<float>(o[1]);
+    lanes(mask, [&](int l) { result[l] = a[l]; });
+    lanes(mask, [&](int l) { d[l] = result[l]; });
+    w.define(o[0], mask, w.defined[o[1]]);
+}
+
+void float_from_double(Warp &w, const Ins &, const int *o, u32 mask) {
+    float *d = w.at<float>(o[0]), result[LANES];
+    const double *a = w.at<double>(o[1]);
+    lanes(mask, [&](int l) { result[l] = (float)a[l]; });
+    lanes(mask, [&](int l) { d[l] = result[l]; });
+    w.define(o[0], mask, w.defined[o[1]]);
+}
 
 /* 2^x within a fraction of a unit: by a table-free polynomial in double, which the compiler can
  * make of vector instructions. */
@@ -123,4 +149,7 @@ const std::vector<Op> CONVERT_OPS = {
     {"cvt.rn.bf16x2.f32", "=r r r", pair_of<bf16_of>},
     {"ex2.approx.ftz.f32", "=r r", approximation<power_of_two>},
     {"rcp.approx.ftz.f32", "=r r", approximation<inverse>},
+    {"rsqrt.approx.f32", "=r r", kept_approximation<inverse_root>},
+    {"cvt.f64.f32", "=l r", double_from_float},
+    {"cvt.rn.f32.f64", "=r l", float_from_double},
 };

@@ -53,7 +53,7 @@ struct Tensor {
     const char *name;
     u8 *data;
     i64 bytes;
-    int output;
+    int output; /* 2: in place, read before it is written */
 };
 
 /* How the machine takes the liberties that the manual leaves to it. */

@@ -172,9 +172,13 @@ def launch(
     *,
     shared_bytes: int = 0,
     threads: int = 0,
+    fewer: bool = False,
     knobs: Knobs = Knobs(),
 ) -> None:
     """Runs a grid.
+
+    Args:
+        fewer: the kernel may be launched with fewer threads than it was compiled for (.maxntid).
 
     Raises:
         PtxError: what the machine found, and where.
@@ -182,7 +186,7 @@ def launch(
     made = kernel.made
     if ctypes.sizeof(params) != made.param_bytes:
         raise PtxError(f"{made.param_bytes} bytes of parameters, {ctypes.sizeof(params)} given")
-    if threads and threads != made.threads:
+    if threads > made.threads if fewer else threads not in (0, made.threads):
         raise PtxError(f"compiled for {made.threads} threads, launched with {threads}")
 
     def at(data: Any) -> int:
@@ -192,7 +196,7 @@ def launch(
     what = _Program(
         *(at(made.code), len(made.names), at(made.pool), ctypes.addressof(kinds)),
         *(at(made.constants), at(made.constant_slots), len(made.constants), made.slots),
-        *(made.threads, made.cluster, shared_bytes, made.param_bytes),
+        *(threads or made.threads, made.cluster, shared_bytes, made.param_bytes),
         *(ctypes.addressof(params), ctypes.addressof(kernel.executed)),
     )
     values = _Knobs(*(getattr(knobs, name) for name, *_ in _Knobs._fields_))

@@ -60,14 +60,16 @@ u8 *global_memory(Machine &m, u64 address, u64 bytes, u32 alignment, bool writes
         u64 begin = (u64)t.data, end = begin + (u64)t.bytes;
         if (address < begin || address + bytes > end)
             continue;
-        if (!writes && t.output)
+        if (!writes && t.output == 1)
             trap("global read of the output %s", t.name);
         if (writes && !t.output)
             trap("global write to the input %s", t.name);
-        if (writes)
-            for (u64 j = address - begin; j < address - begin + bytes; j++)
-                if (m.written[i][j]++)
-                    trap("%s: byte %lld is written twice", t.name, (long long)j);
+        for (u64 j = address - begin; t.output && j < address - begin + bytes; j++) {
+            if (m.written[i][j])
+                trap("%s: byte %lld is %s", t.name, (long long)j,
+                     writes ? "written twice" : "read where it was written");
+            m.written[i][j] = writes;
+        }
         return (u8 *)address;
     }
     trap("global address 0x%llx: out of every tensor", (unsigned long long)address);

@@ -12,9 +12,9 @@ from torch import Tensor
 from wan_attn import config
 from wan_attn.backends import torch_sdpa
 from wan_attn.backends._errors import is_device_error
-from wan_attn.native import bindings, cuda_driver, kernels, op, shim
+from wan_attn.native import bindings, cuda_driver, kernels, op, rope_on_cuda, shim
 from wan_attn.request import Call, Request
-from wan_attn.selfcheck import first_call, proof
+from wan_attn.selfcheck import first_call, proof, rope_calls
 from wan_attn.transient import is_interruption, is_out_of_memory
 
 NAME = "sdpa"
@@ -22,6 +22,7 @@ TITLE = "wan_attn SDPA"
 
 op.register(fallback=torch_sdpa.run)
 cuda_driver.prove_with(proof.find_proof)
+rope_on_cuda.guard_with(rope_calls.verdict, is_device_error)
 # Past the packet, which would resolve the overload at each call.
 _op = torch.ops.wan_attn.sdpa.default
 

@@ -138,7 +138,8 @@ def _measure_case(
         report.skipped.append((where, "all routes", describe_failure(error)))
         return
     with torch.inference_mode():
-        calls = {route.name: route.make(given) for route in chosen(options.wanted)}
+        every = [route for route in chosen(options.wanted) if route.runs_on(given.x.device)]
+        calls = {route.name: route.make(given) for route in every}
         found = interleave(calls, clock, seconds=seconds, rounds=options.rounds)
         for name, reason in found.skipped.items():
             said = reason.removeprefix("RuntimeError: wan_attn: ").removeprefix(f"{name}: ")

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from wan_attn.native import rope, rope_in_torch
+from wan_attn.native import rope_in_torch
+from wan_attn.native.kernels import rope_kernels
 
 EPS = 1e-6
 THETA = 10000.0
@@ -51,6 +52,11 @@ class Route:
     name: str
     title: str
     make: Callable[[Operands], Run]
+    device: str = ""  # the only kind that it runs on; "": any
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether it is for calls on this device."""
+        return self.device in ("", device.type)
 
 
 STOCK = "wan22"
@@ -195,8 +201,8 @@ def _copy(given: Operands) -> Run:
 def routes() -> list[Route]:
     """Every route, stock first."""
     ours = [
-        Route(name, "one of wan_attn's kernels", partial(_ours, kernel=row))
-        for row, name in enumerate(rope.kernels())
+        Route(row.name, "one of wan_attn's kernels", partial(_ours, kernel=row.index), row.device)
+        for row in rope_kernels()
     ]
     return [
         Route(STOCK, "stock Wan2.2's steps", _wan22),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wan_attn.check.target import Kernel, Target
-from wan_attn.selfcheck import proof_calls
+from wan_attn.selfcheck import proof_calls, rope_calls
 from wan_attn.selfcheck.first_call import difference
 from wan_attn.selfcheck.proof_calls import Answer
 from wan_attn.selfcheck.reference import UNIT, Truth, attention, draw
@@ -158,6 +158,15 @@ def check_small(target: Target, kernel: Kernel, _: str) -> Detail:
             if not all(map(torch.equal, first[0], again)):
                 raise WrongError(f"[{call}]: the same call gave other bits the second time")
     return tally.detail()
+
+
+def check_rope(target: Target, _: Kernel | None, name: str) -> Detail:
+    """The calls of a proof of a row of rms_norm_rope: rms_norm_rope_sm75/bf16, for example."""
+    kernel = next(kernel for kernel in target.rope_kernels() if kernel.name == name)
+    found = rope_calls.wrong(target.card, kernel.row, kernel.dtype)
+    if found is not None:
+        raise WrongError(found)
+    return {"calls": len(rope_calls.CALLS)}
 
 
 def length_calls(lengths: Sequence[int], head_dim: int) -> Iterator[SmallCall]:

@@ -14,6 +14,7 @@ from wan_attn.log import dtype_name
 
 STEPS: dict[str, Callable[..., Detail]] = {
     "small": calls.check_small,
+    "rope": calls.check_rope,
     "matmul": speed.measure_matmul,
     "speed": speed.measure_speed,
     "lengths": calls.check_lengths,
@@ -53,6 +54,7 @@ def make(target: Target, steps: Collection[str] = ()) -> list[Item]:
     names = [kernel.name for kernel in target.kernels()]
     shapes = [call.name for call in target.sizes.shapes]
     items = each("small", names, 60.0)
+    items += [Item("rope", argument=kernel.name) for kernel in target.rope_kernels()]
     items += [Item("matmul", limit_s=120.0), *speeds(target, shapes[:1])]
     items += each("lengths", names) + real_calls(target, shapes[:1])
     items += each("masks", names) + each("graph", names) + each("stream", names)

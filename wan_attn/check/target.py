@@ -18,7 +18,8 @@ from wan_attn.log import dtype_name
 from wan_attn.native import op
 from wan_attn.request import Request
 from wan_attn.selfcheck import proof_child
-from wan_attn.selfcheck.proof_calls import CALLS, Answer, Card
+from wan_attn.selfcheck.proof_calls import CALLS, Answer
+from wan_attn.selfcheck.proof_child import ProofCard
 from wan_attn.workloads import WORKLOADS, Workload
 
 # The longest first; then one for each head_dim that Wan's models and encoders have.
@@ -121,7 +122,7 @@ class Target:
 
     patience = 1.0
 
-    def __init__(self, card: Card, where: torch.device, sizes: Sizes) -> None:
+    def __init__(self, card: ProofCard, where: torch.device, sizes: Sizes) -> None:
         self.card, self.where, self.sizes = card, where, sizes
         self.device = card.device()
         self.has_streams = where.type == "cuda"
@@ -131,6 +132,11 @@ class Target:
     def kernels(self) -> list[Kernel]:
         """All under test, best first."""
         return [Kernel(row, dtype) for row in self.rows() for dtype in row.dtypes]
+
+    def rope_kernels(self) -> list[Kernel]:
+        """The rows of rms_norm_rope under test."""
+        rows = [row for row in self.card.rope_rows() if not self.only or row.name in self.only]
+        return [Kernel(row, dtype) for row in rows for dtype in row.dtypes]
 
     def rows(self) -> list[op.KernelInfo]:
         """The rows under test."""

@@ -13,6 +13,7 @@ from typing import Protocol
 from wan_attn.cuda import sources
 from wan_attn.cuda.tiles import (
     Helper,
+    RopeKernel,
     Row,
     RowError,
     Tile,
@@ -20,6 +21,7 @@ from wan_attn.cuda.tiles import (
     gpus,
     half_rate,
     helpers,
+    rope_kernels,
     table_rows,
     tegra,
     tiles,
@@ -28,9 +30,11 @@ from wan_attn.cuda.tiles import (
 
 __all__ = [
     "SHIPPED",
+    "SHIPPED_FOR_BOARDS",
     "Helper",
     "Job",
     "Kernel",
+    "RopeKernel",
     "Row",
     "RowError",
     "Tile",
@@ -41,6 +45,7 @@ __all__ = [
     "helpers",
     "jobs_for",
     "kernels_for",
+    "rope_kernels",
     "serving",
     "table_rows",
     "tegra",
@@ -51,6 +56,9 @@ __all__ = [
 
 # Architectures whose machine code travels in a wheel; what runs elsewhere of it says `serving`.
 SHIPPED = (75, 80, 86, 90, 120)
+# What travels for Linux on arm64 alone: for boards whose GPU runs no machine code of a card.
+# 87 is Jetson Orin; the newer boards need NVRTC 13, whose machine code many drivers do not load.
+SHIPPED_FOR_BOARDS = (87,)
 
 
 class Kernel(Protocol):
@@ -135,9 +143,9 @@ def tiles_for(arch: int) -> tuple[Tile, ...]:
 
 
 def kernels_for(arch: int) -> tuple[Kernel, ...]:
-    """All that `arch` runs: attention, and the passes before and after."""
+    """All that `arch` runs: attention, the passes before and after, norm and rotation."""
     sm90 = (t for t in tiles_sm90() if t.one_arch == arch)
-    return (*sm90, *tiles_for(arch), *helpers().values())
+    return (*sm90, *tiles_for(arch), *helpers().values(), *rope_kernels().values())
 
 
 def jobs_for(arch: int, names: Iterable[str] | None = None) -> tuple[Job, ...]:

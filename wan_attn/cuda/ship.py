@@ -2,7 +2,7 @@
 """ship.py - makes the cubins that travel in the package. setup.py starts this file by its path:
 
     python wan_attn/cuda/ship.py --into DIR --kept DIR [--record FILE] [--editable]
-                                 [--cubins auto|0|1] [--site DIR]
+                                 [--cubins auto|0|1] [--site DIR] [--machine NAME]
 
 Needs no torch, no GPU and no toolkit: only an NVRTC 12 from PyPI, whose machine code every driver
 from 525 on loads (that of 13 needs 580). Without one nothing is shipped, each kernel is compiled at
@@ -114,8 +114,8 @@ def work(kept: Path) -> None:
         print(json.dumps(said), flush=True)
 
 
-def ship(into: Path, kept: Path, workers: int) -> str:
-    """Fills the folder `into` with every shipped cubin; says what it did.
+def ship(into: Path, kept: Path, workers: int, machine: str = "") -> str:
+    """Fills the folder `into` with every cubin for computers of this kind; says what it did.
 
     Raises:
         ShipError: no NVRTC 12 is here, or it cannot compile one of them.
@@ -129,7 +129,8 @@ def ship(into: Path, kept: Path, workers: int) -> str:
         known = nvrtc.load(found).archs
     except nvrtc.NvrtcError as error:
         raise ShipError(str(error)) from error
-    archs = [arch for arch in rows.SHIPPED if arch in known]
+    boards = rows.SHIPPED_FOR_BOARDS if machine == "aarch64" else ()
+    archs = [arch for arch in (*rows.SHIPPED, *boards) if arch in known]
     jobs = wanted(archs)
     missing = [job for job in jobs if _kept(kept, job, found.version) is None]
     if missing:
@@ -182,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="auto",
         help="machine code: if it can be made, never, or fail without",
     )
+    parser.add_argument("--machine", default="", help="platform.machine() of where it will run")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -199,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.cubins == "0":
             raise ShipError("WAN_ATTN_CUDA=0; to get them, install wan_attn again without it")
-        print(f"wan_attn: {ship(args.into / 'cubin', args.kept, args.workers)}", flush=True)
+        said = ship(args.into / "cubin", args.kept, args.workers, args.machine)
+        print(f"wan_attn: {said}", flush=True)
     except (ShipError, OSError) as error:
         # A package that installs beats one that is ready for every card.
         shutil.rmtree(args.into / "cubin", ignore_errors=True)

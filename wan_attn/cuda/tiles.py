@@ -197,6 +197,44 @@ class Helper:
         }
 
 
+@dataclass(frozen=True)
+class RopeKernel:
+    """One ROPE_KERNEL line: a kernel of rms_norm_rope."""
+
+    name: str
+    body: str
+    num_threads: int  # the most that a block has
+    dtype: str  # of x: F32, F16, BF16, or ANY
+
+    one_arch = None
+    args = "wan_attn_cuda_rope_args"
+
+    @property
+    def symbol(self) -> str:
+        return self.name
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    @property
+    def source(self) -> str:
+        return f"cuda/{self.body}.cuh"
+
+    @property
+    def smem_bytes(self) -> int:
+        found = re.search(r"#define WAN_ATTN_CUDA_SMEM_ROPE (.+)", _text("args_rope.h"))
+        if found is None:
+            raise RowError("args_rope.h does not say what shared memory rms_norm_rope needs")
+        return int(eval(found[1], {"__builtins__": {}}))
+
+    def defines(self) -> dict[str, str]:
+        defines = {"KERNEL_NAME": self.name, "NUM_THREADS": str(self.num_threads)}
+        if self.dtype != "ANY":  # as wan_attn_dtype has them
+            defines["X_DTYPE"] = str(("F32", "F16", "BF16").index(self.dtype))
+        return defines
+
+
 def _text(name: str) -> str:
     """A file of csrc/cuda without its comments."""
     text = (sources.root() / "cuda" / name).read_text(encoding="utf-8")
@@ -268,6 +306,11 @@ def tiles_sm90() -> tuple[TileSm90, ...]:
 @cache
 def helpers() -> dict[str, Helper]:
     return {line[0]: _made(Helper, (), line) for line in _lines("HELPER")}
+
+
+@cache
+def rope_kernels() -> dict[str, RopeKernel]:
+    return {line[0]: _made(RopeKernel, (), line) for line in _lines("ROPE_KERNEL")}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ def facts(archs: Iterable[int]) -> dict[str, Any]:
     folder = images.cache_folder()
     cached = {} if folder is None else store.names(folder)
     here = store.names(images.SHIPPED_FOLDER)
-    shipped = [a for a in rows.SHIPPED if all(job.stem in here for job in rows.jobs_for(a))]
+    known = (*rows.SHIPPED, *rows.SHIPPED_FOR_BOARDS)
+    shipped = [a for a in known if all(job.stem in here for job in rows.jobs_for(a))]
     return {
         "shipped": shipped,
         "also": [a for a in rows.gpus() if a not in shipped and _has_code(a, shipped)],

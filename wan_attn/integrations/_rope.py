@@ -46,12 +46,15 @@ def why_not(*tensors: Tensor | None) -> str | None:
             continue
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
             return f"an operand is a {type(x).__name__}"
-        if x.device.type != "cpu":
+        if x.device.type not in ("cpu", "cuda"):
             return rope.why_not(x.device)
         if x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
             return "an operand has gaps between its elements"
         if x.requires_grad and torch.is_grad_enabled():
             return "a gradient is wanted"
+    x = tensors[0]
+    if x is not None and x.is_cuda and not torch.compiler.is_compiling():
+        return rope.why_not(x.device, dtype=x.dtype)
     return None
 
 

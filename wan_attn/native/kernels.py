@@ -35,14 +35,24 @@ class KernelInfo:
 @functools.cache
 def kernels() -> tuple[KernelInfo, ...]:
     """Every row, best first; empty where the native library does not load (see binding_reason)."""
+    return _table("kernel")
+
+
+@functools.cache
+def rope_kernels() -> tuple[KernelInfo, ...]:
+    """The same of rms_norm_rope; `dtypes` are those of x."""
+    return _table("rope_kernel")
+
+
+def _table(name: str) -> tuple[KernelInfo, ...]:
     lib = library.load()
     if lib is None:
         return ()
-    device_names = {number: name for name, number in DEVICES.items()}
+    device_names = {number: device for device, number in DEVICES.items()}
     rows = []
-    for index in range(lib.wan_attn_kernel_count()):
+    for index in range(getattr(lib, f"wan_attn_{name}_count")()):
         info = library.KernelInfo(struct_size=ctypes.sizeof(library.KernelInfo))
-        lib.wan_attn_kernel_at(index, ctypes.byref(info))
+        getattr(lib, f"wan_attn_{name}_at")(index, ctypes.byref(info))
         rows.append(
             KernelInfo(
                 index=index,

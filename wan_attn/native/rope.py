@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """rope.py - torch.ops.wan_attn.rms_norm_rope: its schema, fake, derivative and bindings.
 
-The contract is in csrc/wan_attn.h. On the CPU our kernels compute it; elsewhere, and for gradients,
-torch's operators do (rope_in_torch.py).
+The contract is in csrc/wan_attn.h. Our kernels compute it on the CPU and on NVIDIA's GPUs;
+elsewhere, and for gradients, torch's operators do (rope_in_torch.py).
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wan_attn.native import bindings, library, rope_in_torch, shim
+from wan_attn.native import bindings, cuda_driver, library, rope_in_torch, rope_on_cuda, shim
+from wan_attn.native.kernels import rope_kernels
+from wan_attn.native.rope_on_cuda import NAMES
 from wan_attn.request import gate, refuse
 from wan_attn.request.transforms import without_tangent
 
@@ -28,29 +31,44 @@ OPERANDS = ("x", "weight", "table", "grid_sizes")
 
 def kernels() -> tuple[str, ...]:
     """The names of the rope kernels, best first; empty without the native library."""
-    lib = library.load()
-    if lib is None:
-        return ()
-    names = []
-    for row in range(lib.wan_attn_rope_kernel_count()):
-        info = library.KernelInfo(struct_size=ctypes.sizeof(library.KernelInfo))
-        lib.wan_attn_rope_kernel_at(row, ctypes.byref(info))
-        names.append(info.name.decode())
-    return tuple(names)
+    return tuple(row.name for row in rope_kernels())
 
 
-def why_not(device: torch.device, row: int = -1) -> str | None:
-    """Why this row (-1: every row) takes no call on the device; None: it does."""
-    if device.type != "cpu":
-        return f"no kernel for {device.type} yet"
+def why_not_call(
+    given: Mapping[str, Any], row: int = -1, device: torch.device | None = None
+) -> str | None:
+    """Why no kernel (or not this row) takes a call of these arguments; None: one does.
+
+    Args:
+        device: where the tensors are said to be; None: where they are.
+    """
+    operands: list[Any] = [given.get(name) for name in NAMES]
+    x, weight, table, grid_sizes = operands
+    params = _params(
+        *(x, weight, table, grid_sizes, given.get("eps")),
+        *(given.get("per_head", False), given.get("round_norm", True)),
+        *(given.get("seqlen_offset", 0), row),
+    )
+    for name, tensor in zip(NAMES, operands, strict=True):
+        if device is not None and tensor is not None:
+            described = getattr(params, name)
+            described.device_type = bindings.DEVICES[device.type]
+            described.device_index = device.index or 0
+    found, error = ctypes.c_int32(-1), library.Error()
+    with cuda_driver.question():
+        status = library.lib().wan_attn_rope_select(params, found, error)
+    return None if status == library.OK else error.text()
+
+
+def why_not(device: torch.device, row: int = -1, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why this row (-1: every row) takes not even a plain call with an x of this dtype on the
+    device, as before a GPU's kernels are proven there; None: it does."""
     if library.load() is None:
         return "no native library"
-    probe = torch.zeros(1, 1, 1, 2, device=device)
-    params = _params(probe, None, None, None, 1e-6, False, True, 0, row)
-    error = library.Error()
-    if library.lib().wan_attn_rope_select(params, ctypes.c_int32(), error) == library.OK:
-        return None
-    return error.text()
+    if device.type not in bindings.DEVICES:
+        return f"no kernel for {device.type}"
+    probe = torch.zeros(1, 1, 1, 8, dtype=dtype, device="cpu")
+    return why_not_call({"x": probe, "eps": 1e-6}, row, device)
 
 
 def chosen(device: torch.device) -> str | None:
@@ -82,10 +100,12 @@ def _params(
         has_norm=eps is not None,
         is_per_head=per_head,
         rounds_norm=round_norm,
-        num_threads=torch.get_num_threads(),
-        parallel=shim.parallel_for(),
         cpu_features=bindings.allowed_cpu_features(),
     )
+    if x.device.type == "cpu":
+        params.num_threads, params.parallel = torch.get_num_threads(), shim.parallel_for()
+    elif x.is_cuda:
+        params.stream = torch.cuda.current_stream(x.device).cuda_stream
     for name, tensor in (("weight", weight), ("table", table), ("grid_sizes", grid_sizes)):
         if tensor is not None:
             setattr(params, name, bindings.describe(tensor))
@@ -252,7 +272,10 @@ class _Guard:
 
 def define(to: torch.library.Library) -> None:
     """The op with all that does not depend on a binding."""
-    to.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+    # What the shim has for CUDA tensors; who calls it: rope_on_cuda.py.
+    to.define(SCHEMA.replace("rms_norm_rope(", "rms_norm_rope_kernel(", 1), tags=tags)
+    to.define(SCHEMA, tags=tags)
     torch.library.register_fake(NAME, _fake, lib=to)
     to.impl("rms_norm_rope", _by_torch, "CompositeExplicitAutograd")
     guard: Any = _Guard(to)
@@ -260,6 +283,10 @@ def define(to: torch.library.Library) -> None:
 
 
 def register(to: torch.library.Library, binding: str) -> None:
-    """Its kernel for the CPU, unless the shim has registered one or torch computes."""
+    """Its kernels, unless torch computes; the shim has registered its own for the CPU."""
+    if binding == "torch":
+        return
     if binding == "ctypes":
         to.impl("rms_norm_rope", by_ctypes, "CPU")
+    kernel = by_ctypes if binding == "ctypes" else torch.ops.wan_attn.rms_norm_rope_kernel.default
+    to.impl("rms_norm_rope", rope_on_cuda.implementation(kernel, _by_torch), "CUDA")

@@ -27,7 +27,8 @@ def rms_norm_rope(
 ) -> Tensor:
     """RMS norm, rotary position embedding, or both, of a query or a key, in one pass.
 
-    On the CPU by our kernels; on other devices, and for gradients, by torch's operators.
+    By our kernels on the CPU and on NVIDIA's GPUs; elsewhere, and for gradients, by torch's
+    operators. The log says so where a GPU's call is left to those.
 
     Args:
         x: [batch, seqlen, heads, head_dim], float32, float16 or bfloat16, last stride 1.

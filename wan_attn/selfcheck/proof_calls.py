@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class Card(Protocol):
     ) -> Answer:
         """torch.ops.wan_attn.sdpa with this row and no other."""
 
-    def captured(self, attend: Callable[[], Answer]) -> Callable[[], Answer] | None:
+    def captured(self, attend: Callable[[], Any]) -> Callable[[], Any] | None:
         """The call as a graph, to be replayed; None: there are no graphs (see `skipped`)."""
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from wan_attn.log import dtype_name
-from wan_attn.native import cuda_driver, library
-from wan_attn.native.kernels import KernelInfo, kernels, why_not
+from wan_attn.native import cuda_driver, library, rope
+from wan_attn.native.kernels import KernelInfo, kernels, rope_kernels, why_not
 from wan_attn.request import Request
-from wan_attn.selfcheck import child, proof_calls, verdicts
+from wan_attn.selfcheck import child, proof_calls, rope_calls, verdicts
 from wan_attn.selfcheck.proof_calls import Answer, Card, Operands, ProofCall
 from wan_attn.selfcheck.reference import BATCH, HEADS_K, HEADS_Q, MASKS, Case
 from wan_attn.selfcheck.verdicts import PASSED, RUNNING, UNTRIED, Row, Verdict
@@ -26,6 +27,13 @@ from wan_attn.transient import is_out_of_memory
 from wan_attn.workloads import Workload
 
 CODE = "from wan_attn.selfcheck.proof_child import main; raise SystemExit(main(sys.argv[1:]))"
+
+
+class ProofCard(Card, rope_calls.Card, Protocol):
+    """What both kinds of calls run on."""
+
+    def rope_rows(self) -> list[KernelInfo]:
+        """The rows of rms_norm_rope that it can run."""
 
 
 def request(row: KernelInfo, dtype: torch.dtype, call: ProofCall, device: torch.device) -> Request:
@@ -66,6 +74,18 @@ class TableCard:
     def why_not(self, row: KernelInfo, dtype: torch.dtype, call: ProofCall) -> str | None:
         return why_not(request(row, dtype, call, self.where), row.index)
 
+    def rope_rows(self) -> list[KernelInfo]:
+        """Those of rms_norm_rope."""
+        x = torch.zeros(1, 1, 1, 8, device="cpu")
+        return [
+            row
+            for row in rope_kernels()
+            if row.device == self.where.type and self.rope_why_not(row, {"x": x}) is None
+        ]
+
+    def rope_why_not(self, row: KernelInfo, given: Mapping[str, Any]) -> str | None:
+        return rope.why_not_call(given, row.index, self.where)
+
 
 class TorchCard(TableCard):
     """torch's CUDA device."""
@@ -89,7 +109,11 @@ class TorchCard(TableCard):
         )
         return out, lse
 
-    def captured(self, attend: Callable[[], Answer]) -> Callable[[], Answer] | None:
+    def rope(self, row: KernelInfo, given: Mapping[str, Any]) -> Tensor:
+        out: Tensor = torch.ops.wan_attn.rms_norm_rope(**given, kernel=row.index)
+        return out
+
+    def captured(self, attend: Callable[[], Any]) -> Callable[[], Any] | None:
         with torch.cuda.device(self.index):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -100,7 +124,7 @@ class TorchCard(TableCard):
             with torch.cuda.graph(graph):
                 result = attend()
 
-        def replay() -> Answer:
+        def replay() -> Any:
             graph.replay()
             return result
 
@@ -117,7 +141,7 @@ def allow_all() -> None:
     cuda_driver.prove_with(lambda *_: library.PROOF_PASSED)
 
 
-def main(argv: Sequence[str], make_card: Callable[[int], Card] = TorchCard) -> int:
+def main(argv: Sequence[str], make_card: Callable[[int], ProofCard] = TorchCard) -> int:
     """The program: tries every row that has no verdict yet, the best first."""
     parser = argparse.ArgumentParser()
     parser.add_argument("index", type=int)
@@ -132,7 +156,8 @@ def main(argv: Sequence[str], make_card: Callable[[int], Card] = TorchCard) -> i
     verdict = verdicts.read(key) or Verdict(key)
     try:
         card = make_card(options.index)
-        todo = {name: (row, dtype) for row in card.rows() for name, dtype in names_of(row).items()}
+        rows = [*card.rows(), *card.rope_rows()]
+        todo = {name: (row, dtype) for row in rows for name, dtype in names_of(row).items()}
         for name in todo:
             verdict.rows.setdefault(name, Row())
         verdict.skipped = card.skipped
@@ -147,14 +172,15 @@ def main(argv: Sequence[str], make_card: Callable[[int], Card] = TorchCard) -> i
     return 0
 
 
-def _try(verdict: Verdict, card: Card, name: str, row: KernelInfo, dtype: torch.dtype) -> bool:
+def _try(verdict: Verdict, card: ProofCard, name: str, row: KernelInfo, dtype: torch.dtype) -> bool:
     """One row; whether the next one can be tried in this process."""
     verdict.put([name], RUNNING)
     verdicts.write(verdict)
     child.say(begin=name)
     start = time.perf_counter()
     try:
-        words = proof_calls.wrong(card, row, dtype)
+        is_rope = row.name.startswith(rope_calls.PREFIX)
+        words = (rope_calls if is_rope else proof_calls).wrong(card, row, dtype)
     except RuntimeError as error:
         if is_out_of_memory(error):
             verdict.put([name], UNTRIED)

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "core/platform.h"
+#include "cuda/args_rope.h"
 
 enum { CLASS_TURING, CLASS_WIDE, CLASS_SLIM };
 enum { USE_ANY, USE_MASKED };
@@ -64,11 +65,20 @@ static const struct {
 #include "cuda/sdpa_rows.def"
 };
 
+static const struct {
+    const char *name;
+    unsigned num_threads;
+} ROPE_KERNELS[] = {
+#define ROPE_KERNEL(name, body, threads, dtype) {#name, threads},
+#include "cuda/sdpa_rows.def"
+};
+
 enum {
     GPU_COUNT = sizeof(GPUS) / sizeof(GPUS[0]),
     TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]),
     FIRST_HELPER = 2 * TILE_COUNT, /* a tile has a program for each dtype */
-    PROGRAM_COUNT = FIRST_HELPER + WAN_ATTN_CUDA_HELPERS
+    FIRST_ROPE_KERNEL = FIRST_HELPER + WAN_ATTN_CUDA_HELPERS,
+    PROGRAM_COUNT = FIRST_ROPE_KERNEL + WAN_ATTN_CUDA_ROPE_KERNELS
 };
 
 static wan_attn_lock lock = WAN_ATTN_UNLOCKED;
@@ -128,6 +138,16 @@ wan_attn_cuda_program wan_attn_cuda_helper_program(wan_attn_cuda_helper helper) 
     return program;
 }
 
+wan_attn_cuda_program wan_attn_cuda_rope_program(wan_attn_cuda_rope_kernel kernel) {
+    wan_attn_cuda_program program = {.number = FIRST_ROPE_KERNEL + (int)kernel,
+                                     .name = ROPE_KERNELS[kernel].name,
+                                     .suffix = "",
+                                     .num_threads = ROPE_KERNELS[kernel].num_threads,
+                                     .smem_bytes = WAN_ATTN_CUDA_SMEM_ROPE,
+                                     .wants_caches = 1};
+    return program;
+}
+
 wan_attn_cuda_name wan_attn_cuda_symbol_of(const wan_attn_cuda_program *program) {
     wan_attn_cuda_name symbol;
     const char *head_dim = strrchr(program->name, '_');
@@ -155,7 +175,8 @@ static wan_attn_cu_result find_kernel(const wan_attn_cuda_driver *d, int32_t dev
     wan_attn_cu_result error = d->library_kernel(&made->kernel, made->library, symbol);
     if (error == 0 && smem > 48 * 1024)
         error = d->kernel_set(WAN_ATTN_CU_KERNEL_MAX_DYNAMIC_SMEM, smem, made->kernel, device);
-    if (error == 0 && smem > 0) /* a wish, in percent: tiles were chosen for the whole of it */
+    if (error == 0 && smem > 0 &&
+        !program->wants_caches) /* a wish, in percent: tiles were chosen for the whole of it */
         (void)d->kernel_set(WAN_ATTN_CU_KERNEL_SMEM_CARVEOUT, 100, made->kernel, device);
     /* Asking brings the machine code to the device now, rather than when launching. */
     return error == 0 ? d->kernel_function(&function, made->kernel) : error;

@@ -33,12 +33,20 @@ typedef enum wan_attn_cuda_helper {
     WAN_ATTN_CUDA_HELPERS
 } wan_attn_cuda_helper;
 
+/* The kernels of rms_norm_rope, named as there. */
+typedef enum wan_attn_cuda_rope_kernel {
+#define ROPE_KERNEL(name, body, threads, dtype) ROPE_KERNEL_##name,
+#include "cuda/sdpa_rows.def"
+    WAN_ATTN_CUDA_ROPE_KERNELS
+} wan_attn_cuda_rope_kernel;
+
 /* A kernel that can be launched. Its symbol is `name`, with the dtype before the last underscore if
  * there is one; its machine code is asked for by the symbol and `suffix`. */
 typedef struct wan_attn_cuda_program {
     int number; /* of this program, among all */
     const char *name, *dtype, *suffix;
     unsigned num_threads, smem_bytes;
+    int wants_caches; /* rather than the whole of an SM's shared memory */
 } wan_attn_cuda_program;
 
 /* A program's symbol, or what its machine code is asked for by. */
@@ -59,6 +67,8 @@ int wan_attn_cuda_sums_f16(const char *row);
 wan_attn_cuda_program wan_attn_cuda_tile_program(const wan_attn_cuda_tile *tile,
                                                  wan_attn_dtype dtype);
 wan_attn_cuda_program wan_attn_cuda_helper_program(wan_attn_cuda_helper helper);
+/* Its num_threads are the most that a launch may have. */
+wan_attn_cuda_program wan_attn_cuda_rope_program(wan_attn_cuda_rope_kernel kernel);
 
 wan_attn_cuda_name wan_attn_cuda_symbol_of(const wan_attn_cuda_program *program);
 

@@ -6,29 +6,30 @@
 #include "core/atomic.h"
 #include "cuda/host/device.h"
 
-/* A row behind these is asked for at each call. DTYPES of v: f16, bf16. */
-enum { MOST_ROWS = 64, DTYPES = 2 };
+/* A row behind these is asked for at each call. DTYPES: f32, f16, bf16. */
+enum { MOST_ROWS = 64, DTYPES = 3 };
 
 /* wan_attn_proof of each. Two threads that ask at once get the same answer. */
 static wan_attn_flags answers[WAN_ATTN_CUDA_MAX_DEVICES][MOST_ROWS][DTYPES];
 
-static wan_attn_proof ask(const wan_attn_problem *p) {
+static wan_attn_proof ask(int32_t device_index, const char *row_name, wan_attn_dtype dtype) {
     wan_attn_proof_fn find = wan_attn_cuda_find_proof();
     if (!find)
         return WAN_ATTN_PROOF_PASSED;
-    int32_t answer = find(p->params->q.device_index, p->kernel_name, (int32_t)p->dtype);
+    int32_t answer = find(device_index, row_name, (int32_t)dtype);
     return answer == WAN_ATTN_PROOF_PASSED || answer == WAN_ATTN_PROOF_FAILED
                ? (wan_attn_proof)answer
                : WAN_ATTN_PROOF_MISSING;
 }
 
-const char *wan_attn_cuda_refuse_unproven(const wan_attn_problem *p) {
+const char *wan_attn_cuda_refuse_unproven(int32_t device_index, int32_t row, const char *row_name,
+                                          wan_attn_dtype dtype) {
     wan_attn_flags *place = NULL;
-    if (p->kernel < MOST_ROWS)
-        place = &answers[p->params->q.device_index][p->kernel][p->dtype == WAN_ATTN_BF16];
+    if (row < MOST_ROWS)
+        place = &answers[device_index][row][dtype];
     wan_attn_proof answer = place ? (wan_attn_proof)wan_attn_load(place) : WAN_ATTN_PROOF_MISSING;
     if (answer == WAN_ATTN_PROOF_MISSING) {
-        answer = ask(p);
+        answer = ask(device_index, row_name, dtype);
         if (place && answer != WAN_ATTN_PROOF_MISSING)
             wan_attn_store(place, (uint32_t)answer);
     }

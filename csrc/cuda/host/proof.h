@@ -7,8 +7,13 @@
 
 #include "core/kernel.h"
 
-/* Why the row of this call, whose device has been found, must not run there yet; or NULL. */
-const char *wan_attn_cuda_refuse_unproven(const wan_attn_problem *problem);
+/* Rows of rms_norm_rope are counted from here on, behind those of attention. */
+enum { WAN_ATTN_CUDA_FIRST_ROPE_ROW = 48 };
+
+/* Why this row must not run yet on this device, which has been found, for calls of this dtype of v
+ * or x; or NULL. `row` counts in its table. */
+const char *wan_attn_cuda_refuse_unproven(int32_t device_index, int32_t row, const char *row_name,
+                                          wan_attn_dtype dtype);
 
 /* Ask again: there is another configuration. */
 void wan_attn_cuda_forget_proofs(void);

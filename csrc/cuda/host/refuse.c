@@ -61,7 +61,8 @@ const char *wan_attn_cuda_plan_call(wan_attn_problem *p) {
     if (!why && p->out.data)
         why = wan_attn_cuda_refuse_out(p);
     if (!why)
-        why = wan_attn_cuda_refuse_unproven(p);
+        why = wan_attn_cuda_refuse_unproven(p->params->q.device_index, p->kernel, p->kernel_name,
+                                            p->dtype);
     if (why)
         return why;
     wan_attn_cuda_plan plan = wan_attn_cuda_make_plan(p, tile);

@@ -31,6 +31,26 @@ DEVICE float reciprocal(float x) {
     return y;
 }
 
+/* 1 / sqrt(x), off by 2^-22.4 of it at most; subnormal x count. */
+DEVICE float reciprocal_sqrt(float x) {
+    float y;
+    asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* x + y and x * y, each with its own rounding: no compiler makes one instruction of two. */
+DEVICE float rounded_sum(float x, float y) {
+    float r;
+    asm("add.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+    return r;
+}
+
+DEVICE float rounded_product(float x, float y) {
+    float r;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+    return r;
+}
+
 /* The exact product-sum with one rounding; the compiler's flags do not matter. */
 DEVICE float fused_multiply_add(float x, float y, float z) {
     float r;

@@ -42,8 +42,39 @@ DEVICE float load_global_f32(const void *at) {
     return x;
 }
 
+DEVICE double load_global_f64(const void *at) {
+    double x;
+    asm("ld.global.nc.f64 %0, [%1];" : "=d"(x) : "l"(at));
+    return x;
+}
+
+/* Of memory that this very thread writes later on: not through the path for what is never written.
+ */
+DEVICE u32 load_own_b16(const void *at) {
+    unsigned short x;
+    asm volatile("ld.global.b16 %0, [%1];" : "=h"(x) : "l"(at) : "memory");
+    return x;
+}
+
+DEVICE u32 load_own_b32(const void *at) {
+    u32 x;
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+    return x;
+}
+
+DEVICE void load_own_b32x4(u32 x[4], const void *at) {
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "l"(at)
+                 : "memory");
+}
+
 DEVICE void load_global_f32x2(float x[2], const void *at) {
     asm("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "l"(at));
+}
+
+DEVICE void store_global_b16(void *at, u32 x) {
+    asm volatile("st.global.b16 [%0], %1;" ::"l"(at), "h"((unsigned short)x) : "memory");
 }
 
 DEVICE void store_global_f32(void *at, float x) {
@@ -60,6 +91,12 @@ DEVICE void store_global_f32x2(void *at, float x, float y) {
 
 DEVICE void store_global_b32x2(void *at, u32 x, u32 y) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(x), "r"(y) : "memory");
+}
+
+DEVICE void store_global_b32x4(void *at, const u32 x[4]) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x[0]), "r"(x[1]),
+                 "r"(x[2]), "r"(x[3])
+                 : "memory");
 }
 
 DEVICE void load_shared_b32x4(u32 x[4], u32 at) {

@@ -97,8 +97,11 @@ def make_attention_forward(original: Function, norms: Norms, angles: Function) -
     return forward
 
 
-def make_parallel_forward(original: Function, norms: Norms) -> Function:
-    """wan.distributed.sequence_parallel.sp_attn_forward."""
+def make_parallel_forward(
+    original: Function, norms: Norms, rotation: str, has_token_angles: bool
+) -> Function:
+    """sp_attn_forward of wan.distributed.sequence_parallel, and s2v's, whose tokens have angles of
+    their own; `rotation` is the name of the function that rotates there."""
     names = original.__globals__
 
     @functools.wraps(original)
@@ -113,6 +116,8 @@ def make_parallel_forward(original: Function, norms: Norms) -> Function:
         b, s, n, d = *x.shape[:2], self.num_heads, self.head_dim
 
         def angles(y: Tensor) -> tuple[Any, ...] | None:
+            if has_token_angles:
+                return by_token(grid_sizes, freqs, y)
             size, rank = world(names)
             table = table_of(freqs, y, grid_sizes)
             is_ours = table is not None and fits(grid_sizes, size * s)
@@ -125,7 +130,7 @@ def make_parallel_forward(original: Function, norms: Norms) -> Function:
             ours = _turned(norm, y, n, norms, angles, dtype) if dtype in HALF else None
             if ours is not None:
                 return ours
-            return half(names["rope_apply"](norm(y).view(b, s, n, d), grid_sizes, freqs))
+            return half(names[rotation](norm(y).view(b, s, n, d), grid_sizes, freqs))
 
         x = names["distributed_attention"](
             turned(self.norm_q, self.q(x)),

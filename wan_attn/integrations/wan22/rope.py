@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -44,8 +45,32 @@ def token_table_of(freqs: Any, x: Tensor) -> Tensor | None:
         return None
     if freqs.stride(3) != 1:
         return None
+    if are_heads_alike(freqs):
+        freqs = freqs[:, :, :1]
     table = torch.view_as_real(freqs.resolve_conj()).flatten(-2)
     return table.expand(batch, seqlen, heads, head_dim)
+
+
+# The last tensor asked about, its version, and the answer: every layer asks about the same one.
+_last_asked: tuple[Callable[[], Tensor | None], int, bool] = (lambda: None, 0, False)
+
+
+def are_heads_alike(freqs: Tensor) -> bool:
+    """Whether all heads of [batch, seqlen, heads, n] have the same angles, as s2v stores them: one
+    head is read then instead of all, 8 / heads bytes of each element of x instead of 8.
+
+    Compares once, which reads all of it and waits for its device; not where that is impossible.
+    """
+    global _last_asked
+    if freqs.shape[2] == 1 or torch.compiler.is_compiling() or freqs.is_inference():
+        return False  # a tensor of inference mode does not tell when it changes
+    if freqs.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    asked, version, answer = _last_asked
+    if asked() is not freqs or version != freqs._version:
+        answer = torch.equal(freqs, freqs[:, :, :1].expand_as(freqs))
+        _last_asked = weakref.ref(freqs), freqs._version, answer
+    return answer
 
 
 def fits(grid_sizes: Tensor, seqlen: int) -> bool:

@@ -41,11 +41,17 @@ ATTENTIONS = {
 }
 """class -> (fingerprint of its forward, where its angles come from)."""
 
-PARALLEL = {"distributed.sequence_parallel.sp_attn_forward": "473d76bc06c5ae7b"}
+PARALLEL: dict[str, tuple[str, str, bool]] = {
+    "distributed.sequence_parallel.sp_attn_forward": ("473d76bc06c5ae7b", "rope_apply", False),
+    "modules.s2v.model_s2v.sp_attn_forward_s2v": ("0fa3960c1a62167d", "rope_apply_usp", True),
+}
+"""name -> (fingerprint, the function that rotates there, whether each token has its angles)."""
 
+# Grids in buckets, each with an origin of its own and positions that repeat: a gather that the op
+# does not have. Wan2.2 configures S2V 14B without its motioner (enable_motioner = False), so that
+# there nothing calls this function in a step.
 STAYS = {
-    "modules.s2v.motioner.rope_apply": "its grids come in buckets",
-    "modules.s2v.model_s2v.sp_attn_forward_s2v": "its rotation and its norm are ours",
+    "modules.s2v.motioner.rope_apply": "its grids come in buckets, and S2V 14B has no motioner",
 }
 """What stays Wan2.2's, and why."""
 
@@ -74,8 +80,13 @@ class RopePatch:
         for name, (known, angles) in ATTENTIONS.items():
             make = functools.partial(fused.make_attention_forward, norms=self._norms, angles=angles)
             self._take_method(name, known, make)
-        for name, known in PARALLEL.items():
-            make = functools.partial(fused.make_parallel_forward, norms=self._norms)
+        for name, (known, rotation, has_token_angles) in PARALLEL.items():
+            make = functools.partial(
+                fused.make_parallel_forward,
+                norms=self._norms,
+                rotation=rotation,
+                has_token_angles=has_token_angles,
+            )
             self._take_function(name, known, make)
 
     def restore(self) -> None:
