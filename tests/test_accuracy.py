@@ -70,7 +70,7 @@ def test_a_scheme_is_attention(scheme: schemes.Scheme) -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_librarys_kernel_is_what_was_simulated(case: Case) -> None:
+def test_the_kernel_is_what_was_simulated(case: Case) -> None:
     """It rounds K's mean to float32, so that an integer here and there is the next one."""
     row = library.lossy_row()
     if row is None:
