@@ -87,6 +87,21 @@ typedef void (*wan_attn_range_fn)(int64_t begin, int64_t end, void *ctx);
 typedef int32_t (*wan_attn_parallel_fn)(int64_t begin, int64_t end, int64_t grain,
                                         wan_attn_range_fn fn, void *ctx);
 
+/* How exact the kernel has to be. */
+typedef enum wan_attn_precision {
+    WAN_ATTN_EXACT = 0, /* as exact as its dtypes allow */
+    WAN_ATTN_QK8 = 1    /* scores from q and k in INT8: about 1 % off, never chosen unasked */
+} wan_attn_precision;
+
+/* What a caller who asked for less than exact wants to know of its results. A call adds to what
+ * stands there and takes nothing back: one guard may watch many calls. */
+typedef struct wan_attn_guard {
+    float largest_value;        /* largest |v| of a real key; NaN if one is */
+    uint32_t clipped_values;    /* numbers of v that did not fit what the row computes in */
+    uint32_t nonfinite_values;  /* infinite or NaN numbers of v */
+    uint32_t nonfinite_results; /* infinite or NaN numbers of out. Counts stop at UINT32_MAX */
+} wan_attn_guard;
+
 typedef struct wan_attn_params {
     uint32_t struct_size; /* sizeof(wan_attn_params) of the caller; fields are only ever appended */
     int32_t kernel; /* row of the kernel table to force; -1: the best one that takes the call */
@@ -122,6 +137,13 @@ typedef struct wan_attn_params {
     wan_attn_parallel_fn parallel; /* CPU rows; NULL: threads made for this call */
     int32_t num_threads;           /* CPU rows; most threads to use; <= 0: one */
     uint32_t cpu_features;         /* CPU rows; features that may be used; 0: all there are */
+
+    /* On q's device, written as the call runs; it shares no memory with anything. NULL: not
+     * wanted. */
+    void *guard;
+    uint32_t guard_size; /* sizeof(wan_attn_guard) of the caller; only ever appended to */
+    int32_t precision;   /* wan_attn_precision of the rows to choose from; a forced row may have
+                            any */
 } wan_attn_params;
 
 /* The caller's, so that no thread-local or heap memory is needed. message is always terminated. */
@@ -150,7 +172,7 @@ typedef struct wan_attn_kernel_info {
     int32_t head_dim_min, head_dim_max, head_dim_multiple; /* multiple: always 1 */
     int32_t arch_min, arch_max; /* CUDA: compute capability * 10, inclusive; 0, 0 on the CPU */
     uint32_t cpu_features;      /* CPU: all of these must be there */
-    int32_t is_lossy;           /* 1: never chosen, only forced */
+    int32_t is_lossy;           /* 1: a WAN_ATTN_QK8 row, chosen only where that is asked */
 } wan_attn_kernel_info;
 
 /* THE list of CPU features that rows use: X(NAME, bit, "name", builds on, "words for messages"). */

@@ -26,6 +26,7 @@ from wan_attn.native import shim
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "wan_attn_tensor": native.Tensor,
     "wan_attn_params": native.Params,
+    "wan_attn_guard": native.Guard,
     "wan_attn_rope_params": native.RopeParams,
     "wan_attn_error": native.Error,
     "wan_attn_call": native.Call,
@@ -40,7 +41,7 @@ NUMBERS = {
     "WAN_ATTN_MAX_NDIM": native.MAX_NDIM,
     **{f"WAN_ATTN_{name}": getattr(native, name) for name in (
         "OK", "INVALID_ARGUMENT", "UNSUPPORTED", "DEVICE_ERROR", "INTERNAL",
-        "PROOF_MISSING", "PROOF_PASSED", "PROOF_FAILED",
+        "EXACT", "QK8", "PROOF_MISSING", "PROOF_PASSED", "PROOF_FAILED",
         "F32", "F16", "BF16", "I32", "I64", "F64", "DTYPE_OTHER", "CPU", "CUDA", "DEVICE_OTHER",
     )},
     "WAN_ATTN_CPU_KNOWN": native.CPU_KNOWN,

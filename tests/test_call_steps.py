@@ -87,7 +87,8 @@ def test_two_steps_give_the_bits_of_one(row: op.KernelInfo) -> None:
         pytest.skip(call.error.text())
     assert call.call.kernel == row.index, "the row that was forced"
     assert call.run() == library.OK, call.error.text()
-    assert_close_to_oracle(call.out, *call.tensors, k_lens=call.k_lens)
+    if not row.is_lossy:
+        assert_close_to_oracle(call.out, *call.tensors, k_lens=call.k_lens)
     two_steps = call.out.clone()
     call.out.fill_(math.nan)
     assert call.run() == library.OK, "a prepared call may be run again"

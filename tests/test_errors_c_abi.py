@@ -113,7 +113,8 @@ def test_c_abi_workspace_too_small(c_call: tuple[library.Params, list[Tensor]]) 
             assert lib.wan_attn_forward(params, error) == library.INVALID_ARGUMENT
             params.workspace = -(-ctypes.addressof(memory) // 64) * 64
         assert lib.wan_attn_forward(params, error) == library.OK, error.text()
-        assert_close_to_oracle(tensors[3], *tensors[:3])
+        if not op.kernels()[row].is_lossy:
+            assert_close_to_oracle(tensors[3], *tensors[:3])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from wan_attn import config
 from wan_attn.native import library, op
 
 KERNEL_NAME = re.compile(
-    rf"sdpa_(?:ref|{'|'.join(library.cpu_features())}|(?:qk8_)?sm\d+)"  # instruction set
+    rf"sdpa_(?:ref|{'|'.join(library.cpu_features())}|sm\d+)"  # instruction set
     r"(?:_[a-z][a-z0-9]*)*?"  # variant
     r"(?:_d(?P<head_dim>\d+))?"
 )

@@ -39,7 +39,10 @@ static wan_attn_status check_and_run(wan_attn_problem *p, wan_attn_error *err) {
         status = wan_attn_check_sharing(p, err);
     if (status != WAN_ATTN_OK || !p->batch || !p->seqlen_q)
         return status; /* nothing to write; rows may divide by these */
-    return wan_attn_kernel_of(p->kernel)->run(p, err);
+    status = wan_attn_kernel_of(p->kernel)->run(p, err);
+    if (status == WAN_ATTN_OK && p->params->guard && p->device_type == WAN_ATTN_CPU)
+        wan_attn_cpu_guard(p);
+    return status;
 }
 
 wan_attn_status wan_attn_why_not(const wan_attn_params *params, int32_t row, wan_attn_error *err) {

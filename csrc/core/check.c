@@ -99,6 +99,18 @@ static wan_attn_status check_numbers(const wan_attn_params *a, wan_attn_error *e
     return WAN_ATTN_OK;
 }
 
+static wan_attn_status check_precision(const wan_attn_params *a, wan_attn_error *err) {
+    if (a->precision != WAN_ATTN_EXACT && a->precision != WAN_ATTN_QK8)
+        return INVALID(err, "precision must be %d (exact) or %d (8-bit scores), got %d",
+                       WAN_ATTN_EXACT, WAN_ATTN_QK8, (int)a->precision);
+    if (a->guard && a->guard_size != sizeof(wan_attn_guard))
+        return INVALID(err, "guard_size must be %zu (this library's wan_attn_guard), got %u",
+                       sizeof(wan_attn_guard), (unsigned)a->guard_size);
+    if ((uintptr_t)a->guard % sizeof(uint32_t))
+        return INVALID(err, "guard must lie at a multiple of 4 bytes, got address %p", a->guard);
+    return WAN_ATTN_OK;
+}
+
 static int64_t window_bound(int64_t size) {
     return size < 0 || size > WAN_ATTN_UNBOUNDED ? WAN_ATTN_UNBOUNDED : size;
 }
@@ -133,6 +145,8 @@ wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *
     wan_attn_status status = check_inputs(params, err);
     if (status == WAN_ATTN_OK)
         status = check_numbers(params, err);
+    if (status == WAN_ATTN_OK)
+        status = check_precision(params, err);
     if (status == WAN_ATTN_OK)
         status = check_lengths("q_lens", &params->seqused_q, &params->q, &problem->seqused_q, err);
     if (status == WAN_ATTN_OK)

@@ -52,7 +52,7 @@
               .is_lossy = lossy},                                                                  \
      .plan = wan_attn_cuda_plan_call,                                                              \
      .run = wan_attn_cuda_run_call},
-#define CPU_ROW(row, dtype_bits, needs, text, ...)                                                 \
+#define CPU_ROW(row, dtype_bits, needs, lossy, text, ...)                                          \
     {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
               .device_type = WAN_ATTN_CPU,                                                         \
               .name = #row,                                                                        \
@@ -61,12 +61,13 @@
               .head_dim_min = 1,                                                                   \
               .head_dim_max = 256,                                                                 \
               .head_dim_multiple = 1,                                                              \
-              .cpu_features = needs},                                                              \
+              .cpu_features = needs,                                                               \
+              .is_lossy = lossy},                                                                  \
      __VA_ARGS__},
-#define KERNEL(row, dtypes, needs, text)                                                           \
-    CPU_ROW(row, dtypes, needs, text, .plan = wan_attn_##row##_plan, .run = wan_attn_##row)
-#define KERNEL_ELSEWHERE(row, dtypes, needs, text)                                                 \
-    CPU_ROW(row, dtypes, needs, text, .plan = NULL, .run = NULL)
+#define KERNEL(row, dtypes, needs, lossy, text)                                                    \
+    CPU_ROW(row, dtypes, needs, lossy, text, .plan = wan_attn_##row##_plan, .run = wan_attn_##row)
+#define KERNEL_ELSEWHERE(row, dtypes, needs, lossy, text)                                          \
+    CPU_ROW(row, dtypes, needs, lossy, text, .plan = NULL, .run = NULL)
 /* NOLINTEND(bugprone-macro-parentheses) */
 static const wan_attn_kernel KERNELS[] = {
 #include "core/kernels.def"
@@ -238,15 +239,26 @@ static wan_attn_status no_cuda_row_of_the_kind(wan_attn_problem *p, fit best, wa
                          sizes, (long long)p->head_dim);
 }
 
+/* Whether the row is of the precision that the call asks for. */
+static int is_asked(const wan_attn_kernel_info *info, const wan_attn_problem *p) {
+    return info->is_lossy == (p->params->precision == WAN_ATTN_QK8);
+}
+
 /* UNSUPPORTED, with the reasons of the rows that fit best: a user of one card is not told of
  * the rows for other dtypes. Neighbours with the same reason share it: "a, b: reason; c: other". */
 static wan_attn_status no_row(wan_attn_problem *p, fit best, wan_attn_error *err) {
     char reasons[900] = "", reason[200], before[200] = "";
     size_t used = 0;
+    if (p->params->precision == WAN_ATTN_QK8 && best != CANNOT)
+        return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
+                             "no kernel takes this call: none for %s computes 8-bit scores of "
+                             "%s with head_dim %lld",
+                             device_name((int32_t)p->device_type), wan_attn_dtype_name(p->dtype),
+                             (long long)p->head_dim);
     if (p->device_type == WAN_ATTN_CUDA && (best == OTHER_DTYPE || best == OTHER_HEAD_DIM))
         return no_cuda_row_of_the_kind(p, best, err);
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
-        if (KERNELS[r].info.is_lossy || ask(r, p, reason, sizeof(reason)) != best)
+        if (!is_asked(&KERNELS[r].info, p) || ask(r, p, reason, sizeof(reason)) != best)
             continue;
         if (strcmp(reason, before) != 0) {
             append(reasons, sizeof(reasons), &used, used ? ": %s; " : "%s", before);
@@ -260,7 +272,7 @@ static wan_attn_status no_row(wan_attn_problem *p, fit best, wan_attn_error *err
     return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "no kernel takes this call: %s", reasons);
 }
 
-/* The row to run: the forced one if it can, else the first exact one that can. */
+/* The row to run: the forced one if it can, else the first of the asked precision that can. */
 wan_attn_status wan_attn_choose(wan_attn_problem *p, wan_attn_error *err) {
     int32_t forced = p->params->kernel;
     if (forced != -1)
@@ -268,7 +280,7 @@ wan_attn_status wan_attn_choose(wan_attn_problem *p, wan_attn_error *err) {
     char reason[200];
     fit best = OTHER_DEVICE;
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
-        if (KERNELS[r].info.is_lossy)
+        if (!is_asked(&KERNELS[r].info, p))
             continue;
         fit found = kind_of(&KERNELS[r].info, p);
         if (found == TAKES) {

@@ -86,6 +86,10 @@ wan_attn_status wan_attn_cuda_find_arch(int32_t device_index, int32_t *arch, wan
 const char *wan_attn_cuda_plan_call(wan_attn_problem *problem);
 wan_attn_status wan_attn_cuda_run_call(const wan_attn_problem *problem, wan_attn_error *err);
 
+/* cpu/guard.c: adds what the operands and the results of a call on the CPU, which has run, tell to
+ * its guard. */
+void wan_attn_cpu_guard(const wan_attn_problem *problem);
+
 /* check.c: params -> problem; INVALID_ARGUMENT with "<argument> must be <rule>, got <value>". The
  * first reads no tensor and leaves out and lse absent; the second reads lengths that lie on the
  * CPU; the third adds out and lse, where they are given. */

@@ -63,8 +63,9 @@ static void plan_few(const wan_attn_problem *p, wan_attn_plan *plan) {
 
 static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blocking *blocking) {
     wan_attn_plan plan = {.blocking = blocking};
-    plan.depth =
-        round_up(wan_attn_divide_up(p->head_dim, blocking->unit), blocking->depth_multiple);
+    plan.depth = blocking->depth_of ? blocking->depth_of(p->head_dim)
+                                    : round_up(wan_attn_divide_up(p->head_dim, blocking->unit),
+                                               blocking->depth_multiple);
     plan.width = round_up(p->head_dim, blocking->width_multiple);
     plan.q_factor = p->softmax_scale < 0.0 ? -1.0f : p->softmax_scale > 0.0 ? 1.0f : 0.0f;
     /* Finite, or the largest score, 0 times this, would become NaN. */
@@ -77,7 +78,11 @@ static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blockin
     plan.k_bytes = blocking->block_n * plan.depth * (int64_t)sizeof(float);
     plan.v_bytes = blocking->block_n / blocking->unit * plan.width * (int64_t)sizeof(float);
     plan.blocks = wan_attn_divide_up(p->seqlen_k, blocking->block_n);
-    plan.pair_bytes = plan.blocks * (plan.k_bytes + plan.v_bytes);
+    if (blocking->survey_floats)
+        plan.survey_floats = round_up(blocking->survey_floats(plan.blocks, p->head_dim),
+                                      CACHE_LINE / (int64_t)sizeof(float));
+    plan.pair_bytes =
+        plan.blocks * (plan.k_bytes + plan.v_bytes) + plan.survey_floats * (int64_t)sizeof(float);
     plan.pairs = p->batch * p->num_heads_k;
     int64_t groups =
         wan_attn_divide_up(plan.pairs, max_of(1, GROUP_BYTES / max_of(1, plan.pair_bytes)));
@@ -87,10 +92,11 @@ static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blockin
     choose_tiles(p, blocking, &plan);
     plan.workers = wan_attn_workers(p->params, plan.pairs_per_group *
                                                    max_of(plan.tiles_per_pair, plan.blocks));
-    /* Q^T and O^T of each panel, S of one; 5 numbers for each row (its maximum, sum and so on). */
+    /* Q^T and O^T of each panel, S of one; some numbers for each row (maximum, sum and so on). */
     plan.scratch_floats =
         round_up(blocking->panel *
-                     (plan.panels_per_tile * (plan.depth + plan.width + 5) + blocking->block_n),
+                     (plan.panels_per_tile * (plan.depth + plan.width + blocking->row_numbers) +
+                      blocking->block_n),
                  CACHE_LINE / (int64_t)sizeof(float));
     plan.workspace_bytes = (size_t)(plan.pairs_per_group * plan.pair_bytes +
                                     round_up(plan.pairs_per_group * plan.blocks, CACHE_LINE) +
@@ -112,10 +118,34 @@ wan_attn_packed_block wan_attn_packed_block_at(const wan_attn_plan *plan, int64_
     char *k = base + pair_slot * plan->pair_bytes + block * (plan->k_bytes + plan->v_bytes);
     char *flags = base + plan->pairs_per_group * plan->pair_bytes;
     int64_t first_key = block * plan->blocking->block_n;
-    wan_attn_packed_block at = {(float *)k, (float *)(k + plan->k_bytes),
-                                (uint8_t *)flags + pair_slot * plan->blocks + block, first_key,
-                                min_of(plan->blocking->block_n, len_k - first_key)};
+    wan_attn_packed_block at = {(float *)k,
+                                (float *)(k + plan->k_bytes),
+                                (uint8_t *)flags + pair_slot * plan->blocks + block,
+                                first_key,
+                                min_of(plan->blocking->block_n, len_k - first_key),
+                                pair_slot};
     return at;
+}
+
+float *wan_attn_survey_at(const wan_attn_plan *plan, int64_t pair_slot) {
+    char *end = (char *)plan->p->params->workspace + (pair_slot + 1) * plan->pair_bytes;
+    return (float *)end - plan->survey_floats;
+}
+
+/* Task numbers run over [pair of the group][block]. */
+static void survey_block(int64_t task, int64_t worker, void *ctx) {
+    const wan_attn_plan *plan = (const wan_attn_plan *)ctx;
+    const wan_attn_problem *p = plan->p;
+    (void)worker;
+    int64_t slot = task / plan->blocks, pair = plan->first_pair + slot;
+    plan->blocking->survey(plan, pair / p->num_heads_k, pair % p->num_heads_k, slot,
+                           task % plan->blocks);
+}
+
+static void conclude_pair(int64_t slot, int64_t worker, void *ctx) {
+    const wan_attn_plan *plan = (const wan_attn_plan *)ctx;
+    (void)worker;
+    plan->blocking->conclude(plan, (plan->first_pair + slot) / plan->p->num_heads_k, slot);
 }
 
 /* Task numbers run over [pair of the group][block]. */
@@ -199,6 +229,10 @@ void wan_attn_blocked_run(const wan_attn_problem *p) {
     }
     for (; plan.first_pair < plan.pairs; plan.first_pair += plan.pairs_per_group) {
         plan.group_pairs = min_of(plan.pairs_per_group, plan.pairs - plan.first_pair);
+        if (plan.blocking->survey) {
+            wan_attn_run_tasks(p->params, plan.group_pairs * plan.blocks, survey_block, &plan);
+            wan_attn_run_tasks(p->params, plan.group_pairs, conclude_pair, &plan);
+        }
         wan_attn_run_tasks(p->params, plan.group_pairs * plan.blocks, pack_block, &plan);
         wan_attn_run_tasks(p->params, plan.group_pairs * plan.tiles_per_pair, compute_tile, &plan);
     }

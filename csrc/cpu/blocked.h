@@ -28,6 +28,7 @@ typedef struct wan_attn_packed_block {
     float *k, *v;
     uint8_t *has_nonfinite_v; /* 1: some value is infinite or NaN, 0 times it is not 0 */
     int64_t first_key, count; /* keys [first_key, first_key + count); 1 to BLOCK_N     */
+    int64_t pair_slot;
 } wan_attn_packed_block;
 
 /* One tile: queries [first_row, first_row + count) of head `head` of sample b. */
@@ -45,6 +46,15 @@ typedef struct wan_attn_blocking {
     int64_t few_rows;       /* up to so many queries pack nothing (sdpa_few.inc), <= MAX_FEW  */
     int64_t depth_multiple; /* units of K and Q are padded with zeros to a multiple of this   */
     int64_t width_multiple; /* rows of O^T (head_dim) are padded to a multiple of this        */
+    int64_t row_numbers;    /* floats of scratch for each row, beside Q, O and S               */
+    /* The next three may be NULL. depth_of: units of one row of Q or K; NULL: head_dim / unit. */
+    int64_t (*depth_of)(int64_t head_dim);
+    /* What has to be known of all keys of a pair before they are packed: survey looks at one block
+     * of them, conclude at what survey has left, survey_floats floats at wan_attn_survey_at. */
+    int64_t (*survey_floats)(int64_t blocks, int64_t head_dim);
+    void (*survey)(const wan_attn_plan *plan, int64_t b, int64_t head_k, int64_t pair_slot,
+                   int64_t block);
+    void (*conclude)(const wan_attn_plan *plan, int64_t b, int64_t pair_slot);
     void (*pack)(const wan_attn_plan *plan, int64_t b, int64_t head_k,
                  const wan_attn_packed_block *to);
     /* `next`: the tile that this thread will probably compute next, or NULL; what to prefetch. */
@@ -64,6 +74,7 @@ struct wan_attn_plan {
     float log2_scale; /* |softmax_scale| * log2(e)              */
 
     int64_t k_bytes, v_bytes, blocks, pair_bytes; /* of one packed block; blocks of one pair */
+    int64_t survey_floats;                        /* of one pair */
     int64_t pairs, pairs_per_group;
     int64_t first_pair, group_pairs; /* of the group at work */
     int64_t panels_per_tile, tiles_per_head, tiles_per_pair;
@@ -83,6 +94,9 @@ void wan_attn_blocked_run(const wan_attn_problem *p);
  * real for a sample of len_k. */
 wan_attn_packed_block wan_attn_packed_block_at(const wan_attn_plan *plan, int64_t pair_slot,
                                                int64_t block, int64_t len_k);
+
+/* For a row with a survey: what it leaves, and what it concludes, of the pair in this slot. */
+float *wan_attn_survey_at(const wan_attn_plan *plan, int64_t pair_slot);
 
 /* The real lengths of sample b. */
 static inline int64_t wan_attn_len_q(const wan_attn_problem *p, int64_t b) {

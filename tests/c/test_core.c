@@ -145,6 +145,8 @@ static int same_bits_on_other_threads(const wan_attn_params *p) {
 
 static int run_row(wan_attn_params *p, int32_t row, int *runs) {
     wan_attn_error err;
+    wan_attn_kernel_info info = {.struct_size = sizeof(info)};
+    wan_attn_kernel_at(row, &info);
     p->kernel = row;
     wan_attn_status status = wan_attn_why_not(p, row, &err);
     if (status == WAN_ATTN_UNSUPPORTED)
@@ -157,7 +159,7 @@ static int run_row(wan_attn_params *p, int32_t row, int *runs) {
     if (wan_attn_prepare(p, &call, &err) != WAN_ATTN_OK || call.kernel != row ||
         call.workspace_size != p->workspace_size || wan_attn_run(p, &call, &err) != WAN_ATTN_OK)
         FAIL("failed: %s", err.message);
-    if (compare(p))
+    if (!info.is_lossy && compare(p)) /* how far a lossy one may be off: tests/test_qk8.py */
         return 1;
     if (wrote_between_elements(&p->out) || (p->lse.data && wrote_between_elements(&p->lse)))
         FAIL("wrote outside of an output");

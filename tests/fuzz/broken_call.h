@@ -75,6 +75,10 @@ static good_call make_good_call(void) {
     X(scale_nan, "scale", p->has_softmax_scale = 1, p->softmax_scale = NAN)                        \
     X(scale_inf, "scale", p->has_softmax_scale = -1, p->softmax_scale = INFINITY)                  \
     X(scale_minus_inf, "scale", p->has_softmax_scale = 1, p->softmax_scale = -INFINITY)            \
+    X(precision_below, "precision", p->precision = -1)                                             \
+    X(precision_beyond, "precision", p->precision = 2)                                             \
+    X(guard_size_0, "guard_size", p->guard = p->workspace, p->guard_size = 0)                      \
+    X(guard_misaligned, "guard", p->guard = beyond(p->workspace, 2), p->guard_size = 16)           \
     X(window_left, "window_left", p->window_size_left = -2)                                        \
     X(window_left_min, "window_left", p->window_size_left = INT64_MIN)                             \
     X(window_right, "window_right", p->window_size_right = -2)                                     \

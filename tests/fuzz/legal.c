@@ -137,7 +137,9 @@ static int check_row(wan_attn_params *p, const decoded *x, int32_t row) {
     p->num_threads = (int32_t)pick(5);
     p->parallel = PICK(LOOPS);
     int is_bf16_row = strstr(info.name, "amx") || strstr(info.name, "bf16");
-    int wrong = run(p, UNTOUCHED, &first) || compare(p, x, &first, is_bf16_row);
+    int wrong = run(p, UNTOUCHED, &first);
+    if (!wrong && !info.is_lossy) /* how far a lossy one may be off: tests/test_qk8.py */
+        wrong = compare(p, x, &first, is_bf16_row);
     for (int n = 0; n < 2 && !wrong; n++) {
         p->num_threads = 1 + (p->num_threads + (int32_t)pick(3)) % 4;
         p->parallel = PICK(LOOPS);

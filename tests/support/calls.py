@@ -33,10 +33,11 @@ def can_run(row: op.KernelInfo) -> bool:
 
 
 def rows() -> list[op.KernelInfo | None]:
-    """Every row that can run here. Without the native library: None, which is the op as it is."""
+    """Every exact row that can run here. Without the native library: None, which is the op as it
+    is."""
     if op.binding() == "torch":
         return [None]
-    return [row for row in op.kernels() if can_run(row)]
+    return [row for row in op.kernels() if can_run(row) and not row.is_lossy]
 
 
 def row_id(row: op.KernelInfo | None) -> str:

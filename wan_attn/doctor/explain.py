@@ -20,6 +20,8 @@ from wan_attn.tuning import words
 from wan_attn.tuning.kinds import why_never
 from wan_attn.workloads import Workload
 
+LOSSY = " (lossy: only where it is asked for)"
+
 
 def explain(request: Request, call: Workload, settings: Settings) -> dict[str, Any]:
     """The choice, and every backend's and kernel row's own answer, as plain values."""
@@ -49,7 +51,7 @@ def explain(request: Request, call: Workload, settings: Settings) -> dict[str, A
         {
             "index": k.index,
             "name": k.name,
-            "description": k.description,
+            "description": k.description + (LOSSY if k.is_lossy else ""),
             "reason": unused or without_name(op.why_not(request, k.index), k.name),
         }
         for k in op.kernels()

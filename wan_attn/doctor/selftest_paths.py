@@ -144,8 +144,8 @@ def paths() -> Iterator[Path]:
     for device in devices():
         kind = torch.device(device).type
         for row in rows:
-            if row.device == kind:
+            if row.device == kind and not row.is_lossy:  # those are wrong by any exact measure
                 yield _kernel_path(row.index, row.name, device)
-        for name in (n for n in REGISTRY if n not in LOSSY):  # those are wrong by any exact measure
+        for name in (n for n in REGISTRY if n not in LOSSY):
             yield _backend_path(name, device)
         yield _function_path(device)

@@ -11,6 +11,7 @@ from ctypes import (
     c_char,
     c_char_p,
     c_double,
+    c_float,
     c_int32,
     c_int64,
     c_size_t,
@@ -28,6 +29,7 @@ ABI_VERSION = 1
 OK, INVALID_ARGUMENT, UNSUPPORTED, DEVICE_ERROR, INTERNAL = range(5)
 F32, F16, BF16, I32, I64, F64, DTYPE_OTHER = range(7)
 CPU, CUDA, DEVICE_OTHER = range(3)
+EXACT, QK8 = range(2)
 PROOF_MISSING, PROOF_PASSED, PROOF_FAILED = range(3)
 
 CPU_KNOWN = 1 << 31
@@ -75,6 +77,20 @@ class Params(ctypes.Structure):
         ("parallel", c_void_p),
         ("num_threads", c_int32),
         ("cpu_features", c_uint32),
+        ("guard", c_void_p),
+        ("guard_size", c_uint32),
+        ("precision", c_int32),
+    ]
+
+
+class Guard(ctypes.Structure):
+    """wan_attn_guard."""
+
+    _fields_ = [
+        ("largest_value", c_float),
+        ("clipped_values", c_uint32),
+        ("nonfinite_values", c_uint32),
+        ("nonfinite_results", c_uint32),
     ]
 
 

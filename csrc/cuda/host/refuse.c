@@ -52,6 +52,8 @@ const char *wan_attn_cuda_plan_call(wan_attn_problem *p) {
     if (device && wan_attn_cuda_sums_f16(p->kernel_name) && !device->is_half_rate)
         return "is faster only on cards whose tensor cores accumulate f32 at half rate (GeForce "
                "RTX 30 to 50)";
+    if (p->params->guard)
+        return "does not fill a guard";
     const wan_attn_cuda_tile *tile = device ? tile_for(p, device->arch) : NULL;
     const char *why = refuse_tile(p, tile);
     if (!why)
