@@ -2,7 +2,7 @@
  * rope_avx2.c - rms_norm_rope with AVX2, FMA and F16C. The body: rope_token.inc.
  *
  * Numerics: float64 products and sums are separate instructions, because a fused one would round
- * once less than the contract says. Measured: nothing yet.
+ * once less than the contract says. Measured: 13.6 to 18.3 times stock's steps (docs/measured.md).
  */
 #include "core/util.h"
 #include "cpu/rope.h"
