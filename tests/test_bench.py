@@ -116,7 +116,8 @@ def test_kernels_measures_each_kernel_against_torch(
         assert len(row["samples_ms"]) == row["iters"] == 2
         assert 0 < row["p10_ms"] <= row["p50_ms"] <= row["p90_ms"]
         assert row["tflops"] == pytest.approx(4 * 2 * 64 * 64 * 64 / row["p50_ms"] / 1e9, rel=1e-4)
-        assert row["max_error"] < 1e-5, f"{name} against float64"
+        limit = 0.05 if row["lossy"] else 1e-5
+        assert row["max_error"] < limit, f"{name} against float64"
     assert {s["what"] for s in found["skipped"]} >= {"fa2", "fa3", "sage", "xformers"}
     assert all(s["reason"] for s in found["skipped"])
     environment = found["environment"]

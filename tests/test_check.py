@@ -163,7 +163,7 @@ def command(words: list[str]) -> int:
     ("words", "message"),
     [
         (["--seconds", "0"], "--seconds must be above 0"),
-        (["--only", "small,big"], "--only must name some of small, matmul, speed"),
+        (["--only", "small,big"], "--only must name some of small, rope, matmul, speed"),
         (["--device", "cpu", "--rows", "sdpa_x"], "got 'sdpa_x'"),
         (["--device", "cuda:9"], "--device must exist, got 'cuda:9'"),
         (["--device", "tpu"], "--device must be cpu, cuda or cuda:N"),

@@ -45,6 +45,9 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     config.refresh()
 
 
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="runs in test_low_memory.py's own process"
+)
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="callers hold arguments before 3.11")
 @pytest.mark.parametrize("backend", ["sdpa", "torch", "chunked"])
 @pytest.mark.parametrize(
