@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from torch import Tensor
 import rope_oracle
 import wan_attn
 from wan_attn.native import bindings, library, rope, rope_in_torch
+from wan_attn.native.rope_call import RopeCall
 
 assert wan_attn  # registers the op
 
@@ -34,11 +34,7 @@ SHAPES = ((12, 128), (24, 64), (40, 128), (3, 84), (2, 36), (5, 10), (1, 2))
 def rows() -> Iterator[tuple[str, int]]:
     """The rows that this CPU can run, by name; -1 chooses."""
     for index, name in enumerate(rope.kernels()):
-        params = rope._params(
-            torch.zeros(1, 1, 1, 2), None, None, None, None, False, True, 0, index
-        )
-        found = ctypes.c_int32()
-        if library.lib().wan_attn_rope_select(params, found, library.Error()) == library.OK:
+        if rope.why_not(torch.device("cpu"), index) is None:
             yield name, index
 
 
@@ -48,7 +44,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
         f"{name}": (lambda *a, _k=index, **o: OP(*a, kernel=_k, **o))
         for name, index in ROWS.items()
     },
-    "torch": rope_in_torch.rms_norm_rope,
+    "torch": lambda *a, **o: rope_in_torch.compute(RopeCall(*a, **o)),
 }
 each_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
@@ -248,7 +244,7 @@ def test_same_bits_through_ctypes(native: str) -> None:
 
 def in_c(x: Tensor, out: Tensor, /, **changed: Any) -> tuple[int, str]:
     """The C function itself: its status and message."""
-    params = rope._params(x, None, None, None, 1e-6, False, True, 0, -1)
+    params = rope._params(RopeCall(x, eps=1e-6))
     params.out = bindings.describe(out)
     for name, value in changed.items():
         setattr(params, name, value)

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 import rope_oracle
 import wan_attn
+from test_compile import Counter
 from wan_attn.native import library, rope, rope_in_torch
 
 assert wan_attn  # registers the op
@@ -68,17 +69,6 @@ def test_compiles_into_one_graph(make: Callable[[], dict[str, Any]]) -> None:
     torch._dynamo.reset()  # which allows one function some variants, and no more
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**arguments), twice(**arguments))
-
-
-class Counter:
-    """A backend that counts how often it is asked to compile."""
-
-    def __init__(self, backend: str) -> None:
-        self.compile, self.count = torch._dynamo.lookup_backend(backend), 0
-
-    def __call__(self, graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
-        self.count += 1
-        return self.compile(graph, example)
 
 
 @pytest.mark.compile

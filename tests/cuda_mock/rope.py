@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from emu.rows import rope_kernels
 from emu.run import Tensor_, launch
 from wan_attn.native import library as native
 from wan_attn.native.bindings import describe
+from wan_attn.native.rope_call import RopeCall
 
 
 @dataclass
@@ -54,38 +56,32 @@ class RopeGpu(Gpu):
 
     def rope(
         self,
-        x: Tensor,
-        weight: Tensor | None = None,
-        table: Tensor | None = None,
-        grid_sizes: Tensor | None = None,
-        *,
-        eps: float | None = None,
-        per_head: bool = False,
-        round_norm: bool = True,
-        seqlen_offset: int = 0,
-        dtype: torch.dtype | None = None,
+        *operands: Any,
         grid_on_device: bool = False,
-        kernel: int = -1,
         device: int = 0,
         out: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        """wan_attn_rms_norm_rope. out: where to write, x itself for instance."""
+        """wan_attn_rms_norm_rope, with the op's arguments. out: where to write, x itself for
+        instance."""
+        call = RopeCall(*operands, **options)
+        x, grid_sizes = call.x, call.grid_sizes
         if out is None:
-            out = torch.full(x.shape, float("nan"), dtype=dtype or x.dtype)
+            out = torch.full(x.shape, float("nan"), dtype=call.dtype or x.dtype)
         params = native.RopeParams(
             struct_size=ctypes.sizeof(native.RopeParams),
-            kernel=kernel,
+            kernel=call.kernel,
             x=self._on_device(x, device),
             out=self._on_device(out, device),
-            seqlen_offset=seqlen_offset,
-            eps=0.0 if eps is None else eps,
-            has_norm=eps is not None,
-            is_per_head=per_head,
-            rounds_norm=round_norm,
+            seqlen_offset=call.seqlen_offset,
+            eps=0.0 if call.eps is None else call.eps,
+            has_norm=call.eps is not None,
+            is_per_head=call.per_head,
+            rounds_norm=call.round_norm,
             stream=STREAM,
         )
         inputs = {"x": x}
-        for name, given in (("weight", weight), ("table", table)):
+        for name, given in (("weight", call.weight), ("table", call.table)):
             if given is not None:
                 setattr(params, name, self._on_device(given, device))
                 inputs[name] = given

@@ -17,6 +17,7 @@ from emu.args import RopeArgs, View
 from emu.build import library
 from emu.rows import CSRC, RopeKernel, rope_kernels
 from emu.run import Memory, Schedule, Tensor_, launch
+from wan_attn.native.rope_call import RopeCall
 
 NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 WORDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -77,16 +78,7 @@ def _numbers(
 
 
 def run(
-    x: Tensor,
-    weight: Tensor | None = None,
-    table: Tensor | None = None,
-    grid_sizes: Tensor | None = None,
-    *,
-    eps: float | None = None,
-    per_head: bool = False,
-    round_norm: bool = True,
-    seqlen_offset: int = 0,
-    dtype: torch.dtype | None = None,
+    *operands: Any,
     grid_on_device: bool = False,
     by_vectors: bool | None = None,
     out: Tensor | None = None,
@@ -95,6 +87,7 @@ def run(
     csrc: Path = CSRC,
     arch: int | None = None,
     start: Start | None = None,
+    **options: Any,
 ) -> Tensor:
     """The op's arguments.
 
@@ -104,16 +97,17 @@ def run(
         in_place: out is x, of which a copy is made for it.
         start: runs a kernel; None: on the emulated GPU.
     """
-    memory = Memory()
+    call, memory = RopeCall(*operands, **options), Memory()
+    x, weight, table, grid_sizes = call[:4]
     if in_place:
         x = out = memory.add("x", x, 2)
     else:
-        given = torch.full(x.shape, math.nan, dtype=dtype or x.dtype) if out is None else out
+        given = torch.full(x.shape, math.nan, dtype=call.dtype or x.dtype) if out is None else out
         x, out = memory.add("x", x), memory.add("out", given, 1)
     weight, table = memory.maybe("weight", weight), memory.maybe("table", table)
     args = RopeArgs(x=_view(x), out=_view(out), out_dtype=NUMBER[out.dtype], **_numbers(
-        x, weight, eps, per_head, round_norm))  # fmt: skip
-    args.seqlen_offset = seqlen_offset
+        x, weight, call.eps, call.per_head, call.round_norm))  # fmt: skip
+    args.seqlen_offset = call.seqlen_offset
     if weight is not None:
         args.weight, args.weight_dtype = weight.data_ptr(), NUMBER[weight.dtype]
     if table is not None:
@@ -132,7 +126,7 @@ def run(
         else:
             for b, sizes in enumerate(grid_sizes.tolist()):
                 args.grids[b] = (c_int * 3)(*sizes)
-    fits = fits_vectors(x, out, weight, table, per_head, eps is not None)
+    fits = fits_vectors(x, out, weight, table, call.per_head, call.eps is not None)
     is_vector = fits if by_vectors is None else by_vectors
     assert fits or not is_vector
     name = WORDS[x.dtype] if is_vector else "any"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wan_attn.native import rope_in_torch
 from wan_attn.native.kernels import rope_kernels
+from wan_attn.native.rope_call import RopeCall
 
 EPS = 1e-6
 THETA = 10000.0
@@ -175,9 +176,8 @@ def _compiled(given: Operands) -> Run:
 
 
 def _torch(given: Operands) -> Run:
-    return partial(
-        rope_in_torch.rms_norm_rope, given.x, given.weight, given.table, given.grid_sizes, eps=EPS
-    )
+    call = RopeCall(given.x, given.weight, given.table, given.grid_sizes, EPS)
+    return partial(rope_in_torch.compute, call)
 
 
 def _ours(given: Operands, kernel: int = -1) -> Run:

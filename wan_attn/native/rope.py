@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wan_attn.native import bindings, cuda_driver, library, rope_in_torch, rope_on_cuda, shim
 from wan_attn.native.kernels import rope_kernels
-from wan_attn.native.rope_on_cuda import NAMES
+from wan_attn.native.rope_call import OPERANDS, RopeCall
 from wan_attn.request import gate, refuse
 from wan_attn.request.transforms import without_tangent
 
@@ -26,7 +26,6 @@ SCHEMA = (
     " ScalarType? dtype=None, int kernel=-1) -> Tensor"
 )
 NAME = "wan_attn::rms_norm_rope"
-OPERANDS = ("x", "weight", "table", "grid_sizes")
 
 
 def kernels() -> tuple[str, ...]:
@@ -42,15 +41,10 @@ def why_not_call(
     Args:
         device: where the tensors are said to be; None: where they are.
     """
-    operands: list[Any] = [given.get(name) for name in NAMES]
-    x, weight, table, grid_sizes = operands
-    params = _params(
-        *(x, weight, table, grid_sizes, given.get("eps")),
-        *(given.get("per_head", False), given.get("round_norm", True)),
-        *(given.get("seqlen_offset", 0), row),
-    )
-    for name, tensor in zip(NAMES, operands, strict=True):
-        if device is not None and tensor is not None:
+    call = RopeCall(**given)._replace(kernel=row)
+    params = _params(call)
+    for name in OPERANDS:
+        if device is not None and getattr(call, name) is not None:
             described = getattr(params, name)
             described.device_type = bindings.DEVICES[device.type]
             described.device_index = device.index or 0
@@ -76,86 +70,53 @@ def chosen(device: torch.device) -> str | None:
     return next((n for i, n in enumerate(kernels()) if why_not(device, i) is None), None)
 
 
-def _params(
-    x: Tensor,
-    weight: Tensor | None,
-    table: Tensor | None,
-    grid_sizes: Tensor | None,
-    eps: float | None,
-    per_head: bool,
-    round_norm: bool,
-    seqlen_offset: int,
-    kernel: int,
-) -> library.RopeParams:
+def _params(call: RopeCall) -> library.RopeParams:
+    x = call.x
     if not isinstance(x, Tensor):  # None gets past the dispatcher
         refuse("x", "a tensor", gate.kind_of(x))
-    if not -(1 << 31) <= kernel < 1 << 31:  # would wrap, perhaps into a row that exists
-        refuse("kernel", "-1 (the best) or a row", kernel)
+    if not -(1 << 31) <= call.kernel < 1 << 31:  # would wrap, perhaps into a row that exists
+        refuse("kernel", "-1 (the best) or a row", call.kernel)
     params = library.RopeParams(
         struct_size=ctypes.sizeof(library.RopeParams),
-        kernel=kernel,
-        x=bindings.describe(x),
-        seqlen_offset=seqlen_offset,
-        eps=0.0 if eps is None else eps,
-        has_norm=eps is not None,
-        is_per_head=per_head,
-        rounds_norm=round_norm,
+        kernel=call.kernel,
+        seqlen_offset=call.seqlen_offset,
+        eps=0.0 if call.eps is None else call.eps,
+        has_norm=call.eps is not None,
+        is_per_head=call.per_head,
+        rounds_norm=call.round_norm,
         cpu_features=bindings.allowed_cpu_features(),
     )
     if x.device.type == "cpu":
         params.num_threads, params.parallel = torch.get_num_threads(), shim.parallel_for()
     elif x.is_cuda:
         params.stream = torch.cuda.current_stream(x.device).cuda_stream
-    for name, tensor in (("weight", weight), ("table", table), ("grid_sizes", grid_sizes)):
-        if tensor is not None:
+    for name in OPERANDS:
+        if (tensor := getattr(call, name)) is not None:
             setattr(params, name, bindings.describe(tensor))
     return params
 
 
-def by_ctypes(
-    x: Tensor,
-    weight: Tensor | None = None,
-    table: Tensor | None = None,
-    grid_sizes: Tensor | None = None,
-    *,
-    eps: float | None = None,
-    per_head: bool = False,
-    round_norm: bool = True,
-    seqlen_offset: int = 0,
-    dtype: torch.dtype | None = None,
-    kernel: int = -1,
-) -> Tensor:
+def by_ctypes(*operands: Any, **options: Any) -> Tensor:
     """The op without the shim; the same steps as csrc/torch/shim.c."""
-    operands = (x, weight, table, grid_sizes)
-    params = _params(*operands, eps, per_head, round_norm, seqlen_offset, kernel)
+    call = RopeCall(*operands, **options)
+    params = _params(call)
     error = library.Error()
     lib = library.lib()
     row = ctypes.c_int32(-1)
     if lib.wan_attn_rope_select(params, row, error) != library.OK:
         raise RuntimeError(f"wan_attn: {error.text()}")
-    if dtype is not None:
-        _check_dtype(dtype)
-    out = x.new_empty(x.shape, dtype=dtype)
+    if call.dtype is not None:
+        _check_dtype(call.dtype)
+    out = call.x.new_empty(call.x.shape, dtype=call.dtype)
     params.out = bindings.describe(out)
     if lib.wan_attn_rms_norm_rope(params, row, error) != library.OK:
         raise RuntimeError(f"wan_attn: {error.text()}")
     return out
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor | None = None,
-    table: Tensor | None = None,
-    grid_sizes: Tensor | None = None,
-    *,
-    eps: float | None = None,
-    per_head: bool = False,
-    round_norm: bool = True,
-    seqlen_offset: int = 0,
-    dtype: torch.dtype | None = None,
-    kernel: int = -1,
-) -> None:
+def _check(call: RopeCall) -> None:
     """The rules of csrc/core/rope_check.c that shapes and dtypes tell, in the same words."""
+    x, weight, table, grid_sizes = call[:4]
     floats = (torch.float32, torch.float16, torch.bfloat16)
     if x.dim() != 4:
         refuse("x", "[batch, seqlen, heads, head_dim]", list(x.shape))
@@ -169,10 +130,10 @@ def _check(
             words = [str(d).removeprefix("torch.") for d in dtypes]
             rule = f"{', '.join(words[:-1])} or {words[-1]}"
             refuse(name, rule, str(tensor.dtype).removeprefix("torch."))
-    if dtype is not None:
-        _check_dtype(dtype)
-    _check_norm(x, weight, eps, per_head)
-    _check_table(x, table, grid_sizes, seqlen_offset)
+    if call.dtype is not None:
+        _check_dtype(call.dtype)
+    _check_norm(call)
+    _check_table(call)
     for name, tensor in (("weight", weight), ("table", table)):
         if tensor is not None and tensor.device != x.device:
             refuse(name, f"on x's device {x.device}", tensor.device)
@@ -185,20 +146,20 @@ def _check_dtype(dtype: torch.dtype) -> None:
         refuse("dtype", "float32, float16 or bfloat16", str(dtype).removeprefix("torch."))
 
 
-def _check_norm(x: Tensor, weight: Tensor | None, eps: float | None, per_head: bool) -> None:
+def _check_norm(call: RopeCall) -> None:
+    x, weight = call.x, call.weight
     if weight is None:
         return
-    if eps is None:
+    if call.eps is None:
         refuse("weight", "None where eps is None, which means no norm", list(weight.shape))
-    size = x.shape[3] * (1 if per_head else x.shape[2])
+    size = x.shape[3] * (1 if call.per_head else x.shape[2])
     if weight.dim() != 1 or weight.shape[0] != size:
-        rule = f"[{'head_dim' if per_head else 'heads * head_dim'}] = [{size}]"
+        rule = f"[{'head_dim' if call.per_head else 'heads * head_dim'}] = [{size}]"
         refuse("weight", rule, list(weight.shape))
 
 
-def _check_table(
-    x: Tensor, table: Tensor | None, grid_sizes: Tensor | None, seqlen_offset: int
-) -> None:
+def _check_table(call: RopeCall) -> None:
+    x, _, table, grid_sizes = call[:4]
     if table is None:
         if grid_sizes is not None:
             refuse("table", "a tensor where grid_sizes is one", None)
@@ -206,11 +167,11 @@ def _check_table(
     head_dim = x.shape[3]
     if head_dim % 2:
         gate.refuse_having("x", "an even head_dim to be rotated", head_dim)
-    if seqlen_offset < 0:
-        refuse("seqlen_offset", "at least 0 and below 2^62", seqlen_offset)
+    if call.seqlen_offset < 0:
+        refuse("seqlen_offset", "at least 0 and below 2^62", call.seqlen_offset)
     if grid_sizes is None:
-        if seqlen_offset:
-            refuse("seqlen_offset", "0 without grid_sizes", seqlen_offset)
+        if call.seqlen_offset:
+            refuse("seqlen_offset", "0 without grid_sizes", call.seqlen_offset)
         if table.shape != x.shape:
             refuse("table", f"shaped like x = {list(x.shape)}", list(table.shape))
         return
@@ -220,17 +181,19 @@ def _check_table(
         refuse("grid_sizes", f"[batch, 3] = [{x.shape[0]}, 3]", list(grid_sizes.shape))
 
 
-def _by_torch(x: Tensor, *operands: Any, **options: Any) -> Tensor:
-    for name, tensor in zip(OPERANDS, (x, *operands), strict=False):
-        if tensor is not None or name == "x":
+def _by_torch(*operands: Any, **options: Any) -> Tensor:
+    call = RopeCall(*operands, **options)
+    for name in OPERANDS:
+        if (tensor := getattr(call, name)) is not None or name == "x":
             gate.dense(name, tensor)
-    _check(x, *operands, **options)
-    return rope_in_torch.rms_norm_rope(x, *operands, **options)
+    _check(call)
+    return rope_in_torch.compute(call)
 
 
-def _fake(x: Tensor, *operands: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-    _check(x, *operands, dtype=dtype, **options)
-    return x.new_empty(x.shape, dtype=dtype)
+def _fake(*operands: Any, **options: Any) -> Tensor:
+    call = RopeCall(*operands, **options)
+    _check(call)
+    return call.x.new_empty(call.x.shape, dtype=call.dtype)
 
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
@@ -247,7 +210,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         for i, needed in enumerate(ctx.needs_input_grad):
             if needed:
                 operands[i] = operands[i].detach().requires_grad_()
-        out = rope_in_torch.rms_norm_rope(*operands, **ctx.options)
+        out = rope_in_torch.compute(RopeCall(*operands, **ctx.options))
         wanted = [t for t in operands if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grad_out))
     return tuple(next(found) if t is not None and t.requires_grad else None for t in operands)

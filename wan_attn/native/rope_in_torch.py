@@ -10,52 +10,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wan_attn.native.rope_call import RopeCall
 
-def rms_norm_rope(
-    x: Tensor,
-    weight: Tensor | None = None,
-    table: Tensor | None = None,
-    grid_sizes: Tensor | None = None,
-    *,
-    eps: float | None = None,
-    per_head: bool = False,
-    round_norm: bool = True,
-    seqlen_offset: int = 0,
-    dtype: torch.dtype | None = None,
-    kernel: int = -1,
-) -> Tensor:
+
+def compute(call: RopeCall) -> Tensor:
     """[batch, seqlen, heads, head_dim] -> the same shape, contiguous, in `dtype` or x's.
 
-    The arguments are the op's, and have been checked (rope_call.check); `kernel` is not used.
+    The call has been checked (rope.py); its `kernel` is not used.
     """
+    x = call.x
     with torch.autocast(x.device.type, enabled=False):
         y = x.float()
-        if eps is not None:
-            y = _norm(y, x.dtype, weight, eps, per_head, round_norm)
-        if table is not None:
-            y = _rotate(y, table, grid_sizes, seqlen_offset)
-        out = y.float().to(x.dtype if dtype is None else dtype)
+        if call.eps is not None:
+            y = _norm(y, call, call.eps)
+        if call.table is not None:
+            y = _rotate(y, call.table, call.grid_sizes, call.seqlen_offset)
+        out = y.float().to(x.dtype if call.dtype is None else call.dtype)
     return out.clone(memory_format=torch.contiguous_format)
 
 
-def _norm(
-    x: Tensor,
-    dtype: torch.dtype,
-    weight: Tensor | None,
-    eps: float,
-    per_head: bool,
-    round_norm: bool,
-) -> Tensor:
-    dims = (-1,) if per_head else (-2, -1)
+def _norm(x: Tensor, call: RopeCall, eps: float) -> Tensor:
+    dims = (-1,) if call.per_head else (-2, -1)
     # Apple's GPUs have no float64.
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     mean = x.pow(2).mean(dim=dims, keepdim=True, dtype=wide)
     y = x * torch.rsqrt(mean + eps).float()
-    if round_norm:
-        y = y.to(dtype)
-    if weight is None:
+    if call.round_norm:
+        y = y.to(call.x.dtype)
+    if call.weight is None:
         return y
-    return y * (weight if per_head else weight.unflatten(0, x.shape[2:]))
+    return y * (call.weight if call.per_head else call.weight.unflatten(0, x.shape[2:]))
 
 
 def _rotate(y: Tensor, table: Tensor, grid_sizes: Tensor | None, offset: int) -> Tensor:

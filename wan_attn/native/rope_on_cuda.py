@@ -13,8 +13,8 @@ from torch import Tensor
 
 from wan_attn import log
 from wan_attn.native import cuda_driver, shim
+from wan_attn.native.rope_call import OPERANDS
 
-NAMES = ("x", "weight", "table", "grid_sizes")
 Kernel = Callable[..., Tensor]
 # first_wrong(run, device, dtype of x): what our kernel gets wrong here; selfcheck/rope_calls.py.
 FirstWrong = Callable[
@@ -52,7 +52,7 @@ def implementation(kernel: Kernel, by_torch: Kernel) -> Kernel:
             raise
 
     def rms_norm_rope(*operands: Tensor | None, **options: Any) -> Tensor:
-        given = dict(zip(NAMES, operands, strict=False)) | options
+        given = dict(zip(OPERANDS, operands, strict=False)) | options
         if options.get("kernel", -1) != -1:
             return run(given)
         why: str | None = None
