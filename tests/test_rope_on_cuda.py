@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from emu.build import compiler
 from wan_attn import config, log
 from wan_attn.backends import native as backend
 from wan_attn.backends._errors import is_device_error
+from wan_attn.integrations import _rope
 from wan_attn.native import cuda_driver, library, rope, rope_on_cuda
 from wan_attn.selfcheck import rope_calls
 
@@ -230,6 +232,23 @@ def test_integrations_ask_before_they_leave_the_models_own(
     assert gpu.lib.wan_attn_cuda_configure(settings, library.Error()) == library.OK
     why = rope.why_not(device, dtype=torch.bfloat16)
     assert why is not None and "rms_norm_rope_sm75: has not passed its proof on this card" in why
+
+
+def test_a_card_is_asked_until_it_says_yes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question costs more than the call, so a yes is kept; a no may end with the proof."""
+    answers: list[str | None] = ["not proven", "not proven", None]
+    asked = []
+
+    def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+        asked.append((device.type, dtype))
+        return answers.pop(0)
+
+    monkeypatch.setattr(rope, "why_not", why_not)
+    monkeypatch.setattr(_rope, "_taken", set())
+    x: Any = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    found = [_rope._why_not_on_card(x) for _ in range(5)]
+    assert found == ["not proven", "not proven", None, None, None]
+    assert asked == [("cuda", torch.bfloat16)] * 3
 
 
 def test_the_backend_guards_the_op() -> None:

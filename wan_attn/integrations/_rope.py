@@ -4,6 +4,7 @@ the log for those that it does and for those that it does not."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -30,11 +31,32 @@ def rms_norm_rope(*operands: Any, **options: Any) -> Tensor:
     if path is None:
         result: Tensor = torch.ops.wan_attn.rms_norm_rope(*operands, **options)
         return result
+    x: Tensor = operands[0]
+    title = _title(x.device, config.current())  # before the mark begins
     recorder = profile.recorder(path)
-    begun = recorder.start(operands[0].device)
+    begun = recorder.start(x.device)
     result = torch.ops.wan_attn.rms_norm_rope(*operands, **options)
-    recorder.stop_rope(begun, operands[0], rope.chosen(operands[0].device) or "rms_norm_rope")
+    recorder.stop_rope(begun, x, title)
     return result
+
+
+@functools.lru_cache(maxsize=16)
+def _title(device: torch.device, settings: config.Settings) -> str:
+    return rope.chosen(device) or "rms_norm_rope"
+
+
+# On these devices a kernel takes an x of this dtype, which is asked once: the question costs more
+# than the call. A "no" is asked again, because it is one only until the kernels are proven.
+_taken: set[tuple[torch.device, torch.dtype]] = set()
+config.memory(_taken.clear)
+
+
+def _why_not_on_card(x: Tensor) -> str | None:
+    kind = (x.device, x.dtype)
+    why = None if kind in _taken else rope.why_not(x.device, dtype=x.dtype)
+    if why is None:
+        _taken.add(kind)
+    return why
 
 
 def why_not(*tensors: Tensor | None) -> str | None:
@@ -54,7 +76,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
             return "a gradient is wanted"
     x = tensors[0]
     if x is not None and x.is_cuda and not torch.compiler.is_compiling():
-        return rope.why_not(x.device, dtype=x.dtype)
+        return _why_not_on_card(x)
     return None
 
 
