@@ -145,7 +145,7 @@ def here(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Any:
         card = prove.MockCard(0, machine.gpu, faults)
         rows = [row for row in card.rows() if row.name == "sdpa_sm80_d64"]
         monkeypatch.setattr(card, "rows", lambda: rows)
-        if not any(name.startswith(rope_calls.PREFIX) for name in faults):
+        if not any(name.startswith("rms_norm_rope") for name in faults):
             monkeypatch.setattr(card, "rope_rows", list)
         code = proof_child.main(["0", digest], lambda index: card)
         return code, verdicts.read(key)

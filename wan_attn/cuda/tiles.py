@@ -163,13 +163,12 @@ class TileSm90:
 
 
 @dataclass(frozen=True)
-class Helper:
-    """One HELPER line: a pass before or after the attention."""
+class _Pass:
+    """A kernel that is the same on every card, and whose name is its own."""
 
     name: str
     body: str
     num_threads: int
-    pack_step: int
 
     one_arch = None
 
@@ -184,6 +183,13 @@ class Helper:
     @property
     def source(self) -> str:
         return f"cuda/{self.body}.cuh"
+
+
+@dataclass(frozen=True)
+class Helper(_Pass):
+    """One HELPER line: a pass before or after the attention."""
+
+    pack_step: int
 
     @property
     def args(self) -> str:
@@ -198,28 +204,12 @@ class Helper:
 
 
 @dataclass(frozen=True)
-class RopeKernel:
-    """One ROPE_KERNEL line: a kernel of rms_norm_rope."""
+class RopeKernel(_Pass):
+    """One ROPE_KERNEL line: a kernel of rms_norm_rope; its num_threads is the most a block has."""
 
-    name: str
-    body: str
-    num_threads: int  # the most that a block has
     dtype: str  # of x: F32, F16, BF16, or ANY
 
-    one_arch = None
     args = "wan_attn_cuda_rope_args"
-
-    @property
-    def symbol(self) -> str:
-        return self.name
-
-    @property
-    def key(self) -> str:
-        return self.name
-
-    @property
-    def source(self) -> str:
-        return f"cuda/{self.body}.cuh"
 
     @property
     def smem_bytes(self) -> int:

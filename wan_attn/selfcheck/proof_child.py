@@ -10,6 +10,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -156,14 +157,19 @@ def main(argv: Sequence[str], make_card: Callable[[int], ProofCard] = TorchCard)
     verdict = verdicts.read(key) or Verdict(key)
     try:
         card = make_card(options.index)
-        rows = [*card.rows(), *card.rope_rows()]
-        todo = {name: (row, dtype) for row in rows for name, dtype in names_of(row).items()}
+        todo: dict[str, Callable[[], str | None]] = {}
+        for row in card.rows():
+            for name, dtype in names_of(row).items():
+                todo[name] = partial(proof_calls.wrong, card, row, dtype)
+        for row in card.rope_rows():
+            for name, dtype in names_of(row).items():
+                todo[name] = partial(rope_calls.wrong, card, row, dtype)
         for name in todo:
             verdict.rows.setdefault(name, Row())
         verdict.skipped = card.skipped
         with torch.no_grad():
             for name in verdict.names(UNTRIED):
-                if name in todo and not _try(verdict, card, name, *todo[name]):
+                if name in todo and not _try(verdict, card, name, todo[name]):
                     return 1
     except OSError as error:  # of the file: nothing else here opens one
         child.say(trouble=f"the verdict cannot be kept: {error}")
@@ -172,15 +178,15 @@ def main(argv: Sequence[str], make_card: Callable[[int], ProofCard] = TorchCard)
     return 0
 
 
-def _try(verdict: Verdict, card: ProofCard, name: str, row: KernelInfo, dtype: torch.dtype) -> bool:
-    """One row; whether the next one can be tried in this process."""
+def _try(verdict: Verdict, card: Card, name: str, wrong: Callable[[], str | None]) -> bool:
+    """One row, of which `wrong` says what it gets wrong; whether the next one can be tried in this
+    process."""
     verdict.put([name], RUNNING)
     verdicts.write(verdict)
     child.say(begin=name)
     start = time.perf_counter()
     try:
-        is_rope = row.name.startswith(rope_calls.PREFIX)
-        words = (rope_calls if is_rope else proof_calls).wrong(card, row, dtype)
+        words = wrong()
     except RuntimeError as error:
         if is_out_of_memory(error):
             verdict.put([name], UNTRIED)

@@ -23,7 +23,6 @@ from wan_attn.selfcheck.reference import draw
 
 Run = Callable[[Mapping[str, Any]], Tensor]  # the op's arguments -> its result
 
-PREFIX = "rms_norm_rope"  # of the rows' names
 BATCH, SEQLEN, POSITIONS = 2, 21, 6
 GRIDS = ((2, 3, 3), (1, 2, 4))  # frames, height, width: behind both there are tokens
 EPS = 1e-6
@@ -32,7 +31,7 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0
 
 
 @dataclass(frozen=True)
-class RopeCall:
+class RopeCase:
     """One call. table: "grid", "token" (the same for all heads), "head", or "" for none."""
 
     name: str
@@ -52,13 +51,13 @@ class RopeCall:
 # Blocks of 96, 64 and of one warp's threads; every kind of table; what only the row for any call
 # takes.
 CALLS = (
-    RopeCall("norm and rotation", heads=24),
-    RopeCall("rounded twice", heads=12, weight_like_x=True, grid_on_device=True, offset=3),
-    RopeCall("rotation alone", has_norm=False, out_is_f32=True),
-    RopeCall("norm of each head", per_head=True, rounds=False, table="token", out_is_f32=True),
-    RopeCall("norm alone", heads=5, head_dim=64, table=""),
-    RopeCall("unaligned", head_dim=84, is_unaligned=True),
-    RopeCall("a table for each head", table="head"),
+    RopeCase("norm and rotation", heads=24),
+    RopeCase("rounded twice", heads=12, weight_like_x=True, grid_on_device=True, offset=3),
+    RopeCase("rotation alone", has_norm=False, out_is_f32=True),
+    RopeCase("norm of each head", per_head=True, rounds=False, table="token", out_is_f32=True),
+    RopeCase("norm alone", heads=5, head_dim=64, table=""),
+    RopeCase("unaligned", head_dim=84, is_unaligned=True),
+    RopeCase("a table for each head", table="head"),
 )
 
 
@@ -74,7 +73,7 @@ class Known:
 
 
 @lru_cache(maxsize=2 * len(CALLS))
-def known(call: RopeCall) -> Known:
+def known(call: RopeCase) -> Known:
     """The same for the same call."""
     generator = torch.Generator("cpu").manual_seed(call.heads * 1000 + call.head_dim)
     shape = (BATCH, SEQLEN, call.heads, call.head_dim)
@@ -109,7 +108,7 @@ def _turned(y: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     return truth, torch.stack((a * c + b * s, b * c + a * s), -1).flatten(-2)
 
 
-def _of_tokens(call: RopeCall, table: Tensor) -> Tensor:
+def _of_tokens(call: RopeCase, table: Tensor) -> Tensor:
     """The separable table written out for each token, [batch, seqlen, 1, head_dim]."""
     out = torch.zeros(BATCH, SEQLEN, 1, call.head_dim, dtype=torch.float64)
     out[..., 0::2] = 1.0  # behind the grid: not turned
@@ -125,7 +124,7 @@ def _of_tokens(call: RopeCall, table: Tensor) -> Tensor:
     return out
 
 
-def arguments(call: RopeCall, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def arguments(call: RopeCase, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """The op's, on this device."""
     made = known(call)
     x = made.x.to(device, dtype)
@@ -148,7 +147,7 @@ def arguments(call: RopeCall, dtype: torch.dtype, device: torch.device) -> dict[
     return given
 
 
-def difference(call: RopeCall, dtype: torch.dtype, out: Tensor) -> str | None:
+def difference(call: RopeCase, dtype: torch.dtype, out: Tensor) -> str | None:
     """What is beyond its bound, in words; None: nothing."""
     made = known(call)
     of_y = ROUNDING[dtype] if call.has_norm and call.rounds else 0.0
@@ -212,7 +211,7 @@ def wrong(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
     return "it takes none of the calls" if taken is None else _graph(card, row, taken, dtype)
 
 
-def _graph(card: Card, row: KernelInfo, call: RopeCall, dtype: torch.dtype) -> str | None:
+def _graph(card: Card, row: KernelInfo, call: RopeCase, dtype: torch.dtype) -> str | None:
     """A captured call is replayed with other contents in the same memory."""
     given = arguments(call, dtype, card.device())
     real = given["x"]
