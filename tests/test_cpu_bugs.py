@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import c_driver
+from planted import plant
 from wan_attn.native import op
 
 CALLS = "40"
@@ -166,10 +167,7 @@ def test_is_found(bug: Bug, right_objects: Path, tmp_path: Path) -> None:
     if bug.needs not in op.cpu_features():
         pytest.skip(f"the bug is in a row that needs {bug.needs}")
     csrc, objects = tmp_path / "csrc", tmp_path / "objects"
-    shutil.copytree(CSRC, csrc)
+    plant(CSRC, csrc, bug.file, bug.right, bug.wrong)
     shutil.copytree(right_objects, objects, ignore=shutil.ignore_patterns("driver"))
-    text = (csrc / bug.file).read_text()
-    assert text.count(bug.right) == 1, f"{bug.file} has changed: plant the bug elsewhere"
-    (csrc / bug.file).write_text(text.replace(bug.right, bug.wrong))
     c_driver.compile_objects("cc", objects, csrc, [csrc / bug.unit])
     assert run_driver(objects).returncode != 0, f"{bug.name}: no test has noticed"

@@ -8,7 +8,6 @@ happens to go well) are found by what the emulator watches besides results.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from emu.build import compiler
 from emu.rows import CSRC, Tile, tiles
 from emu.run import Schedule
 from nightly import every
+from planted import plant
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
@@ -272,19 +272,15 @@ def suspicious(tile: Tile) -> Iterator[cases.Case]:
 
 @pytest.mark.parametrize("bug", every(3, BUGS), ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
-    shutil.copytree(CSRC / "cuda", tmp_path / "cuda")
-    source = (tmp_path / bug.file).read_text(encoding="utf-8")
-    assert source.count(bug.right) == 1, f"{bug.file} must contain {bug.right!r} once"
-    (tmp_path / bug.file).write_text(source.replace(bug.right, bug.wrong), encoding="utf-8")
+    csrc = tmp_path / "csrc"
+    plant(CSRC, csrc, bug.file, bug.right, bug.wrong)
     tile = tile_of(bug.tile)
     for landing in range(3):
         for seed in range(3):
             found = ""
             for case in suspicious(tile):
                 try:
-                    cases.check(
-                        replace(case, schedule=Schedule(landing, seed)), tile, csrc=tmp_path
-                    )
+                    cases.check(replace(case, schedule=Schedule(landing, seed)), tile, csrc=csrc)
                 except AssertionError as error:
                     found = str(error)
                     break

@@ -8,7 +8,6 @@ right on one (a stage freed too early, a fence that is missing).
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from emu.rows import CSRC
 from emu.rows_sm90 import TileSm90, tiles_sm90
 from emu.run import Schedule
 from nightly import every
+from planted import plant
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
@@ -136,16 +136,14 @@ def suspicious(tile: TileSm90) -> Iterator[Case]:
 
 @pytest.mark.parametrize("bug", every(3, BUGS), ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
-    shutil.copytree(CSRC / "cuda", tmp_path / "cuda")
-    source = (tmp_path / bug.file).read_text(encoding="utf-8")
-    assert source.count(bug.right) == 1, f"{bug.file} must contain {bug.right!r} once"
-    (tmp_path / bug.file).write_text(source.replace(bug.right, bug.wrong), encoding="utf-8")
+    csrc = tmp_path / "csrc"
+    plant(CSRC, csrc, bug.file, bug.right, bug.wrong)
     tile = tile_of(bug)
     for landing in range(3):
         found = ""
         for case in suspicious(tile):
             try:
-                cases_sm90.check(case, tile, Schedule(landing, seed=landing), csrc=tmp_path)
+                cases_sm90.check(case, tile, Schedule(landing, seed=landing), csrc=csrc)
             except AssertionError as error:
                 found = str(error)
                 break

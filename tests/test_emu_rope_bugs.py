@@ -4,7 +4,6 @@ test_emu_bugs.py."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from emu.rows import CSRC
 from emu.run import Schedule
 from emu.run_rope import run
 from nightly import every
+from planted import plant
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
@@ -163,11 +163,9 @@ def test_without_a_bug_all_is_well() -> None:
 
 @pytest.mark.parametrize("bug", every(6, BUGS), ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
-    shutil.copytree(CSRC / "cuda", tmp_path / "cuda")
-    source = (tmp_path / bug.file).read_text(encoding="utf-8")
-    assert source.count(bug.right) == 1, f"{bug.file} must contain {bug.right!r} once"
-    (tmp_path / bug.file).write_text(source.replace(bug.right, bug.wrong), encoding="utf-8")
+    csrc = tmp_path / "csrc"
+    plant(CSRC, csrc, bug.file, bug.right, bug.wrong)
     for seed in range(3):
         with pytest.raises(AssertionError) as found:
-            check_all(csrc=tmp_path, schedule=Schedule(seed, seed))
+            check_all(csrc=csrc, schedule=Schedule(seed, seed))
         assert bug.finding in str(found.value)

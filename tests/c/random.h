@@ -1,11 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  * random.h - random operands for the C drivers, each in memory that ends where its last element
- * does, and the loops of callers that a call may run on.
+ * does.
  */
 #ifndef WAN_ATTN_TESTS_RANDOM_H
 #define WAN_ATTN_TESTS_RANDOM_H
 
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -99,42 +98,6 @@ static int wrote_between_elements(const wan_attn_tensor *t) {
         wrote |= (unsigned char)copy[n] != UNTOUCHED;
     free(copy);
     return wrote;
-}
-
-typedef struct range {
-    int64_t begin, end;
-    wan_attn_range_fn fn;
-    void *ctx;
-} range;
-
-static void *run_range(void *argument) {
-    range *r = argument;
-    r->fn(r->begin, r->end, r->ctx);
-    return NULL;
-}
-
-/* A caller's parallel loop: one thread for each step. */
-static int32_t parallel(int64_t begin, int64_t end, int64_t grain, wan_attn_range_fn fn,
-                        void *ctx) {
-    pthread_t threads[16];
-    range ranges[16];
-    int count = 0;
-    for (int64_t at = begin; at < end && count < 16; at += grain, count++) {
-        range r = {at, at + grain < end && count < 15 ? at + grain : end, fn, ctx};
-        ranges[count] = r;
-        if (pthread_create(&threads[count], NULL, run_range, &ranges[count]))
-            return 1;
-    }
-    for (int n = 0; n < count; n++)
-        pthread_join(threads[n], NULL);
-    return 0;
-}
-
-/* A loop that fails before it has done anything: the call must still be computed. */
-static int32_t broken_parallel(int64_t begin, int64_t end, int64_t grain, wan_attn_range_fn fn,
-                               void *ctx) {
-    (void)begin, (void)end, (void)grain, (void)fn, (void)ctx;
-    return 1;
 }
 
 #endif /* WAN_ATTN_TESTS_RANDOM_H */

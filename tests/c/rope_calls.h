@@ -5,6 +5,7 @@
 #ifndef WAN_ATTN_TESTS_ROPE_CALLS_H
 #define WAN_ATTN_TESTS_ROPE_CALLS_H
 
+#include "loops.h"
 #include "random.h"
 #include "rope_reference.h"
 
@@ -103,7 +104,7 @@ static int compare_rope(const wan_attn_rope_params *p) {
 
 /* Runs one row again on other threads, and in place: the bits must not depend on them. */
 static int same_bits_of_rope(const wan_attn_rope_params *p) {
-    static const wan_attn_parallel_fn LOOPS[] = {NULL, parallel, broken_parallel};
+    static const wan_attn_parallel_fn LOOPS[] = {NULL, on_threads, broken_loop};
     size_t size = buffer_size(&p->out);
     int different = 0;
     for (size_t n = 0; n < sizeof(LOOPS) / sizeof(LOOPS[0]); n++) {

@@ -5,6 +5,7 @@
  *
  *     test_core [calls [seed]]      prints one line; 1 and the failing call if anything is wrong
  */
+#include "loops.h"
 #include "random.h"
 #include "reference.h"
 #include "rope_calls.h"
@@ -126,7 +127,7 @@ static wan_attn_status give_workspace(wan_attn_params *p, wan_attn_error *err) {
 
 /* Runs one row again on other threads: the bits must not depend on them. */
 static int same_bits_on_other_threads(const wan_attn_params *p) {
-    static const wan_attn_parallel_fn LOOPS[] = {NULL, parallel, broken_parallel};
+    static const wan_attn_parallel_fn LOOPS[] = {NULL, on_threads, broken_loop};
     size_t size = buffer_size(&p->out);
     int different = 0;
     for (size_t n = 0; n < sizeof(LOOPS) / sizeof(LOOPS[0]); n++) {

@@ -28,14 +28,6 @@ static outcome ask_everything(const wan_attn_params *p) {
     return wan_attn_select(p, &row, NULL) == WAN_ATTN_INTERNAL ? WORDS : REFUSED;
 }
 
-/* Two faults of one argument, or the same one of two operands: one more row of key and of value. */
-static int may_undo(int one, int other) {
-    int tensors = TENSORS * TENSOR_FAULT_COUNT;
-    return !strcmp(argument_of(one), argument_of(other)) ||
-           (one < tensors && other < tensors &&
-            one % TENSOR_FAULT_COUNT == other % TENSOR_FAULT_COUNT);
-}
-
 static void run_child(uint64_t number) {
     good_call c = make_good_call();
     fault faults[2];

@@ -98,79 +98,26 @@ static good_call make_good_call(void) {
 
 typedef enum whose { ALL, FLOATS, LENGTHS, RESULTS } whose;
 
-#define NUMBER(name, ...) TENSOR_##name,
-enum { TENSOR_FAULTS(NUMBER) TENSOR_FAULT_COUNT };
-#undef NUMBER
-#define NUMBER(name, ...) OTHER_##name,
-enum { OTHER_FAULTS(NUMBER) OTHER_FAULT_COUNT };
-#undef NUMBER
+typedef wan_attn_params fault_params;
 
-enum { TENSORS = 7, FAULTS = TENSORS * TENSOR_FAULT_COUNT + OTHER_FAULT_COUNT };
+enum { TENSORS = 7, OUT = 3, LSE = 4 };
 
 static const char *const TENSOR_NAMES[TENSORS] = {"query", "key",    "value", "out",
                                                   "lse",   "q_lens", "k_lens"};
 
-/* The argument that fault `number` breaks. */
-static const char *argument_of(int number) {
-#define WORD(name, word, ...) word,
-    static const char *const WORDS_OF_OTHERS[] = {OTHER_FAULTS(WORD)};
-#undef WORD
-    return number < TENSORS * TENSOR_FAULT_COUNT
-               ? TENSOR_NAMES[number / TENSOR_FAULT_COUNT]
-               : WORDS_OF_OTHERS[number - TENSORS * TENSOR_FAULT_COUNT];
-}
-
-static int break_tensor(wan_attn_tensor *t, int what, int64_t d, whose kind, int is_result) {
-#define CASE(name, of, ...)                                                                        \
-    case TENSOR_##name:                                                                            \
-        if ((of) == ALL || (of) == kind || ((of) == RESULTS && is_result)) {                       \
-            __VA_ARGS__;                                                                           \
-            return 1;                                                                              \
-        }                                                                                          \
-        return 0;
-    switch (what) {
-        TENSOR_FAULTS(CASE)
-    default: return 0;
-    }
-#undef CASE
-}
-
-/* Puts fault `number` into the call; 0: there is no such fault. */
-static int break_call(wan_attn_params *p, int number, int64_t d, fault *f) {
-    static const char *const TENSOR_FAULT[] = {
-#define NAME(name, ...) #name,
-        TENSOR_FAULTS(NAME)
-#undef NAME
-    };
+static wan_attn_tensor *tensor_at(wan_attn_params *p, int which) {
     wan_attn_tensor *const tensors[TENSORS] = {&p->q,   &p->k,         &p->v,        &p->out,
                                                &p->lse, &p->seqused_q, &p->seqused_k};
-    int which = number / TENSOR_FAULT_COUNT, what = number % TENSOR_FAULT_COUNT;
-    if (which < TENSORS) {
-        wan_attn_tensor *t = tensors[which];
-        int is_used = t->data != NULL && t->ndim >= 1 && t->ndim <= 4; /* not broken before */
-        int64_t dim = is_used ? d % t->ndim : 0;
-        snprintf(f->name, sizeof(f->name), "%s.%s[%d]", TENSOR_NAMES[which], TENSOR_FAULT[what],
-                 (int)dim);
-        f->argument = TENSOR_NAMES[which];
-        f->is_misfit = 1;
-        return is_used && break_tensor(t, what, dim,
-                                       which > 4   ? LENGTHS
-                                       : which < 4 ? FLOATS
-                                                   : ALL,
-                                       which == 3 || which == 4);
-    }
-#define CASE(name_of, word, ...)                                                                   \
-    case OTHER_##name_of:                                                                          \
-        snprintf(f->name, sizeof(f->name), #name_of);                                              \
-        f->argument = (word);                                                                      \
-        f->is_misfit = 0;                                                                          \
-        __VA_ARGS__;                                                                               \
-        return 1;
-    switch (number - TENSORS * TENSOR_FAULT_COUNT) {
-        OTHER_FAULTS(CASE)
-    default: return 0;
-    }
-#undef CASE
+    return tensors[which];
 }
+
+/* lse is of no kind but its own: it has 3 dimensions. */
+static inline int takes(whose of, int which) {
+    return of == ALL || (of == FLOATS && which < LSE) || (of == LENGTHS && which > LSE) ||
+           (of == RESULTS && (which == OUT || which == LSE));
+}
+
+#define TAKES(of, which) takes(of, which)
+#include "faults.h"
 
 #endif /* WAN_ATTN_TESTS_BROKEN_CALL_H */

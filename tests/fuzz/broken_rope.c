@@ -8,7 +8,7 @@
 #include "refusing.h"
 
 /* The operands, as bits of a set. */
-enum { X = 1, OUT = 2, WEIGHT = 4, TABLE = 8, GRID = 16, ALL = 31, OPERANDS = 5 };
+enum { X = 1, OUT = 2, WEIGHT = 4, TABLE = 8, GRID = 16, ALL = 31, TENSORS = 5 };
 
 typedef struct good_call {
     wan_attn_rope_params p;
@@ -91,76 +91,24 @@ static good_call make_good_call(int has_grid) {
     F(out_ends_in_weight, "out",                                                                   \
       p->out.data = beyond(p->weight.data, (uint64_t)(4 - 4 * 2 * 5 * 4 * 16)))
 
-#define NUMBER(name, ...) TENSOR_##name,
-enum { TENSOR_FAULTS(NUMBER) TENSOR_FAULT_COUNT };
-#undef NUMBER
-#define NUMBER(name, ...) OTHER_##name,
-enum { OTHER_FAULTS(NUMBER) OTHER_FAULT_COUNT };
-#undef NUMBER
+typedef wan_attn_rope_params fault_params;
 
-/* Each in a call with grids, then each in one without. */
-enum { FAULTS = OPERANDS * TENSOR_FAULT_COUNT + OTHER_FAULT_COUNT };
+static const char *const TENSOR_NAMES[TENSORS] = {"x", "out", "weight", "table", "grid_sizes"};
 
-static const char *const OPERAND_NAMES[OPERANDS] = {"x", "out", "weight", "table", "grid_sizes"};
-
-/* The argument that fault `number` breaks. */
-static const char *argument_of(int number) {
-#define WORD(name, word, ...) word,
-    static const char *const WORDS_OF_OTHERS[] = {OTHER_FAULTS(WORD)};
-#undef WORD
-    return number < OPERANDS * TENSOR_FAULT_COUNT
-               ? OPERAND_NAMES[number / TENSOR_FAULT_COUNT]
-               : WORDS_OF_OTHERS[number - OPERANDS * TENSOR_FAULT_COUNT];
-}
-
-static int break_tensor(wan_attn_tensor *t, int what, int64_t d, int whose) {
-    if (whose == TABLE && what == TENSOR_size_more && t->ndim == 2 && d == 0)
-        return 0; /* one more position is as good */
-#define CASE(name, of, ...)                                                                        \
-    case TENSOR_##name:                                                                            \
-        if ((of) & whose) {                                                                        \
-            __VA_ARGS__;                                                                           \
-            return 1;                                                                              \
-        }                                                                                          \
-        return 0;
-    switch (what) {
-        TENSOR_FAULTS(CASE)
-    default: return 0;
-    }
-#undef CASE
-}
-
-/* Puts fault `number` into the call; 0: there is no such fault. */
-static int break_call(wan_attn_rope_params *p, int number, int64_t d, fault *f) {
-    static const char *const TENSOR_FAULT[] = {
-#define NAME(name, ...) #name,
-        TENSOR_FAULTS(NAME)
-#undef NAME
-    };
+static wan_attn_tensor *tensor_at(wan_attn_rope_params *p, int which) {
     wan_attn_tensor *const tensors[] = {&p->x, &p->out, &p->weight, &p->table, &p->grid_sizes};
-    int which = number / TENSOR_FAULT_COUNT, what = number % TENSOR_FAULT_COUNT;
-    f->argument = argument_of(number);
-    f->is_misfit = which < OPERANDS;
-    if (which < OPERANDS) {
-        wan_attn_tensor *t = tensors[which];
-        int is_used = t->data != NULL && t->ndim >= 1 && t->ndim <= 4; /* not broken before */
-        int64_t dim = is_used ? d % t->ndim : 0;
-        snprintf(f->name, sizeof(f->name), "%s.%s[%d]", f->argument, TENSOR_FAULT[what], (int)dim);
-        return is_used && break_tensor(t, what, dim, 1 << which);
-    }
-    number -= OPERANDS * TENSOR_FAULT_COUNT;
-    if (number == OTHER_table_absent && !p->grid_sizes.ndim)
-        return 0; /* then nothing is turned */
-#define CASE(name_of, word, ...)                                                                   \
-    case OTHER_##name_of:                                                                          \
-        snprintf(f->name, sizeof(f->name), #name_of);                                              \
-        __VA_ARGS__;                                                                               \
-        return 1;
-    switch (number) {
-        OTHER_FAULTS(CASE)
-    default: return 0;
-    }
-#undef CASE
+    return tensors[which];
+}
+
+#define TAKES(of, which) ((of) >> (which) & 1)
+#include "faults.h"
+
+/* What is a fault in another call, but none in this one. */
+static int is_harmless(const wan_attn_rope_params *p, int number, int64_t d) {
+    if (number == FIRST_OTHER + OTHER_table_absent)
+        return !p->grid_sizes.ndim; /* then nothing is turned */
+    return number / TENSOR_FAULT_COUNT == 3 && number % TENSOR_FAULT_COUNT == TENSOR_size_more &&
+           p->table.ndim == 2 && d % 2 == 0; /* one more position is as good */
 }
 
 /* The message begins with the argument; where x or the table is broken, it may say that another
@@ -168,9 +116,9 @@ static int break_call(wan_attn_rope_params *p, int number, int64_t d, fault *f) 
 static int names(const char *message, const fault *f) {
     size_t length = (size_t)(strstr(message, " must ") - message);
     int is_named = strlen(f->argument) == length && !strncmp(message, f->argument, length);
-    for (int n = 0; n < OPERANDS && f->is_misfit && !is_named; n++)
-        is_named = strlen(OPERAND_NAMES[n]) == length &&
-                   !strncmp(message, OPERAND_NAMES[n], length) &&
+    for (int n = 0; n < TENSORS && f->is_misfit && !is_named; n++)
+        is_named = strlen(TENSOR_NAMES[n]) == length &&
+                   !strncmp(message, TENSOR_NAMES[n], length) &&
                    (!strcmp(f->argument, "x") || (!strcmp(f->argument, "table") && n == 4));
     return is_named;
 }
@@ -191,13 +139,6 @@ static outcome ask_everything(const wan_attn_rope_params *params) {
     return REFUSED;
 }
 
-static int may_undo(int one, int other) {
-    int tensors = OPERANDS * TENSOR_FAULT_COUNT;
-    return !strcmp(argument_of(one), argument_of(other)) ||
-           (one < tensors && other < tensors &&
-            one % TENSOR_FAULT_COUNT == other % TENSOR_FAULT_COUNT);
-}
-
 static void run_child(uint64_t number) {
     int is_single = number < 2 * FAULTS;
     good_call c = make_good_call(is_single ? number < FAULTS : (int)pick(2));
@@ -211,9 +152,11 @@ static void run_child(uint64_t number) {
         while (may_undo(numbers[0], numbers[1]));
     }
     told->found = REFUSED;
-    for (int n = 0; n < count; n++)
-        if (!break_call(&c.p, numbers[n], pick(4), &faults[n]))
+    for (int n = 0; n < count; n++) {
+        int64_t d = pick(4);
+        if (is_harmless(&c.p, numbers[n], d) || !break_call(&c.p, numbers[n], d, &faults[n]))
             return; /* there is no such fault */
+    }
     tell(faults, count, "");
     told->found = CRASHED; /* unless this comes to its end */
     outcome found = ask_everything(&c.p);

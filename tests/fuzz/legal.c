@@ -129,7 +129,7 @@ static int is_same(const result *a, const result *b) {
 
 /* The row against the truth, then again on other threads and in other memory: the same bits. */
 static int check_row(wan_attn_params *p, const decoded *x, int32_t row) {
-    static const wan_attn_parallel_fn LOOPS[] = {NULL, on_threads, backwards, broken};
+    static const wan_attn_parallel_fn LOOPS[] = {NULL, on_threads, backwards, broken_loop};
     wan_attn_kernel_info info = {.struct_size = sizeof(info)};
     result first = {0}, again = {0};
     wan_attn_kernel_at(row, &info);
@@ -213,17 +213,10 @@ static int run_case(uint64_t seed, uint64_t number) {
 }
 
 int main(int argc, char **argv) {
-    if (argc < 4) {
-        fprintf(stderr, "usage: legal SEED FIRST COUNT [SECONDS]\n");
+    uint64_t n = 0;
+    int wrong = run_cases("legal", argc, argv, run_case, &n);
+    if (wrong < 0)
         return 2;
-    }
-    uint64_t seed = strtoull(argv[1], NULL, 0), first = strtoull(argv[2], NULL, 0);
-    uint64_t count = strtoull(argv[3], NULL, 0), n = 0;
-    double end = argc > 4 ? seconds_now() + strtod(argv[4], NULL) : INFINITY;
-    int wrong = 0;
-    say_the_case_of_every_death("legal");
-    for (; n < count && wrong < MOST_FAILURES && seconds_now() < end; n++)
-        wrong += run_case(seed, first + n);
     printf("%llu random calls, %lld runs, %lld rows against float64: %d wrong\n",
            (unsigned long long)n, runs, checked_rows, wrong);
     printf("counted: %lld calls, 0 crashes, %d wrong, 0 accepted\n", runs, wrong);

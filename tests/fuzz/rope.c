@@ -106,7 +106,7 @@ static int differ(const wan_attn_tensor *t, const unsigned char *one, const unsi
 
 /* The row against the truth, then again on other threads and in other memory: the same bits. */
 static int check_row(wan_attn_rope_params *p, int32_t row) {
-    static const wan_attn_parallel_fn LOOPS[] = {NULL, on_threads, backwards, broken};
+    static const wan_attn_parallel_fn LOOPS[] = {NULL, on_threads, backwards, broken_loop};
     wan_attn_kernel_info info = {.struct_size = sizeof(info)};
     unsigned char *first = NULL, *again = NULL;
     if (wan_attn_rope_kernel_at(row, &info) != WAN_ATTN_OK)
@@ -178,17 +178,10 @@ static int run_case(uint64_t seed, uint64_t number) {
 }
 
 int main(int argc, char **argv) {
-    if (argc < 4) {
-        fprintf(stderr, "usage: rope SEED FIRST COUNT [SECONDS]\n");
+    uint64_t n = 0;
+    int wrong = run_cases("rope", argc, argv, run_case, &n);
+    if (wrong < 0)
         return 2;
-    }
-    uint64_t seed = strtoull(argv[1], NULL, 0), first = strtoull(argv[2], NULL, 0);
-    uint64_t count = strtoull(argv[3], NULL, 0), n = 0;
-    double end = argc > 4 ? seconds_now() + strtod(argv[4], NULL) : INFINITY;
-    int wrong = 0;
-    say_the_case_of_every_death("rope");
-    for (; n < count && wrong < MOST_FAILURES && seconds_now() < end; n++)
-        wrong += run_case(seed, first + n);
     printf("%llu random calls, %lld runs, %lld heads against float64, %.1f%% of their elements to "
            "the bit: %d wrong\n",
            (unsigned long long)n, runs, checked_heads,

@@ -1,42 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
- * running.h - what it takes to run a call and to look at what it wrote: callers' loops, results
- * that are taken out of guarded memory, and words for a call that went wrong.
+ * running.h - what it takes to run calls and to look at what they wrote: cases by their numbers,
+ * one more of callers' loops, results that are taken out of guarded memory, words for a call that
+ * went wrong.
  */
 #ifndef WAN_ATTN_TESTS_RUNNING_H
 #define WAN_ATTN_TESTS_RUNNING_H
 
-#include <pthread.h>
-
+#include "c/loops.h"
 #include "random_tensor.h"
-
-typedef struct range {
-    int64_t begin, end;
-    wan_attn_range_fn fn;
-    void *ctx;
-} range;
-
-static void *run_range(void *argument) {
-    range *r = argument;
-    r->fn(r->begin, r->end, r->ctx);
-    return NULL;
-}
-
-/* A caller's parallel loop: one thread for each step. */
-static int32_t on_threads(int64_t begin, int64_t end, int64_t grain, wan_attn_range_fn fn,
-                          void *ctx) {
-    pthread_t threads[16];
-    range ranges[16];
-    int count = 0;
-    for (int64_t at = begin; at < end && count < 16; at += grain, count++) {
-        range r = {at, at + grain < end && count < 15 ? at + grain : end, fn, ctx};
-        ranges[count] = r;
-        if (pthread_create(&threads[count], NULL, run_range, &ranges[count]))
-            abort();
-    }
-    for (int n = 0; n < count; n++)
-        pthread_join(threads[n], NULL);
-    return 0;
-}
 
 static int32_t backwards(int64_t begin, int64_t end, int64_t grain, wan_attn_range_fn fn,
                          void *ctx) {
@@ -44,12 +15,6 @@ static int32_t backwards(int64_t begin, int64_t end, int64_t grain, wan_attn_ran
     for (int64_t at = end; at-- > begin;)
         fn(at, at + 1, ctx);
     return 0;
-}
-
-/* A loop that fails before it has done anything: the call must still be computed. */
-static int32_t broken(int64_t begin, int64_t end, int64_t grain, wan_attn_range_fn fn, void *ctx) {
-    (void)begin, (void)end, (void)grain, (void)fn, (void)ctx;
-    return 1;
 }
 
 /* The elements, in order; the places where they were are filled again. */
@@ -82,6 +47,24 @@ static void print_tensor(const char *name, const wan_attn_tensor *t) {
     for (int d = 0; d < t->ndim; d++)
         fprintf(stderr, " %lld", (long long)t->stride[d]);
     fprintf(stderr, "\n");
+}
+
+/* Runs the cases that the words of a command name: SEED FIRST COUNT [SECONDS]. How many were wrong;
+ * -1: there are too few words. *ran: how many cases. */
+static int run_cases(const char *name, int argc, char **argv,
+                     int (*run_case)(uint64_t seed, uint64_t number), uint64_t *ran) {
+    if (argc < 4) {
+        fprintf(stderr, "usage: %s SEED FIRST COUNT [SECONDS]\n", name);
+        return -1;
+    }
+    uint64_t seed = strtoull(argv[1], NULL, 0), first = strtoull(argv[2], NULL, 0);
+    uint64_t count = strtoull(argv[3], NULL, 0);
+    double end = argc > 4 ? seconds_now() + strtod(argv[4], NULL) : INFINITY;
+    int wrong = 0;
+    say_the_case_of_every_death(name);
+    for (*ran = 0; *ran < count && wrong < MOST_FAILURES && seconds_now() < end; ++*ran)
+        wrong += run_case(seed, first + *ran);
+    return wrong;
 }
 
 #endif /* WAN_ATTN_TESTS_RUNNING_H */

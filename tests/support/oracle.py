@@ -8,12 +8,15 @@ No blocks, no online softmax, no tricks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+# (q, k, v, scale, which keys each row sees) -> (out, lse) of one head; see one_head.
+Head = Callable[[Array, Array, Array, float, NDArray[np.bool_]], tuple[Array, Array]]
 
 
 def as_float64(x: Any) -> Array:
@@ -82,8 +85,12 @@ def attention(
     scale: float | None = None,
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
+    head: Head | None = None,
 ) -> tuple[Array, Array]:
-    """[B, Lq, Nq, D] over two [B, Lk, Nk, D] -> (out [B, Lq, Nq, D], lse [B, Nq, Lq]), float64."""
+    """[B, Lq, Nq, D] over two [B, Lk, Nk, D] -> (out [B, Lq, Nq, D], lse [B, Nq, Lq]), float64.
+
+    head: what computes one head; None: one_head.
+    """
     q, k, v = as_float64(query), as_float64(key), as_float64(value)
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_k, heads_k = k.shape[1], k.shape[2]
@@ -97,7 +104,9 @@ def attention(
         seen = visible(len_q, len_k, is_causal, window)
         for h in range(heads_q):
             h_k = h // (heads_q // heads_k)  # consecutive query heads share a key head
-            o, s = one_head(q[b, :len_q, h], k[b, :len_k, h_k], v[b, :len_k, h_k], scale, seen)
+            o, s = (head or one_head)(
+                q[b, :len_q, h], k[b, :len_k, h_k], v[b, :len_k, h_k], scale, seen
+            )
             out[b, :len_q, h] = o
             lse[b, h, :len_q] = s
     return out, lse

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oracle import Array, as_float64, as_lengths, visible
+import oracle
+from oracle import Array
 
 Float32 = NDArray[np.float32]
 ONE_BLOCK, LARGEST_INT = 64, np.float32(127.0)
@@ -99,27 +100,6 @@ def one_head(
     return out, lse
 
 
-def attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    q_lens: Any = None,
-    k_lens: Any = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-) -> tuple[Array, Array]:
+def attention(query: Any, key: Any, value: Any, **call: Any) -> tuple[Array, Array]:
     """As oracle.attention, with 8-bit scores."""
-    q, k, v = as_float64(query), as_float64(key), as_float64(value)
-    batch, seqlen_q, heads_q, head_dim = q.shape
-    scale = head_dim**-0.5 if scale is None else scale
-    out, lse = np.zeros_like(q), np.full((batch, heads_q, seqlen_q), -np.inf)
-    lens_q, lens_k = as_lengths(q_lens, batch, seqlen_q), as_lengths(k_lens, batch, k.shape[1])
-    for b, (len_q, len_k) in enumerate(zip(lens_q, lens_k, strict=True)):
-        seen = visible(len_q, len_k, is_causal, window)
-        for h in range(heads_q):
-            h_k = h // (heads_q // k.shape[2])
-            o, s = one_head(q[b, :len_q, h], k[b, :len_k, h_k], v[b, :len_k, h_k], scale, seen)
-            out[b, :len_q, h], lse[b, h, :len_q] = o, s
-    return out, lse
+    return oracle.attention(query, key, value, **call, head=one_head)
