@@ -12,14 +12,12 @@ estimate: nothing here was measured on a GPU.
 from __future__ import annotations
 
 import re
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
+from benchmarks import static_model  # isort: skip - puts the folder of the next ones on the path
 
 from emu import compile as compilers
 from emu import sass
@@ -31,12 +29,9 @@ VECTORS, WIDTH, ISSUED = 4, 8, 4  # ISSUED: instructions a clock, an SM
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card; float32 and float64 are lanes a clock of an SM."""
+    """A card with its memory; float32 and float64 are lanes a clock of an SM."""
 
-    name: str
-    arch: int
-    sms: int
-    ghz: float
+    card: static_model.Gpu
     gb_s: float
     float32: int
     float64: int
@@ -44,18 +39,20 @@ class Gpu:
     @property
     def bytes_a_clock(self) -> float:
         """Of memory, for one SM."""
-        return self.gb_s / self.sms / self.ghz
+        return self.gb_s / self.card.sms / self.card.ghz
 
 
-# Memory: NVIDIA's data sheets; lanes: CUDA C++ Programming Guide, "Arithmetic Instructions".
-GPUS = (
-    Gpu("RTX 2080 Ti", 75, 68, 1.545, 616, 64, 2),
-    Gpu("A100 80GB", 80, 108, 1.41, 2039, 64, 32),
-    Gpu("RTX 3090", 86, 82, 1.695, 936, 128, 2),
-    Gpu("RTX 4090", 89, 128, 2.52, 1008, 128, 2),
-    Gpu("H200", 90, 132, 1.83, 4800, 128, 64),
-    Gpu("RTX 5090", 120, 170, 2.407, 1792, 128, 2),
-)
+# Memory: NVIDIA's data sheets (A100: 80 GB); lanes: CUDA C++ Programming Guide, "Arithmetic
+# Instructions".
+_MORE = {
+    "RTX 2080 Ti": (616, 64, 2),
+    "A100": (2039, 64, 32),
+    "RTX 3090": (936, 128, 2),
+    "RTX 4090": (1008, 128, 2),
+    "H200": (4800, 128, 64),
+    "RTX 5090": (1792, 128, 2),
+}
+GPUS = tuple(Gpu(card, *_MORE[card.name]) for card in static_model.GPUS)
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ class Estimate:
         return max(self.clocks, key=lambda unit: self.clocks[unit])
 
     def microseconds(self, tokens: int, gpu: Gpu) -> float:
-        return tokens * max(self.clocks.values()) / gpu.sms / gpu.ghz / 1e3
+        return tokens * max(self.clocks.values()) / gpu.card.sms / gpu.card.ghz / 1e3
 
 
 def estimate(gpu: Gpu, call: Call, kernel: sass.Kernel) -> Estimate:
@@ -151,7 +148,7 @@ def estimate(gpu: Gpu, call: Call, kernel: sass.Kernel) -> Estimate:
     )
     staging = min(call.warps, -(-call.head_dim // 2 // 32))  # warps that read the table
     return Estimate(
-        gpu.name,
+        gpu.card.name,
         call,
         executed * 32 * call.warps / call.elements,
         {
@@ -168,7 +165,7 @@ def estimates(calls: tuple[Call, ...] = CALLS) -> Iterator[tuple[Gpu, Estimate]]
     with tempfile.TemporaryDirectory() as folder:
         for call in calls:
             for gpu in GPUS:
-                kernel = specialised(call, gpu.arch, Path(folder) / "kernel.cubin")
+                kernel = specialised(call, gpu.card.arch, Path(folder) / "kernel.cubin")
                 yield gpu, estimate(gpu, call, kernel)
 
 

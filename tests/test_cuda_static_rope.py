@@ -62,10 +62,10 @@ def test_memory_is_the_limit_on_every_card(call: rope_model.Call, tmp_path: Path
     if not compilers.nvrtcs():
         pytest.skip("no NVRTC among Python's packages")
     for gpu in rope_model.GPUS:
-        kernel = rope_model.specialised(call, gpu.arch, tmp_path / "kernel.cubin")
+        kernel = rope_model.specialised(call, gpu.card.arch, tmp_path / "kernel.cubin")
         found = rope_model.estimate(gpu, call, kernel)
         assert found.limit == "memory", found
-        most = 0.9 if gpu.name == "H200" else 0.75
+        most = 0.9 if gpu.card.name == "H200" else 0.75
         assert all(
             n <= most * found.clocks["memory"] for u, n in found.clocks.items() if u != "memory"
         )

@@ -21,9 +21,9 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from wheels.running import ROOT
 from wheels.targets import TARGETS, Target
 
-ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = {"linux": "linux", "win32": "windows", "darwin": "darwin"}
 MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 # The oldest of each major version for which PyTorch has had wheels since 2.9.
