@@ -222,6 +222,7 @@ template <class T> T right(T a, u32 n) {
 float add_f(float a, float b) { return a + b; }
 float sub_f(float a, float b) { return a - b; }
 float mul_f(float a, float b) { return a * b; }
+float div_f(float a, float b) { return a / b; }
 double sub_d(double a, double b) { return a - b; }
 float fma_f(float a, float b, float c) { return fmaf(a, b, c); }
 float neg_f(float a) { return float_of(bits_of(a) ^ 0x80000000u); }
@@ -286,6 +287,7 @@ const std::vector<Op> ALU_OPS = [] {
         {"max.relu.s32", "=r r r", binary<int, max_relu>},
         {"div.s32", "=r r r", binary<int, quotient>},
         {"div.u32", "=r r r", binary<u32, quotient_u>},
+        {"div.rn.f32", "=r r r", binary<float, div_f>},
         {"rem.s32", "=r r r", binary<int, remainder_of>},
         {"rem.u32", "=r r r", binary<u32, remainder_u>},
         {"neg.s32", "=r r", unary<int, neg_s>},
