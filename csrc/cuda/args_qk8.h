@@ -2,9 +2,10 @@
  * args_qk8.h - what the host passes to the passes that make q and k INT8 (qk8.cuh), and how the
  * keys then lie in memory. Plain C, as args.h.
  *
- *     a tile of keys      64 keys in INT8, [64][head_dim]; then their 64 steps in float32, in the
- *                         order of WAN_ATTN_CUDA_QK8_PLACE: what a lane of the attention kernel
- *                         needs lies together
+ *     a tile of keys      as it will lie in shared memory: 64 keys in INT8, [64][head_dim], the 16
+ *                         bytes of a row in the order of WAN_ATTN_CUDA_QK8_CHUNK; then their 64
+ *                         steps in float32, in the order of WAN_ATTN_CUDA_QK8_PLACE; then 256
+ *                         bytes that nobody uses, so that warps copy all of it 512 bytes at a time
  *     the keys            [batch, num_heads_k][tiles], dense; behind a sample's last key zeros, up
  *                         to the end of that tile
  *     the queries         [batch, num_heads_q][seqlen_q][head_dim] in INT8, dense
@@ -17,7 +18,11 @@
 #include "cuda/args.h"
 
 #define WAN_ATTN_CUDA_QK8_KEYS 64 /* of a tile, and of one of the sums that make K's mean */
-#define WAN_ATTN_CUDA_QK8_TILE_BYTES(head_dim) (WAN_ATTN_CUDA_QK8_KEYS * ((head_dim) + 4))
+/* Where 16 bytes of a key lie in its row, so that rows of one ldmatrix lie on different banks: the
+ * XOR of tile/swizzle.cuh. */
+#define WAN_ATTN_CUDA_QK8_CHUNK(head_dim, n, chunk)                                                \
+    ((chunk) ^ (n) / (128 / (head_dim)) % ((head_dim) / 16))
+#define WAN_ATTN_CUDA_QK8_TILE_BYTES(head_dim) (WAN_ATTN_CUDA_QK8_KEYS * ((head_dim) + 8))
 /* Where key n of a tile has its step. Lane t of four wants the keys 8 j + 2 t and 8 j + 2 t + 1; of
  * two j together they are 16 bytes, and those of the four lanes are neighbours. */
 #define WAN_ATTN_CUDA_QK8_PLACE(n) ((n) / 16 * 16 + (n) % 8 / 2 * 4 + (n) / 8 % 2 * 2 + (n) % 2)
@@ -28,10 +33,10 @@
 typedef struct wan_attn_cuda_qk8_args {
     wan_attn_cuda_view from; /* k; quantise_q: q. No alignment is asked for */
     wan_attn_cuda_lengths seqused;
-    float *sums; /* [batch, num_heads_k][tiles][head_dim] */
-    float *mean; /* [batch, num_heads_k][head_dim] */
-    void *to;    /* quantise_k: the keys; quantise_q: the queries */
-    float *rows; /* quantise_q: what goes with them */
+    float *sums;                        /* [batch, num_heads_k][tiles][head_dim] */
+    float *mean;                        /* [batch, num_heads_k][head_dim] */
+    void *to;                           /* quantise_k: the keys; quantise_q: the queries */
+    float *rows;                        /* quantise_q: what goes with them */
     int batch, seqlen, heads, head_dim; /* of `from`; head_dim: 64 or 128 */
     int from_dtype;                     /* wan_attn_dtype: f32, f16 or bf16 */
     int tiles;                          /* of WAN_ATTN_CUDA_QK8_KEYS keys, that seqlen_k fills */

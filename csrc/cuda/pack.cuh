@@ -47,8 +47,8 @@ DEVICE void measure(const wan_attn_cuda_pack_args &args) {
     float largest = 0.0f;
     for (int row = part; row < used; row += args.num_parts)
         for (int d = lane; d < args.head_dim; d += 32) {
-            float x = load_element(args.from.data, args.from_dtype,
-                                   at + row * args.from.row_stride + d);
+            float x =
+                load_element(args.from.data, args.from_dtype, at + row * args.from.row_stride + d);
             float size = float_from_bits(bits_from_float(x) & 0x7fffffffu);
             if (size < float_from_bits(0x7f800000u)) /* neither infinite nor NaN */
                 largest = larger(largest, size);

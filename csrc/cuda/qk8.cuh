@@ -32,16 +32,15 @@ DEVICE head_place find_head(const wan_attn_cuda_qk8_args &args, int number) {
     head_place place;
     place.sample = number / args.heads;
     place.head = number % args.heads;
-    place.used =
-        place.sample < args.batch ? length_at(args.seqused, place.sample, args.seqlen) : 0;
+    place.used = place.sample < args.batch ? length_at(args.seqused, place.sample, args.seqlen) : 0;
     place.at = place.sample * args.from.batch_stride + place.head * args.from.head_stride;
     return place;
 }
 
 /* This lane's channels of a row. */
 template <int PER_LANE>
-DEVICE void load_row(float x[PER_LANE], const wan_attn_cuda_qk8_args &args,
-                     const head_place &place, int row) {
+DEVICE void load_row(float x[PER_LANE], const wan_attn_cuda_qk8_args &args, const head_place &place,
+                     int row) {
     i64 at = place.at + row * args.from.row_stride + thread_index() % 32 * PER_LANE;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++)
@@ -157,9 +156,8 @@ template <int PER_LANE> DEVICE float quantise(float x[PER_LANE], u32 *packed) {
     return rounded_quotient(largest, 127.0f);
 }
 
-/* This lane's bytes of a row of integers. */
-template <int PER_LANE> DEVICE void store_integers(void *row, u32 packed) {
-    char *to = (char *)row + thread_index() % 32 * PER_LANE;
+/* This lane's integers. */
+template <int PER_LANE> DEVICE void store_integers(void *to, u32 packed) {
     if (PER_LANE == 4)
         store_global_b32(to, packed);
     else
@@ -185,11 +183,13 @@ template <int PER_LANE> DEVICE void quantise_k(const wan_attn_cuda_qk8_args &arg
             x[i] -= load_global_f32(mean + i);
         step = quantise<PER_LANE>(x, &packed);
     }
-    char *to = (char *)args.to + ((i64)number * args.tiles + tile) *
-                                     WAN_ATTN_CUDA_QK8_TILE_BYTES(32 * PER_LANE);
-    store_integers<PER_LANE>(to + key * 32 * PER_LANE, packed);
+    char *to = (char *)args.to +
+               ((i64)number * args.tiles + tile) * WAN_ATTN_CUDA_QK8_TILE_BYTES(32 * PER_LANE);
+    int byte = thread_index() % 32 * PER_LANE, head_dim = 32 * PER_LANE;
+    int chunk = WAN_ATTN_CUDA_QK8_CHUNK(head_dim, key, byte / 16);
+    store_integers<PER_LANE>(to + key * head_dim + chunk * 16 + byte % 16, packed);
     if (thread_index() % 32 == 0)
-        store_global_f32(to + KEYS * 32 * PER_LANE + WAN_ATTN_CUDA_QK8_PLACE(key) * 4, step);
+        store_global_f32(to + KEYS * head_dim + WAN_ATTN_CUDA_QK8_PLACE(key) * 4, step);
 }
 
 /* scale * <q, mean> of this row; scaled first, so that no sum overflows that lse has room for. */
@@ -223,7 +223,8 @@ template <int PER_LANE> DEVICE void quantise_q(const wan_attn_cuda_qk8_args &arg
         x[i] = args.is_negated ? -x[i] : x[i];
     u32 packed;
     float step = quantise<PER_LANE>(x, &packed);
-    store_integers<PER_LANE>((char *)args.to + (i64)warp_number() * args.head_dim, packed);
+    i64 byte = (i64)warp_number() * (32 * PER_LANE) + thread_index() % 32 * PER_LANE;
+    store_integers<PER_LANE>((char *)args.to + byte, packed);
     /* Never 0, which times -inf, the score of a hidden key, is NaN; and finite, because 0 times
      * infinity is. NaN stays. */
     float factor = step * args.factor;

@@ -37,7 +37,7 @@ def emulated(name: str, args: Qk8Args, grid: int, tensors: list[Any]) -> None:
 class Integers:
     """What the attention kernel reads, as args_qk8.h has it."""
 
-    keys: Tensor  # int8 [batch, heads_k, tiles, 64 * (head_dim + 4)]
+    keys: Tensor  # int8 [batch, heads_k, tiles, 64 * (head_dim + 8)]
     queries: Tensor  # int8 [batch, heads_q, seqlen_q, head_dim]
     rows: Tensor  # float32 [batch, heads_q, seqlen_q, 2]
     sums: Tensor  # float32 [batch, heads_k, tiles, head_dim]
@@ -50,12 +50,20 @@ def place_of_step(key: int) -> int:
     return 4 * (4 * (j // 2) + t) + 2 * (j % 2) + e
 
 
+def chunk_order(head_dim: int) -> Tensor:
+    """[64, head_dim / 16]: where in its row each 16 bytes of a key lie."""
+    chunks, keys = torch.arange(head_dim // 16), torch.arange(KEYS)[:, None]
+    return chunks ^ keys % 8 if head_dim == 128 else chunks ^ keys // 2 % 4
+
+
 def split_tile(tiles: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """[.., 64 * (head_dim + 4)] bytes -> integers [.., 64, head_dim], steps [.., 64]."""
-    integers, steps = tiles.split([KEYS * head_dim, KEYS * 4], dim=-1)
+    """[.., 64 * (head_dim + 8)] bytes -> integers [.., 64, head_dim], steps [.., 64]."""
+    integers, steps, _ = tiles.split([KEYS * head_dim, KEYS * 4, KEYS * 4], dim=-1)
     in_place = torch.tensor([place_of_step(n) for n in range(KEYS)])
+    chunks = integers.unflatten(-1, (KEYS, head_dim // 16, 16))
+    chunks = chunks[..., torch.arange(KEYS)[:, None], chunk_order(head_dim), :]
     return (
-        integers.unflatten(-1, (KEYS, head_dim)),
+        chunks.flatten(-2),
         steps.contiguous().view(torch.float32)[..., in_place],
     )
 
@@ -76,7 +84,7 @@ def quantised(
     scale = head_dim**-0.5 if scale is None else scale
     tiles = max(1, -(-seqlen_k // KEYS))
     made = Integers(
-        torch.full((batch, heads_k, tiles, KEYS * (head_dim + 4)), 0x55, dtype=torch.int8),
+        torch.full((batch, heads_k, tiles, KEYS * (head_dim + 8)), 0x55, dtype=torch.int8),
         torch.full((batch, heads_q, seqlen_q, head_dim), 0x55, dtype=torch.int8),
         torch.full((batch, heads_q, seqlen_q, 2), math.nan),
         torch.full((batch, heads_k, tiles, head_dim), math.nan),

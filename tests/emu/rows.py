@@ -9,6 +9,7 @@ from wan_attn.cuda.rows import (
     Job,
     RopeKernel,
     Tile,
+    TileQk8,
     TileSm90,
     gpus,
     half_rate,
@@ -16,6 +17,8 @@ from wan_attn.cuda.rows import (
     rope_kernels,
     tiles,
     tiles_for,
+    tiles_qk8,
+    tiles_qk8_for,
     tiles_sm90,
 )
 
@@ -25,6 +28,7 @@ __all__ = [
     "Job",
     "RopeKernel",
     "Tile",
+    "TileQk8",
     "TileSm90",
     "emulated_arch",
     "gpus",
@@ -33,14 +37,16 @@ __all__ = [
     "rope_kernels",
     "tiles",
     "tiles_for",
+    "tiles_qk8",
+    "tiles_qk8_for",
     "tiles_sm90",
 ]
 
 CSRC = sources.root()
 
 
-def emulated_arch(kernel: Tile | Helper | TileSm90 | RopeKernel) -> int:
+def emulated_arch(kernel: Tile | TileQk8 | Helper | TileSm90 | RopeKernel) -> int:
     """Whose instructions the emulator offers; all from sm_80 on are alike to most kernels."""
     if isinstance(kernel, TileSm90):
         return 90
-    return 75 if isinstance(kernel, Tile) and kernel.gpu_class == "TURING" else 80
+    return 75 if isinstance(kernel, Tile | TileQk8) and kernel.gpu_class == "TURING" else 80

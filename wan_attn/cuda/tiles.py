@@ -25,6 +25,7 @@ class Row:
     name: str
     dtypes: tuple[str, ...]  # BF16, F16
     head_dim: int
+    is_lossy: bool
 
     def symbol(self, dtype: str) -> str:
         """The name of the kernel: sdpa_sm80_bf16_d128 of sdpa_sm80_d128."""
@@ -96,6 +97,69 @@ class Tile:
             "Q_IN_REGS": str(self.q_in_regs),
             "MIN_CTAS": str(self.min_ctas),
             "PV_SUM_F16": str(self.pv_sum_f16),
+        }
+
+
+@dataclass(frozen=True)
+class TileQk8:
+    """One TILE_QK8 line for one of its row's dtypes: the body of Tile with 8-bit scores."""
+
+    row: str
+    symbol: str
+    dtype: str
+    head_dim: int
+    gpu_class: str
+    block_m: int
+    block_n: int
+    num_warps: int
+    stages: int
+    q_in_regs: int
+    min_ctas: int
+    pv_sum_f16: int
+
+    source = "cuda/sdpa_sm80.cuh"
+    args = "wan_attn_cuda_args"
+    one_arch = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.symbol}_{self.gpu_class.lower()}"
+
+    @property
+    def key(self) -> str:
+        return self.symbol
+
+    @property
+    def v_is_scaled(self) -> bool:
+        """V comes in f16, with a scale for each head."""
+        return bool(self.pv_sum_f16) or (self.gpu_class == "TURING" and self.dtype == "BF16")
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def rows_per_warp(self) -> int:
+        return self.block_m // self.num_warps
+
+    @property
+    def smem_bytes(self) -> int:
+        return _smem_bytes("QK8", self)
+
+    def defines(self) -> dict[str, str]:
+        """The macros that turn the body into this kernel."""
+        return {
+            "KERNEL_NAME": self.symbol,
+            "IS_BF16": str(int(self.dtype == "BF16")),
+            "HEAD_DIM": str(self.head_dim),
+            "BLOCK_M": str(self.block_m),
+            "BLOCK_N": str(self.block_n),
+            "NUM_WARPS": str(self.num_warps),
+            "STAGES": str(self.stages),
+            "Q_IN_REGS": str(self.q_in_regs),
+            "MIN_CTAS": str(self.min_ctas),
+            "PV_SUM_F16": str(self.pv_sum_f16),
+            "QK_INT8": "1",
         }
 
 
@@ -249,7 +313,7 @@ def _smem_formula(body: str) -> tuple[list[str], CodeType]:
 
 
 @cache
-def _smem_bytes(body: str, tile: Tile | TileSm90) -> int:
+def _smem_bytes(body: str, tile: Tile | TileQk8 | TileSm90) -> int:
     names, formula = _smem_formula(body)
     return int(eval(formula, {"__builtins__": {}}, {name: getattr(tile, name) for name in names}))
 
@@ -264,9 +328,11 @@ def _made(made: type[Made], first: tuple[object, ...], columns: list[str]) -> Ma
 @cache
 def table_rows() -> dict[str, Row]:
     """The rows of the kernel table for CUDA, best first."""
+    families = re.findall(r"^#define (\w+) +\d+, \w+, ([01]), \"", _text("sdpa_rows.def"), re.M)
+    lossy = {name for name, flag in families if flag == "1"}
     return {
-        name: Row(name, tuple(re.findall(r"DT\((\w+)\)", dtypes)), int(head_dim))
-        for name, _, dtypes, head_dim in _lines("ROW")
+        name: Row(name, tuple(re.findall(r"DT\((\w+)\)", dtypes)), int(head_dim), family in lossy)
+        for name, family, dtypes, head_dim in _lines("ROW")
     }
 
 
@@ -285,6 +351,11 @@ def _read_tiles(macro: str, made: type[Made]) -> tuple[Made, ...]:
 @cache
 def tiles() -> tuple[Tile, ...]:
     return _read_tiles("TILE", Tile)
+
+
+@cache
+def tiles_qk8() -> tuple[TileQk8, ...]:
+    return _read_tiles("TILE_QK8", TileQk8)
 
 
 @cache
