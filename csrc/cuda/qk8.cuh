@@ -4,9 +4,9 @@
  * by one lane; against an attention over some thousand keys that is little.
  *
  * Four kernels, by PACK_STEP: 1 sums 64 keys, 2 makes of a head's sums its mean, 3 quantises K,
- * 4 quantises Q. One warp works on one block of keys, or on one row; in step 2 a thread works on one
- * channel. Nothing is shared between warps. A lane has head_dim / 32 neighbouring channels of a row,
- * so that the first steps of the rotation stay in its registers, and the others are shuffles.
+ * 4 quantises Q. One warp works on one block of keys, or on one row; in step 2 a thread has one
+ * channel. Nothing is shared between warps. A lane has head_dim / 32 neighbouring channels of a
+ * row, so that the first steps of the rotation stay in its registers; the others are shuffles.
  * Numerics: every operation is rounded by itself and in the defined order, so that the integers are
  * those of the CPU's rows. Sums of q * mean, for lse alone, are float32.
  */

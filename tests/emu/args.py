@@ -55,6 +55,17 @@ class Qk8Args(ctypes.Structure):
     ]
 
 
+class GuardArgs(ctypes.Structure):
+    """wan_attn_cuda_guard_args of csrc/cuda/args_guard.h."""
+
+    _fields_ = [
+        *(("v", View), ("out", View), ("seqused_k", Lengths), ("guard", c_void_p)),
+        *((name, c_int) for name in ("batch", "seqlen_q", "seqlen_k")),
+        *((name, c_int) for name in ("num_heads_q", "num_heads_k", "head_dim")),
+        *((name, c_int) for name in ("v_dtype", "out_dtype")),
+    ]
+
+
 class PutLengthsArgs(ctypes.Structure):
     _fields_ = [("to", c_void_p), ("count", c_int), ("lengths", c_int * 256), ("unused", c_int)]
 

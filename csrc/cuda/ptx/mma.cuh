@@ -11,8 +11,8 @@
  *         row g             d[0], d[1]        packed to 16 bits, two neighbouring C tiles are an A
  *         row g + 8         d[2], d[3]        tile: no value has to change its lane
  *
- * Of 8-bit elements a register holds four. A then is 16x32 and B 32x8: what says "2t, 2t+1" above is
- * 4t to 4t+3, and 16 columns or rows further on instead of 8; C and D are the same.
+ * Of 8-bit elements a register holds four. A then is 16x32 and B 32x8: 2t, 2t+1 are 4t to 4t+3, and
+ * the others lie 16 columns or rows further on instead of 8; C and D are the same.
  */
 #ifndef WAN_ATTN_CUDA_PTX_MMA_H
 #define WAN_ATTN_CUDA_PTX_MMA_H

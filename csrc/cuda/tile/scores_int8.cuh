@@ -107,8 +107,8 @@ DEVICE void copy_k(u32 stage, u32, k_source &source, bool, int) {
     source = stepped_back(source, K_TILE_BYTES);
 }
 
-/* Where row r of matrix i begins for ldmatrix: matrices 0 and 1 are 32 bytes of 8 keys, b0 and b1 of
- * one product; 2 and 3 the same for the next 8 keys. */
+/* Where row r of matrix i begins for ldmatrix: matrices 0 and 1 are 32 bytes of 8 keys, b0 and b1
+ * of one product; 2 and 3 the same for the next 8 keys. */
 DEVICE u32 k_read_at(u32 i, u32 r) {
     u32 key = i / 2 * 8 + r;
     return key * K_ROW_BYTES + WAN_ATTN_CUDA_QK8_CHUNK(HEAD_DIM, key, i % 2) * 16;
