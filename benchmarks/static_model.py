@@ -71,7 +71,7 @@ class Estimate:
     others_per_product: float
     bound_tflops: float
     of_peak: float
-    """Of what tensor cores do with 16-bit products summed in f32: what FlashAttention-2 can reach."""
+    """Of what 16-bit products summed in f32 allow: what FlashAttention-2 can reach."""
     unhidden: float
     """Share of the bound that is left if nothing else is issued while tensor cores work."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""test_cuda_static_qk8.py - the machine code of rows with 8-bit scores, without a GPU: no spills, the
+"""test_cuda_static_qk8.py - the machine code of rows with 8-bit scores: no spills, the
 products that they are named for, no conversion from integers, and a budget of instructions.
 """
 
