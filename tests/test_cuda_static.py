@@ -14,7 +14,7 @@ import pytest
 
 from emu import compile as compilers
 from emu import sass
-from emu.rows import Helper, Tile, TileQk8, gpus, half_rate, helpers, tiles, tiles_for
+from emu.rows import Helper, Tile, gpus, half_rate, helpers, tiles, tiles_for
 from nightly import unless
 
 # The architectures that are looked at; the others of a class get the same code or nearly so.
@@ -96,7 +96,7 @@ MOST_OTHERS = {
 }  # fmt: skip
 
 
-def blocks_of_an_sm(arch: int, tile: Tile | TileQk8, registers: int) -> int:
+def blocks_of_an_sm(arch: int, tile: Tile, registers: int) -> int:
     """That run together: registers are given out in eights, shared memory with what the system
     keeps. One more than planned would be a tile too small, one fewer leaves latency unhidden."""
     reserved = SMEM_RESERVED if arch >= 80 else 0

@@ -104,7 +104,7 @@ def check_passes(csrc: Path) -> None:
     made = torch.Generator().manual_seed(0)
     for head_dim in (64, 128):
         query = torch.randn(2, 9, 4, head_dim, generator=made)
-        key = torch.randn(2, 3000, 2, head_dim, generator=made) * 3 + 1
+        key = torch.randn(2, 700, 2, head_dim, generator=made) * 3 + 1
         key[:, 200:] = key[:, 200:201]
         query[0, 2, 0, 5], key[0, 9, 0, 7], query[1, 1] = float("inf"), float("nan"), 0.0
         key[1, 5], key[1, 6, 1] = 2.0**-110, 0.0

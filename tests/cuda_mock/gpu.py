@@ -35,7 +35,6 @@ from emu.args import Args, GuardArgs, MergeArgs, PackArgs, PutLengthsArgs, Qk8Ar
 from emu.rows import (
     Helper,
     Tile,
-    TileQk8,
     TileSm90,
     gpus,
     helpers,
@@ -260,7 +259,7 @@ class _Call:
         conflicts = launch(library, args, blocks, self._memory(written, read))
         assert conflicts == 0
 
-    def _kernel(self, image: str) -> Tile | TileQk8 | Helper | TileSm90:
+    def _kernel(self, image: str) -> Tile | Helper | TileSm90:
         """What was launched, by what its machine code was asked for by."""
         if image in helpers():
             return helpers()[image]
@@ -336,12 +335,12 @@ def _decode_qk8(kernel: Helper, at: int) -> tuple[Qk8Args, tuple[int, int]]:
 
 
 def _decode(
-    kernel: Tile | TileQk8 | Helper | TileSm90, at: int, library: ctypes.CDLL
+    kernel: Tile | Helper | TileSm90, at: int, library: ctypes.CDLL
 ) -> tuple[ctypes.Structure, tuple[int, int]]:
     """The arguments of a launch, and (address, bytes) of what it writes into the workspace."""
     if isinstance(kernel, TileSm90):
         return _decode_sm90(kernel, at, library), (0, 0)
-    if isinstance(kernel, Tile | TileQk8):
+    if isinstance(kernel, Tile):
         args = Args.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(Args)))
         rows = args.batch * args.num_heads_q * args.seqlen_q
         size = args.num_splits * rows * kernel.head_dim * (4 if args.out_is_f32 else 2)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emu.rows import Tile, TileQk8
+from emu.rows import Tile
 from emu.run import DTYPES, Result, Schedule, run
 from tolerances import assert_close_to_oracle
 
@@ -115,7 +115,7 @@ def _values(case: Case, query: Tensor, key: Tensor, value: Tensor) -> None:
         value[..., ::17] *= 100.0
 
 
-def operands(case: Case, tile: Tile | TileQk8) -> tuple[Tensor, Tensor, Tensor]:
+def operands(case: Case, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of this case, NaN behind the real lengths and around the views."""
     made = torch.Generator().manual_seed(random.Random(repr(case)).randrange(2**31))
     shapes = ((case.seqlen_q, case.heads_q), *(((case.seqlen_k, case.heads_k),) * 2))
@@ -178,7 +178,7 @@ def check(case: Case, tile: Tile, runner: Callable[..., Result] = run, **how: An
         raise AssertionError(f"{tile.name} {case}: {error}") from error
 
 
-def by_hand(tile: Tile | TileQk8) -> Iterator[Case]:
+def by_hand(tile: Tile) -> Iterator[Case]:
     """Around the edges of tiles, and one of each kind."""
     m, n = tile.block_m, tile.block_n
     for seqlen_k in (1, 15, n - 1, n, n + 1, 2 * n - 1, 2 * n + 8, 3 * n):
@@ -212,7 +212,7 @@ def by_hand(tile: Tile | TileQk8) -> Iterator[Case]:
     yield Case(20, n, return_lse=False)
 
 
-def by_chance(tile: Tile | TileQk8, count: int, seed: int = 0) -> Iterator[Case]:
+def by_chance(tile: Tile, count: int, seed: int = 0) -> Iterator[Case]:
     """`count` cases in which everything may meet everything."""
     dice = random.Random(f"{tile.name} {seed}")
     m, n = tile.block_m, tile.block_n

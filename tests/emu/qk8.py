@@ -100,7 +100,7 @@ def quantised(
         }
         args = Qk8Args(
             *(_view(source), _lengths(lens), at["sums"].data_ptr(), at["mean"].data_ptr()),
-            at["keys" if x is key else "queries"].data_ptr(),
+            at["keys" if "keys" in outputs else "queries"].data_ptr(),
             at["rows"].data_ptr(),
             *(batch, x.shape[1], x.shape[2], head_dim, NUMBER[x.dtype], tiles),
             *(heads_q // heads_k, int(scale < 0)),

@@ -45,8 +45,8 @@ __all__ = [
 CSRC = sources.root()
 
 
-def emulated_arch(kernel: Tile | TileQk8 | Helper | TileSm90 | RopeKernel) -> int:
+def emulated_arch(kernel: Tile | Helper | TileSm90 | RopeKernel) -> int:
     """Whose instructions the emulator offers; all from sm_80 on are alike to most kernels."""
     if isinstance(kernel, TileSm90):
         return 90
-    return 75 if isinstance(kernel, Tile | TileQk8) and kernel.gpu_class == "TURING" else 80
+    return 75 if isinstance(kernel, Tile) and kernel.gpu_class == "TURING" else 80

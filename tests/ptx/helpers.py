@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from ctypes import Structure, c_int, c_longlong
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,13 +249,11 @@ class Helpers:
             known = [("v", value, 0), ("out", out, 0), ("guard", words, 1)]
             known += [] if lens is None else [("lens", lens, 0)]
 
-            def run() -> None:
-                machine.launch(
-                    self.program("wan_attn_watch"),
-                    *(args, -(-(2 * (2 * 2 + 3)) // 4), _known(known)),
-                    threads=128,
-                )
-
+            run = partial(
+                machine.launch,
+                *(self.program("wan_attn_watch"), args, -(-(2 * (2 * 2 + 3)) // 4), _known(known)),
+                threads=128,
+            )
             run()
             largest = 77.0 if lens is not None else 900.0
             assert words[:1].view(torch.float32).item() == largest

@@ -64,7 +64,7 @@ class Tile:
 
     @property
     def bf16_as_f16(self) -> bool:
-        """Turing: k and v of a bf16 row are f16, with a scale each."""
+        """Turing: operands of a bf16 row that are not integers are f16, with a scale each."""
         return self.gpu_class == "TURING" and self.dtype == "BF16"
 
     @property
@@ -101,46 +101,13 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class TileQk8:
-    """One TILE_QK8 line for one of its row's dtypes: the body of Tile with 8-bit scores."""
-
-    row: str
-    symbol: str
-    dtype: str
-    head_dim: int
-    gpu_class: str
-    block_m: int
-    block_n: int
-    num_warps: int
-    stages: int
-    q_in_regs: int
-    min_ctas: int
-    pv_sum_f16: int
-
-    source = "cuda/sdpa_sm80.cuh"
-    args = "wan_attn_cuda_args"
-    one_arch = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.symbol}_{self.gpu_class.lower()}"
-
-    @property
-    def key(self) -> str:
-        return self.symbol
+class TileQk8(Tile):
+    """One TILE_QK8 line for one of its row's dtypes: the same body with 8-bit scores."""
 
     @property
     def v_is_scaled(self) -> bool:
         """V comes in f16, with a scale for each head."""
-        return bool(self.pv_sum_f16) or (self.gpu_class == "TURING" and self.dtype == "BF16")
-
-    @property
-    def num_threads(self) -> int:
-        return 32 * self.num_warps
-
-    @property
-    def rows_per_warp(self) -> int:
-        return self.block_m // self.num_warps
+        return bool(self.pv_sum_f16) or self.bf16_as_f16
 
     @property
     def smem_bytes(self) -> int:
@@ -148,19 +115,7 @@ class TileQk8:
 
     def defines(self) -> dict[str, str]:
         """The macros that turn the body into this kernel."""
-        return {
-            "KERNEL_NAME": self.symbol,
-            "IS_BF16": str(int(self.dtype == "BF16")),
-            "HEAD_DIM": str(self.head_dim),
-            "BLOCK_M": str(self.block_m),
-            "BLOCK_N": str(self.block_n),
-            "NUM_WARPS": str(self.num_warps),
-            "STAGES": str(self.stages),
-            "Q_IN_REGS": str(self.q_in_regs),
-            "MIN_CTAS": str(self.min_ctas),
-            "PV_SUM_F16": str(self.pv_sum_f16),
-            "QK_INT8": "1",
-        }
+        return {**super().defines(), "QK_INT8": "1"}
 
 
 @dataclass(frozen=True)
@@ -313,7 +268,7 @@ def _smem_formula(body: str) -> tuple[list[str], CodeType]:
 
 
 @cache
-def _smem_bytes(body: str, tile: Tile | TileQk8 | TileSm90) -> int:
+def _smem_bytes(body: str, tile: Tile | TileSm90) -> int:
     names, formula = _smem_formula(body)
     return int(eval(formula, {"__builtins__": {}}, {name: getattr(tile, name) for name in names}))
 
