@@ -10,6 +10,7 @@ nothing is installed here. A machine that is no Debian gets none, and hears why 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,11 +37,13 @@ class Root(NamedTuple):
         release: Debian's name of the release.
         machine: Debian's name of the processor.
         packages: what to unpack, each with what it depends on.
+        pythons: those of its Pythons that this machine itself can run; see python().
     """
 
     release: str
     machine: str
     packages: tuple[str, ...]
+    pythons: tuple[str, ...] = ()
 
 
 ROOTS = {
@@ -48,7 +51,18 @@ ROOTS = {
     "arm64": Root("trixie", "arm64", ("python3", "libstdc++6")),
     # The oldest that Debian's mirrors still carry: glibc 2.31.
     "oldest": Root("bullseye", "amd64", ("libc6",)),
+    # The newest Pythons that torch has wheels for, and the C++ library for these.
+    "newest": Root(
+        "sid", "amd64", ("python3.14", "python3.15", "libstdc++6"), ("python3.14", "python3.15")
+    ),
 }
+
+# Starts a Python of a root with that root's own C library. It goes by the name it was called by,
+# so that Python finds the virtual environment whose link this is.
+START = """#!/bin/sh
+exec {root}/lib64/ld-linux-x86-64.so.2 --argv0 "$0" \\
+    --library-path {root}/usr/lib/x86_64-linux-gnu {root}/usr/bin/{name} "$@"
+"""
 
 
 def mirror() -> str:
@@ -133,8 +147,18 @@ def make(name: str, folder: Path) -> Path:
     for package in sorted((folder / f"{name}-apt").glob("cache/archives/*.deb")):
         call(["dpkg-deb", "--extract", package, made])
     shutil.rmtree(folder / f"{name}-apt")
+    (made / "usr/local/bin").mkdir(parents=True, exist_ok=True)
+    for program in root.pythons:
+        start = python(made, program)
+        start.write_text(START.format(root=shlex.quote(str(made.absolute())), name=program))
+        start.chmod(0o755)
     (made / "complete").touch()
     return made
+
+
+def python(made: Path, name: str) -> Path:
+    """A program that runs this Python of a root that was made; it can make environments too."""
+    return made / "usr/local/bin" / name
 
 
 if __name__ == "__main__":

@@ -20,27 +20,38 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from wheels import drivers, foreign, hub
+from wheels import drivers, foreign, hub, roots
 from wheels.running import CALL, ROOT, Failed, Skipped, attempt, run
 from wheels.targets import TARGETS
 
 # --- installed wheels ----------------------------------------------------------------------------
 
 WITHOUT_TORCH = """
-import warnings
+import platform, time, warnings
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
+    start = time.perf_counter()
     import wan_attn
+    took = time.perf_counter() - start
 assert "needs PyTorch 2.4 or newer" in str(said[0].message)
+print(f"Python {platform.python_version()}: imports in {1000 * took:.0f} ms")
 """
+UV = ("-m", "uv", "pip", "install", "-q")
+HAS_PIP = "import importlib.util; print(importlib.util.find_spec('ensurepip'))"
 PACKAGE = "import pathlib, wan_attn; print(pathlib.Path(wan_attn.__file__).parent)"
 
 
 def environment(folder: Path, name: str, base: Path, wheel: Path | None, see: bool) -> Path:
     """A fresh environment with this wheel, if any; its Python, which can `see` base's packages."""
     venv = folder / name
-    run([base, "-m", "venv", venv], folder)
+    has_pip = "ensurepip" in run([base, "-c", HAS_PIP], folder)
+    run([base, "-m", "venv", *([] if has_pip else ["--without-pip"]), venv], folder)
     python = venv / "bin/python"
+    if not has_pip:  # Debian's Python
+        try:
+            run([sys.executable, *UV, "--python", python, "pip"], folder)
+        except Failed as error:
+            raise Skipped(f"there is no pip for {base}: {str(error)[-300:]}") from error
     if wheel is not None:
         run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], folder)
     if see:
@@ -82,8 +93,7 @@ def by_uv(base: Path, wheel: Path) -> str:
         folder = Path(name)
         python = environment(folder, "venv", base, None, see=True)
         before = run([python, "-c", TORCH_FILES], folder)
-        uv = [sys.executable, "-m", "uv", "pip", "install", "-q", "--no-index", "--no-deps"]
-        run([*uv, "--python", python, wheel], folder)
+        run([sys.executable, *UV, "--no-index", "--no-deps", "--python", python, wheel], folder)
         if run([python, "-c", TORCH_FILES], folder) != before:
             raise Failed("uv has changed torch")
         run([python, "-m", "wan_attn", "verify"], folder)
@@ -150,9 +160,18 @@ def without_torch(base: Path, wheel: Path) -> str:
     with tempfile.TemporaryDirectory(prefix="wan-attn-wheel-") as name:
         folder = Path(name)
         python = environment(folder, "venv", base, wheel, see=False)
-        run([python, "-c", WITHOUT_TORCH], folder)
+        said = run([python, "-c", WITHOUT_TORCH], folder).strip()
         run([python, "-m", "wan_attn", "verify"], folder, 0)
-        return "imports, and says that torch is missing; verify is content"
+        return f"{said}, and says that torch is missing; verify is content"
+
+
+def newest_without_torch(name: str, wheel: Path) -> str:
+    """The same with the newest Pythons that Debian has."""
+    try:
+        made = roots.make("newest", ROOT / "build/wheels/roots")
+    except roots.NoRoot as reason:
+        raise Skipped(str(reason)) from reason
+    return without_torch(roots.python(made, name), wheel)
 
 
 # --- all of it -----------------------------------------------------------------------------------
@@ -169,6 +188,9 @@ def tests(
             if is_own:
                 yield "beside torch, by uv", partial(by_uv, base.absolute(), wheel)
         yield "without torch", partial(without_torch, Path(sys.executable), wheel)
+    if name == "manylinux_2_17_x86_64":
+        for python in roots.ROOTS["newest"].pythons:
+            yield "without torch, newest", partial(newest_without_torch, python, wheel)
     if is_own and torch:
         yield "by kernels", partial(by_kernels, torch[0].absolute(), wheel.parent)
     if target.triple:

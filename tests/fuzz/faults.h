@@ -4,7 +4,8 @@
  * The includer has before: TENSOR_FAULTS(F), ways to break a tensor's description, each
  * F(name, of, code) with t and d in the code; OTHER_FAULTS(F), the rest, each F(name, argument,
  * code) with p in the code; fault_params, the type of *p; TENSORS and TENSOR_NAMES;
- * TAKES(of, which), whether tensor number `which` has a fault of this kind; and tensor_at(p, which).
+ * TAKES(of, which), whether tensor number `which` has a fault of this kind; and
+ * tensor_at(p, which).
  */
 #ifndef WAN_ATTN_TESTS_FAULTS_H
 #define WAN_ATTN_TESTS_FAULTS_H

@@ -58,16 +58,17 @@ config.follow(set_cpu_features)
 
 def describe(tensor: Tensor) -> native.Tensor:
     """The tensor as csrc/wan_attn.h wants it: a description, no copy."""
+    shape, device = tensor.shape, tensor.device  # each costs what a short loop costs
     described = native.Tensor(
-        data=tensor.data_ptr(),
-        dtype=DTYPES.get(tensor.dtype, native.DTYPE_OTHER),
-        device_type=DEVICES.get(tensor.device.type, native.DEVICE_OTHER),
-        device_index=tensor.device.index or 0,
-        ndim=tensor.dim(),
+        tensor.data_ptr(),
+        DTYPES.get(tensor.dtype, native.DTYPE_OTHER),
+        DEVICES.get(device.type, native.DEVICE_OTHER),
+        device.index or 0,
+        len(shape),
     )
-    for dim in range(min(tensor.dim(), native.MAX_NDIM)):
-        described.shape[dim] = tensor.shape[dim]
-        described.stride[dim] = tensor.stride(dim)
+    kept = min(len(shape), native.MAX_NDIM)
+    described.shape[:kept] = shape[:kept]
+    described.stride[:kept] = tensor.stride()[:kept]
     return described
 
 
