@@ -47,8 +47,8 @@ float wan_attn_qk8_quantise(float *x, int64_t head_dim, int8_t *to);
  * multiples of 8, and d < 8. */
 uint32_t wan_attn_qk8_signs(int64_t first);
 
-/* What the numbers of a row are multiplied by, whose largest magnitude has these bits, and the row's
- * step. 0: they all become 0. */
+/* What the numbers of a row are multiplied by, whose largest magnitude has these bits, and the
+ * row's step. 0: they all become 0. */
 float wan_attn_qk8_inverse(uint32_t top, float *step);
 
 /* What a product of integers of a query row with this step is multiplied by, beside the key's step,

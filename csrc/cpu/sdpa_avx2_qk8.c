@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * sdpa_avx2_qk8.c - attention with 8-bit scores (qk8.h) with AVX2, in products of int16 pairs; so is
- * P V. The body: sdpa_tile.inc, with the products of sdpa_qk8.inc and sdpa_qk8_values.inc.
+ * sdpa_avx2_qk8.c - attention with 8-bit scores (qk8.h) with AVX2, in products of int16 pairs, P V
+ * too. The body: sdpa_tile.inc, with the products of sdpa_qk8.inc and sdpa_qk8_values.inc.
  *
  * Budget: 4 x 3 accumulators, two vectors of Q^T or P^T, a pair of K or V^T and a product: all 16
  * registers. Two channels or keys of a register tile are 12 vpmaddwd and 12 vpaddd for 10 loads,
@@ -32,8 +32,8 @@ TARGET_BEGIN("avx2,fma,f16c")
 #define UNIT 2
 #define BLOCK_N 128
 
-/* c += a * b of int16 pairs in each 32-bit lane; the second one has b in memory. As two instructions
- * that a compiler cannot part: it would copy accumulators, and spill some. */
+/* c += a * b of int16 pairs in each 32-bit lane; the second one has b in memory. They are two
+ * instructions that a compiler cannot part: it would copy accumulators, and spill some. */
 #if defined(__GNUC__)
 #define ADD_PRODUCTS_FROM(c, a, b, where)                                                          \
     {                                                                                              \
