@@ -126,6 +126,15 @@ def _rules(named: Any, name: str) -> tuple[schedule.Rule, ...]:
     return schedule.load(named, name) if isinstance(named, str) else schedule.parse(named, name)
 
 
+def schedule_error(settings: config.Settings) -> str | None:
+    """What is wrong with the file of WAN_ATTN_SCHEDULE; None: nothing."""
+    try:
+        _rules(settings.schedule, "WAN_ATTN_SCHEDULE")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _choose() -> None:
     """The innermost use() decides; without one, the environment."""
     global active, _last, _is_registered
