@@ -166,7 +166,10 @@ def _obey(settings: config.Settings) -> None:
     else:
         asked_by = f"WAN_ATTN_PRECISION={settings.precision}"
         wishes = Wishes(settings.precision, settings.guard, settings.error_budget, rules, asked_by)
-        _by_environment = None if wishes.is_plain else Watch(wishes)
+        if wishes.is_plain:
+            _by_environment = None
+        elif _by_environment is None or _by_environment.wishes != wishes:
+            _by_environment = Watch(wishes)  # else what is known stays
     _choose()
 
 

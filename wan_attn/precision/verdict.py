@@ -5,6 +5,7 @@ layer are exact for the rest of the run. Each time it says so in the log."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from wan_attn import log
 from wan_attn.precision import guard, sampling
@@ -31,10 +32,10 @@ def read(layer: Layer, note: Note, budget: float, is_late: bool) -> list[int | N
     hit = None if watched is None else guard.Words.of(watched.read()).hit()
     if hit is not None:
         if None not in layer.why_exact and where.run == layer.run:
-            _switch(layer, where, None, f"{hit}; {what_now}")
+            _switch(layer, where, [None], f"{hit}; {what_now}")
         return [None]
     squares = [] if errors is None else errors.read()
-    over: list[int | None] = []
+    over: dict[int | None, float] = {}
     for group, square in enumerate(squares):
         if group in layer.why_exact or where.run != layer.run:
             continue
@@ -42,23 +43,39 @@ def read(layer: Layer, note: Note, budget: float, is_late: bool) -> list[int | N
         running = square if before is None else before + sampling.WEIGHT * (square - before)
         layer.running[group] = running
         if not running <= budget**2:  # NaN too
-            error = f"{100 * math.sqrt(running):.2g} %" if running >= 0 else "NaN"
-            reason = f"an error of {error} is above the budget of {100 * budget:g} %; {what_now}"
-            _switch(layer, where, group, reason)
-            over.append(group)
+            over[group] = running
+    if over:
+        worst = max(over.values(), key=lambda running: (math.isnan(running), running))
+        error = "NaN" if math.isnan(worst) else f"{100 * math.sqrt(worst):.2g} %"
+        reason = f"an error of {error} is above the budget of {100 * budget:g} %; {what_now}"
+        _switch(layer, where, over, reason)
     if squares:
         worst = math.sqrt(max(squares))
         layer.measured.append((where.run, where.step, worst, is_late or not over))
-    return over
+    return list(over)
 
 
-def _switch(layer: Layer, where: Place, group: int | None, reason: str) -> None:
-    layer.why_exact[group] = reason
-    heads = ""
-    if group is not None and len(layer.groups) > 1:
-        first, last = layer.groups[group]
-        heads = f", heads {first}-{last - 1}" if last - first > 1 else f", head {first}"
+def _switch(layer: Layer, where: Place, groups: Iterable[int | None], reason: str) -> None:
+    layer.why_exact.update(dict.fromkeys(groups, reason))
     name = title(layer.expert, layer.layer, layer.kind)
+    heads = _heads([layer.groups[group] for group in groups if group is not None])
+    if len(layer.groups) < 2:
+        heads = ""
     text = f"{name}{heads}{where.at_step}: {reason}. It is exact for the rest of this run"
     layer.events.append(text)
     log.LOGGER.warning("%s %s", log.PREFIX, text)
+
+
+def _heads(ranges: list[tuple[int, int]]) -> str:
+    """Of a layer: ", heads 0-4, 7", where neighbours are one range."""
+    merged: list[tuple[int, int]] = []
+    for first, behind in ranges:
+        if merged and merged[-1][1] == first:
+            merged[-1] = (merged[-1][0], behind)
+        else:
+            merged.append((first, behind))
+    parts = [str(a) if b - a == 1 else f"{a}-{b - 1}" for a, b in merged]
+    if not parts:
+        return ""
+    is_one = len(merged) == 1 and merged[0][1] - merged[0][0] == 1
+    return f", {'head' if is_one else 'heads'} {', '.join(parts)}"
