@@ -96,7 +96,7 @@ PYTHON_LAYERS = [
     {"cuda"},
     {"native", "selfcheck"},
     {"backends"},
-    {"tuning"},
+    {"tuning", "precision"},
     {"selection"},
     {"attention"},
     {"signatures"},
