@@ -98,7 +98,7 @@ PYTHON_LAYERS = [
     {"cuda"},
     {"native", "selfcheck"},
     {"backends"},
-    {"tuning"},
+    {"tuning", "precision"},
     {"selection"},
     {"attention"},
     {"signatures"},

@@ -253,13 +253,13 @@ def _of_torchs_dispatcher(
     return rules | {(scale, "sparse tensor"): refused}
 
 
-_BOUNDS = ("window_left", "window_right", "kernel")
+_BOUNDS = ("window_left", "window_right", "kernel", "precision")
 _OF_THE_OP = _of_torchs_dispatcher(
     ("query", "key", "value", "q_lens", "k_lens"),
     _BOUNDS,
     ("is_causal", "return_lse", "out_like_value"),
     "scale",
-) | {(n, "negative"): "-1 is no bound, or the best row" for n in _BOUNDS}
+) | {(n, "negative"): "-1 is no bound, or the best row" for n in _BOUNDS[:3]}
 
 
 def _core() -> list[Function]:
