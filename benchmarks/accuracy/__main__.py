@@ -29,6 +29,7 @@ OURS = "qk8"
 SCHEMES: dict[str, Scheme] = {
     OURS: schemes.qk8,
     "qk8 pv16": partial(schemes.qk8, sums_in_f16=True),
+    "qk8 integers": partial(schemes.qk8, in_integers=True),
     "Sage2": schemes.sage2,
     "comfy-kitchen": schemes.comfy_kitchen,
     "Sage f16": schemes.sage_f16,
@@ -73,7 +74,7 @@ def judge(case: Case, candidates: dict[str, Scheme]) -> dict[str, Error]:
 
 
 def broken_promises(family: str, errors: dict[str, Error]) -> Iterator[str]:
-    """What of the promises at this file's head does not hold, for both of our ways to sum P V."""
+    """What of the promises at this file's head does not hold, for each of our ways to sum P V."""
     for ours in (name for name in errors if name.startswith(OURS)):
         mine = errors[ours].relative_l2
         if family == "normal" and mine > MOST_ON_NORMAL:

@@ -19,6 +19,7 @@ Scheme = Callable[[Array, Array, Array, float], Array]
 
 LEVELS = 127.0
 TILE = 64  # keys that a kernel takes at once
+CPU_BLOCK = 128  # those of our CPU rows
 
 
 def exact(q: Array, k: Array, v: Array, scale: float) -> Array:
@@ -183,9 +184,11 @@ def qk8(
     rotates: bool = True,
     per_token: bool = True,
     sums_in_f16: bool = False,
+    in_integers: bool = False,
 ) -> Array:
     """Ours: K less its mean over the real keys; a signed Hadamard rotation of q and k; INT8 with a
-    scale for each row; P V as it is (the CPU rows and cards of full rate), or in f16 (pv16).
+    scale for each row; P V as it is (the specification, and cards of full rate), in f16 (pv16), or
+    in integers of 14 and 12 bits (the CPU rows).
 
     The options take a part away, to see what it brings.
     """
@@ -194,6 +197,8 @@ def qk8(
     q8, q_step = to_int8(q, None if per_token else rows_of_a_thread(len(q)))
     k8, k_step = to_int8(k, None if per_token else keys_of_a_thread(len(k)))
     s = scale * q_step * (q8 @ k8.T) * k_step.T
+    if in_integers:
+        return _online(s, _pv_in_integers(v), CPU_BLOCK)
     multiply = _pv16(v) if sums_in_f16 else _pv32(v)
     return _online(s, multiply, TILE)
 
@@ -202,6 +207,22 @@ def _pv32(v: Array) -> Callable[[Array, int, int], tuple[Array, Array]]:
     def multiply(less_max: Array, begin: int, end: int) -> tuple[Array, Array]:
         p = np.exp(less_max)
         return p @ v[begin:end], p.sum(axis=1, keepdims=True)
+
+    return multiply
+
+
+def _pv_in_integers(v: Array) -> Callable[[Array, int, int], tuple[Array, Array]]:
+    """As sdpa_qk8_values.inc: in each block, P relative to its row's largest, V with a scale per
+    channel, row sums of the rounded P."""
+
+    def multiply(less_max: Array, begin: int, end: int) -> tuple[Array, Array]:
+        top = less_max.max(axis=1, keepdims=True)
+        p = np.rint(8192.0 * np.exp(less_max - top))
+        largest = np.abs(v[begin:end]).max(axis=0)
+        inverse = np.divide(2047.0, largest, out=np.zeros_like(largest), where=largest > 0)
+        back = np.exp(top) / 8192.0
+        values = np.rint(v[begin:end] * inverse) * largest / 2047.0
+        return back * (p @ values), back * p.sum(axis=1, keepdims=True)
 
     return multiply
 

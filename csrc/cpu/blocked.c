@@ -76,7 +76,8 @@ static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blockin
         return plan;
     }
     plan.k_bytes = blocking->block_n * plan.depth * (int64_t)sizeof(float);
-    plan.v_bytes = blocking->block_n / blocking->unit * plan.width * (int64_t)sizeof(float);
+    plan.v_bytes = (blocking->block_n / blocking->unit + blocking->value_numbers) * plan.width *
+                   (int64_t)sizeof(float);
     plan.blocks = wan_attn_divide_up(p->seqlen_k, blocking->block_n);
     if (blocking->survey_floats)
         plan.survey_floats = round_up(blocking->survey_floats(plan.blocks, p->head_dim),

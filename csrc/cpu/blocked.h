@@ -47,6 +47,7 @@ typedef struct wan_attn_blocking {
     int64_t depth_multiple; /* units of K and Q are padded with zeros to a multiple of this   */
     int64_t width_multiple; /* rows of O^T (head_dim) are padded to a multiple of this        */
     int64_t row_numbers;    /* floats of scratch for each row, beside Q, O and S               */
+    int64_t value_numbers;  /* floats of a packed block for each row of V^T, beside V          */
     /* The next three may be NULL. depth_of: units of one row of Q or K; NULL: head_dim / unit. */
     int64_t (*depth_of)(int64_t head_dim);
     /* What has to be known of all keys of a pair before they are packed: survey looks at one block

@@ -50,6 +50,8 @@ void wan_attn_qk8_find_mean(const float *sums, int64_t keys, int64_t head_dim, f
     }
 }
 
+uint32_t wan_attn_qk8_signs(int64_t first) { return SIGNS[first / 32] >> first % 32; }
+
 static void rotate(float *x, int64_t head_dim, int64_t depth) {
     for (int64_t d = 0; d < head_dim; d++)
         x[d] = SIGNS[d / 32] >> d % 32 & 1u ? -x[d] : x[d];
@@ -64,6 +66,17 @@ static void rotate(float *x, int64_t head_dim, int64_t depth) {
             }
 }
 
+float wan_attn_qk8_inverse(uint32_t top, float *step) {
+    float largest = wan_attn_float_of_bits(top);
+    int is_finite = largest < INFINITY;
+    if (!is_finite || largest < SMALLEST) {
+        *step = is_finite ? 0.0f : NAN;
+        return 0.0f;
+    }
+    *step = largest / 127.0f;
+    return 127.0f / largest;
+}
+
 float wan_attn_qk8_quantise(float *x, int64_t head_dim, int8_t *to) {
     int64_t depth = wan_attn_qk8_depth(head_dim);
     rotate(x, head_dim, depth);
@@ -72,17 +85,13 @@ float wan_attn_qk8_quantise(float *x, int64_t head_dim, int8_t *to) {
         uint32_t bits = wan_attn_bits_of_float(x[d]) & 0x7fffffffu;
         top = bits > top ? bits : top;
     }
-    float largest = wan_attn_float_of_bits(top);
-    int is_finite = largest < INFINITY;
-    if (!is_finite || largest < SMALLEST) {
-        memset(to, 0, (size_t)depth);
-        return is_finite ? 0.0f : NAN;
-    }
-    float inverse = 127.0f / largest;
-    for (int64_t d = 0; d < depth; d++) {
+    float step, inverse = wan_attn_qk8_inverse(top, &step);
+    for (int64_t d = 0; d < depth && inverse != 0.0f; d++) {
         float scaled = x[d] * inverse;
         float shifted = scaled + ROUND;
         to[d] = (int8_t)(shifted - ROUND);
     }
-    return largest / 127.0f;
+    if (inverse == 0.0f)
+        memset(to, 0, (size_t)depth);
+    return step;
 }

@@ -43,6 +43,14 @@ void wan_attn_qk8_find_mean(const float *sums, int64_t keys, int64_t head_dim, f
  * depth numbers. */
 float wan_attn_qk8_quantise(float *x, int64_t head_dim, int8_t *to);
 
+/* Parts of it, for rows that have the rest in vectors. Bit d: channel first + d is negated; for
+ * multiples of 8, and d < 8. */
+uint32_t wan_attn_qk8_signs(int64_t first);
+
+/* What the numbers of a row are multiplied by, whose largest magnitude has these bits, and the
+ * row's step. 0: they all become 0. */
+float wan_attn_qk8_inverse(uint32_t top, float *step);
+
 /* What a product of integers of a query row with this step is multiplied by, beside the key's step,
  * in the exponent of e. */
 static inline float wan_attn_qk8_factor(const wan_attn_problem *p, float q_step, int64_t depth) {

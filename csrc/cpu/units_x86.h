@@ -102,6 +102,16 @@ static inline units pair_lanes(units even, units odd) {
     return _mm256_castsi256_ps(_mm256_blend_epi16(low, _mm256_castps_si256(odd), 0xaa));
 }
 
+/* Lane by lane, as int16: (even[i], odd[i]), rounded from floats. */
+static inline units pair_integers(units even, units odd) {
+    __m256i high = _mm256_slli_epi32(_mm256_cvtps_epi32(odd), 16);
+    return _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_cvtps_epi32(even), high, 0xaa));
+}
+
+static inline units larger_magnitude(units largest, units x) {
+    return _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x), largest);
+}
+
 /* 0 while everything added so far is finite, NaN afterwards. */
 static inline units add_taint(units taint, units x) {
     return _mm256_fmadd_ps(x, _mm256_setzero_ps(), taint);

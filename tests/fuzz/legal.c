@@ -5,7 +5,7 @@
  *
  *     legal SEED FIRST COUNT [SECONDS]      prints a line; 1 and how to repeat the case that failed
  */
-#include "expected.h"
+#include "c/expected.h"
 #include "random_call.h"
 #include "running.h"
 
@@ -101,14 +101,14 @@ static int compare_row(const wan_attn_params *p, const row_truth *row, const uns
     return 0;
 }
 
-static int compare(const wan_attn_params *p, const decoded *x, const result *r, int is_bf16_row) {
+static int compare(const wan_attn_params *p, const decoded *x, const result *r, arithmetic in) {
     size_t width = element_size(p->out.dtype) * (size_t)p->q.shape[3];
     int64_t heads = p->q.shape[2], rows = p->q.shape[1];
     for (int64_t b = 0; b < p->q.shape[0]; b++)
         for (int64_t i = 0; i < rows; i++)
             for (int64_t h = 0; h < heads; h++, checked_rows++) {
                 row_truth row;
-                expect_row(p, x, b, h, i, is_bf16_row, &row);
+                expect_row(p, x, b, h, i, in, &row);
                 double lse = NAN;
                 if (p->lse.ndim)
                     lse = read_element(r->lse + 4 * ((b * heads + h) * rows + i), WAN_ATTN_F32);
@@ -136,10 +136,10 @@ static int check_row(wan_attn_params *p, const decoded *x, int32_t row) {
     p->kernel = row;
     p->num_threads = (int32_t)pick(5);
     p->parallel = PICK(LOOPS);
-    int is_bf16_row = strstr(info.name, "amx") || strstr(info.name, "bf16");
-    int wrong = run(p, UNTOUCHED, &first);
-    if (!wrong && !info.is_lossy) /* how far a lossy one may be off: tests/test_qk8.py */
-        wrong = compare(p, x, &first, is_bf16_row);
+    arithmetic in = info.is_lossy                                           ? IN_EIGHT_BITS
+                    : strstr(info.name, "amx") || strstr(info.name, "bf16") ? IN_BF16
+                                                                            : IN_FLOATS;
+    int wrong = run(p, UNTOUCHED, &first) || compare(p, x, &first, in);
     for (int n = 0; n < 2 && !wrong; n++) {
         p->num_threads = 1 + (p->num_threads + (int32_t)pick(3)) % 4;
         p->parallel = PICK(LOOPS);
