@@ -399,6 +399,24 @@ def test_guard_all_says_whose_calls_it_does_not_watch(
     assert "calls on torch are not watched" in line
 
 
+def test_a_row_that_fills_no_guard_still_runs(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the CUDA rows of today."""
+    x = some()
+
+    def without(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("wan_attn: no kernel takes this call: it does not fill a guard")
+
+    monkeypatch.setattr(bindings, "ctypes_sdpa", without)
+    with precision.use("exact", guard="all"), caplog.at_level(logging.INFO, "wan_attn"):
+        for _ in range(2):
+            assert torch.equal(sdpa(*x), exact(*x))
+    (line,) = [r.message for r in caplog.records if "not watched" in r.message]
+    assert "does not fill a guard" in line
+    assert not [r for r in caplog.records if "failed at run time" in r.message]
+
+
 def test_the_words_of_a_guard() -> None:
     none = guard.Words.of([0, 0, 0, 0])
     assert none.hit() is None
