@@ -94,15 +94,15 @@ def test_images_are_exact_whoever_says_otherwise() -> None:
 BAD = {
     "5": "rules must be a list of rules",
     "{}": "rules must be a list of rules",
-    "[3]": "rules, rule 1: it must have precision, kinds, steps, layers, experts, heads only",
-    '[{"precision": "qk8", "layer": 1}]': "rules, rule 1: it must have precision, kinds",
-    '[{"precision": "qk8"}, {"layers": 1}]': "rules, rule 2: precision must be exact or qk8, got N",
-    '[{"precision": "int8"}]': "precision must be exact or qk8, got 'int8'",
-    '[{"precision": "qk8", "kinds": "audio"}]': "kinds must be of self, text, image, got 'audio'",
-    '[{"precision": "qk8", "kinds": 3}]': "kinds must be of self, text, image, got 3",
-    '[{"precision": "qk8", "kinds": ["image"]}]': "image, which is always exact",
+    "[3]": "rules must have only precision, kinds, steps, layers, experts, heads in rule 1, got 3",
+    '[{"precision": "qk8", "layer": 1}]': "must have only precision, kinds",
+    '[{"precision": "qk8"}, {"layers": 1}]': "must have precision exact or qk8 in rule 2, got None",
+    '[{"precision": "int8"}]': "precision exact or qk8 in rule 1, got 'int8'",
+    '[{"precision": "qk8", "kinds": "audio"}]': "kinds of self, text, image in rule 1, got 'audio'",
+    '[{"precision": "qk8", "kinds": 3}]': "kinds of self, text, image in rule 1, got 3",
+    '[{"precision": "qk8", "kinds": ["image"]}]': "image exact, as it always is, in rule 1",
     **{
-        f'[{{"precision": "qk8", "steps": {steps}}}]': "rules, rule 1: steps must"
+        f'[{{"precision": "qk8", "steps": {steps}}}]': "steps"
         for steps in ('"3-1"', '"a"', "[]", "1.5", "true", '"-1-3"', "[[1]]", '"1--1"', "[null]")
     },
 }

@@ -57,6 +57,7 @@ class Place(NamedTuple):
 class _Here(threading.local):
     kind: str | None = None
     step: int | None = None
+    steps: int | None = None
     layer: int | None = None
     layers: int | None = None
     expert: int | None = None
@@ -85,8 +86,7 @@ def here(seqlen_q: int, seqlen_k: int) -> Place:
         kind = "self" if seqlen_q == seqlen_k else "text"
         if seqlen_k == IMAGE_TOKENS and seqlen_q != seqlen_k:
             kind = "image"
-    steps = len(h.timesteps) or None
-    return Place(kind, h.step, steps, h.layer, h.layers, h.expert, h.run)
+    return Place(kind, h.step, h.steps, h.layer, h.layers, h.expert, h.run)
 
 
 def begin(timesteps: Sequence[float] | Tensor, told_by: Tensor | None = None) -> None:
@@ -105,6 +105,7 @@ def begin(timesteps: Sequence[float] | Tensor, told_by: Tensor | None = None) ->
     if isinstance(timesteps, Tensor):
         timesteps = timesteps.tolist()
     h.timesteps = tuple(float(t) for t in timesteps)
+    h.steps = len(h.timesteps) or None
     if h.last is None or not h.timesteps or h.timesteps[0] >= h.last:
         _begin_anew()
     h.step = h.last = None
@@ -132,7 +133,7 @@ def enter(model: object, timestep: Any, layers: int | None) -> None:
     h = _here
     before, step = h.step, _step_of(t)
     if step is None:
-        h.timesteps = ()  # of another run, whose begin nobody told
+        h.timesteps, h.steps = (), None  # of another run, whose begin nobody told
         is_new = before is not None and h.last is not None and t > h.last
         step = 0 if is_new or before is None else before + (t != h.last)
     else:
@@ -209,20 +210,20 @@ def at(
     Raises:
         RuntimeError: an argument is no such thing.
     """
-    given = {"step": step, "steps": steps, "layer": layer, "layers": layers, "expert": expert}
-    for name, number in given.items():
-        if number is not None:
-            gate.integer(name, number, at_least=0)
-    if kind is not None and kind not in KINDS:
+    numbers = {"step": step, "steps": steps, "layer": layer, "layers": layers, "expert": expert}
+    given: dict[str, Any] = {
+        name: gate.integer(name, number, at_least=0)
+        for name, number in numbers.items()
+        if number is not None
+    }
+    if kind is not None and (not isinstance(kind, str) or kind not in KINDS):
         refuse("kind", f"None or one of {', '.join(KINDS)}", gate.kind_of(kind))
-    h, names = _here, ("step", "layer", "layers", "expert", "kind", "timesteps")
+    h, names = _here, ("step", "steps", "layer", "layers", "expert", "kind")
     before = {name: getattr(h, name) for name in names}
-    told = {"step": step, "layer": layer, "layers": layers, "expert": expert, "kind": kind}
-    for name, value in told.items():
-        if value is not None:
-            setattr(h, name, value)
-    if steps is not None:
-        h.timesteps = tuple(float(i) for i in range(steps, 0, -1))
+    if kind is not None:
+        given["kind"] = kind
+    for name, value in given.items():
+        setattr(h, name, value)
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_attn.precision.place import KINDS, Place
+from wan_attn.request import gate
 
 MODES = ("exact", "balanced", "fast", "auto")
 EXACT, QK8 = "exact", "qk8"
@@ -110,55 +111,65 @@ def parse(data: Any, name: str) -> tuple[Rule, ...]:
     """Rules from what JSON holds: a list of objects, or an object with that list as "rules".
 
     Raises:
-        ValueError: "NAME must be ..., got ..." or "NAME, rule N: WHAT must be ..., got ...".
+        ValueError: "NAME must be ..., got ..." or "NAME must have ... in rule N, got ...".
     """
     rules = data.get("rules") if isinstance(data, Mapping) and set(data) == {"rules"} else data
     if not isinstance(rules, list | tuple):
         text = 'a list of rules, or {"rules": [...]}'
-        raise ValueError(f"{name} must be {text}, got {_short(data)}")
-    return tuple(_rule(f"{name}, rule {n}:", one) for n, one in enumerate(rules, 1))
+        raise ValueError(f"{name} must be {text}, got {gate.shown(data)}")
+    return tuple(_rule(_Where(name, number), one) for number, one in enumerate(rules, 1))
 
 
-def _rule(where: str, data: Any) -> Rule:
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """A rule that is being read."""
+
+    name: str
+    number: int
+
+    def refusal(self, rule: str, got: object) -> ValueError:
+        """What is wrong with it."""
+        shown = gate.shown(got)
+        return ValueError(f"{self.name} must have {rule} in rule {self.number}, got {shown}")
+
+
+def _rule(where: _Where, data: Any) -> Rule:
     names = [field.name for field in fields(Rule)]
     if not isinstance(data, Mapping) or not set(data) <= set(names):
-        raise ValueError(f"{where} it must have {', '.join(names)} only, got {_short(data)}")
+        raise where.refusal(f"only {', '.join(names)}", data)
     precision = data.get("precision")
-    if precision not in (EXACT, QK8):
-        raise ValueError(f"{where} precision must be {EXACT} or {QK8}, got {_short(precision)}")
+    if not isinstance(precision, str) or precision not in (EXACT, QK8):
+        raise where.refusal(f"precision {EXACT} or {QK8}", precision)
     found: dict[str, Any] = {"precision": precision}
     if (kinds := data.get("kinds")) is not None:
         words = kinds.split(",") if isinstance(kinds, str) else kinds
-        if not isinstance(words, list | tuple) or not {str(w).strip() for w in words} <= set(KINDS):
-            raise ValueError(f"{where} kinds must be of {', '.join(KINDS)}, got {_short(kinds)}")
-        found["kinds"] = frozenset(str(word).strip() for word in words)
+        is_list = isinstance(words, list | tuple) and all(isinstance(w, str) for w in words)
+        if not is_list or not {word.strip() for word in words} <= set(KINDS):
+            raise where.refusal(f"kinds of {', '.join(KINDS)}", kinds)
+        found["kinds"] = frozenset(word.strip() for word in words)
         if precision == QK8 and "image" in found["kinds"]:
-            raise ValueError(f"{where} kinds must not have image, which is always exact, got {QK8}")
+            raise where.refusal("image exact, as it always is,", precision)
     for name in ("steps", "layers", "experts", "heads"):
         if data.get(name) is not None:
-            found[name] = _numbers(f"{where} {name}", data[name])
+            found[name] = _numbers(where, name, data[name])
     return Rule(**found)
 
 
-def _numbers(what: str, data: Any) -> Numbers:
+def _numbers(where: _Where, name: str, data: Any) -> Numbers:
     """[0, 1, -1], 3, or "0-3, 7, -2--1"."""
     parts = data.split(",") if isinstance(data, str) else data
     numbers: set[int] = set()
     for part in parts if isinstance(parts, list | tuple) else [parts]:
-        match = re.fullmatch(r"(-?\d{1,6})(?:-(-?\d{1,6}))?", str(part).strip())
+        is_one = isinstance(part, int | str) and not isinstance(part, bool)
+        match = re.fullmatch(r"(-?\d{1,6})(?:-(-?\d{1,6}))?", str(part).strip()) if is_one else None
         ends = [] if match is None else [int(end) for end in match.groups(default=match[1])]
-        if isinstance(part, bool) or not ends or ends[0] > ends[1] or ends[0] < 0 <= ends[1]:
-            rule = 'numbers and ranges like "0-3, 7, -1", which count from 0, -1 is the last'
-            raise ValueError(f"{what} must be {rule}; got {_short(data)}")
+        if not ends or ends[0] > ends[1] or ends[0] < 0 <= ends[1]:
+            text = f'{name} like "0-3, 7, -1", from 0 on, -1 being the last,'
+            raise where.refusal(text, data)
         numbers.update(range(ends[0], ends[1] + 1))
     if not numbers:
-        raise ValueError(f"{what} must have a number, got {_short(data)}")
+        raise where.refusal(f"a number among {name}", data)
     return frozenset(numbers)
-
-
-def _short(data: Any) -> str:
-    text = repr(data)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def with_own(mode: str, own: Iterable[Rule]) -> tuple[Rule, ...]:

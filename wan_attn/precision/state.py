@@ -93,9 +93,10 @@ def use(
         RuntimeError: an argument is no such thing.
     """
     settings = config.current()
-    if mode not in schedule.MODES:
+    if not isinstance(mode, str) or mode not in schedule.MODES:
         refuse("mode", f"one of {', '.join(schedule.MODES)}", gate.kind_of(mode))
-    if guard not in (None, "auto", "off", "all"):
+    is_word = isinstance(guard, str) and guard in ("auto", "off", "all")
+    if guard is not None and not is_word:
         refuse("guard", "None, auto, off or all", gate.kind_of(guard))
     if budget is not None:
         budget = gate.number("budget", budget)

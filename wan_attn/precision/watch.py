@@ -158,11 +158,18 @@ class Watch:
         if self.wishes.guard != "all":
             return exact(*operands, call)
         if backend != native.NAME or transforms.is_transformed(*operands):
-            text = f"WAN_ATTN_GUARD=all: calls on {backend} are not watched, only our kernels'"
-            log.once(text, logging.WARNING, text)
+            _say_not_watched(f"calls on {backend} are")
             return exact(*operands, call)
         watched = guard.make(operands[0].device)
-        result = exact(*operands, call, guard=watched)
+        try:
+            result = exact(*operands, call, guard=watched)
+        except Refusal:
+            raise
+        except RuntimeError as error:
+            if is_device_error(error) or is_interruption(error):
+                raise
+            _say_not_watched(f"a call is ({' '.join(str(error).split())[:300]})")
+            return exact(*operands, call)
         hit = guard.Words.of(watched.tolist()).hit()
         if hit is not None:
             name = title(where.expert, where.layer, where.kind)
@@ -257,6 +264,11 @@ class Watch:
         for layer in self.layers.values():
             layer.drain(wait=True)
             verdict.read_pending(layer, self.wishes.budget, wait=True)
+
+
+def _say_not_watched(what: str) -> None:
+    text = f"WAN_ATTN_GUARD=all: {what} not watched, as only those of some of our kernels are"
+    log.once(text, logging.WARNING, text)
 
 
 def _say_why_not(reason: str) -> None:
