@@ -146,6 +146,11 @@ def test_what_is_not_finite_stays_visible(tile: TileQk8) -> None:
 
 
 @each_tile
+def test_sums_of_the_largest_weights_and_values_do_not_overflow(tile: TileQk8) -> None:
+    cases_qk8.check_largest_sums(tile)
+
+
+@each_tile
 def test_values_of_every_size(tile: TileQk8) -> None:
     """Sums of P V in f16 must neither overflow nor vanish: V comes scaled."""
     for factor in (1e-30, 1e-3, 3e2, 6e4, 1e30):

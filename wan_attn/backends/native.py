@@ -126,7 +126,7 @@ def run(
 
 
 def _require_self_check(
-    device: torch.device, dtype: torch.dtype, head_dim: int, precision: int
+    device: torch.device, dtype: torch.dtype, head_dim: int, precision: int = EXACT
 ) -> None:
     """Raises RuntimeError, so that the next backend is tried, for a kernel that is wrong here."""
     is_lossy = precision != EXACT
