@@ -107,10 +107,7 @@ DEVICE void raise_global_u32(void *at, u32 x) {
 /* Returns what stood there before. */
 DEVICE u32 add_global_u32(void *at, u32 x) {
     u32 before;
-    asm volatile("atom.global.add.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(at), "r"(x)
-                 : "memory");
+    asm volatile("atom.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(x) : "memory");
     return before;
 }
 
