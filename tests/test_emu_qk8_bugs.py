@@ -107,7 +107,7 @@ def check_passes(csrc: Path) -> None:
         key = torch.randn(2, 700, 2, head_dim, generator=made) * 3 + 1
         key[:, 200:] = key[:, 200:201]
         query[0, 2, 0, 5], key[0, 9, 0, 7], query[1, 1] = float("inf"), float("nan"), 0.0
-        key[1, 5], key[1, 6, 1] = 2.0**-110, 0.0
+        query[0, 4], key[1, 6, 1] = 2.0**-110, 0.0
         runner = partial(_pass, csrc)
         short = key[:, :150].contiguous()
         lens = {"q_lens": torch.tensor([9, 4]), "k_lens": torch.tensor([150, 70])}
