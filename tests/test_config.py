@@ -46,7 +46,7 @@ def test_the_table_and_the_settings_name_the_same_fields() -> None:
 
 def test_every_field_has_the_type_that_its_kind_parses_to() -> None:
     hints = typing.get_type_hints(Settings)
-    kinds = {"flag": bool, "integer": int, "choice": str, "path": str | None}
+    kinds = {"flag": bool, "integer": int, "share": float, "choice": str, "path": str | None}
     for variable in VARIABLES:
         assert hints[variable.field] == kinds[variable.kind], variable.name
 
@@ -101,6 +101,17 @@ def test_threshold(text: str, value: int) -> None:
 def test_threshold_refuses(text: str) -> None:
     with pytest.raises(ConfigError, match="must be an integer, 0 or more, got"):
         Settings.from_env({"WAN_ATTN_CHUNK_THRESHOLD": text})
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.02", 0.02), ("1e-3", 1e-3), (" .5 ", 0.5)])
+def test_error_budget(text: str, value: float) -> None:
+    assert Settings.from_env({"WAN_ATTN_ERROR_BUDGET": text}).error_budget == value
+
+
+@pytest.mark.parametrize("text", ["0", "1", "-0.1", "2%", "nan", "inf", "little"])
+def test_error_budget_refuses(text: str) -> None:
+    with pytest.raises(ConfigError, match="ERROR_BUDGET must be a number between 0 and 1, got"):
+        Settings.from_env({"WAN_ATTN_ERROR_BUDGET": text})
 
 
 def test_a_path_keeps_its_case() -> None:

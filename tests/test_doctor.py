@@ -37,6 +37,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "cuda_kernels": dict,
     "proofs": list,
     "choices": list,
+    "precision": list,
     "selftest": list,
     "selftest_error": (str, type(None)),
     "known": list,
@@ -95,6 +96,23 @@ def test_a_sound_machine(capsys: pytest.CaptureFixture[str]) -> None:
     usable -= {("kernel", name) for name in lossy}
     usable |= {("backend", b["name"]) for b in found["backends"] if b["usable"]}
     assert tested == usable | {("function", "flash_attention")}
+
+
+@pytest.mark.usefixtures("one_case")
+def test_8_bit_scores(
+    native: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The self-test is exact whatever the variables ask for; a wrong schedule is the finding."""
+    monkeypatch.setenv("WAN_ATTN_PRECISION", "fast")
+    code, found = report(capsys)
+    assert code == 0 and [r for r in found["selftest"] if r["name"] == "flash_attention"]
+    (cpu,) = [p for p in found["precision"] if p["device"] == "cpu"]
+    assert cpu["mode"] == "fast" and cpu["kernel"].endswith("_qk8") and cpu["error"] is None
+    main(["doctor", "--in-process", "--no-selftest"])
+    assert f"{cpu['kernel']}, lossy, in all but attention to images" in capsys.readouterr().out
+    monkeypatch.setenv("WAN_ATTN_SCHEDULE", str(tmp_path / "missing.json"))
+    code, found = report(capsys, "--no-selftest")
+    assert code == 1 and found["verdict"].startswith("WAN_ATTN_SCHEDULE must be a JSON file")
 
 
 @pytest.mark.usefixtures("one_case")

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import calls
 from calls import BF16, F16, F32, operands
 from tolerances import assert_close_to_oracle
-from wan_attn.native import op
+from wan_attn.native import bindings, op
 from wan_attn.request import Request
 
 OP = torch.ops.wan_attn.sdpa
@@ -22,7 +22,7 @@ SCHEMA = (
     "wan_attn::sdpa(Tensor query, Tensor key, Tensor value, Tensor? q_lens=None, "
     "Tensor? k_lens=None, *, float? scale=None, bool is_causal=False, int window_left=-1, "
     "int window_right=-1, bool return_lse=False, int kernel=-1,"
-    " bool out_like_value=False) -> (Tensor out, Tensor lse)"
+    " bool out_like_value=False, int precision=0) -> (Tensor out, Tensor lse)"
 )
 
 
@@ -44,6 +44,7 @@ def samples() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "mixed": (operands(dtype=(F32, F32, BF16), heads_q=4, heads_k=2), {}),
         "heads_first": (tuple(map(calls.from_heads_first, operands(dtype=F16))), {}),
         "empty": (operands(seqlen_k=0), {"return_lse": True}),
+        "lossy": (operands(dtype=BF16), {"precision": 1, "return_lse": True}),
     }
 
 
@@ -89,7 +90,7 @@ def test_fake_and_meta_describe_what_eager_returns(name: str) -> None:
     assert [x.device.type for x in on_meta] == ["meta", "meta"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "lossy"])
 def test_result(name: str) -> None:
     """Contiguous, new, query's dtype; the lengths and the rest mean what the oracle means."""
     args, kwargs = samples()[name]
@@ -105,6 +106,31 @@ def test_result(name: str) -> None:
     window = (kwargs.pop("window_left", -1), kwargs.pop("window_right", -1))
     names = dict(zip(("q_lens", "k_lens"), args[3:], strict=False))
     assert_close_to_oracle(out, query, key, value, lse=lse, window=window, **names, **kwargs)
+
+
+def test_precision_reaches_the_row(native: str) -> None:
+    """A lossy row where it is asked for, whose error is its own; and words for another number."""
+    (query, key, value), kwargs = samples()["lossy"]
+    exact, _ = OP(query, key, value)
+    lossy, _ = OP(query, key, value, **kwargs)
+    assert op.kernels()[bindings.last_kernel()].is_lossy
+    error = (lossy.double() - exact.double()).norm() / exact.double().norm()
+    assert 1e-4 < error < 0.03
+    for number in (-1, 2, 1 << 32):  # the last would wrap to 0
+        for function in (OP, bindings.ctypes_sdpa):
+            rule = "precision must be 0 \\(exact\\) or 1 \\(8-bit scores\\), got"
+            with pytest.raises(RuntimeError, match=rule):
+                function(query, key, value, precision=number)
+
+
+def test_a_gradient_through_a_lossy_call_is_that_of_the_exact_one() -> None:
+    (query, key, value), kwargs = samples()["lossy"]
+    grads = []
+    for options in ({}, kwargs):
+        leaf = query.clone().requires_grad_()
+        OP(leaf, key, value, **options)[0].sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
 
 
 def test_defaults_and_keywords() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 import standins
 import wan_attn
 from calls import BF16, F16
-from wan_attn import config, log
+from wan_attn import config, log, precision
 from wan_attn.attention import flash_attention
 from wan_attn.cli import why
 from wan_attn.config import VARIABLES
@@ -294,6 +294,60 @@ def test_the_measured_order(tensors: Any, monkeypatch: Any, tmp_path: Path, capl
         kernel = agree(ran, tensors)
         assert (ran.backend, kernel) == (("torch", None) if is_obeyed else ("sdpa", before)), value
         assert any("torch 1.00: torch" in line for line in ran.lines) is is_obeyed
+
+
+def test_8_bit_scores(
+    native: str, tensors: Any, monkeypatch: Any, tmp_path: Path, caplog: Any
+) -> None:
+    """By the bits of the result, whatever the log says; and the log says it."""
+    lens, options = torch.tensor([CALL.seqlen_k]), {"out_like_value": True}
+    sdpa = torch.ops.wan_attn.sdpa
+    exact = sdpa(*tensors, None, lens, **options)[0].float()
+    lossy = sdpa(*tensors, None, lens, precision=1, **options)[0].float()
+    assert not torch.equal(exact, lossy)
+
+    def is_lossy(mode: str, **place: Any) -> bool:
+        change(monkeypatch, "WAN_ATTN_PRECISION", mode)
+        with precision.at(steps=9, layers=9, expert=0, **place):
+            ran = run(tensors, caplog)
+        out = ran.out.to(BF16).float()
+        found = torch.equal(out, lossy)
+        assert found or torch.equal(out, exact), mode
+        said = [line for line in ran.lines if "which is not exact" in line]
+        assert all(f"WAN_ATTN_PRECISION={mode}" in line for line in said)
+        return found
+
+    inner = {"step": 4, "layer": 4}
+    for mode, wanted in (("exact", 0), ("balanced", 1), ("fast", 1), ("auto", 1), ("exact", 0)):
+        assert is_lossy(mode, **inner) == wanted
+    assert is_lossy("fast", step=0, layer=4) and not is_lossy("balanced", step=0, layer=4)
+    change(monkeypatch, "WAN_ATTN_ERROR_BUDGET", "0.000001")
+    assert not is_lossy("auto", **inner) and is_lossy("balanced", **inner)
+    change(monkeypatch, "WAN_ATTN_ERROR_BUDGET", None)
+    rules = tmp_path / "rules.json"
+    rules.write_text('[{"precision": "exact", "layers": 4}]')
+    change(monkeypatch, "WAN_ATTN_SCHEDULE", str(rules))
+    assert not is_lossy("fast", **inner) and is_lossy("fast", step=4, layer=3)
+    change(monkeypatch, "WAN_ATTN_SCHEDULE", None)
+    assert is_lossy("fast", **inner)
+    for value in ("one", "two"):
+        change(monkeypatch, "WAN_ATTN_PRECISION_REPORT", str(tmp_path / value))
+        assert config.current().precision_report == str(tmp_path / value)  # read at exit
+    assert precision.current_report().is_lossy, "another variable leaves what is known"
+
+
+def test_the_guard(native: str, tensors: Any, monkeypatch: Any, caplog: Any) -> None:
+    query, key, value = (x.clone() for x in tensors)
+    query[0, 3] = float("nan")
+    for mode, guard, lines in (
+        *(("fast", "auto", 1), ("fast", "off", 0), ("fast", "all", 1)),
+        *(("exact", "auto", 0), ("exact", "off", 0), ("exact", "all", 1)),
+    ):
+        change(monkeypatch, "WAN_ATTN_PRECISION", mode)
+        change(monkeypatch, "WAN_ATTN_GUARD", guard)
+        ran = run((query, key, value), caplog)
+        said = [line for line in ran.lines if "NaN or infinite" in line]
+        assert len(said) >= lines and bool(said) == bool(lines), (mode, guard)
 
 
 def test_folders(monkeypatch: Any, tmp_path: Path) -> None:

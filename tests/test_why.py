@@ -204,3 +204,23 @@ def test_what_norms_and_rotates_is_told(
 def test_a_device_without_a_rope_kernel_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     found = rope_facts.facts("mps", config.Settings())
     assert found["kernel"] is None and "mps" in found["reason"]
+
+
+def test_8_bit_scores(
+    native: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which row would compute them, whether they are asked for, and why there is none."""
+    for mode in ("exact", "balanced"):
+        monkeypatch.setenv("WAN_ATTN_PRECISION", mode)
+        found = answer(capsys)["precision"]
+        row = next(k for k in op.kernels() if k.is_lossy and op.why_not(request(), k.index) is None)
+        assert (found["mode"], found["kernel"], found["reason"]) == (mode, row.name, None)
+        assert main(CALL) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        told = {
+            "exact": f"nowhere (WAN_ATTN_PRECISION=exact); if asked for: {row.name}",
+            "balanced": f"{row.name}, lossy, in self-attention, but for the first and last steps",
+        }
+        assert f"8-bit scores {told[mode]}" in text
+    found = answer(capsys, "--grad")["precision"]
+    assert found["kernel"] is None and "a gradient is wanted" in found["reason"]

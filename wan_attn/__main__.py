@@ -43,6 +43,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "is every kernel right on this machine, and how fast; a report for an issue",
     ),
     "comfyui": ("wan_attn.cli.comfyui", "put the node into a ComfyUI, or take it out again"),
+    "precision": (
+        "wan_attn.cli.precision",
+        "error and time of each layer of a run with 8-bit scores: a table and a picture",
+    ),
     "demo": ("wan_attn.cli.demo", "denoise a short video with and without wan_attn and compare"),
     "bench": (
         "wan_attn.cli.bench",

@@ -26,7 +26,8 @@ class Variable:
     Attributes:
         name: as in the environment.
         field: the field of Settings it sets.
-        kind: "choice" (one of `values`), "flag" (1 or 0), "integer" (0 or more) or "path".
+        kind: "choice" (one of `values`), "flag" (1 or 0), "integer" (0 or more), "share" (a number
+            between 0 and 1) or "path".
         values: the accepted words; for kinds without a list, how to describe them.
         default: what holds when the variable is unset or empty.
         meaning: what it does, for the user.
@@ -54,10 +55,9 @@ VARIABLES: tuple[Variable, ...] = (
         ("auto", "sdpa", "fa3", "fa2", "xformers", "torch", "chunked", "sage", "comfy_kitchen"),
         "auto",
         "Which attention runs. `sdpa`: wan_attn's kernels; `fa3`, `fa2`, `xformers`: FlashAttention"
-        " and xFormers, if they are installed; `torch`: PyTorch's SDPA; `chunked`: our wrapper that"
-        " computes in chunks. `auto` takes the best of these that supports the call. `sage`,"
-        " `comfy_kitchen`: SageAttention and comfy-kitchen's INT8 attention, if they are installed;"
-        " 8-bit and not exact, so only by name.",
+        " and xFormers, if installed; `torch`: PyTorch's SDPA; `chunked`: our wrapper that computes"
+        " in chunks. `auto` takes the best of these that supports the call. `sage`,"
+        " `comfy_kitchen`: others' 8-bit attention, if installed; not exact, so only by name.",
     ),
     Variable(
         "USE_SDPA",
@@ -89,8 +89,7 @@ VARIABLES: tuple[Variable, ...] = (
         "flag",
         _FLAG,
         "0",
-        "1 compiles the model's blocks with torch.compile. wan_attn switches it off again if shapes"
-        " keep changing or compilation fails.",
+        "1 compiles the model's blocks with torch.compile, while that works.",
         waits_for="the next patch()",
     ),
     Variable(
@@ -108,8 +107,7 @@ VARIABLES: tuple[Variable, ...] = (
         "flag",
         _FLAG,
         "0",
-        "1 raises an error, instead of using another backend, if the named one does not support a"
-        " call or a backend fails.",
+        "1 raises an error where a backend fails or the named one refuses a call.",
     ),
     Variable(
         "WAN_ATTN_ROPE",
@@ -117,8 +115,7 @@ VARIABLES: tuple[Variable, ...] = (
         "choice",
         ("auto", "off"),
         "auto",
-        "`auto` computes the RMS norm and the rotation of q and k in one pass where a kernel can."
-        " `off` leaves both to the model.",
+        "`auto`: our kernels norm and rotate q and k where they can; `off`: the model does.",
         waits_for="the next patch()",
     ),
     Variable(
@@ -155,8 +152,7 @@ VARIABLES: tuple[Variable, ...] = (
         "path",
         ("a folder",),
         "",
-        "Where to keep CUDA kernels that were compiled on this machine, and what was measured on"
-        " it. Unset: the user's cache folder.",
+        "Where compiled kernels and measurements are kept. Unset: the user's cache.",
     ),
     Variable(
         "WAN_ATTN_SELF_CHECK",
@@ -203,8 +199,47 @@ VARIABLES: tuple[Variable, ...] = (
         "path",
         ("a file",),
         "",
-        "Times every attention call. At exit, writes the times by call site and layer to this JSON"
-        " file and prints a summary.",
+        "Times every attention call; writes this JSON file and a summary at exit.",
+    ),
+    Variable(
+        "WAN_ATTN_PRECISION",
+        "precision",
+        "choice",
+        ("exact", "balanced", "fast", "auto"),
+        "exact",
+        "Where scores may be in 8 bits: docs/precision.md.",
+    ),
+    Variable(
+        "WAN_ATTN_GUARD",
+        "guard",
+        "choice",
+        ("auto", "off", "all"),
+        "auto",
+        "Which calls are watched for NaN and overflow: 8-bit ones, none, or all.",
+    ),
+    Variable(
+        "WAN_ATTN_ERROR_BUDGET",
+        "error_budget",
+        "share",
+        ("between 0 and 1",),
+        "0.02",
+        "The relative error beyond which `auto` is exact.",
+    ),
+    Variable(
+        "WAN_ATTN_SCHEDULE",
+        "schedule",
+        "path",
+        ("a file",),
+        "",
+        "Rules of your own: which steps, layers and heads are exact (JSON).",
+    ),
+    Variable(
+        "WAN_ATTN_PRECISION_REPORT",
+        "precision_report",
+        "path",
+        ("a file",),
+        "",
+        "At exit, writes error and time of each layer to it (JSON).",
     ),
     Variable(
         "WAN22_DIR",
@@ -243,6 +278,11 @@ class Settings:
     libcuda: str | None = None
     comfyui: str = "global"
     profile: str | None = None
+    precision: str = "exact"
+    guard: str = "auto"
+    error_budget: float = 0.02
+    schedule: str | None = None
+    precision_report: str | None = None
     wan22_dir: str | None = None
 
     @classmethod
@@ -276,7 +316,7 @@ class Settings:
         return "USE_SDPA=1" if self.use_sdpa else ""
 
 
-def _parse(variable: Variable, text: str) -> str | bool | int | None:
+def _parse(variable: Variable, text: str) -> str | bool | int | float | None:
     word = text.strip()
     if variable.kind == "path":
         return word or None
@@ -293,6 +333,14 @@ def _parse(variable: Variable, text: str) -> str | bool | int | None:
         if word.isascii() and word.isdigit():
             return int(word)
         raise ConfigError(f"{variable.name} must be an integer, 0 or more, got {text!r}")
+    if variable.kind == "share":
+        try:
+            share = float(word)
+        except ValueError:
+            share = -1.0
+        if 0.0 < share < 1.0:
+            return share
+        raise ConfigError(f"{variable.name} must be a number between 0 and 1, got {text!r}")
     if word in variable.values:
         return word
     raise ConfigError(f"{variable.name} must be one of {', '.join(variable.values)}; got {text!r}")

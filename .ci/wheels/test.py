@@ -57,9 +57,7 @@ def environment(folder: Path, name: str, base: Path, wheel: Path | None, see: bo
     if see:
         (packages,) = venv.glob("lib/python*/site-packages")
         ask = "import sysconfig, torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])"
-        # Without numpy torch warns, where its folder alone belongs.
-        torch_is_here = run([base, "-W", "ignore", "-c", ask], folder)
-        (packages / "torch_is_here.pth").write_text(torch_is_here)
+        (packages / "torch_is_here.pth").write_text(run([base, "-c", ask], folder))
     return python
 
 

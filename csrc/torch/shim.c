@@ -45,6 +45,7 @@ enum {
     RETURN_LSE,
     KERNEL,
     OUT_LIKE_VALUE,
+    PRECISION,
     INPUTS
 };
 static const char *const NAMES[] = {"query", "key", "value", "q_lens", "k_lens"};
@@ -68,7 +69,7 @@ typedef struct call {
     torch_tensor operand[OPERANDS]; /* NULL: an optional one that was not given */
     torch_tensor out, lse, workspace;
     bool return_lse, out_like_value;
-    int64_t kernel;
+    int64_t kernel, precision;
     wan_attn_params params;
     char message[sizeof(wan_attn_error) + 16]; /* why the call failed */
 } call;
@@ -111,6 +112,7 @@ static void take_arguments(const torch_value *stack, call *c) {
     c->return_lse = (stack[RETURN_LSE] & 0xff) != 0;
     c->kernel = (int64_t)stack[KERNEL];
     c->out_like_value = (stack[OUT_LIKE_VALUE] & 0xff) != 0;
+    c->precision = (int64_t)stack[PRECISION];
 }
 
 static void delete_tensor(torch_tensor tensor) {
@@ -178,13 +180,18 @@ static bool allocate(call *c, int32_t code, int64_t itemsize, wan_attn_tensor *t
     return fail(c, "torch cannot allocate the result and does not say why", "");
 }
 
-/* A number of 64 bits would wrap, perhaps into a row. */
-static bool check_kernel(call *c) {
+/* A number of 64 bits would wrap, perhaps into one that means something. */
+static bool narrow(call *c, int64_t wide, const char *rule, int32_t *to) {
     char number[32];
-    if (c->kernel >= INT32_MIN && c->kernel <= INT32_MAX)
+    *to = (int32_t)wide;
+    if (wide >= INT32_MIN && wide <= INT32_MAX)
         return true;
-    snprintf(number, sizeof(number), "%lld", (long long)c->kernel);
-    return fail(c, "kernel must be -1 (the best) or a row, got ", number);
+    snprintf(number, sizeof(number), "%lld", (long long)wide);
+    return fail(c, rule, number);
+}
+
+static bool take_kernel(call *c, int32_t *kernel) {
+    return narrow(c, c->kernel, "kernel must be -1 (the best) or a row, got ", kernel);
 }
 
 /* What runs the call: threads of the CPU, or the current stream of the GPU that `first` is on. */
@@ -207,9 +214,10 @@ static bool find_place(call *c, const wan_attn_tensor *first, int32_t *num_threa
 static bool describe_call(call *c) {
     wan_attn_params *p = &c->params;
     wan_attn_tensor *const slots[] = {&p->q, &p->k, &p->v, &p->seqused_q, &p->seqused_k};
-    if (!check_kernel(c))
+    if (!take_kernel(c, &p->kernel) ||
+        !narrow(c, c->precision, "precision must be 0 (exact) or 1 (8-bit scores), got ",
+                &p->precision))
         return false;
-    p->kernel = (int32_t)c->kernel;
     for (int i = QUERY; i < OPERANDS; i++)
         if (c->operand[i] && !describe(c, i, slots[i]))
             return false;
@@ -311,9 +319,8 @@ static bool compute_rope(call *c, wan_attn_rope_params *p, int32_t out_dtype) {
     wan_attn_error error;
     wan_attn_tensor *const slots[] = {&p->x, &p->weight, &p->table, &p->grid_sizes};
     int32_t row = -1;
-    if (!check_kernel(c))
+    if (!take_kernel(c, &p->kernel))
         return false;
-    p->kernel = (int32_t)c->kernel;
     for (int i = X; i < ROPE_OPERANDS; i++)
         if (c->operand[i] && !describe(c, i, slots[i]))
             return false;

@@ -253,13 +253,13 @@ def _of_torchs_dispatcher(
     return rules | {(scale, "sparse tensor"): refused}
 
 
-_BOUNDS = ("window_left", "window_right", "kernel")
+_BOUNDS = ("window_left", "window_right", "kernel", "precision")
 _OF_THE_OP = _of_torchs_dispatcher(
     ("query", "key", "value", "q_lens", "k_lens"),
     _BOUNDS,
     ("is_causal", "return_lse", "out_like_value"),
     "scale",
-) | {(n, "negative"): "-1 is no bound, or the best row" for n in _BOUNDS}
+) | {(n, "negative"): "-1 is no bound, or the best row" for n in _BOUNDS[:3]}
 
 
 def _core() -> list[Function]:
@@ -445,6 +445,41 @@ def _of_hosts() -> list[Function]:
     ]
 
 
+def _use(**arguments: Any) -> None:
+    wan_attn.precision.use(**arguments).end()
+
+
+def _at(**arguments: Any) -> None:
+    with wan_attn.precision.at(**arguments):
+        pass
+
+
+def _precision() -> list[Function]:
+    """Where 8-bit scores are asked for. None asks for what holds without the argument."""
+    numbers = ("step", "steps", "layer", "layers", "expert")
+    here: dict[str, Any] = {**dict.fromkeys(numbers, 2), "kind": "self"}
+    unset = "it is what the variables say, or as it was"
+    asked = {"mode": "fast", "budget": 0.01, "guard": "off", "rules": [{"precision": "exact"}]}
+    return [
+        Function(
+            "precision.use",
+            _use,
+            lambda: dict(asked),
+            {"mode": v.WORD, "budget": v.PROBABILITY, "guard": v.WORD, "rules": v.NOTHING},
+            {},
+            {(name, "None"): unset for name in ("budget", "guard", "rules")},
+        ),
+        Function(
+            "precision.at",
+            _at,
+            lambda: dict(here),
+            {**dict.fromkeys(numbers, v.COUNT), "kind": v.WORD},
+            {},
+            {(name, "None"): unset for name in here},
+        ),
+    ]
+
+
 def functions() -> list[Function]:
     """All of them."""
-    return [*_core(), *_rms_norm_rope(), *_of_other_libraries(), *_of_hosts()]
+    return [*_core(), *_rms_norm_rope(), *_of_other_libraries(), *_of_hosts(), *_precision()]

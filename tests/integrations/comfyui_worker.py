@@ -60,7 +60,7 @@ def load_comfyui(checkout: Path) -> Any:
     return importlib.import_module("comfy.ldm.modules.attention")
 
 
-def make_model(kind: str) -> Any:
+def make_model(kind: str, layers: int = 2) -> Any:
     """A tiny Wan transformer of ComfyUI's, with random weights."""
     operations = importlib.import_module("comfy.ops").disable_weight_init
     options: dict[str, Any] = {
@@ -72,7 +72,7 @@ def make_model(kind: str) -> Any:
         "text_dim": 48,
         "out_dim": 16,
         "num_heads": HEADS,
-        "num_layers": 2,
+        "num_layers": layers,
         "dtype": torch.float32,
         "device": "cpu",
         "operations": operations,
@@ -118,6 +118,17 @@ def load_node() -> Any:
     return module
 
 
+def precision(model: Any) -> list[dict[str, Any]]:
+    """Ten steps in 8 bits, as ComfyUI's sampler names them: what each layer was computed in."""
+    from wan_attn import precision
+
+    sigmas = torch.linspace(1.0, 0.0, 11)
+    with precision.use("auto") as used:
+        for sigma in sigmas[:-1]:
+            run(model, "t2v", {"sample_sigmas": sigmas, "sigmas": sigma.reshape(1)})
+    return used.report().layers
+
+
 def main() -> None:
     host = load_comfyui(Path(sys.argv[1]))
     models = {kind: make_model(kind) for kind in ("t2v", "i2v")}
@@ -146,7 +157,10 @@ def main() -> None:
     attention.sdpa = counting
     ours = {kind: run(model, kind, {}) for kind, model in models.items()}
     global_calls = len(calls)
+    in_8_bits = precision(make_model("t2v", layers=4))
+    calls[global_calls:] = []
     comfyui.unpatch(host)
+    wan = importlib.import_module("comfy.ldm.wan.model").WanModel
     restored = {kind: run(model, kind, {}) for kind, model in models.items()}
     calls_after_restore = len(calls) - global_calls
 
@@ -172,6 +186,8 @@ def main() -> None:
                 "without": {kind: error(without[kind], stock[kind]) for kind in models},
                 "global": {kind: error(ours[kind], stock[kind]) for kind in models},
                 "restored": all(torch.equal(restored[kind], stock[kind]) for kind in models),
+                "in 8 bits": in_8_bits,
+                "forward is its own": not hasattr(vars(wan)["forward"], "__wrapped__"),
                 "calls": [global_calls, calls_after_restore, node_calls],
                 "node": error(by_node, stock["t2v"]),
                 "sub_quad": error(by_sub_quad, stock["t2v"]),

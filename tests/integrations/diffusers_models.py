@@ -136,10 +136,17 @@ def predict(model: Any, inputs: dict[str, Any]) -> Tensor:
     return out
 
 
-def pipeline(dtype: torch.dtype = torch.float32) -> Any:
+def pipeline(dtype: torch.dtype = torch.float32, layers: int = 2, experts: int = 1) -> Any:
     """A WanPipeline without text encoder: prompts come as embeddings, and latents go."""
-    model, _ = make("text")
+    torch.manual_seed(2)
+    options = COMMON | {"num_layers": layers}
+    model, *others = (
+        draw(diffusers.WanTransformer3DModel(in_channels=CHANNELS, **options))
+        for _ in range(experts)
+    )
+    second = {"transformer_2": others[0].to(dtype), "boundary_ratio": 0.7} if others else {}
     return diffusers.WanPipeline(
+        **second,
         tokenizer=None,
         text_encoder=None,
         vae=diffusers.AutoencoderKLWan(
@@ -152,8 +159,8 @@ def pipeline(dtype: torch.dtype = torch.float32) -> Any:
     )
 
 
-def denoise(pipe: Any) -> Tensor:
-    """Three steps with guidance; the latents."""
+def denoise(pipe: Any, steps: int = 3) -> Tensor:
+    """With guidance; the latents."""
     generator = torch.Generator().manual_seed(4)
     dtype = pipe.transformer.dtype
     embeddings = torch.randn(2, 1, TEXT, 16, generator=generator, dtype=torch.float64).to(dtype)
@@ -164,7 +171,7 @@ def denoise(pipe: Any) -> Tensor:
         "height": 48,
         "width": 80,
         "num_frames": 9,
-        "num_inference_steps": 3,
+        "num_inference_steps": steps,
         "guidance_scale": 4.0,
         "latents": latents.to(torch.float32),  # the pipeline keeps them so, whatever the model is
         "output_type": "latent",

@@ -75,3 +75,13 @@ def test_one_model_by_the_node(saw: dict[str, Any]) -> None:
 def test_a_mask_and_the_words_at_start(saw: dict[str, Any]) -> None:
     assert saw["mask"] == 0.0
     assert "Using wan_attn attention\n" in saw["said"]
+
+
+def test_a_run_in_8_bits(saw: dict[str, Any]) -> None:
+    """Its Wan model tells step and layer."""
+    own = [layer for layer in saw["in 8 bits"] if layer["kind"] == "self"]
+    assert [layer["layer"] for layer in own] == [0, 1, 2, 3]
+    assert [layer["lossy_calls"] for layer in own] == [0, 6, 6, 0]
+    assert all(layer["lossy_calls"] + layer["exact_calls"] == 10 for layer in own)
+    assert all(0 < layer["largest_error"] <= 0.02 for layer in own[1:3])
+    assert saw["forward is its own"]

@@ -215,3 +215,25 @@ def test_copies_and_trainers(tmp_path: Path) -> None:
     # PyTorch's for the gradient: their outputs differ by bfloat16's rounding.
     bounds = dict.fromkeys(found, 1e-5) | {"checkpoint True": 2.0**-7}
     assert {title: x for title, x in found.items() if not x <= bounds[title]} == {}
+
+
+def test_a_denoise_in_8_bits(saw: Callable[..., Any]) -> None:
+    """Steps, layers and both experts are told; the error of each layer is known and in the budget;
+    every fault is caught, and what it leaves has the exact run's bits."""
+    seen = saw("precision")
+    for mode, layers in seen["modes"].items():
+        assert 0 < seen["off"][mode] < 0.05, mode
+        own = [layer for layer in layers if layer["kind"] == "self"]
+        assert [(x["expert"], x["layer"]) for x in own] == [
+            (e, n) for e in (0, 1) for n in range(4)
+        ]
+        for layer in own:
+            assert layer["events"] == []
+            assert layer["lossy_calls"] + layer["exact_calls"] == 10
+            # 3 of the 5 steps of each expert, twice.
+            assert layer["lossy_calls"] == (6 if layer["layer"] in (1, 2) else 0)
+            if mode == "auto" and layer["lossy_calls"]:
+                assert 0 < layer["largest_error"] <= 0.02
+    assert seen["faults"]["same"] and seen["faults"]["planted"] == 4
+    assert len(seen["faults"]["events"]) == 4
+    assert seen["exact again"] and seen["restored"]

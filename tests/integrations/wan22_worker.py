@@ -292,12 +292,18 @@ def wrapped(rank: int, rendezvous: str) -> dict[str, Any]:
     return found | {f"checkpoint {way}": off(gradient(way), plain) for way in (False, True)}
 
 
+def precision() -> dict[str, Any]:
+    import wan22_precision
+
+    return wan22_precision.lossy()
+
+
 def main() -> None:
     task, result, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     wan22_harness.prepare()
     arguments = (int(rest[0]), rest[1]) if rest else ()
-    tasks = {f.__name__: f for f in (patch_first, import_first, ulysses, rope, wrapped)}
+    tasks = {f.__name__: f for f in (patch_first, import_first, ulysses, rope, wrapped, precision)}
     Path(result).write_text(json.dumps(tasks[task](*arguments)))
 
 

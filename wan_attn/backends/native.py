@@ -13,6 +13,7 @@ from wan_attn import config
 from wan_attn.backends import torch_sdpa
 from wan_attn.backends._errors import is_device_error
 from wan_attn.native import bindings, cuda_driver, kernels, op, rope_on_cuda, shim
+from wan_attn.native.library import EXACT
 from wan_attn.request import Call, Request
 from wan_attn.selfcheck import first_call, proof, rope_calls
 from wan_attn.transient import is_interruption, is_out_of_memory
@@ -33,8 +34,12 @@ def prove(device: torch.device) -> None:
         proof.ensure(device.index or 0)
 
 
-def why_not(request: Request) -> str | None:
-    """Why none of our kernels takes this call; None: one does."""
+def why_not(request: Request, precision: int = EXACT) -> str | None:
+    """Why none of our kernels takes this call; None: one does.
+
+    Args:
+        precision: QK8 asks for the lossy ones.
+    """
     if request.needs_grad:
         return "forward only, and a gradient is wanted"
     if request.dropout_p > 0:
@@ -45,13 +50,13 @@ def why_not(request: Request) -> str | None:
         return "this torch is made for AMD GPUs, and our CUDA kernels are not"
     if not any(kernel.device == request.device.type for kernel in kernels.kernels()):
         return f"no kernel for {request.device.type} in this build"  # rather than one line per row
-    kernel, reasons = kernels.select(request)
+    kernel, reasons = kernels.select(request, precision)
     return None if kernel is not None else reasons
 
 
-def kernel_name(request: Request) -> str | None:
+def kernel_name(request: Request, precision: int = EXACT) -> str | None:
     """The row of the kernel table that would take this call, made of contiguous tensors."""
-    kernel, _ = kernels.select(request)
+    kernel, _ = kernels.select(request, precision)
     return None if kernel is None else kernel.name
 
 
@@ -85,7 +90,7 @@ def last_kernel() -> str | None:
 
 
 def run(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, kernel: int = -1
+    query: Tensor, key: Tensor, value: Tensor, call: Call, kernel: int = -1, **lossy: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention by our kernels; see Backend.run and wan_attn.sdpa.
 
@@ -94,6 +99,8 @@ def run(
 
     Args:
         kernel: the row of the kernel table that computes; -1: the best one that takes the call.
+        lossy: `precision`, QK8 for a lossy row; `guard`, [4] int32 on query's device, which the
+            call adds to (wan_attn_guard in csrc/wan_attn.h).
     """
     if query.is_cuda:
         _require_self_check(query.device, value.dtype, query.shape[3])
@@ -111,6 +118,7 @@ def run(
         return_lse=call.return_lse,
         kernel=kernel,
         out_like_value=call.out_dtype is value.dtype,
+        **lossy,
     )
     return out, lse if call.return_lse else None
 
@@ -142,8 +150,9 @@ def _answer(
 def _call(query: Tensor, *operands: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     """The op. What C could not pass on, it raises: Ctrl-C while a kernel was compiled, and torch's
     own exception where there was no memory."""
+    function: Any = bindings.ctypes_sdpa if "guard" in options else _op
     try:
-        out, lse = _op(query, *operands, **options)
+        out, lse = function(query, *operands, **options)
     except RuntimeError as error:
         cuda_driver.raise_interruption()
         shim.raise_out_of_memory(error)
@@ -155,7 +164,7 @@ def _call(query: Tensor, *operands: Tensor | None, **options: Any) -> tuple[Tens
     # The driver had none left for a module, of which torch may hold gigabytes in its cache.
     torch.cuda.empty_cache()
     try:
-        out, lse = _op(query, *operands, **options)
+        out, lse = function(query, *operands, **options)
     except RuntimeError as error:
         if is_out_of_memory(error) and not isinstance(error, torch.cuda.OutOfMemoryError):
             raise torch.cuda.OutOfMemoryError(str(error)) from error

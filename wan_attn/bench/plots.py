@@ -21,7 +21,12 @@ class NoPicture(Exception):
     """matplotlib is missing, or there is nothing to draw."""
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, set up for files.
+
+    Raises:
+        NoPicture: there is no matplotlib.
+    """
     try:
         matplotlib = importlib.import_module("matplotlib")
     except ImportError as error:
@@ -46,17 +51,17 @@ def draw(report: Report, stem: Path, suffix: str = ".svg") -> list[Path]:
     }.get(report.kind, ())
     if not report.rows or not makers:
         raise NoPicture("no picture: nothing was measured")
-    pyplot = _pyplot()
+    plt = pyplot()
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, make in makers:
-        figure = make(pyplot, report)
+        figure = make(plt, report)
         if figure is None:
             continue
         path = stem.with_name(f"{stem.name}-{name}{suffix}")
         metadata = {"Date": None} if suffix == ".svg" else None
         figure.savefig(path, dpi=110, metadata=metadata)
-        pyplot.close(figure)
+        plt.close(figure)
         paths.append(path)
     return paths
 

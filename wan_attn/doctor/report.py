@@ -29,6 +29,7 @@ def render(report: Report) -> str:
         _backends,
         _kernels,
         _rope,
+        _precision,
         _cuda_kernels,
         _proofs,
         _selftest,
@@ -173,6 +174,16 @@ def _rope(report: Report) -> str:
         return ""
     note = "of q and k, in one pass, for stock Wan2.2 and diffusers"
     return f"{heading('RMS norm and RoPE', note)}\n{table(rows)}"
+
+
+def _precision(report: Report) -> str:
+    if not report["precision"]:
+        return ""
+    # Not at import: the module needs torch, and this one has to work without.
+    from wan_attn.doctor import precision
+
+    rows = [(found["device"], precision.told(found)) for found in report["precision"]]
+    return f"{heading('8-bit scores', 'WAN_ATTN_PRECISION')}\n{table(rows)}"
 
 
 def _cuda_kernels(report: Report) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wan_attn import attention, config, log
+from wan_attn.integrations import _comfyui_places as _places
 from wan_attn.integrations import _rebind
 from wan_attn.integrations._rebind import Binding
 from wan_attn.request import DTYPES, gate, refuse
@@ -191,6 +192,7 @@ def register(host: Any) -> Attention:
         function = getattr(host, "wrap_attn", lambda plain: plain)(attention_wan_attn)
         _take_containers(function, fallback)
         host.register_attention_function(NAME, function)
+    _places.install()
     return cast(Attention, host.get_attention_function(NAME))
 
 
@@ -220,6 +222,7 @@ def patch(host: Any) -> tuple[Binding, ...]:
 def unpatch(host: Any) -> None:
     """Undo patch(), where the function is still ours."""
     ours = register(host)
+    _places.remove()
     replaced = dict(_replaced)
     _replaced.clear()
     for (module, attribute), original in replaced.items():

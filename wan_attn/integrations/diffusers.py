@@ -22,6 +22,7 @@ from torch import Tensor
 from wan_attn import attention, config, log
 from wan_attn.integrations import _diffusers_backend as _backend
 from wan_attn.integrations import _diffusers_layers as _around
+from wan_attn.integrations import _diffusers_places as _places
 from wan_attn.request import gate, refuse
 from wan_attn.selfcheck import proof
 from wan_attn.signatures import _operands
@@ -139,7 +140,9 @@ class _WanProcessor(_Processor):
         if image is not None and again is not None:
             key, value = _around.project_image(layer, image)
             key, value = (x.unflatten(2, (layer.heads, -1)) for x in (key, value))
+            _places.kind("image")
             out = out + self.function(again, key, value).flatten(2).to(dtype)
+            _places.kind(None)
             del again, key, value
         for module in layer.to_out:  # the projection, and dropout
             out = module(out)
@@ -269,6 +272,8 @@ def enable(model_or_pipe: Any) -> int:
         rule = f"a Wan model or pipeline with diffusers' own processors ({', '.join(_OURS)})"
         refuse("model_or_pipe", rule, name)
     _enabled.add(model_or_pipe)
+    for model in _models(model_or_pipe):
+        _places.watch(model, model_or_pipe)
     log.enable(level, "diffusers")
     text = f"diffusers: {count} attention layers of {name} go through wan_attn"
     log.once(text, logging.INFO, text)
@@ -286,6 +291,8 @@ def disable(model_or_pipe: Any) -> int:
     """
     count = restore_processors(model_or_pipe)
     _enabled.discard(model_or_pipe)
+    for model in _models(model_or_pipe):
+        _places.release(model)
     if not _enabled:
         log.disable("diffusers")
     return count + _backend.release(processor for _, processor in _layers(model_or_pipe))

@@ -77,6 +77,45 @@ def _check(status: int, error: native.Error) -> None:
         raise RuntimeError(f"wan_attn: {error.text()}")
 
 
+def _params(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_lens: Tensor | None,
+    k_lens: Tensor | None,
+    kernel: int,
+    precision: int,
+) -> native.Params:
+    """What a call computes with and where, but for its masks and what it writes to."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):  # None gets past the dispatcher
+            raise RuntimeError(f"wan_attn: {name} must be a tensor, got {tensor}")
+    if not -(1 << 31) <= kernel < 1 << 31:  # would wrap, perhaps into a row that exists
+        raise RuntimeError(f"wan_attn: kernel must be -1 (the best) or a row, got {kernel}")
+    if precision not in (native.EXACT, native.QK8):
+        rule = "0 (exact) or 1 (8-bit scores)"
+        raise RuntimeError(f"wan_attn: precision must be {rule}, got {precision}")
+    params = native.Params(
+        struct_size=ctypes.sizeof(native.Params),
+        kernel=kernel,
+        q=describe(query),
+        k=describe(key),
+        v=describe(value),
+        cpu_features=allowed_cpu_features(),
+        precision=precision,
+    )
+    if q_lens is not None:
+        params.seqused_q = describe(q_lens)
+    if k_lens is not None:
+        params.seqused_k = describe(k_lens)
+    if query.device.type == "cpu":
+        params.num_threads = torch.get_num_threads()
+        params.parallel = shim.parallel_for()
+    else:
+        params.stream = torch.cuda.current_stream(query.device).cuda_stream
+    return params
+
+
 def ctypes_sdpa(
     query: Tensor,
     key: Tensor,
@@ -91,37 +130,22 @@ def ctypes_sdpa(
     return_lse: bool = False,
     kernel: int = -1,
     out_like_value: bool = False,
+    precision: int = native.EXACT,
+    guard: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """torch.ops.wan_attn.sdpa without the shim; the same steps as csrc/torch/shim.c."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):  # None gets past the dispatcher
-            raise RuntimeError(f"wan_attn: {name} must be a tensor, got {tensor}")
-    if not -(1 << 31) <= kernel < 1 << 31:  # would wrap, perhaps into a row that exists
-        raise RuntimeError(f"wan_attn: kernel must be -1 (the best) or a row, got {kernel}")
-    lib = native.lib()
-    error = native.Error()
-    params = native.Params(
-        struct_size=ctypes.sizeof(native.Params),
-        kernel=kernel,
-        q=describe(query),
-        k=describe(key),
-        v=describe(value),
-        softmax_scale=0.0 if scale is None else scale,
-        has_softmax_scale=scale is not None,
-        is_causal=is_causal,
-        window_size_left=window_left,
-        window_size_right=window_right,
-        cpu_features=allowed_cpu_features(),
-    )
-    if q_lens is not None:
-        params.seqused_q = describe(q_lens)
-    if k_lens is not None:
-        params.seqused_k = describe(k_lens)
-    if query.device.type == "cpu":
-        params.num_threads = torch.get_num_threads()
-        params.parallel = shim.parallel_for()
-    else:
-        params.stream = torch.cuda.current_stream(query.device).cuda_stream
+    """torch.ops.wan_attn.sdpa without the shim; the same steps as csrc/torch/shim.c.
+
+    Args:
+        guard: [4] int32 on query's device, a wan_attn_guard that the call adds to; not the op's,
+            whose schema would then change an argument, which has no derivative in torch.
+    """
+    lib, error = native.lib(), native.Error()
+    params = _params(query, key, value, q_lens, k_lens, kernel, precision)
+    params.softmax_scale = 0.0 if scale is None else scale
+    params.has_softmax_scale, params.is_causal = scale is not None, is_causal
+    params.window_size_left, params.window_size_right = window_left, window_right
+    if guard is not None:
+        params.guard, params.guard_size = guard.data_ptr(), ctypes.sizeof(native.Guard)
     call = native.Call(struct_size=ctypes.sizeof(native.Call))
     _check(lib.wan_attn_prepare(params, call, error), error)
 

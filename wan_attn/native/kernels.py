@@ -98,7 +98,7 @@ def _describe(request: Request, dtype: torch.dtype, shape: tuple[int, ...]) -> l
     return described
 
 
-def _params(request: Request, kernel: int = -1) -> library.Params:
+def _params(request: Request, kernel: int = -1, precision: int = library.EXACT) -> library.Params:
     r = request
     q_shape = (r.batch, r.seqlen_q, r.num_heads_q, r.head_dim)
     k_shape = (r.batch, r.seqlen_k, r.num_heads_k, r.head_dim)
@@ -112,6 +112,7 @@ def _params(request: Request, kernel: int = -1) -> library.Params:
         window_size_left=r.window[0],
         window_size_right=r.window[1],
         cpu_features=allowed_cpu_features(),
+        precision=precision,
     )
 
 
@@ -123,8 +124,11 @@ def why_not(request: Request, row: int) -> str | None:
     return None if status == library.OK else error.text()
 
 
-def select(request: Request) -> tuple[KernelInfo | None, str]:
+def select(request: Request, precision: int = library.EXACT) -> tuple[KernelInfo | None, str]:
     """The row that would run and "", or None and every row's reason (or a broken contract).
+
+    Args:
+        precision: library.QK8 asks for a lossy row.
 
     Raises:
         RuntimeError: the device is in trouble: another backend would fail there, or hide it.
@@ -134,7 +138,7 @@ def select(request: Request) -> tuple[KernelInfo | None, str]:
     error, row = library.Error(), c_int32(-1)
     with cuda_driver.question():
         status = library.lib().wan_attn_select(
-            _params(request), ctypes.byref(row), ctypes.byref(error)
+            _params(request, precision=precision), ctypes.byref(row), ctypes.byref(error)
         )
     if status == library.OK:
         return kernels()[row.value], ""

@@ -39,7 +39,8 @@ __all__ = [
 SCHEMA = (
     "sdpa(Tensor query, Tensor key, Tensor value, Tensor? q_lens=None, Tensor? k_lens=None, *,"
     " float? scale=None, bool is_causal=False, int window_left=-1, int window_right=-1,"
-    " bool return_lse=False, int kernel=-1, bool out_like_value=False) -> (Tensor out, Tensor lse)"
+    " bool return_lse=False, int kernel=-1, bool out_like_value=False, int precision=0)"
+    " -> (Tensor out, Tensor lse)"
 )
 
 # Torch frees an operator with the last reference to its Library: keep it as long as the module.
@@ -74,16 +75,20 @@ def _call(
     return_lse: bool = False,
     kernel: int = -1,
     out_like_value: bool = False,
+    precision: int = library.EXACT,
 ) -> tuple[Call, int, bool]:
     """The schema's arguments behind query, key and value: a call, the row that is forced, and
     whether out has value's dtype rather than query's."""
+    if precision not in (library.EXACT, library.QK8):
+        refuse("precision", "0 (exact) or 1 (8-bit scores)", precision)
     window = (window_left, window_right)
     call = Call(q_lens, k_lens, scale, is_causal, window, return_lse=return_lse)
     return call, kernel, out_like_value
 
 
 def _by_torch(fallback: Fallback) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The op without our kernels: without the library, or for a gradient within torch.func."""
+    """The op without our kernels: without the library, or for a gradient within torch.func. It is
+    exact whatever `precision` allows."""
 
     def sdpa(
         query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any

@@ -15,6 +15,7 @@ from torch import Tensor
 from wan_attn import config, log
 from wan_attn.backends import REGISTRY, native, reads_float32
 from wan_attn.backends._errors import is_device_error
+from wan_attn.precision import state
 from wan_attn.request import (
     Call,
     Refusal,
@@ -112,6 +113,7 @@ def attend(operands: list[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
         plan = _make_plan(query, key, value, call, settings, plan.failed)
         _keep(kind, plan)
     recorder = None if settings.profile is None else profile.recorder(settings.profile)
+    watch, ran = state.active, ""
     while True:
         begun = None if recorder is None else recorder.start(query.device)
         # Here and not in the backend, whose callers would still hold what it has converted.
@@ -120,9 +122,13 @@ def attend(operands: list[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
         if not plan.reads[1] and key.dtype != value.dtype:
             key = _converted(key, value.dtype)
         try:
-            out, lse = plan.run(query, key, value, call)
-        except Refusal:
-            raise  # of an argument, which every backend would refuse
+            if watch is None:
+                out, lse = plan.run(query, key, value, call)
+            else:
+                by = (plan.run, plan.choice.backend, plan.request)
+                out, lse, ran = watch.run(*by, query, key, value, call)
+        except (Refusal, config.ConfigError):
+            raise  # of an argument, which every backend would refuse; or of a schedule
         except _BACKEND_FAILURES as error:
             if is_device_error(error) or is_interruption(error):
                 raise
@@ -132,8 +138,8 @@ def attend(operands: list[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
                 _keep(kind, plan)
         else:
             if recorder is not None:
-                recorder.stop(begun, plan.request, _what_ran(plan.choice))
-            if not plan.is_said:
+                recorder.stop(begun, plan.request, ran or _what_ran(plan.choice))
+            if not plan.is_said and not ran:
                 plan.is_said = True
                 _say(plan, call.version, pairs)
             del query, key, value

@@ -20,6 +20,7 @@ from wan_attn.integrations.wan22.adapters import (
     make_flash_attention,
     make_flash_attn_func,
 )
+from wan_attn.integrations.wan22.places import PlacePatch
 from wan_attn.integrations.wan22.report import PatchReport
 from wan_attn.integrations.wan22.rope_patch import RopePatch
 from wan_attn.request import gate, refuse
@@ -80,6 +81,7 @@ class _Session:
         has_rope = attention is None and settings.rope == "auto"
         self._rope = RopePatch(package) if has_rope else None
         self._why_no_rope = "WAN_ATTN_ROPE=off" if attention is None else "attention is given"
+        self._places = PlacePatch(package) if attention is None else None
         self._tf32_refusal = tf32.why_not()
         self._tf32 = () if self._tf32_refusal else tf32.allow()
 
@@ -102,6 +104,8 @@ class _Session:
             self._take_flash_attn_func(self._module(name))
         if self._rope is not None:
             self._rope.sync()
+        if self._places is not None:
+            self._places.sync()
         if self._settings.compile_model:
             self._compile_blocks()
 
@@ -152,6 +156,8 @@ class _Session:
         """Put back every name that is still ours."""
         if self._rope is not None:
             self._rope.restore()
+        if self._places is not None:
+            self._places.restore()
         for (name, attribute), original in self._records.items():
             module = sys.modules.get(name)
             if module is not None and self._is_ours(vars(module).get(attribute)):

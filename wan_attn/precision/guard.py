@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""guard.py - what a call's status word says: NaN, infinity, values that did not fit.
+
+The word is wan_attn_guard of csrc/wan_attn.h, four numbers on the call's device. On the CPU it is
+read at once. On a GPU a copy goes to the host beside the work, and is read when it is there.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def make(device: torch.device) -> Tensor:
+    """A guard of a call that is about to run: [4] int32, zeros."""
+    return torch.zeros(4, dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The fields of wan_attn_guard."""
+
+    largest_value: float
+    clipped_values: int
+    nonfinite_values: int
+    nonfinite_results: int
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> Words:
+        """From the four int32 of a guard."""
+        largest = struct.unpack("f", struct.pack("i", numbers[0]))[0]
+        return cls(largest, *(number & 0xFFFFFFFF for number in numbers[1:]))
+
+    def hit(self) -> str | None:
+        """What went wrong, for people; None: nothing."""
+        found = []
+        if self.nonfinite_results:
+            found.append(f"{self.nonfinite_results} NaN or infinite numbers in its result")
+        if self.nonfinite_values:
+            found.append(f"{self.nonfinite_values} in v")
+        if self.clipped_values:
+            found.append(f"{self.clipped_values} numbers of v too large for float16")
+        if not found:
+            return None
+        largest = "NaN" if math.isnan(self.largest_value) else f"{self.largest_value:.4g}"
+        return f"{', '.join(found)}; largest |v|: {largest}"
+
+
+class Later:
+    """A small tensor of a device on its way to the host. Nothing waits for it.
+
+    Args:
+        api: torch.cuda, or a stand-in.
+    """
+
+    def __init__(self, tensor: Tensor, api: Any = torch.cuda) -> None:
+        self._event: Any = None
+        if tensor.device.type == "cpu":
+            self._host = tensor
+            return
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._event = api.Event()
+        self._event.record(api.current_stream(tensor.device))
+
+    def is_there(self) -> bool:
+        """Whether reading it would not wait."""
+        return self._event is None or bool(self._event.query())
+
+    def read(self) -> list[Any]:
+        """Its numbers; waits where it is not there yet."""
+        if self._event is not None:
+            self._event.synchronize()
+        numbers: list[Any] = self._host.tolist()
+        return numbers

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""state.py - what watches the calls of this process: by the environment, or by use().
+
+`active` is None where everything is exact and nothing is watched: an exact run looks at it once a
+call, and does nothing more.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, NoReturn
+
+from wan_attn import config
+from wan_attn.precision import place, report, schedule
+from wan_attn.precision.watch import Watch, Wishes
+from wan_attn.request import gate, refuse
+
+
+class _Broken(Watch):
+    """Stands in where a schedule cannot be read: no call may run as if there were none."""
+
+    def __init__(self, error: config.ConfigError) -> None:
+        super().__init__(Wishes())
+        self._error = error
+
+    def run(self, *_: Any, **__: Any) -> NoReturn:
+        """Says what is wrong with it."""
+        raise self._error
+
+
+active: Watch | None = None
+_by_environment: Watch | None = None
+_uses: list[Use] = []
+_last: Watch | None = None  # whose report there is
+_is_registered = False
+
+
+class Use:
+    """What use() has begun; end() ends it, and so does leaving `with`."""
+
+    def __init__(self, watch: Watch | None) -> None:
+        self.watch = watch
+
+    def __enter__(self) -> Use:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end()
+
+    def begin(self) -> None:
+        """Once more, with what is known from before; use() has done it the first time."""
+        self.end()
+        _uses.append(self)
+        _choose()
+
+    def end(self) -> None:
+        """Back to what was before; twice is once."""
+        if self in _uses:
+            _uses.remove(self)
+            _choose()
+
+    def report(self) -> report.Report:
+        """What is known of the layers until now."""
+        return report.Report(self.watch or Watch(Wishes()))
+
+
+def use(
+    mode: str = "balanced",
+    *,
+    rules: str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+    budget: float | None = None,
+    guard: str | None = None,
+) -> Use:
+    """Where attention may be computed in 8 bits, from the next call on; see docs/precision.md.
+
+    Goes before WAN_ATTN_PRECISION and the other variables until end(), or until `with` is left.
+
+    Args:
+        mode: "exact", "balanced", "fast" or "auto".
+        rules: of your own, which go before those of the mode: a JSON file, or what it would hold.
+            None: those of WAN_ATTN_SCHEDULE.
+        budget: the relative error that "auto" allows. None: WAN_ATTN_ERROR_BUDGET.
+        guard: "auto", "off" or "all". None: WAN_ATTN_GUARD.
+
+    Raises:
+        RuntimeError: an argument is no such thing.
+    """
+    settings = config.current()
+    if not isinstance(mode, str) or mode not in schedule.MODES:
+        refuse("mode", f"one of {', '.join(schedule.MODES)}", gate.kind_of(mode))
+    is_word = isinstance(guard, str) and guard in ("auto", "off", "all")
+    if guard is not None and not is_word:
+        refuse("guard", "None, auto, off or all", gate.kind_of(guard))
+    if budget is not None:
+        budget = gate.number("budget", budget)
+        if not 0.0 < budget < 1.0:
+            refuse("budget", "between 0 and 1", budget)
+    try:
+        if rules is None:
+            own = _rules(settings.schedule, "WAN_ATTN_SCHEDULE")
+        else:
+            own = _rules(rules, "rules")
+    except ValueError as error:
+        raise RuntimeError(f"wan_attn: {error}") from None
+    wishes = Wishes(
+        mode,
+        guard or settings.guard,
+        budget or settings.error_budget,
+        own,
+        f"wan_attn.precision.use({mode!r})",
+    )
+    made = Use(None if wishes.is_plain else Watch(wishes))
+    made.begin()
+    return made
+
+
+def _rules(named: Any, name: str) -> tuple[schedule.Rule, ...]:
+    if named is None:
+        return ()
+    return schedule.load(named, name) if isinstance(named, str) else schedule.parse(named, name)
+
+
+def schedule_error(settings: config.Settings) -> str | None:
+    """What is wrong with the file of WAN_ATTN_SCHEDULE; None: nothing."""
+    try:
+        _rules(settings.schedule, "WAN_ATTN_SCHEDULE")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _choose() -> None:
+    """The innermost use() decides; without one, the environment."""
+    global active, _last, _is_registered
+    active = _uses[-1].watch if _uses else _by_environment
+    place.want(active is not None)
+    if active is not None:
+        _last = active
+        if not _is_registered:
+            _is_registered = True
+            atexit.register(_at_exit)
+
+
+def _at_exit() -> None:
+    if _last is not None:
+        report.finish(_last, config.current().precision_report)
+
+
+def current_report() -> report.Report:
+    """What is known of the layers: of what is active, or was last."""
+    return report.Report(active or _last or Watch(Wishes()))
+
+
+def _obey(settings: config.Settings) -> None:
+    global _by_environment
+    try:
+        rules = _rules(settings.schedule, "WAN_ATTN_SCHEDULE")
+    except ValueError as error:
+        _by_environment = _Broken(config.ConfigError(str(error)))
+    else:
+        asked_by = f"WAN_ATTN_PRECISION={settings.precision}"
+        wishes = Wishes(settings.precision, settings.guard, settings.error_budget, rules, asked_by)
+        if wishes.is_plain:
+            _by_environment = None
+        elif _by_environment is None or _by_environment.wishes != wishes:
+            _by_environment = Watch(wishes)  # else what is known stays
+    _choose()
+
+
+def _forget() -> None:
+    global _by_environment, _last
+    _by_environment = _last = None
+    _uses.clear()
+    _choose()
+
+
+config.follow(_obey)
+config.memory(_forget)
