@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from wan_attn import config
 from wan_attn.backends import torch_sdpa
 from wan_attn.backends._errors import is_device_error
 from wan_attn.native import bindings, cuda_driver, kernels, op, rope_on_cuda, shim
-from wan_attn.native.library import EXACT
+from wan_attn.native.library import EXACT, QK8
 from wan_attn.request import Call, Request
 from wan_attn.selfcheck import first_call, proof, rope_calls
 from wan_attn.transient import is_interruption, is_out_of_memory
@@ -103,7 +104,8 @@ def run(
             call adds to (wan_attn_guard in csrc/wan_attn.h).
     """
     if query.is_cuda:
-        _require_self_check(query.device, value.dtype, query.shape[3])
+        precision = lossy.get("precision", EXACT)
+        _require_self_check(query.device, value.dtype, query.shape[3], precision)
     left, right = call.window
     out, lse = _call(
         query,
@@ -123,9 +125,15 @@ def run(
     return out, lse if call.return_lse else None
 
 
-def _require_self_check(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def _require_self_check(
+    device: torch.device, dtype: torch.dtype, head_dim: int, precision: int = EXACT
+) -> None:
     """Raises RuntimeError, so that the next backend is tried, for a kernel that is wrong here."""
-    wrong = first_call.verdict(_answer, last_kernel, device, dtype, head_dim, _is_final)
+    is_lossy = precision != EXACT
+    answer = _answer_in_8_bits if is_lossy else _answer
+    wrong = first_call.verdict(
+        answer, last_kernel, device, dtype, head_dim, _is_final, is_lossy=is_lossy
+    )
     if wrong is not None:
         raise RuntimeError(f"wan_attn: the kernel for this call is wrong on {device}: {wrong}")
 
@@ -142,9 +150,14 @@ def _answer(
     q_lens: Tensor | None,
     k_lens: Tensor,
     is_causal: bool,
+    **precision: int,
 ) -> tuple[Tensor, Tensor]:
     """A call of selfcheck/first_call.py."""
-    return _call(query, key, value, q_lens, k_lens, is_causal=is_causal, return_lse=True)
+    options = {"is_causal": is_causal, "return_lse": True, **precision}
+    return _call(query, key, value, q_lens, k_lens, **options)
+
+
+_answer_in_8_bits = partial(_answer, precision=QK8)
 
 
 def _call(query: Tensor, *operands: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
