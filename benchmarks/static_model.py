@@ -27,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 from emu import compile as compilers
 from emu import sass
-from emu.rows import Tile, tiles_for
+from emu.rows import Tile, tiles_for, tiles_qk8_for
 
 HMMA_FLOP = 2 * 16 * 8 * 16  # m16n8k16; Turing's m16n8k8 does half of it
+IMMA_OPS = 2 * 16 * 8 * 32  # m16n8k32; Turing's m8n8k16 does a quarter of it
 SHARED_BYTES = 128  # a clock, an SM
 MUFU_LANES, SCHEDULERS = 16, 4
 UNITS = ("tensor", "shared", "exp2", "issue")
@@ -43,6 +44,7 @@ class Gpu:
     ghz: float
     flop_f32_sum: int  # a clock, an SM: 16-bit products summed in f32
     flop_f16_sum: int  # summed in f16
+    ops_int8: int  # 8-bit products
 
     def peak(self) -> float:
         """TFLOP/s of 16-bit products summed in f32."""
@@ -50,12 +52,12 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("RTX 2080 Ti", 75, 68, 1.545, 512, 1024),
-    Gpu("A100", 80, 108, 1.41, 2048, 2048),
-    Gpu("RTX 3090", 86, 82, 1.695, 512, 1024),
-    Gpu("RTX 4090", 89, 128, 2.52, 512, 1024),
-    Gpu("H200", 90, 132, 1.83, 2540, 2540),
-    Gpu("RTX 5090", 120, 170, 2.407, 512, 1024),
+    Gpu("RTX 2080 Ti", 75, 68, 1.545, 512, 1024, 2048),
+    Gpu("A100", 80, 108, 1.41, 2048, 2048, 4096),
+    Gpu("RTX 3090", 86, 82, 1.695, 512, 1024, 2048),
+    Gpu("RTX 4090", 89, 128, 2.52, 512, 1024, 2048),
+    Gpu("H200", 90, 132, 1.83, 2540, 2540, 5080),
+    Gpu("RTX 5090", 120, 170, 2.407, 512, 1024, 2048),
 )
 
 
@@ -69,6 +71,9 @@ class Estimate:
     others_per_product: float
     bound_tflops: float
     of_peak: float
+    """Of what 16-bit products summed in f32 allow: what FlashAttention-2 can reach."""
+    unhidden: float
+    """Share of the bound that is left if nothing else is issued while tensor cores work."""
 
     @property
     def limit(self) -> str:
@@ -81,19 +86,25 @@ def estimate(gpu: Gpu, tile: Tile, cubin: Path) -> Estimate:
     hmma_flop = HMMA_FLOP // (2 if sass.count(loop, "HMMA.1688") else 1)
     in_f16 = sass.count(loop, "HMMA.16816.F16")
     in_f32 = sass.count(loop, "HMMA") - in_f16
+    in_int8 = sass.count(loop, "IMMA")
+    imma_ops = IMMA_OPS // (4 if sass.count(loop, "IMMA.8816") else 1)
     shared = sass.count(loop, "LDSM", "LDS.128", "LDGSTS", "STS.128")  # 512 bytes each
     executed = sum(sass.histogram(loop).values())
     clocks = {
-        "tensor": warps * hmma_flop * (in_f16 / gpu.flop_f16_sum + in_f32 / gpu.flop_f32_sum),
+        "tensor": warps * hmma_flop * (in_f16 / gpu.flop_f16_sum + in_f32 / gpu.flop_f32_sum)
+        + warps * imma_ops * in_int8 / gpu.ops_int8,
         "shared": warps * 512 * shared / SHARED_BYTES,
         "exp2": warps * 32 * sass.count(loop, "MUFU") / MUFU_LANES,
         "issue": warps * executed / SCHEDULERS,
     }
-    products = in_f16 + in_f32
-    bound = warps * hmma_flop * products / max(clocks.values()) * gpu.sms * gpu.ghz / 1e3
+    products = in_f16 + in_f32 + in_int8
+    work = warps * (hmma_flop * (in_f16 + in_f32) + imma_ops * in_int8)
+    bound = work / max(clocks.values()) * gpu.sms * gpu.ghz / 1e3
+    tensor, issue = clocks["tensor"], warps * (executed - products) / SCHEDULERS
     return Estimate(
         *(gpu.name, tile.symbol, sass.registers(cubin), tile.smem_bytes, clocks),
         *((executed - products) / products, bound, bound / gpu.peak()),
+        max(clocks.values()) / max(tensor + issue, clocks["shared"]),
     )
 
 
@@ -110,7 +121,7 @@ def estimates(row: str | None = None) -> Iterator[Estimate]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         for gpu in GPUS:
-            for tile in tiles_for(gpu.arch):
+            for tile in (*tiles_for(gpu.arch), *tiles_qk8_for(gpu.arch)):
                 if row in (None, tile.symbol):
                     compiled(tile, gpu.arch, cubin)
                     yield estimate(gpu, tile, cubin)
@@ -119,15 +130,15 @@ def estimates(row: str | None = None) -> Iterator[Estimate]:
 def table(rows: list[Estimate]) -> str:
     lines = [
         "| GPU | kernel | regs | smem | tensor | shared | exp2 | issue | others/product | limit "
-        "| bound, TFLOP/s | of f32-sum peak |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| bound, TFLOP/s | of f32-sum peak | unhidden |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         shares = " | ".join(f"{r.clocks[unit] / r.clocks['tensor']:.0%}" for unit in UNITS[1:])
         lines.append(
             f"| {r.gpu} | {r.row} | {r.registers} | {r.smem_bytes} | {r.clocks['tensor']:.0f} "
             f"| {shares} | {r.others_per_product:.2f} | {r.limit} | {r.bound_tflops:.0f} "
-            f"| {r.of_peak:.0%} |"
+            f"| {r.of_peak:.0%} | {r.unhidden:.0%} |"
         )
     return "\n".join(lines)
 
@@ -142,7 +153,8 @@ def main() -> int:
         return 1
     rows = list(estimates(options.row))
     print("An estimate from machine code; nothing was measured. tensor: clocks of an SM for one")
-    print("block's tile of keys; shared, exp2, issue: what those units need, as a share of that.\n")
+    print("block's tile of keys; shared, exp2, issue: what those units need, as a share of that;")
+    print("unhidden: of the bound, if nothing else were issued while tensor cores work.\n")
     print(table(rows))
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")

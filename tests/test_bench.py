@@ -146,6 +146,11 @@ def test_a_kernel_that_is_wrong_shows_in_its_error(native: str) -> None:
     right, wrong = accuracy.error(out, exact), accuracy.error(out + 0.01, exact)
     assert right.max < 1e-5 < 0.009 < wrong.max
     assert wrong.relative_rms > 1e3 * right.relative_rms
+    a, b = out.double().flatten() + 0.01, exact.out.flatten()
+    expected = 1 - float(a @ b / (a.norm() * b.norm()))
+    assert wrong.one_less_cosine == pytest.approx(expected, rel=1e-6)
+    assert right.one_less_cosine < 1e-12
+    assert accuracy.error(2 * out, exact).one_less_cosine < 1e-12
 
 
 def test_the_reference_leaves_padding_out() -> None:

@@ -23,11 +23,12 @@ from planted import plant
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
-KERNEL, WORK, SOFTMAX, SWIZZLE, OUTPUT, MULTIPLY_PV = (
+KERNEL, WORK, SOFTMAX, SWIZZLE, OUTPUT, MULTIPLY_PV, SCORES = (
     f"cuda/{name}.cuh"
     for name in (
         "sdpa_sm80",
         *("tile/work", "tile/softmax", "tile/swizzle", "tile/output", "tile/multiply_pv"),
+        "tile/scores_16bit",
     )
 )
 
@@ -83,7 +84,7 @@ BUGS = (
         "",
     ),
     Bug(
-        *("one K buffer for two tiles", KERNEL, "(u32)n % STAGES * TILE_BYTES", "0u"),
+        *("one K buffer for two tiles", KERNEL, "(u32)n % STAGES * K_TILE_BYTES", "0u"),
         "",
     ),
     Bug(
@@ -100,7 +101,7 @@ BUGS = (
         *("bank conflicts", "sdpa_sm80_f16_d80_slim"),
     ),
     Bug(
-        *("wrong swizzle on reading K", KERNEL, "swizzled(i / 2 * 8 + r, i % 2)"),
+        *("wrong swizzle on reading K", SCORES, "swizzled(i / 2 * 8 + r, i % 2)"),
         *("(i / 2 * 8 + r) * ROW_BYTES + i % 2 * 16", ""),
     ),
     Bug(
@@ -156,16 +157,16 @@ BUGS = (
         "sdpa_sm80_pv16_bf16_d128_slim",
     ),
     Bug(
-        *("K's scale is forgotten", KERNEL, "scale_q_row(q.in_regs[m], r) * k_scale"),
+        *("K's scale is forgotten", SCORES, "scale_q_row(q.in_regs[m], r) * k_scale"),
         *("scale_q_row(q.in_regs[m], r)", "is wrong", "sdpa_sm75_bf16_d64_turing"),
     ),
     Bug(
-        *("a row has the scale of the one beside it", KERNEL, "q.scale[m][r] = larger"),
+        *("a row has the scale of the one beside it", SCORES, "q.scale[m][r] = larger"),
         *("q.scale[m][1 - r] = larger", "is wrong", "sdpa_sm75_bf16_d64_turing"),
     ),
     Bug(
         "a row is scaled by a quarter of it",
-        KERNEL,
+        SCORES,
         "lane_mask = 1; lane_mask < 4; lane_mask *= 2",
         "lane_mask = 1; lane_mask < 1; lane_mask *= 2",
         "is wrong",
@@ -203,7 +204,7 @@ BUGS = (
     ),
     Bug(
         "padding rows of Q are read",
-        KERNEL,
+        SCORES,
         "(row < used_q ? row : place.row_begin)",
         "row",
         "global load outside the inputs",
@@ -245,7 +246,7 @@ BUGS = (
     Bug("P forgets a step", MULTIPLY_PV, "&p[2 * step + i / 2]", "&p[2 * step]", "out is wrong"),
     Bug(
         "Q fragments in the wrong place",
-        KERNEL,
+        SCORES,
         "(u32)(thread_index() / 32) * (M_TILES * K_STEPS",
         "(u32)(thread_index() / 32) * (K_STEPS",
         "",

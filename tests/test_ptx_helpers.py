@@ -47,6 +47,18 @@ def test_put_lengths(arch: int) -> None:
 
 
 @each_arch
+@pytest.mark.parametrize("dtype", NUMBER, ids=str)
+def test_q_and_k_in_int8(dtype: torch.dtype, arch: int) -> None:
+    of(arch).check_qk8(dtype)
+
+
+@each_arch
+@pytest.mark.parametrize("dtype", NUMBER, ids=str)
+def test_watch(dtype: torch.dtype, arch: int) -> None:
+    of(arch).check_watch(dtype, dtype)
+
+
+@each_arch
 def test_all_of_them_run_every_opcode(arch: int) -> None:
     of(arch).check_all()
     assert not [opcode for opcode, times in of(arch).counts().items() if not times]

@@ -21,6 +21,7 @@ from calls import BF16, F16, F32, operands
 from wan_attn import config, precision
 from wan_attn.native import bindings, op
 from wan_attn.precision import guard, state
+from wan_attn.precision.pace import Pace
 from wan_attn.precision.state import Use
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -433,3 +434,51 @@ def test_a_request_without_an_lse_has_none() -> None:
     x = some()
     with precision.use("fast", rules=[{"precision": "exact", "heads": "0"}]):
         assert isinstance(sdpa(*x), Tensor)
+
+
+# --- whether it is faster ------------------------------------------------------------------------
+
+
+def test_the_least_of_three_calls() -> None:
+    pace = Pace()
+    assert [pace.is_turn_of_exact() for _ in range(7)] == [False, True] * 3 + [False]
+    for seconds in (3.0, 1.0):
+        pace.add(seconds, is_lossy=True)
+        pace.add(seconds + 1, is_lossy=False)
+    assert pace.least() is None
+    pace.add(2.0, is_lossy=True)
+    pace.add(9.0, is_lossy=False)
+    assert pace.least() == (2.0, 1.0)
+    pace.add(0.1, is_lossy=True)  # what was decided stands
+    assert pace.least() == (2.0, 1.0)
+    assert not Pace(_exact=[1.0] * 3).is_turn_of_exact()
+
+
+@pytest.mark.parametrize("tune", ["auto", "off"])
+@pytest.mark.parametrize("lossy_seconds", [0.9, 1.0, 1.1])
+def test_slower_than_exact(
+    lossy_seconds: float,
+    tune: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("WAN_ATTN_TUNE", tune)
+    config.refresh()
+    add = Pace.add
+    taken = {True: lossy_seconds, False: 1.0}
+    monkeypatch.setattr(Pace, "add", lambda pace, _, is_lossy: add(pace, taken[is_lossy], is_lossy))
+    x = some()
+    ran = []
+    with caplog.at_level(logging.WARNING, "wan_attn"), precision.use("fast"):
+        for _ in range(8):
+            ran.append("lossy" if torch.equal(sdpa(*x), lossy(*x)) else "exact")
+    assert all(torch.equal(sdpa(*x), exact(*x)) for _ in range(2))
+    said = [line for line in caplog.messages if "8-bit scores for a call" in line]
+    if tune == "off":
+        assert ran == ["lossy"] * 8 and not said
+    elif lossy_seconds < 1.0:
+        assert ran == ["lossy", "exact"] * 3 + ["lossy"] * 2 and not said
+    else:
+        assert ran == ["lossy", "exact"] * 3 + ["exact"] * 2
+        (line,) = said
+        assert "_qk8)" in line and "exactly 1e+03 ms on " in line

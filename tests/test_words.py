@@ -36,7 +36,8 @@ EXTERNAL_OPTIONS = {
     "pip": "--no-build-isolation --force-reinstall --no-deps --editable --upgrade"
     " --no-index --find-links --only-binary --no-compile --no-binary --require-hashes --target"
     " --platform --python-version",
-    "the dynamic linker": "--library-path",
+    "the dynamic linker": "--library-path --argv0",
+    "venv": "--without-pip",
     "delvewheel": "--analyze-existing",
     "apt-get and dpkg-deb": "--yes --download-only --extract",
     "git": "--always --abbrev --dirty --exclude",

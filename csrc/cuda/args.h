@@ -32,17 +32,22 @@ typedef struct wan_attn_cuda_lengths {
 typedef struct wan_attn_cuda_args {
     wan_attn_cuda_view q;    /* f32 if q_is_f32, else the row's dtype */
     wan_attn_cuda_view k, v; /* the row's dtype; f16 where a scale is asked for below */
-    wan_attn_cuda_view out;  /* f32 if out_is_f32, else the row's dtype */
-    float *lse;              /* [batch, num_heads_q, seqlen_q], natural log; NULL: not wanted */
+    /* Rows qk8: of q and k `data` alone is read, the queries and the keys of args_qk8.h. */
+    wan_attn_cuda_view out; /* f32 if out_is_f32, else the row's dtype */
+    float *lse;             /* [batch, num_heads_q, seqlen_q], natural log; NULL: not wanted */
     wan_attn_i64 lse_batch_stride, lse_head_stride, lse_row_stride;
     wan_attn_cuda_lengths seqused_q, seqused_k;
 
     /* [batch, num_heads_k]: what v and k of that head have been divided by to fit f16. Powers of
      * two, from wan_attn_find_scale with these limits:
-     *     pv16 rows                v_scale: WAN_ATTN_CUDA_LIMIT_SUM_F16    k_scale: NULL
-     *     bf16 rows on Turing      both: WAN_ATTN_CUDA_LIMIT_F16
+     *     sums of P V in f16       v_scale: WAN_ATTN_CUDA_LIMIT_SUM_F16    k_scale: NULL
+     *     bf16 rows on Turing      both: WAN_ATTN_CUDA_LIMIT_F16; rows qk8 v_scale alone
      *     all others               both: NULL */
-    const float *v_scale, *k_scale;
+    const float *v_scale;
+    union {
+        const float *k_scale;
+        const float *q_rows; /* rows qk8: what goes with the queries; args_qk8.h */
+    };
 
     /* Split over keys: part s works on the key tiles [s, s + 1) * split_tiles of its rows and
      * writes a complete result (out, lse) of those keys, s strides further. One part: num_splits =
@@ -107,17 +112,20 @@ typedef struct wan_attn_cuda_merge_args {
 #define WAN_ATTN_CUDA_SMALLEST_SCALE 1.1754944e-38f
 
 /* Bytes of shared memory of a block, by what its line in sdpa_rows.def says. Of sdpa_sm80.cuh: V
- * and STAGES tiles of K, Q if it is not in registers, bounds of the mask. Of sdpa_sm90.cuh: Q,
- * STAGES tiles of K and of V, an mbarrier of 16 bytes for Q and four a stage. tiles.py of
- * wan_attn/cuda reads these two lines. */
+ * and STAGES tiles of K, Q if it is not in registers, bounds of the mask; with 8-bit scores (QK8) K
+ * in INT8 with its steps, and Q in INT8. Of sdpa_sm90.cuh: Q, STAGES tiles of K and of V, an
+ * mbarrier of 16 bytes for Q and four a stage. tiles.py of wan_attn/cuda reads these lines. */
 #define WAN_ATTN_CUDA_SMEM_SM80(head_dim, block_m, block_n, stages, q_in_regs)                     \
     (2 * (head_dim) * ((block_n) * ((stages) + 1) + (block_m) * (1 - (q_in_regs))) + 16)
+#define WAN_ATTN_CUDA_SMEM_QK8(head_dim, block_m, block_n, stages, q_in_regs)                      \
+    ((block_n) * (2 * (head_dim) + (stages) * ((head_dim) + 8)) +                                  \
+     (block_m) * (head_dim) * (1 - (q_in_regs)) + 16)
 #define WAN_ATTN_CUDA_SMEM_SM90(head_dim, block_n, consumers, stages)                              \
     (2 * (head_dim) * (64 * (consumers) + 2 * (stages) * (block_n)) + 64 * (stages) + 16)
 
 /* Limits of find_scale. 32 weights of at most 2^9 (P_SHIFT) times 2^1 stay below f16's 65504,
- * rounding included; 2^15 does so alone, and leaves the largest range below: what is 2^-32 of the
- * largest still has bf16's eight bits. */
+ * rounding included, and so do 64 of at most 2^8 (rows qk8); 2^15 does so alone, and leaves the
+ * largest range below: what is 2^-32 of the largest still has bf16's eight bits. */
 #define WAN_ATTN_CUDA_LIMIT_SUM_F16 1
 #define WAN_ATTN_CUDA_LIMIT_F16 15
 

@@ -13,24 +13,8 @@
  */
 #include "cuda/args.h"
 #include "cuda/ptx/ptx.cuh"
+#include "cuda/tile/element.cuh"
 #include "cuda/tile/work.cuh"
-
-enum { IS_F32 = 0, IS_F16 = 1, IS_BFLOAT16 = 2 }; /* wan_attn_dtype */
-
-/* This warp's number in the grid. */
-DEVICE int warp_number() { return block_index() * (NUM_THREADS / 32) + thread_index() / 32; }
-
-/* Element `at` of the tensor, as float. */
-DEVICE float load_element(const wan_attn_cuda_pack_args &args, i64 at) {
-    if (args.from_dtype == IS_F32)
-        return load_global_f32((const float *)args.from.data + at);
-    u32 bits = load_global_b16((const char *)args.from.data + at * 2);
-    if (args.from_dtype == IS_BFLOAT16)
-        return float_from_bits(bits << 16);
-    float low, high;
-    unpack_f16(&low, &high, bits);
-    return low;
-}
 
 /* The power of two that, as divisor, brings this largest value below 2^limit. */
 DEVICE float scale_for(float largest, int limit) {
@@ -63,7 +47,8 @@ DEVICE void measure(const wan_attn_cuda_pack_args &args) {
     float largest = 0.0f;
     for (int row = part; row < used; row += args.num_parts)
         for (int d = lane; d < args.head_dim; d += 32) {
-            float x = load_element(args, at + row * args.from.row_stride + d);
+            float x =
+                load_element(args.from.data, args.from_dtype, at + row * args.from.row_stride + d);
             float size = float_from_bits(bits_from_float(x) & 0x7fffffffu);
             if (size < float_from_bits(0x7f800000u)) /* neither infinite nor NaN */
                 largest = larger(largest, size);
@@ -100,8 +85,8 @@ DEVICE void convert(const wan_attn_cuda_pack_args &args) {
     if (args.scale)
         factor = inverse_of(load_global_f32(args.scale + sample * args.heads + head));
     for (int d = 2 * lane; d < args.head_dim; d += 64) {
-        float low = load_element(args, from + d) * factor;
-        float high = load_element(args, from + d + 1) * factor;
+        float low = load_element(args.from.data, args.from_dtype, from + d) * factor;
+        float high = load_element(args.from.data, args.from_dtype, from + d + 1) * factor;
         u32 pair = args.to_bf16 ? pack_bf16(low, high) : pack_f16(low, high);
         store_global_b32((char *)args.to + (to + d) * 2, pair);
     }

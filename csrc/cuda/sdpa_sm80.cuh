@@ -46,6 +46,9 @@
 #include "cuda/args.h"
 #include "cuda/ptx/ptx.cuh"
 
+#ifndef QK_INT8 /* rows qk8 set it */
+#define QK_INT8 0
+#endif
 #define NUM_THREADS (32 * NUM_WARPS)
 #if IS_BF16 /* of q and out */
 #define PACK pack_bf16
@@ -67,39 +70,27 @@
 #define P_SHIFT 0
 #else
 #define PACK_P pack_f16
-#define P_SHIFT (PV_SUM_F16 ? 9 : 13)
+#define P_SHIFT (!PV_SUM_F16 ? 13 : QK_INT8 ? 8 : 9)
 #endif
 
 #include "cuda/tile/swizzle.cuh"
 #include "cuda/tile/softmax.cuh"
 #include "cuda/tile/output.cuh"
 #include "cuda/tile/multiply_pv.cuh"
+#if QK_INT8
+#include "cuda/tile/scores_int8.cuh"
+#else
+#include "cuda/tile/scores_16bit.cuh"
+#endif
 
 enum {
-    K_STEPS = HEAD_DIM / 16,
     V_SMEM = 0, /* offsets in shared memory */
     K_SMEM = TILE_BYTES,
-    Q_SMEM = TILE_BYTES * (1 + STAGES),
-    Q_BYTES = Q_IN_REGS ? 0 : BLOCK_M * ROW_BYTES,
-    BOUNDS_SMEM = Q_SMEM + Q_BYTES,
-    /* Four times these loads of Q are under way together. */
-    Q_TILES_AT_ONCE = Q_IN_REGS ? M_TILES : 1,
-    Q_STEPS_AT_ONCE = Q_IN_REGS || K_STEPS % 4 != 0 ? K_STEPS : 4
+    BOUNDS_SMEM = Q_SMEM + Q_BYTES
 };
 static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row tiles");
 static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two K tiles");
-static_assert(!BF16_AS_F16 || Q_IN_REGS, "a row of Q is scaled where all of it is at hand");
-static_assert(BOUNDS_SMEM + 16 ==
-                  WAN_ATTN_CUDA_SMEM_SM80(HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, Q_IN_REGS),
-              "args.h must say what is used");
-
-/* A operands of Q: registers, or a place for them that is filled on demand. */
-typedef struct q_fragments {
-    u32 in_regs[Q_IN_REGS ? M_TILES : 1][Q_IN_REGS ? K_STEPS : 1][4];
-    u32 smem; /* this lane's 16 bytes of fragment 0 */
-    /* Of the rows' scores in base 2; used if BF16_AS_F16, else it is args.scale_log2e. */
-    float scale[M_TILES][2];
-} q_fragments;
+static_assert(BOUNDS_SMEM + 16 == SMEM_BYTES_ASKED, "args.h must say what is used");
 
 /* What a warp carries from tile to tile. */
 typedef struct warp_rows {
@@ -108,9 +99,10 @@ typedef struct warp_rows {
 } warp_rows;
 
 typedef struct key_tiles {
-    tile_source k, v;
+    k_source k;
+    tile_source v;
     /* Of a tile at the start of shared memory: */
-    u32 copied_to;      /* this thread's first chunk */
+    u32 copied_to;      /* this thread's first chunk of V */
     u32 k_read, v_read; /* this lane's row for ldmatrix */
 } key_tiles;
 
@@ -133,150 +125,22 @@ DEVICE mask_bounds load_bounds() {
 }
 
 /* Where K(n) is, in shared memory. */
-DEVICE u32 k_stage(int n) { return K_SMEM + (u32)n % STAGES * TILE_BYTES; }
-
-/* The first of the lane's two rows in an m tile, counted from the block's first row. */
-DEVICE int row_in_block(int m_tile) {
-    int warp = thread_index() / 32, g = thread_index() % 32 / 4;
-    return (warp * M_TILES + m_tile) * 16 + g;
-}
-
-/* Two neighbouring elements of Q as a packed pair of the row's dtype. */
-DEVICE u32 load_q_pair(const wan_attn_cuda_args &args, i64 at, bool is_f32) {
-    if (!is_f32)
-        return load_global_b32((const char *)args.q.data + at * 2);
-    float x[2];
-    load_global_f32x2(x, (const float *)args.q.data + at);
-    return PACK(x[0], x[1]);
-}
-
-#if BF16_AS_F16
-/* Row r of an m tile from bf16 to f16, times the power of two that brings its largest finite
- * number to between 2^14 and 2^15. Returns what undoes it. */
-DEVICE float scale_q_row(u32 q[K_STEPS][4], int r) {
-    int exponent = 15; /* biased; less would scale by more than a float holds */
-#pragma unroll
-    for (int i = 0; i < K_STEPS * 4; i++) {
-        u32 pair = q[i / 4][i / 2 % 2 * 2 + r];
-        int one = (int)((i % 2 ? pair >> 16 : pair) >> 7 & 255);
-        exponent = one == 255 ? exponent : larger_int(exponent, one); /* 255: NaN, infinity */
-    }
-#pragma unroll
-    for (int lane_mask = 1; lane_mask < 4; lane_mask *= 2)
-        exponent = larger_int(exponent, (int)shfl_xor_bits((u32)exponent, lane_mask));
-    float factor = float_from_bits((u32)(127 + 127 + 14 - exponent) << 23);
-#pragma unroll
-    for (int i = 0; i < K_STEPS * 2; i++) {
-        u32 *pair = &q[i / 2][i % 2 * 2 + r];
-        *pair = pack_f16(float_from_bits(*pair << 16) * factor,
-                         float_from_bits(*pair & 0xffff0000u) * factor);
-    }
-    return float_from_bits((u32)(exponent - 14) << 23);
-}
-
-/* From bf16 to f16; q.scale then holds what makes scores of the scaled products. */
-DEVICE void scale_q(const wan_attn_cuda_args &args, const block_place &place, q_fragments &q) {
-    int num_heads_k = args.num_heads_q / args.heads_per_key_head;
-    int head = place.head / args.heads_per_key_head;
-    float k_scale = load_global_f32(args.k_scale + (i64)place.sample * num_heads_k + head);
-#pragma unroll
-    for (int m = 0; m < M_TILES; m++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float scale = scale_q_row(q.in_regs[m], r) * k_scale * args.scale_log2e;
-            q.scale[m][r] = larger(scale, WAN_ATTN_CUDA_SMALLEST_SCALE);
-        }
-}
-#endif
-
-/* Fragments of one dtype. Nothing between the loads is conditional: a branch would make each wait
- * for the one before it, a trip to memory every time. So a row behind the real length is another
- * copy of the block's first row, which is real; store_rows drops what comes of it. In shared memory
- * a fragment lies as its lanes hold it; lanes read only what they wrote. */
-DEVICE void load_q_as(const wan_attn_cuda_args &args, const block_place &place, int used_q,
-                      q_fragments &q, bool is_f32) {
-    i64 head = place.sample * args.q.batch_stride + place.head * args.q.head_stride;
-    int t = thread_index() % 4;
-#pragma unroll(Q_TILES_AT_ONCE)
-    for (int m = 0; m < M_TILES; m++)
-#pragma unroll(Q_STEPS_AT_ONCE)
-        for (int step = 0; step < K_STEPS; step++) {
-            u32 a[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int row = place.row_begin + row_in_block(m) + i % 2 * 8;
-                i64 at = head + (row < used_q ? row : place.row_begin) * args.q.row_stride;
-                at += 16 * step + 8 * (i / 2) + 2 * t;
-                a[i] = load_q_pair(args, at, is_f32) ^ args.q_sign;
-                if (Q_IN_REGS)
-                    q.in_regs[m][step][i] = a[i];
-            }
-            if (!Q_IN_REGS)
-                store_shared_b32x4(q.smem + (u32)(m * K_STEPS + step) * 512, a);
-        }
-}
-
-/* Straight from global memory into fragments, so that f32 needs no pass of its own. */
-DEVICE void load_q(const wan_attn_cuda_args &args, const block_place &place, int used_q,
-                   q_fragments &q) {
-    q.smem = shared_base() + Q_SMEM + (u32)(thread_index() / 32) * (M_TILES * K_STEPS * 512) +
-             (u32)(thread_index() % 32) * 16;
-    if (args.q_is_f32)
-        load_q_as(args, place, used_q, q, true);
-    else
-        load_q_as(args, place, used_q, q, false);
-#if BF16_AS_F16
-    scale_q(args, place, q);
-#endif
-}
+DEVICE u32 k_stage(int n) { return K_SMEM + (u32)n % STAGES * K_TILE_BYTES; }
 
 DEVICE key_tiles find_tiles(const wan_attn_cuda_args &args, const block_place &place,
                             int first_key) {
     key_tiles tiles;
     int head = place.head / args.heads_per_key_head;
-    i64 k_at = place.sample * args.k.batch_stride + head * args.k.head_stride;
     i64 v_at = place.sample * args.v.batch_stride + head * args.v.head_stride;
-    tiles.k = source_of((const char *)args.k.data + k_at * 2, args.k.row_stride, first_key);
+    tiles.k = find_k(args, place, head, first_key);
     tiles.v = source_of((const char *)args.v.data + v_at * 2, args.v.row_stride, first_key);
     tiles.copied_to = shared_base() + copied_to();
-    /* Lane 8i + r brings row r of matrix i. K: matrices 0 and 1 are 16 elements of head_dim for 8
-     * keys, b0 and b1 of one product; 2 and 3 the same for the next 8 keys. V, transposed: 0 and 1
-     * are 16 keys for 8 columns; 2 and 3 the same for the next 8 columns. */
+    /* Lane 8i + r brings row r of matrix i. V, transposed: matrices 0 and 1 are 16 keys for 8
+     * columns; 2 and 3 the same for the next 8 columns. */
     u32 r = (u32)thread_index() % 8, i = (u32)thread_index() % 32 / 8;
-    tiles.k_read = shared_base() + swizzled(i / 2 * 8 + r, i % 2);
+    tiles.k_read = shared_base() + k_read_at(i, r);
     tiles.v_read = shared_base() + swizzled(i % 2 * 8 + r, i / 2);
     return tiles;
-}
-
-/* S = Q K(n)^T */
-DEVICE void multiply_qk(float s[M_TILES][S_TILES][4], const q_fragments &q, u32 k_read) {
-#pragma unroll
-    for (int m = 0; m < M_TILES; m++)
-#pragma unroll
-        for (int j = 0; j < S_TILES * 4; j++)
-            s[m][j / 4][j % 4] = 0.0f;
-#pragma unroll
-    for (int step = 0; step < K_STEPS; step++) {
-        u32 a[M_TILES][4];
-#pragma unroll
-        for (int m = 0; m < M_TILES; m++) {
-            if (!Q_IN_REGS)
-                load_shared_b32x4(a[m], q.smem + (u32)(m * K_STEPS + step) * 512);
-#pragma unroll
-            for (int i = 0; i < 4 && Q_IN_REGS; i++)
-                a[m][i] = q.in_regs[m][step][i];
-        }
-#pragma unroll
-        for (int j = 0; j < S_TILES; j += 2) {
-            u32 b[4];
-            ldmatrix_x4(b, advanced(k_read, step) + (u32)(j * 8 * ROW_BYTES));
-#pragma unroll
-            for (int m = 0; m < M_TILES; m++) {
-                MMA(s[m][j], a[m], b[0], b[1]);
-                MMA(s[m][j + 1], a[m], b[2], b[3]);
-            }
-        }
-    }
 }
 
 /* Tile n: the pipeline of this file's head. is_masked is a constant in each of its two copies. */
@@ -293,11 +157,13 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked,
     copy_tile(tiles.copied_to + V_SMEM, tiles.v, is_masked, bounds.num_keys - n * BLOCK_N);
     cp_async_commit();
     if (STAGES == 2 && n > 0)
-        copy_tile(tiles.copied_to + k_smem_next, tiles.k, false, 0);
+        copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
     if (STAGES == 2)
         cp_async_commit();
 
-    multiply_qk(s, q, tiles.k_read + k_smem);
+    multiply_qk(s, q, k_smem, tiles.k_read);
+    float scale[M_TILES][2];
+    score_scales(scale, args, q);
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
@@ -306,15 +172,13 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked,
                 s[m], r,
                 visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r, bounds.num_keys),
                 n * BLOCK_N + thread_index() % 4 * 2);
-        const float scale[2] = {BF16_AS_F16 ? q.scale[m][0] : args.scale_log2e,
-                                BF16_AS_F16 ? q.scale[m][1] : args.scale_log2e};
-        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale);
+        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m]);
     }
 
     cp_async_wait<STAGES - 1>();
     block_barrier();
     if (STAGES == 1 && n > 0)
-        copy_tile(tiles.copied_to + k_smem_next, tiles.k, false, 0);
+        copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
     if (STAGES == 1)
         cp_async_commit();
     multiply_pv(rows.o, s, tiles.v_read + V_SMEM);
@@ -339,7 +203,7 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
                           const block_work &work, warp_rows &rows) {
     int n = work.num_tiles - 1;
     key_tiles tiles = find_tiles(args, place, work.first_key + n * BLOCK_N);
-    copy_tile(tiles.copied_to + k_stage(n), tiles.k, true, work.num_keys - n * BLOCK_N);
+    copy_k(k_stage(n), tiles.copied_to, tiles.k, true, work.num_keys - n * BLOCK_N);
     cp_async_commit();
     q_fragments q;
     load_q(args, place, work.used_q, q);

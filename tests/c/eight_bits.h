@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
- * eight_bits.h - how far a row of 8-bit scores may be from the truth, proven for each call: what is
- * lost of q and k when each of their rotated numbers is half a step off, and of P V when weights and
- * values are, in double precision after the definitions of csrc/cpu/qk8.h and
- * sdpa_qk8_values.inc. Shares no code with csrc/. Numbers of q and k are below 2^100.
+ * eight_bits.h - how far a row of 8-bit scores may be from the truth, proven for each call: what q
+ * and k lose when each of their rotated numbers is half a step off, and P V when weights and values
+ * are, in double precision after the definitions of csrc/cpu/qk8.h and sdpa_qk8_values.inc. Shares
+ * no code with csrc/. Numbers of q and k are below 2^100.
  */
 #ifndef WAN_ATTN_TESTS_EIGHT_BITS_H
 #define WAN_ATTN_TESTS_EIGHT_BITS_H

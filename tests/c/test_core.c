@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * test_core.c - calls the C ABI without Python, for the sanitizers: random calls of every CPU row,
  * with strided and expanded operands, ragged lengths and NaN wherever nothing may be read, against
- * reference.h, rows of 8-bit scores within the bounds of expected.h; broken calls; many threads at once. The same of rms_norm_rope: rope_calls.h.
+ * reference.h, rows of 8-bit scores within the bounds of expected.h; broken calls; many threads at
+ * once. The same of rms_norm_rope: rope_calls.h.
  *
  *     test_core [calls [seed]]      prints one line; 1 and the failing call if anything is wrong
  */

@@ -31,8 +31,17 @@ import torch
 from torch import Tensor
 
 from emu import build
-from emu.args import Args, MergeArgs, PackArgs, PutLengthsArgs
-from emu.rows import Helper, Tile, TileSm90, gpus, helpers, tiles, tiles_sm90
+from emu.args import Args, GuardArgs, MergeArgs, PackArgs, PutLengthsArgs, Qk8Args
+from emu.rows import (
+    Helper,
+    Tile,
+    TileSm90,
+    gpus,
+    helpers,
+    tiles,
+    tiles_qk8,
+    tiles_sm90,
+)
 from emu.run import Tensor_, launch
 from emu.run_sm90 import Sm90Args, aligned_args
 from wan_attn.native import library as native
@@ -161,6 +170,8 @@ class Gpu:
         out: Tensor | None = None,
         lse: Tensor | None = None,
         return_lse: bool = True,
+        precision: int = 0,
+        guard: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """wan_attn_prepare and wan_attn_run; `out` and `lse` are dense where bindings call them."""
         if out is None:
@@ -179,6 +190,9 @@ class Gpu:
             window_size_left=window[0],
             window_size_right=window[1],
             stream=STREAM,
+            precision=precision,
+            guard=None if guard is None else guard.data_ptr(),
+            guard_size=0 if guard is None else ctypes.sizeof(native.Guard),
             **{name: self._on_device(x, device) for name, x in named.items()},
         )
         for name, lens in (("seqused_q", q_lens), ("seqused_k", k_lens)):
@@ -188,7 +202,8 @@ class Gpu:
         inputs = {"q": query, "k": key, "v": value}
         if lens_on_device:
             inputs |= {n: x for n, x in (("q_lens", q_lens), ("k_lens", k_lens)) if x is not None}
-        return self._forward(params, inputs, {"out": out, "lse": lse}, device)
+        outputs = {"out": out, "lse": lse} | ({} if guard is None else {"guard": guard})
+        return self._forward(params, inputs, outputs, device)
 
     def _forward(
         self,
@@ -240,7 +255,8 @@ class _Call:
         arch = 90 if isinstance(kernel, TileSm90) else 75 if self.arch < 80 else 80
         library = build.library(kernel, arch=arch)
         args, written = _decode(kernel, args_at, library)
-        conflicts = launch(library, args, blocks, self._memory(written))
+        read = {"out", "lse"} if image == "wan_attn_watch" else set()
+        conflicts = launch(library, args, blocks, self._memory(written, read))
         assert conflicts == 0
 
     def _kernel(self, image: str) -> Tile | Helper | TileSm90:
@@ -249,18 +265,19 @@ class _Call:
             return helpers()[image]
         if "_sm90_" in image:
             return next(t for t in tiles_sm90() if t.key == image)
-        return next(t for t in tiles() if t.symbol == image and t.gpu_class == gpus()[self.arch])
+        known = (*tiles(), *tiles_qk8())
+        return next(t for t in known if t.symbol == image and t.gpu_class == gpus()[self.arch])
 
-    def _memory(self, written: tuple[int, int]) -> list[Tensor_]:
-        """What this pass may touch: inputs, outputs, and the workspace without what it writes."""
+    def _memory(self, written: tuple[int, int], read: set[str]) -> list[Tensor_]:
+        """What this pass may touch: inputs, outputs, and the workspace without what it writes.
+        read: outputs that it only reads."""
         found = []
         for tensors, is_output in ((self.inputs, 0), (self.outputs, 1)):
             for name, x in tensors.items():
                 store = x.untyped_storage()
                 if store.nbytes():
-                    found.append(
-                        Tensor_(name.encode(), store.data_ptr(), store.nbytes(), is_output)
-                    )
+                    kind = 0 if name in read else is_output
+                    found.append(Tensor_(name.encode(), store.data_ptr(), store.nbytes(), kind))
         begin, end = self.workspace.data_ptr(), self.workspace.data_ptr() + len(self.workspace)
         at, size = written
         if begin <= at < end:
@@ -302,6 +319,21 @@ def _decode_sm90(kernel: TileSm90, at: int, library: ctypes.CDLL) -> Sm90Args:
     return args
 
 
+def _decode_qk8(kernel: Helper, at: int) -> tuple[Qk8Args, tuple[int, int]]:
+    args = Qk8Args.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(Qk8Args)))
+    heads = args.batch * args.heads
+    sums = heads * args.tiles * args.head_dim * 4
+    if kernel.pack_step == 1:
+        return args, (args.sums, sums)
+    if kernel.pack_step == 2:
+        return args, (args.mean, heads * args.head_dim * 4)
+    if kernel.pack_step == 3:
+        return args, (args.to, heads * args.tiles * 64 * (args.head_dim + 8))
+    # What goes with the queries lies right behind them.
+    rows = heads * args.seqlen
+    return args, (args.to, -(-rows * args.head_dim // 256) * 256 + rows * 8)
+
+
 def _decode(
     kernel: Tile | Helper | TileSm90, at: int, library: ctypes.CDLL
 ) -> tuple[ctypes.Structure, tuple[int, int]]:
@@ -319,6 +351,10 @@ def _decode(
     if kernel.body == "put_lengths":
         put = PutLengthsArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(PutLengthsArgs)))
         return put, (put.to, 4 * put.count)
+    if kernel.body == "guard":
+        return GuardArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(GuardArgs))), (0, 0)
+    if kernel.body == "qk8":
+        return _decode_qk8(kernel, at)
     pack = PackArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(PackArgs)))
     heads = pack.batch * pack.heads
     if kernel.pack_step == 1:

@@ -43,6 +43,29 @@ class PackArgs(ctypes.Structure):
     ]
 
 
+class Qk8Args(ctypes.Structure):
+    """wan_attn_cuda_qk8_args of csrc/cuda/args_qk8.h."""
+
+    _fields_ = [
+        *(("source", View), ("seqused", Lengths)),
+        *((name, c_void_p) for name in ("sums", "mean", "to", "rows")),
+        *((name, c_int) for name in ("batch", "seqlen", "heads", "head_dim", "from_dtype")),
+        *((name, c_int) for name in ("tiles", "heads_per_key_head", "is_negated")),
+        *(("factor", c_float), ("scale", c_float)),
+    ]
+
+
+class GuardArgs(ctypes.Structure):
+    """wan_attn_cuda_guard_args of csrc/cuda/args_guard.h."""
+
+    _fields_ = [
+        *(("v", View), ("out", View), ("seqused_k", Lengths), ("guard", c_void_p)),
+        *((name, c_int) for name in ("batch", "seqlen_q", "seqlen_k")),
+        *((name, c_int) for name in ("num_heads_q", "num_heads_k", "head_dim")),
+        *((name, c_int) for name in ("v_dtype", "out_dtype")),
+    ]
+
+
 class PutLengthsArgs(ctypes.Structure):
     _fields_ = [("to", c_void_p), ("count", c_int), ("lengths", c_int * 256), ("unused", c_int)]
 

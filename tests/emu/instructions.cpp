@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // instructions.cpp - the instructions of ptx_host.h. Fragment layouts: csrc/cuda/ptx/mma.cuh; the
 // rules of asynchronous copies: PTX manual, cp.async and its memory consistency.
+#include <algorithm>
 #include <deque>
 
 #include "cuda/ptx/ptx.cuh"
@@ -269,6 +270,53 @@ void multiply_sum_f16(u32 d[2], const u32 a[4], u32 b0, u32 b1, site at) {
     multiply(sum, a, b0, b1, false, at);
     for (int i = 0; i < 2; i++)
         d[i] = to_f16(sum[2 * i]) | static_cast<u32>(to_f16(sum[2 * i + 1])) << 16;
+}
+
+namespace {
+
+struct product_s8 {
+    int *d;
+    const u32 *a;
+    u32 b[2];
+};
+
+int byte_of(u32 x, int i) { return static_cast<std::int8_t>(x >> 8 * i & 0xff); }
+
+} // namespace
+
+void multiply_s8(int d[4], const u32 a[4], u32 b0, u32 b1, site at) {
+    product_s8 mine = {d, a, {b0, b1}};
+    the_machine().together("mma s8", at, &mine, [](int, const std::array<void *, WARP> &lanes) {
+        int left[16][32], right[32][8];
+        for (int l = 0; l < WARP; l++) {
+            const product_s8 &self = pack_of<product_s8>(lanes, l);
+            int g = l / 4, t = l % 4;
+            for (int i = 0; i < 4; i++)
+                for (int e = 0; e < 4; e++)
+                    left[g + 8 * (i % 2)][4 * t + 16 * (i / 2) + e] = byte_of(self.a[i], e);
+            for (int i = 0; i < 2; i++)
+                for (int e = 0; e < 4; e++)
+                    right[4 * t + 16 * i + e][g] = byte_of(self.b[i], e);
+        }
+        for (int l = 0; l < WARP; l++)
+            for (int i = 0; i < 4; i++) {
+                int row = l / 4 + 8 * (i / 2), column = l % 4 * 2 + i % 2;
+                for (int k = 0; k < 32; k++)
+                    pack_of<product_s8>(lanes, l).d[i] += left[row][k] * right[k][column];
+            }
+    });
+}
+
+u32 change_global(void *at, u32 x, bool is_max) {
+    machine &gpu = the_machine();
+    std::string problem = gpu.global.check_atomic(at);
+    if (!problem.empty())
+        gpu.fail(problem);
+    u32 before;
+    std::memcpy(&before, at, 4);
+    u32 after = is_max ? std::max(before, x) : before + x;
+    std::memcpy(at, &after, 4);
+    return before;
 }
 
 } // namespace emu

@@ -44,6 +44,16 @@ std::string global_memory::check(const void *address, int bytes, bool is_write) 
     return outside;
 }
 
+std::string global_memory::check_atomic(const void *address) const {
+    auto *at = static_cast<const char *>(address);
+    if (reinterpret_cast<std::uintptr_t>(at) % 4 != 0)
+        return "misaligned atomic operation";
+    for (const tensor &t : tensors)
+        if (t.is_output && at >= t.begin && at + 4 <= t.end)
+            return "";
+    return "atomic operation outside the outputs";
+}
+
 void shared_memory::begin_block(std::uint32_t size, int warp_entity, bool check) {
     bytes.assign(size, static_cast<char>(0xff)); // NaN in every float type
     records.assign(size / PIECE, record{});

@@ -20,6 +20,8 @@ class global_memory {
     void add(const char *name, void *data, std::int64_t bytes, bool is_output, bool in_place);
     // "" or what is wrong with touching these bytes.
     std::string check(const void *at, int bytes, bool is_write);
+    // The same for an atomic operation on a word: of outputs, as often as they like.
+    std::string check_atomic(const void *at) const;
 
   private:
     struct tensor {

@@ -28,6 +28,8 @@ void wait_for_copies(int pending);
 void load_matrices(u32 x[4], u32 row_address, bool is_transposed, site at);
 void multiply(float d[4], const u32 a[4], u32 b0, u32 b1, bool is_bf16, site at);
 void multiply_sum_f16(u32 d[2], const u32 a[4], u32 b0, u32 b1, site at);
+void multiply_s8(int d[4], const u32 a[4], u32 b0, u32 b1, site at);
+u32 change_global(void *at, u32 x, bool is_max);
 float rough(float x);
 } // namespace emu
 
@@ -95,6 +97,9 @@ DEVICE void store_global_b32x2(void *at, u32 x, u32 y) {
 }
 DEVICE void store_global_b32x4(void *at, const u32 x[4]) { emu::store_global(at, x, 16); }
 
+DEVICE void raise_global_u32(void *at, u32 x) { emu::change_global(at, x, true); }
+DEVICE u32 add_global_u32(void *at, u32 x) { return emu::change_global(at, x, false); }
+
 DEVICE void load_shared_b32x4(u32 x[4], u32 at, emu::site where = {}) {
     emu::load_shared(x, own_shared(at, where), where);
 }
@@ -147,11 +152,16 @@ DEVICE void mma_m16n8k16_f16_sum_f16(u32 d[2], const u32 a[4], u32 b0, u32 b1, e
     emu::multiply_sum_f16(d, a, b0, b1, at);
 }
 
+DEVICE void mma_m16n8k32_s8(int d[4], const u32 a[4], u32 b0, u32 b1, emu::site at = {}) {
+    emu::multiply_s8(d, a, b0, b1, at);
+}
+
 DEVICE float float_from_bits(u32 bits) { return emu::float_of_bits(bits); }
 DEVICE u32 bits_from_float(float x) { return emu::bits_of_float(x); }
 DEVICE float fused_multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
 DEVICE float rounded_sum(float x, float y) { return x + y; }
 DEVICE float rounded_product(float x, float y) { return x * y; }
+DEVICE float rounded_quotient(float x, float y) { return x / y; }
 DEVICE float reciprocal_sqrt(float x) { return emu::rough(1.0f / std::sqrt(x)); }
 DEVICE float natural_log(float x) { return std::log(x); }
 DEVICE float larger(float x, float y) { return std::fmax(x, y); }

@@ -9,6 +9,7 @@ from wan_attn.cuda.rows import (
     Job,
     RopeKernel,
     Tile,
+    TileQk8,
     TileSm90,
     gpus,
     half_rate,
@@ -16,6 +17,8 @@ from wan_attn.cuda.rows import (
     rope_kernels,
     tiles,
     tiles_for,
+    tiles_qk8,
+    tiles_qk8_for,
     tiles_sm90,
 )
 
@@ -25,6 +28,7 @@ __all__ = [
     "Job",
     "RopeKernel",
     "Tile",
+    "TileQk8",
     "TileSm90",
     "emulated_arch",
     "gpus",
@@ -33,6 +37,8 @@ __all__ = [
     "rope_kernels",
     "tiles",
     "tiles_for",
+    "tiles_qk8",
+    "tiles_qk8_for",
     "tiles_sm90",
 ]
 

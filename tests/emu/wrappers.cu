@@ -33,6 +33,8 @@ KERNEL(k_store_global_f32, float *out, float x) { store_global_f32(out, x); }
 KERNEL(k_store_global_b32, u32 *out, u32 x) { store_global_b32(out, x); }
 KERNEL(k_store_global_f32x2, float *out, float x, float y) { store_global_f32x2(out, x, y); }
 KERNEL(k_store_global_b32x2, u32 *out, u32 x, u32 y) { store_global_b32x2(out, x, y); }
+KERNEL(k_raise_global_u32, void *out, u32 x) { raise_global_u32(out, x); }
+KERNEL(k_add_global_u32, u32 *out, u32 *at, u32 x) { *out = add_global_u32(at, x); }
 KERNEL(k_load_shared_b32x4, u32 *out, u32 at) { load_shared_b32x4(out, at); }
 KERNEL(k_store_shared_b32x4, u32 at, u32 x, u32 y) {
     const u32 words[4] = {x, y, 3, 4};
@@ -65,6 +67,8 @@ KERNEL(k_mma_m16n8k16_f16, float *d, const u32 *a, u32 b0, u32 b1) {
     mma_m16n8k16_f16(d, a, b0, b1);
 }
 
+KERNEL(k_mma_m16n8k32_s8, int *d, const u32 *a, u32 b0, u32 b1) { mma_m16n8k32_s8(d, a, b0, b1); }
+
 KERNEL(k_float_from_bits, float *out, u32 x) { *out = float_from_bits(x); }
 KERNEL(k_bits_from_float, u32 *out, float x) { *out = bits_from_float(x); }
 KERNEL(k_exp2_approx, float *out, float x) { *out = exp2_approx(x); }
@@ -72,6 +76,7 @@ KERNEL(k_reciprocal, float *out, float x) { *out = reciprocal(x); }
 KERNEL(k_reciprocal_sqrt, float *out, float x) { *out = reciprocal_sqrt(x); }
 KERNEL(k_rounded_sum, float *out, float x, float y) { *out = rounded_sum(x, y); }
 KERNEL(k_rounded_product, float *out, float x, float y) { *out = rounded_product(x, y); }
+KERNEL(k_rounded_quotient, float *out, float x, float y) { *out = rounded_quotient(x, y); }
 KERNEL(k_fused_multiply_add, float *out, float x, float y, float z) {
     *out = fused_multiply_add(x, y, z);
 }

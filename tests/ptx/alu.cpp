@@ -177,6 +177,23 @@ void insert_bits(Warp &w, const Ins &, const int *o, u32 mask) {
     w.define(o[0], mask, w.defined[o[1]] & w.defined[o[2]] & w.defined[o[3]] & w.defined[o[4]]);
 }
 
+/* "prmt", without a mode: nibble i of c says which of the 8 bytes of {b, a} is byte i of d; its top
+ * bit, that byte's sign eight times instead. */
+u32 permuted(u32 a, u32 b, u32 c) {
+    u64 bytes = (u64)b << 32 | a;
+    u32 d = 0;
+    for (int i = 0; i < 4; i++) {
+        u32 pick = c >> 4 * i & 15;
+        u32 byte = (u32)(bytes >> 8 * (pick & 7) & 255);
+        d |= (pick & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
+    }
+    return d;
+}
+
+void permute(Warp &w, const Ins &i, const int *o, u32 mask) {
+    ternary<u32, permuted>(w, i, o, mask);
+}
+
 template <class T> T add(T a, T b) { return (T)(a + b); }
 template <class T> T sub(T a, T b) { return (T)(a - b); }
 template <class T> T mul(T a, T b) { return (T)(a * b); }
@@ -222,7 +239,10 @@ template <class T> T right(T a, u32 n) {
 float add_f(float a, float b) { return a + b; }
 float sub_f(float a, float b) { return a - b; }
 float mul_f(float a, float b) { return a * b; }
+float div_f(float a, float b) { return a / b; }
+double add_d(double a, double b) { return a + b; }
 double sub_d(double a, double b) { return a - b; }
+double div_d(double a, double b) { return a / b; }
 float fma_f(float a, float b, float c) { return fmaf(a, b, c); }
 float neg_f(float a) { return float_of(bits_of(a) ^ 0x80000000u); }
 float abs_f(float a) { return float_of(bits_of(a) & 0x7fffffffu); }
@@ -286,6 +306,7 @@ const std::vector<Op> ALU_OPS = [] {
         {"max.relu.s32", "=r r r", binary<int, max_relu>},
         {"div.s32", "=r r r", binary<int, quotient>},
         {"div.u32", "=r r r", binary<u32, quotient_u>},
+        {"div.rn.f32", "=r r r", binary<float, div_f>},
         {"rem.s32", "=r r r", binary<int, remainder_of>},
         {"rem.u32", "=r r r", binary<u32, remainder_u>},
         {"neg.s32", "=r r", unary<int, neg_s>},
@@ -308,7 +329,10 @@ const std::vector<Op> ALU_OPS = [] {
         {"mul.f32", "=r r r", binary<float, mul_f>},
         {"add.rn.f32", "=r r r", binary<float, add_f>},
         {"mul.rn.f32", "=r r r", binary<float, mul_f>},
+        {"add.f64", "=l l l", binary<double, add_d>},
         {"sub.f64", "=l l l", binary<double, sub_d>},
+        {"div.rn.f64", "=l l l", binary<double, div_d>},
+        {"prmt.b32", "=r r r r", permute},
         {"fma.rn.f32", "=r r r r", ternary<float, fma_f>},
         {"neg.f32", "=r r", unary<float, neg_f>},
         {"abs.f32", "=r r", unary<float, abs_f>},
@@ -341,8 +365,8 @@ const std::vector<Op> ALU_OPS = [] {
         all.push_back({name, "=r r", unary<u32, same<u32>>});
     for (const char *name : {"mov.u16", "mov.b16"})
         all.push_back({name, "=h h", unary<u16, same<u16>>});
-    for (const char *name :
-         {"mov.u64", "mov.b64", "cvta.param.u64", "cvta.shared.u64", "cvta.to.shared.u64"})
+    for (const char *name : {"mov.u64", "mov.b64", "mov.f64", "cvta.param.u64", "cvta.shared.u64",
+                             "cvta.to.shared.u64"})
         all.push_back({name, "=l l", unary<u64, same<u64>>});
     for (const char *name : {"selp.b32", "selp.f32", "selp.s32", "selp.u32"})
         all.push_back({name, "=r r r p", select<u32>});

@@ -17,11 +17,11 @@ from pathlib import Path
 # that other instructions write.
 _EFFECTS = re.compile(
     r"(?<![\w.])(st\.|ld\.shared|ldmatrix|stmatrix|cp\.async|bar\.|barrier\.|mbarrier\.|fence\."
-    r"|wgmma\.|setmaxnreg|prefetch|shfl\.|vote\.|elect\.)"
+    r"|wgmma\.|setmaxnreg|prefetch|shfl\.|vote\.|elect\.|red\.|atom\.)"
 )
 _MEMORY = re.compile(
     r"(?<![\w.])(st\.|ld\.shared|ldmatrix|stmatrix|cp\.async|bar\.|barrier\.|mbarrier\.|fence\."
-    r"|wgmma\.(fence|commit_group|wait_group)|prefetch)"
+    r"|wgmma\.(fence|commit_group|wait_group)|prefetch|red\.|atom\.)"
 )
 
 

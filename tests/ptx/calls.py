@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emu import run_qk8
 from emu.args import Args, View
-from emu.rows import CSRC, Job, TileSm90
+from emu.rows import CSRC, Job, TileQk8, TileSm90
 from emu.run import (
     LIMIT_F16,
     LIMIT_SUM_F16,
@@ -77,6 +78,8 @@ class Runner:
     def __call__(self, _tile: Any, *operands: Tensor, **options: Any) -> Result:
         knobs = self.knobs or knobs_of(options.get("schedule", Schedule()))
         options = {name: x for name, x in options.items() if name not in ("schedule", "csrc")}
+        if isinstance(self.tile, TileQk8):
+            return _run_qk8(self, knobs, *operands, **options)
         run = _run_sm90 if isinstance(self.tile, TileSm90) else _run
         return run(self, knobs, *operands, **options)
 
@@ -159,6 +162,17 @@ def _run(
     if split_tiles:
         return Result(out, lse, 0)
     return Result(out[0], lse[0] if lse is not None else None, 0)
+
+
+def _run_qk8(runner: Runner, knobs: Knobs, *operands: Tensor, **options: Any) -> Result:
+    tile = runner.tile
+
+    def launcher(args: Args, grid: int, tensors: list[Any]) -> int:
+        how = {"shared_bytes": tile.smem_bytes, "threads": tile.num_threads, "knobs": knobs}
+        launch(runner.program, args, grid, tensors, **how)
+        return 0
+
+    return run_qk8.run(tile, *operands, launcher=launcher, **options)
 
 
 def takes_tma(x: Tensor) -> bool:

@@ -31,6 +31,13 @@ void low_word(Warp &w, const Ins &, const int *o, u32 mask) {
     w.define(o[0], mask, w.defined[o[1]]);
 }
 
+void s64_from_low_byte(Warp &w, const Ins &, const int *o, u32 mask) {
+    u64 *d = w.at<u64>(o[0]);
+    const u64 *a = w.at<u64>(o[1]);
+    lanes(mask, [&](int l) { d[l] = (u64)(i64)(int8_t)a[l]; });
+    w.define(o[0], mask, w.defined[o[1]]);
+}
+
 /* "d, a, b": a becomes the upper half of d, b the lower one. */
 template <u32 f(float)> void pair_of(Warp &w, const Ins &, const int *o, u32 mask) {
     u32 *d = w.at<u32>(o[0]);
@@ -41,6 +48,8 @@ template <u32 f(float)> void pair_of(Warp &w, const Ins &, const int *o, u32 mas
 
 u64 from_s32(u32 x) { return (u64)(i64)(int)x; }
 u64 from_u32(u32 x) { return x; }
+u64 low_half_64(u32 x) { return x & 0xffffu; }
+u64 s64_from_s8(u32 x) { return (u64)(i64)(int8_t)x; }
 u32 low_half(u32 x) { return x & 0xffffu; }
 u32 from_s16(u32 x) { return (u32)(int)(int16_t)x; }
 u32 from_s8(u32 x) { return (u32)(int)(int8_t)x; }
@@ -90,6 +99,14 @@ template <float f(float)> void kept_approximation(Warp &w, const Ins &, const in
 float inverse(float x) { return 1.0f / x; }
 float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 
+void double_from_s32(Warp &w, const Ins &, const int *o, u32 mask) {
+    double *d = w.at<double>(o[0]), result[LANES];
+    const u32 *a = w.at<u32>(o[1]);
+    lanes(mask, [&](int l) { result[l] = (double)(int)a[l]; });
+    lanes(mask, [&](int l) { d[l] = result[l]; });
+    w.define(o[0], mask, w.defined[o[1]]);
+}
+
 /* "cvt" between the two sizes of floats. */
 void double_from_float(Warp &w, const Ins &, const int *o, u32 mask) {
     double *d = w.at<double>(o[0]), result[LANES];
@@ -132,6 +149,10 @@ float power_of_two(float x) {
 const std::vector<Op> CONVERT_OPS = {
     {"cvt.s64.s32", "=l r", widen<from_s32>},
     {"cvt.u64.u32", "=l r", widen<from_u32>},
+    {"cvt.u64.u16", "=l h", widen<low_half_64>},
+    {"cvt.s64.s8", "=l r", widen<s64_from_s8>},
+    {"cvt.s64.s8", "=l h", widen<s64_from_s8>},
+    {"cvt.s64.s8", "=l l", s64_from_low_byte},
     {"cvt.u32.u64", "=r l", low_word},
     {"cvt.u32.u16", "=r h", words<low_half>},
     {"cvt.u16.u32", "=h r", words<low_half>},
@@ -151,5 +172,6 @@ const std::vector<Op> CONVERT_OPS = {
     {"rcp.approx.ftz.f32", "=r r", approximation<inverse>},
     {"rsqrt.approx.f32", "=r r", kept_approximation<inverse_root>},
     {"cvt.f64.f32", "=l r", double_from_float},
+    {"cvt.rn.f64.s32", "=l r", double_from_s32},
     {"cvt.rn.f32.f64", "=r l", float_from_double},
 };

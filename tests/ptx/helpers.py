@@ -10,12 +10,15 @@ import math
 from collections import Counter
 from ctypes import Structure, c_int, c_longlong
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from emu.args import Lengths, MergeArgs, PackArgs, PutLengthsArgs, View
+from emu import qk8
+from emu.args import GuardArgs, Lengths, MergeArgs, PackArgs, PutLengthsArgs, View
 from emu.rows import CSRC
 from ptx import collect, machine
 from ptx.calls import kernel
@@ -23,7 +26,11 @@ from ptx.calls import kernel
 NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HALVES = (torch.float16, torch.bfloat16)
 HELPERS = tuple(
-    f"wan_attn_{name}" for name in ("measure", "find_scale", "convert", "merge", "put_lengths")
+    f"wan_attn_{name}"
+    for name in (
+        *("measure", "find_scale", "convert", "merge", "put_lengths"),
+        *("sum_keys", "mean_of_keys", "quantise_k", "quantise_q", "watch"),
+    )
 )
 MERGED_PARTS = (3, 11)  # and as many as the compiler's unrolled loops take at once, and some more
 
@@ -205,7 +212,61 @@ class Helpers:
             self._launch("put_lengths", args, 4, to)
             assert to.tolist() == list(range(3, 3 + count))
 
+    def check_qk8(self, dtype: torch.dtype) -> None:
+        """Integers, steps and means, to the bit; with lengths of both kinds, views, bad numbers."""
+
+        def run(name: str, args: Structure, grid: int, tensors: list[Any]) -> None:
+            knobs = machine.Knobs(order=grid % 3, seed=grid)
+            machine.launch(self.program(name), args, grid, tensors, threads=128, knobs=knobs)
+
+        for head_dim, kind in ((64, torch.int32), (128, torch.int64)):
+            around = torch.randn(2, 9, 2, head_dim + 3).to(dtype)
+            query, key = around[..., 3:], torch.randn(2, 700, 1, head_dim).to(dtype)
+            key = key * torch.logspace(-1, 1, head_dim).to(dtype) + 2
+            query[1, 2, 0, 5], key[0, 9, 0, 7] = math.inf, math.nan
+            query[0, 1], key[1, 3] = 0.0, 1e-40
+            qk8.check_integers(query, key, runner=run)
+            lens = {"q_lens": torch.tensor([4, 9]), "k_lens": torch.tensor([70, 0])}
+            lens = {name: n.to(kind) for name, n in lens.items()}
+            qk8.check_integers(query, key, scale=-0.3, runner=run, **lens)
+            qk8.check_integers(query, key[:, :65], scale=1e-45, wants_lse=False, runner=run)
+            qk8.check_integers(query, key[:, :65], scale=3e38, wants_lse=False, runner=run)
+
+    def check_watch(self, v_dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+        """The largest real |v|, and how many numbers of v and out are not finite."""
+        out = torch.randn(2, 70, 2, 80).to(out_dtype)
+        value = torch.randn(2, 130, 1, 80).to(v_dtype)
+        for kind in (torch.int32, torch.int64, None):
+            lens = None if kind is None else torch.tensor([130, 65], dtype=kind)
+            value[1, 65:] = 900.0
+            value[0, 129, 0, 79], out[1, 69, 1, 79], out[0, 0, 0, 0] = -77.0, math.nan, -math.inf
+            words = torch.zeros(4, dtype=torch.int32)
+            lengths = _lengths(lens)
+            args = GuardArgs(
+                *(_view(value), _view(out), lengths, words.data_ptr(), 2, 70, 130, 2, 1, 80),
+                *(NUMBER[v_dtype], NUMBER[out_dtype]),
+            )
+            known = [("v", value, 0), ("out", out, 0), ("guard", words, 1)]
+            known += [] if lens is None else [("lens", lens, 0)]
+
+            run = partial(
+                machine.launch,
+                *(self.program("wan_attn_watch"), args, -(-(2 * (2 * 2 + 3)) // 4), _known(known)),
+                threads=128,
+            )
+            run()
+            largest = 77.0 if lens is not None else 900.0
+            assert words[:1].view(torch.float32).item() == largest
+            assert words[1:].tolist() == [0, 0, 2]
+            words[3] = -1  # full
+            run()
+            assert words[1:].tolist() == [0, 0, -1]
+
     def check_all(self) -> None:
+        for dtype in NUMBER:
+            self.check_qk8(dtype)
+            self.check_watch(dtype, torch.float32)
+            self.check_watch(torch.bfloat16, dtype)
         for source, to in itertools.product(NUMBER, HALVES):
             self.check_convert(source, to)
         self.check_scales()

@@ -292,6 +292,8 @@ void acquire(Warp &w, const Clocks &from);
 void release(Warp &w, Clocks &to);
 void lanes_meet(Warp &w);
 u8 *global_memory(Machine &m, u64 address, u64 bytes, u32 alignment, bool writes);
+/* A word of an output that atomic operations may change as often as they like. */
+u8 *atomic_memory(Machine &m, u64 address);
 
 /* sync.cpp */
 Mbarrier &mbarrier_at(Warp &w, Place at);

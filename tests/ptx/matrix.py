@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from emu import cases, cases_sm90
+from emu import cases, cases_qk8, cases_sm90
 from emu.cases import Case
-from emu.rows import Job, TileSm90
+from emu.rows import Job, TileQk8, TileSm90
 from emu.run import Schedule
 from ptx import collect, pin
 from ptx.calls import Runner
@@ -86,7 +86,8 @@ def check(runner: Runner, case: Case, number: int) -> None:
         knobs = replace(knobs, sum_block=0, ex2_error=0)
     judged = case.return_lse and not knobs.sum_block and not knobs.ex2_error
     case = replace(case, schedule=Schedule(knobs.landing, number), return_lse=judged)
-    cases.check(case, runner.tile, runner=replace(runner, knobs=knobs))
+    judge: Any = cases_qk8.check if isinstance(runner.tile, TileQk8) else cases.check
+    judge(case, runner.tile, runner=replace(runner, knobs=knobs))
 
 
 def check_outputs(runner: Runner) -> None:

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  * memory.cpp - loads, stores and copies: PTX ISA, "ld", "ld.global.nc", "st", "Warp-level matrix
  * load instruction: ldmatrix", "Warp-level matrix store instruction: stmatrix", "cp.async", "mapa",
- * "prefetch".
+ * "prefetch", "red", "atom".
  */
+#include <algorithm>
 #include <cstring>
 
 #include "machine.h"
@@ -162,6 +163,28 @@ template <bool TRANSPOSED> void stmatrix_x4(Warp &w, const Ins &, const int *o, 
     }
 }
 
+/* "red" and "atom" on a word of an output, lane by lane: in any order, as on the hardware. */
+template <bool IS_MAX, bool RETURNS>
+void change_global(Warp &w, const Ins &, const int *o, u32 mask) {
+    const int *m = o + (RETURNS ? 1 : 0);
+    w.need(m[0], mask, "an address");
+    w.need(m[2], mask, "an atomic operation");
+    u64 at[LANES]; /* a result may lie over the address */
+    lanes(mask, [&](int lane) { at[lane] = address_of(w, m, lane, true); });
+    for (u32 rest = mask; rest; rest &= rest - 1) {
+        int lane = __builtin_ctz(rest);
+        u8 *to = atomic_memory(*w.machine, at[lane]);
+        u32 before, x = w.at<u32>(m[2])[lane];
+        std::memcpy(&before, to, 4);
+        u32 after = IS_MAX ? std::max(before, x) : before + x;
+        std::memcpy(to, &after, 4);
+        if (RETURNS)
+            w.at<u32>(o[0])[lane] = before;
+    }
+    if (RETURNS)
+        w.define(o[0], mask, ALL);
+}
+
 void land(Warp &w, Copy &copy) {
     u8 *to = &w.block->shared[copy.to];
     std::memset(to, 0, 16);
@@ -283,6 +306,8 @@ const std::vector<Op> MEMORY_OPS = {
     {"ld.global.v4.b32", "{=r4} m", load_global<4, 4>},
     {"ld.global.nc.b16", "=h m", load_global<2, 1>},
     {"st.global.b16", "m h", store_global<2, 1>},
+    {"red.global.max.u32", "m r", change_global<true, false>},
+    {"atom.global.add.u32", "=r m r", change_global<false, true>},
     {"ld.shared.b32", "=r s", load_shared<4, 1>},
     {"ld.shared.v4.b32", "{=r4} s", load_shared<4, 4>},
     {"st.shared.b32", "s r", store_shared<4, 1>},

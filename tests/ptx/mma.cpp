@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * mma.cpp - mma.sync: PTX ISA, "Multiply-and-Accumulate Instruction: mma", "Matrix Fragments for
- * mma.m16n8k8", "Matrix Fragments for mma.m16n8k16 with floating point type".
+ * mma.m16n8k8", "Matrix Fragments for mma.m16n8k16 with floating point type", "Matrix Fragments for
+ * mma.m8n8k16", "Matrix Fragments for mma.m16n8k32".
  */
 #include <cstring>
 
@@ -96,6 +97,38 @@ void mma_f16(Warp &w, const Ins &, const int *o, u32 mask) {
     }
 }
 
+/* Signed bytes, summed exactly in s32: d {M / 4}, a {M K / 128}, b {K / 16}, c {M / 4}. With four
+ * bytes a register, register i of lane l: a, row l / 4 + 8 (i % (M / 8)), columns 4 (l % 4) +
+ * 16 (i / (M / 8)) and the next three; b, rows 4 (l % 4) + 16 i and the next three, column l / 4; c
+ * and d, row l / 4 + 8 (i / 2), column 2 (l % 4) + i % 2. */
+template <int M, int K> void mma_s8(Warp &w, const Ins &, const int *o, u32 mask) {
+    const int halves = M / 8, a_words = M * K / 128, b_words = K / 16, d_words = M / 4;
+    const int *in = o + d_words, *c = in + a_words + b_words;
+    need_all(w, in, 0, a_words + b_words + d_words, mask);
+    int a[M][K], b[K][8], d[M][8];
+    for (int l = 0; l < LANES; l++)
+        for (int e = 0; e < 4; e++) {
+            for (int i = 0; i < a_words; i++)
+                a[l / 4 + 8 * (i % halves)][4 * (l % 4) + 16 * (i / halves) + e] =
+                    (int8_t)(w.at<u32>(in[i])[l] >> 8 * e);
+            for (int i = 0; i < b_words; i++)
+                b[4 * (l % 4) + 16 * i + e][l / 4] =
+                    (int8_t)(w.at<u32>(in[a_words + i])[l] >> 8 * e);
+        }
+    for (int l = 0; l < LANES; l++)
+        for (int i = 0; i < d_words; i++)
+            d[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2] = (int)w.at<u32>(c[i])[l];
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < 8; n++)
+            for (int k = 0; k < K; k++)
+                d[m][n] = (int)((u32)d[m][n] + (u32)(a[m][k] * b[k][n]));
+    for (int i = 0; i < d_words; i++) {
+        for (int l = 0; l < LANES; l++)
+            w.at<u32>(o[i])[l] = (u32)d[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2];
+        w.define(o[i], mask, ALL);
+    }
+}
+
 } // namespace
 
 const std::vector<Op> TENSOR_OPS = {
@@ -107,4 +140,6 @@ const std::vector<Op> TENSOR_OPS = {
     {"mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32", "{=r4} {r2} {r1} {r4}",
      mma_f32<8, true>},
     {"mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16", "{=r2} {r4} {r2} {r2}", mma_f16},
+    {"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "{=r4} {r4} {r2} {r4}", mma_s8<16, 32>},
+    {"mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32", "{=r2} {r1} {r1} {r2}", mma_s8<8, 16>},
 };

@@ -51,6 +51,15 @@ Place shared_place(Warp &w, u32 address, u32 bytes, u32 alignment, bool own_bloc
     return {&m.blocks[rank], offset};
 }
 
+u8 *atomic_memory(Machine &m, u64 address) {
+    if (address % 4 != 0)
+        trap("misaligned atomic operation at 0x%llx", (unsigned long long)address);
+    for (const Tensor &t : m.tensors)
+        if (t.output && address >= (u64)t.data && address + 4 <= (u64)t.data + (u64)t.bytes)
+            return (u8 *)address;
+    trap("atomic operation at 0x%llx: out of every output", (unsigned long long)address);
+}
+
 u8 *global_memory(Machine &m, u64 address, u64 bytes, u32 alignment, bool writes) {
     if (address % alignment != 0)
         trap("misaligned global address 0x%llx: not a multiple of %u", (unsigned long long)address,

@@ -59,6 +59,8 @@ def _literal(text: str, bits: int) -> int | None:
     """The bits of a constant of this size; None if it is none (PTX ISA, "Constants")."""
     if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
         return int(match[1], 16)
+    if bits == 64 and (match := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", text)):
+        return int(match[1], 16)
     if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
         value = int(text.rstrip("U"), 0)
         if not -(1 << max(bits - 1, 1)) <= value < 1 << max(bits, 2):

@@ -51,7 +51,8 @@ COLUMNS = (
     Column("of_datasheet", "% sheet", ".0f", 100),
     Column("speedup", "x torch", ".2f"),
     Column("max_error", "max error", ".1e"),
-    Column("rms_error", "rel. rms", ".1e"),
+    Column("rms_error", "rel. L2", ".1e"),
+    Column("one_less_cosine", "1 - cos", ".0e"),
     Column("extra_mib", "extra MiB", ".1f"),
 )
 
@@ -267,6 +268,7 @@ def _add_quality(
     error = accuracy.error(call(), exact)
     extra = accuracy.extra_bytes(call, device)
     row["max_error"], row["rms_error"] = error.max, error.relative_rms
+    row["one_less_cosine"] = error.one_less_cosine
     row["extra_mib"] = None if extra is None else extra / 2**20
 
 

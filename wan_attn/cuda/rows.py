@@ -17,6 +17,7 @@ from wan_attn.cuda.tiles import (
     Row,
     RowError,
     Tile,
+    TileQk8,
     TileSm90,
     gpus,
     half_rate,
@@ -25,6 +26,7 @@ from wan_attn.cuda.tiles import (
     table_rows,
     tegra,
     tiles,
+    tiles_qk8,
     tiles_sm90,
 )
 
@@ -38,6 +40,7 @@ __all__ = [
     "Row",
     "RowError",
     "Tile",
+    "TileQk8",
     "TileSm90",
     "class_of",
     "gpus",
@@ -51,6 +54,8 @@ __all__ = [
     "tegra",
     "tiles",
     "tiles_for",
+    "tiles_qk8",
+    "tiles_qk8_for",
     "tiles_sm90",
 ]
 
@@ -142,10 +147,19 @@ def tiles_for(arch: int) -> tuple[Tile, ...]:
     return tuple(tile for tile in tiles() if tile.gpu_class == gpu_class)
 
 
+def tiles_qk8_for(arch: int) -> tuple[TileQk8, ...]:
+    """Those of 8-bit scores. Hopper has none: refuse.c says why."""
+    if arch in {tile.one_arch for tile in tiles_sm90()}:
+        return ()
+    gpu_class = class_of(arch)
+    return tuple(tile for tile in tiles_qk8() if tile.gpu_class == gpu_class)
+
+
 def kernels_for(arch: int) -> tuple[Kernel, ...]:
     """All that `arch` runs: attention, the passes before and after, norm and rotation."""
     sm90 = (t for t in tiles_sm90() if t.one_arch == arch)
-    return (*sm90, *tiles_for(arch), *helpers().values(), *rope_kernels().values())
+    tiles = (*sm90, *tiles_for(arch), *tiles_qk8_for(arch))
+    return (*tiles, *helpers().values(), *rope_kernels().values())
 
 
 def jobs_for(arch: int, names: Iterable[str] | None = None) -> tuple[Job, ...]:

@@ -25,6 +25,7 @@ class Row:
     name: str
     dtypes: tuple[str, ...]  # BF16, F16
     head_dim: int
+    is_lossy: bool
 
     def symbol(self, dtype: str) -> str:
         """The name of the kernel: sdpa_sm80_bf16_d128 of sdpa_sm80_d128."""
@@ -63,7 +64,7 @@ class Tile:
 
     @property
     def bf16_as_f16(self) -> bool:
-        """Turing: k and v of a bf16 row are f16, with a scale each."""
+        """Turing: operands of a bf16 row that are not integers are f16, with a scale each."""
         return self.gpu_class == "TURING" and self.dtype == "BF16"
 
     @property
@@ -97,6 +98,24 @@ class Tile:
             "MIN_CTAS": str(self.min_ctas),
             "PV_SUM_F16": str(self.pv_sum_f16),
         }
+
+
+@dataclass(frozen=True)
+class TileQk8(Tile):
+    """One TILE_QK8 line for one of its row's dtypes: the same body with 8-bit scores."""
+
+    @property
+    def v_is_scaled(self) -> bool:
+        """V comes in f16, with a scale for each head."""
+        return bool(self.pv_sum_f16) or self.bf16_as_f16
+
+    @property
+    def smem_bytes(self) -> int:
+        return _smem_bytes("QK8", self)
+
+    def defines(self) -> dict[str, str]:
+        """The macros that turn the body into this kernel."""
+        return {**super().defines(), "QK_INT8": "1"}
 
 
 @dataclass(frozen=True)
@@ -264,9 +283,11 @@ def _made(made: type[Made], first: tuple[object, ...], columns: list[str]) -> Ma
 @cache
 def table_rows() -> dict[str, Row]:
     """The rows of the kernel table for CUDA, best first."""
+    families = re.findall(r"^#define (\w+) +\d+, \w+, ([01]), \"", _text("sdpa_rows.def"), re.M)
+    lossy = {name for name, flag in families if flag == "1"}
     return {
-        name: Row(name, tuple(re.findall(r"DT\((\w+)\)", dtypes)), int(head_dim))
-        for name, _, dtypes, head_dim in _lines("ROW")
+        name: Row(name, tuple(re.findall(r"DT\((\w+)\)", dtypes)), int(head_dim), family in lossy)
+        for name, family, dtypes, head_dim in _lines("ROW")
     }
 
 
@@ -285,6 +306,11 @@ def _read_tiles(macro: str, made: type[Made]) -> tuple[Made, ...]:
 @cache
 def tiles() -> tuple[Tile, ...]:
     return _read_tiles("TILE", Tile)
+
+
+@cache
+def tiles_qk8() -> tuple[TileQk8, ...]:
+    return _read_tiles("TILE_QK8", TileQk8)
 
 
 @cache

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from wan_attn.precision.guard import Later
+from wan_attn.precision.pace import Pace
 from wan_attn.precision.place import Place
 from wan_attn.precision.sampling import Allowance
 
@@ -50,7 +51,7 @@ class Layer:
     events: list[str] = field(default_factory=list)
     allowance: Allowance = field(default_factory=Allowance)
     pending: list[Note] = field(default_factory=list)
-    _marks: list[tuple[Any, Any, bool]] = field(default_factory=list)
+    _marks: list[tuple[Any, Any, bool, Pace | None]] = field(default_factory=list)
 
     def begin(self, run: int) -> None:
         """A call of this run: what was decided in another one is forgotten."""
@@ -67,25 +68,28 @@ class Layer:
             return None
         return _mark(device)
 
-    def stop(self, begun: Any, device: torch.device, is_lossy: bool) -> None:
-        """After it."""
+    def stop(self, begun: Any, device: torch.device, is_lossy: bool, pace: Pace | None) -> None:
+        """After it; `pace` learns what it took, too."""
         self.lossy_calls += is_lossy
         self.exact_calls += not is_lossy
         if isinstance(begun, float):
-            self._add(time.perf_counter() - begun, is_lossy)
+            self._add(time.perf_counter() - begun, is_lossy, pace)
         elif begun is not None:
-            self._marks.append((begun, _mark(device), is_lossy))
-            if len(self._marks) >= KEPT_MARKS:
+            self._marks.append((begun, _mark(device), is_lossy, pace))
+            is_waited_for = pace is not None and pace.least() is None
+            if is_waited_for or len(self._marks) >= KEPT_MARKS:
                 self.drain(wait=False)
 
     def drain(self, wait: bool) -> None:
         """Turn events into seconds: all after waiting for them, else those that have passed."""
         while self._marks and (wait or self._marks[0][1].query()):
-            begin, end, is_lossy = self._marks.pop(0)
+            begin, end, is_lossy, pace = self._marks.pop(0)
             end.synchronize()
-            self._add(begin.elapsed_time(end) / 1e3, is_lossy)
+            self._add(begin.elapsed_time(end) / 1e3, is_lossy, pace)
 
-    def _add(self, seconds: float, is_lossy: bool) -> None:
+    def _add(self, seconds: float, is_lossy: bool, pace: Pace | None) -> None:
+        if pace is not None:
+            pace.add(seconds, is_lossy)
         if is_lossy:
             self.lossy_seconds += seconds
         else:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from wan_attn import log
+from wan_attn import config, log
 from wan_attn.backends import native
 from wan_attn.backends._errors import is_device_error
 from wan_attn.native.library import QK8
-from wan_attn.precision import guard, parts, place, sampling, schedule, verdict
+from wan_attn.precision import guard, parts, place, sampling, say, schedule, verdict
+from wan_attn.precision.pace import Pace
 from wan_attn.precision.parts import Operands, Result, Run
 from wan_attn.precision.place import Place
 from wan_attn.precision.record import Layer, Note, title
@@ -60,6 +61,7 @@ class Watch:
         self._rules = schedule.with_own(wishes.mode, wishes.rules)
         self._why_not: dict[Request, str | None] = {}
         self._measures = wishes.mode == "auto"
+        self._paces: dict[Request, Pace] = {}
 
     def run(
         self,
@@ -84,6 +86,9 @@ class Watch:
         layer = self._layer(where)
         verdict.read_pending(layer, self.wishes.budget)
         heads = self._lossy_heads(request, where, layer, (query, key, value))
+        pace = self._pace(request)
+        if heads and pace is not None and pace.is_turn_of_exact():
+            heads = ()
         begun, ran = layer.start(query.device), ""
         result: Result | None = None
         if heads:
@@ -91,7 +96,9 @@ class Watch:
             ran = "" if result is None else self._title(request)
         if result is None:
             result = self._exact(exact, backend, where, (query, key, value), call)
-        layer.stop(begun, query.device, bool(ran))
+        layer.stop(begun, query.device, bool(ran), pace)
+        if pace is not None:
+            self._compare(pace, backend, request)
         return (*result, ran)
 
     def _layer(self, where: Place) -> Layer:
@@ -111,11 +118,12 @@ class Watch:
             return ()
         heads = schedule.lossy_heads(self._rules, where._replace(run=0), request.num_heads_q)
         if not heads:
-            self._say_what_is_unknown(where)
+            if self.wishes.mode in ("balanced", "auto"):
+                say.what_is_unknown(where, self.wishes.asked_by)
             return ()
         why_not = self._reason(request, operands)
         if why_not is not None:
-            _say_why_not(why_not)
+            say.why_not(why_not)
             return ()
         layer.groups = sampling.groups(request.num_heads_q, request.num_heads_k)
         for group in layer.why_exact:
@@ -138,14 +146,24 @@ class Watch:
         self._why_not[request] = reason
         return reason
 
-    def _say_what_is_unknown(self, where: Place) -> None:
-        if where.kind != "self" or self.wishes.mode not in ("balanced", "auto"):
+    # --- whether it is faster ---------------------------------------------------------------
+
+    def _pace(self, request: Request) -> Pace | None:
+        """Where this kind of call is compared; None: no more, or WAN_ATTN_TUNE=off."""
+        if config.current().tune == "off":
+            return None
+        if self._why_not.get(request, "") is not None:
+            return None  # no lossy row takes it, or none has been asked for
+        return self._paces.setdefault(request, Pace())
+
+    def _compare(self, pace: Pace, backend: str, request: Request) -> None:
+        least = pace.least()
+        if least is None or least[0] > least[1]:
             return
-        known = {"layer": where.layers, "step": where.step, "number of steps": where.steps}
-        unknown = [name for name, value in known.items() if value is None]
-        if unknown:
-            text = f"{self.wishes.asked_by}: no host tells the {' and '.join(unknown)} of a call"
-            log.once(text, logging.WARNING, f"{text}; it is exact (docs/precision.md)")
+        exact, lossy = (f"{1e3 * seconds:.3g} ms" for seconds in least)
+        reason = f"{self._title(request)} takes {lossy}, exactly {exact} on {backend}"
+        self._why_not[request] = reason
+        say.why_not(reason)
 
     # --- running ----------------------------------------------------------------------------
 
@@ -158,7 +176,7 @@ class Watch:
         if self.wishes.guard != "all":
             return exact(*operands, call)
         if backend != native.NAME or transforms.is_transformed(*operands):
-            _say_not_watched(f"calls on {backend} are")
+            say.not_watched(f"calls on {backend} are")
             return exact(*operands, call)
         watched = guard.make(operands[0].device)
         try:
@@ -168,7 +186,7 @@ class Watch:
         except RuntimeError as error:
             if is_device_error(error) or is_interruption(error):
                 raise
-            _say_not_watched(f"a call is ({' '.join(str(error).split())[:300]})")
+            say.not_watched(f"a call is ({' '.join(str(error).split())[:300]})")
             return exact(*operands, call)
         hit = guard.Words.of(watched.tolist()).hit()
         if hit is not None:
@@ -199,9 +217,10 @@ class Watch:
             said = " ".join(str(error).split())[:300]
             reason = f"{self._title(request)} failed at run time ({said})"
             self._why_not[request] = reason
-            _say_why_not(reason)
+            say.why_not(reason)
             return None
-        self._say_it_starts(request)
+        what = "auto" if self._measures else self.wishes.mode
+        say.it_starts(self._title(request), what, self.wishes.asked_by)
         errors = self._measure(request, layer, operands, out, call)
         note = (
             where,
@@ -240,17 +259,6 @@ class Watch:
                 lse[:, first:last] = part_lse
         return out, lse
 
-    def _say_it_starts(self, request: Request) -> None:
-        name, by = self._title(request), self.wishes.asked_by
-        what = "auto" if self._measures else self.wishes.mode
-        log.once(
-            ("lossy", name, by),
-            logging.WARNING,
-            f"Using {name}, which is not exact: 8-bit scores, where `{what}` allows them ({by})",
-        )
-
-    # --- what it says -----------------------------------------------------------------------
-
     def _measure(
         self, request: Request, layer: Layer, operands: Operands, out: Tensor, call: Call
     ) -> Tensor | None:
@@ -264,16 +272,6 @@ class Watch:
         for layer in self.layers.values():
             layer.drain(wait=True)
             verdict.read_pending(layer, self.wishes.budget, wait=True)
-
-
-def _say_not_watched(what: str) -> None:
-    text = f"WAN_ATTN_GUARD=all: {what} not watched, as only those of some of our kernels are"
-    log.once(text, logging.WARNING, text)
-
-
-def _say_why_not(reason: str) -> None:
-    text = f"no 8-bit scores for a call: {reason}; it is exact"
-    log.once(("no lossy row", reason), logging.WARNING, text)
 
 
 def _is_on_a_gpu(operands: Operands) -> bool:

@@ -32,8 +32,11 @@ _NOT_ASKED = "not asked yet"
 _lock = threading.Lock()
 
 
-def wrong(run: Run, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What `run` gets wrong on this device, in words; None: nothing."""
+def wrong(
+    run: Run, device: torch.device, dtype: torch.dtype, head_dim: int, is_lossy: bool = False
+) -> str | None:
+    """What `run` gets wrong on this device, in words; None: nothing. is_lossy: it has 8-bit
+    scores."""
     for mask in MASKED:
         case = Case(SEQLEN_Q, SEQLEN_K, head_dim, mask)
         operands = make_inputs(case)
@@ -43,18 +46,21 @@ def wrong(run: Run, device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         q_lens = None if case.q_lens is None else torch.tensor(case.q_lens, device="cpu")
         k_lens = torch.tensor(case.k_lens, device="cpu")
         out, lse = run(query, key, value, q_lens, k_lens, MASKS[mask][0])
-        found = difference(case, truth, out, lse, UNIT[dtype])
+        found = difference(case, truth, out, lse, UNIT[dtype], is_lossy)
         if found is not None:
             return found
     return None
 
 
-def difference(case: object, truth: Truth, out: Tensor, lse: Tensor, unit: float) -> str | None:
+def difference(
+    case: object, truth: Truth, out: Tensor, lse: Tensor, unit: float, is_lossy: bool = False
+) -> str | None:
     """What is beyond its bound, in words; None: nothing. `case`: what the words call the call;
-    `unit`: see reference.py."""
+    `unit`, is_lossy: see reference.py."""
+    bounds = truth.bounds(unit, is_lossy)
     for name, got, expected, bound in (
-        ("out", out, truth.out, truth.out_bound(unit, is_ours=True)),
-        ("lse", lse, truth.lse, truth.lse_bound(unit, is_ours=True)),
+        ("out", out, truth.out, bounds[0]),
+        ("lse", lse, truth.lse, bounds[1]),
     ):
         got = got.to("cpu", torch.float64)
         off = (got - expected).abs()

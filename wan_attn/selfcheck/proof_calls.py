@@ -115,7 +115,7 @@ def wrong(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
         # The first result is still held: the second cannot lie in its memory and look written.
         second = card.run(row, operands, *lens, case)
         for out, lse in (first, second):
-            found = difference(case, truth, out, lse, UNIT[dtype])
+            found = difference(case, truth, out, lse, UNIT[dtype], row.is_lossy)
             if found is not None:
                 return f"{call.name}: {found}"
         if not (torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])):
@@ -145,5 +145,5 @@ def _wrong_graph(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
         here.copy_(x)
     k_lens.copy_(real)
     out, lse = replay()
-    found = difference(case, truth, out, lse, UNIT[dtype])
+    found = difference(case, truth, out, lse, UNIT[dtype], row.is_lossy)
     return None if found is None else f"{GRAPH}: {found}"

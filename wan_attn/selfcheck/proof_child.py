@@ -68,7 +68,6 @@ class TableCard:
             row
             for row in kernels()
             if row.device == self.where.type
-            and not row.is_lossy
             and self.why_not(row, row.dtypes[0], proof_calls.CALLS[0]) is None
         ]
 

@@ -12,6 +12,13 @@ u is half a unit in the last place: 2^-9 for bfloat16, 2^-12 for float16. Paths 
 thousands of times instead of twice: u = 2^-20. Libraries that are not ours may also round the
 scores (torch 2.4 does, in float16 on the CPU), which moves a weight by u |score|: for them
 sum p|v| counts (1 + largest score of the row) times.
+
+Rows of 8-bit scores (csrc/cpu/qk8.h) may be off by more: quantising moves score (i, j) by about
+scale |q[i]| |k[j] - mean| c sqrt(2) / (127 sqrt(12 head_dim)), where c, the largest number of a
+rotated row in units of its root mean square, is about 3.5. Such shifts differ from key to key, so
+that out moves by their size times sqrt(sum p^2 (v - out)^2), and lse by their size times
+sqrt(sum p^2). Eight times that is allowed, and for lse, whose shifts do not cancel in the second
+order, the square of their size. What the integers are does not depend on the card.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ LENGTHS = ((1, 1), (1, 513), (257, 257), (257, 513), (513, 257), (513, 1), (513,
 MASKS = {"full": (False, (-1, -1)), "causal": (True, (-1, -1)), "window": (False, (100, 40))}
 UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-20}
 BATCH, HEADS_Q, HEADS_K = 2, 2, 1
+SHIFT_8BIT = 3.5 * math.sqrt(2) / (127 * math.sqrt(12))
 
 
 @dataclass(frozen=True)
@@ -99,10 +107,17 @@ class Truth:
     lse: Tensor  # [batch, heads, seqlen_q]
     spread: Tensor  # Σ p|v|, as out
     peak: Tensor  # largest |score| of each row, [batch, seqlen_q, heads, 1]
+    out_8bit: Tensor  # by how much 8-bit scores may move out
+    lse_8bit: Tensor  # and lse
 
     def out_bound(self, unit: float, is_ours: bool) -> Tensor:
         weights = self.spread if is_ours else self.spread * (1 + self.peak)
         return 2 * unit * (weights + self.out.abs())
+
+    def bounds(self, unit: float, is_lossy: bool) -> tuple[Tensor, Tensor]:
+        """For out and lse of a kernel of ours; is_lossy: one with 8-bit scores."""
+        out, lse = self.out_bound(unit, is_ours=True), self.lse_bound(unit, is_ours=True)
+        return (out + self.out_8bit, lse + self.lse_8bit) if is_lossy else (out, lse)
 
     def lse_bound(self, unit: float, is_ours: bool) -> Tensor:
         """lse is float32 for every dtype of the inputs; only a rounded score moves it further."""
@@ -138,6 +153,7 @@ def attention(
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     spread, peak = torch.zeros_like(out), torch.zeros_like(out[..., :1])
     lse = torch.full_like(out[..., 0].transpose(1, 2), -math.inf)
+    out_8bit, lse_8bit = torch.zeros_like(out), torch.zeros_like(lse)
     factor = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     group = q.shape[2] // k.shape[2]
     for b, (used_q, used_k) in enumerate(zip(q_lens, k_lens, strict=True)):
@@ -156,7 +172,16 @@ def attention(
             out[b, :used_q, h] = weights @ values
             spread[b, :used_q, h] = weights @ values.abs()
             lse[b, h, :used_q] = row
-    return Truth(out, lse, spread, peak)
+            longest = (keys - keys.mean(dim=0)).norm(dim=1).amax()
+            size = q[b, :used_q, h].double().norm(dim=1) * longest * abs(factor)
+            size *= SHIFT_8BIT / math.sqrt(q.shape[3])
+            square, here = weights.square(), out[b, :used_q, h]
+            total = square.sum(dim=1)
+            apart = square @ values.square() - 2 * here * (square @ values)
+            apart += here.square() * total[:, None]
+            out_8bit[b, :used_q, h] = 8 * size[:, None] * apart.clamp(min=0.0).sqrt()
+            lse_8bit[b, h, :used_q] = 8 * size * total.sqrt() + size.square()
+    return Truth(out, lse, spread, peak, out_8bit, lse_8bit)
 
 
 def _seen(

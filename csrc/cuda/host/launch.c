@@ -8,22 +8,11 @@
 #include <string.h>
 
 #include "cuda/args_sm90.h"
-#include "cuda/host/plan.h"
+#include "cuda/host/call.h"
 
 enum { WARP = 32 };
 
-/* One call on its way. */
-typedef struct call {
-    const wan_attn_problem *p;
-    const wan_attn_cuda_driver *driver;
-    wan_attn_cuda_plan plan;
-    int32_t device_index;
-    wan_attn_error *err;
-} call;
-
-static void *at(const call *c, wan_attn_cuda_place place) {
-    return place < 0 ? NULL : (char *)c->p->params->workspace + place;
-}
+typedef wan_attn_cuda_call call;
 
 static wan_attn_status launch(const call *c, const wan_attn_cuda_program *program, int64_t blocks,
                               void *args) {
@@ -41,17 +30,11 @@ static wan_attn_status launch(const call *c, const wan_attn_cuda_program *progra
                                                     wan_attn_cuda_symbol_of(program).text, c->err);
 }
 
-/* A helper pass in which each warp does one piece of the work. */
-static wan_attn_status launch_warps(const call *c, wan_attn_cuda_helper helper, int64_t warps,
-                                    void *args) {
+wan_attn_status wan_attn_cuda_launch_warps(const call *c, wan_attn_cuda_helper helper,
+                                           int64_t warps, void *args) {
     const wan_attn_cuda_program program = wan_attn_cuda_helper_program(helper);
     int64_t per_block = program.num_threads / WARP;
     return launch(c, &program, wan_attn_divide_up(warps, per_block), args);
-}
-
-static wan_attn_cuda_view view_of(const wan_attn_view *v) {
-    wan_attn_cuda_view view = {v->data, v->batch_stride, v->row_stride, v->head_stride};
-    return view;
 }
 
 static wan_attn_cuda_view dense(void *data, int64_t seqlen, int64_t heads, int64_t head_dim) {
@@ -65,7 +48,7 @@ static wan_attn_cuda_lengths lengths_of(const call *c, const wan_attn_lengths *l
                                         wan_attn_cuda_place place) {
     wan_attn_cuda_lengths found = {NULL, 0, 0, 0};
     if (place >= 0) {
-        found.data = at(c, place);
+        found.data = wan_attn_cuda_at(c, place);
         found.stride = 1;
     } else if (lengths->data && lengths->device_type == WAN_ATTN_CUDA) {
         found.data = lengths->data;
@@ -83,7 +66,7 @@ static wan_attn_status put_lengths(const call *c, const wan_attn_lengths *length
          first += WAN_ATTN_CUDA_MOST_LENGTHS) {
         wan_attn_cuda_put_lengths_args args;
         int64_t left = c->p->batch - first;
-        args.to = (int *)at(c, place) + first;
+        args.to = (int *)wan_attn_cuda_at(c, place) + first;
         args.count = (int)(left < WAN_ATTN_CUDA_MOST_LENGTHS ? left : WAN_ATTN_CUDA_MOST_LENGTHS);
         for (int n = 0; n < WAN_ATTN_CUDA_MOST_LENGTHS; n++)
             args.lengths[n] =
@@ -107,8 +90,8 @@ static wan_attn_status pack(const call *c, const packing *operand) {
         return WAN_ATTN_OK;
     wan_attn_cuda_pack_args args;
     memset(&args, 0, sizeof(args));
-    args.from = view_of(operand->from);
-    args.to = at(c, operand->to);
+    args.from = wan_attn_cuda_view_of(operand->from);
+    args.to = wan_attn_cuda_at(c, operand->to);
     args.seqused = operand->seqused;
     args.batch = (int)c->p->batch;
     args.seqlen = (int)operand->seqlen;
@@ -116,18 +99,20 @@ static wan_attn_status pack(const call *c, const packing *operand) {
     args.head_dim = (int)c->p->head_dim;
     args.from_dtype = (int)operand->from->dtype;
     args.to_bf16 = c->p->dtype == WAN_ATTN_BF16 && !operand->limit;
-    args.largest = at(c, operand->largest);
-    args.scale = at(c, operand->scale);
+    args.largest = wan_attn_cuda_at(c, operand->largest);
+    args.scale = wan_attn_cuda_at(c, operand->scale);
     args.num_parts = c->plan.measured_parts;
     args.limit = operand->limit;
     int64_t heads = c->p->batch * operand->heads;
     wan_attn_status status = WAN_ATTN_OK;
     if (operand->limit)
-        status = launch_warps(c, HELPER_wan_attn_measure, heads * args.num_parts, &args);
+        status =
+            wan_attn_cuda_launch_warps(c, HELPER_wan_attn_measure, heads * args.num_parts, &args);
     if (operand->limit && status == WAN_ATTN_OK)
-        status = launch_warps(c, HELPER_wan_attn_find_scale, heads, &args);
+        status = wan_attn_cuda_launch_warps(c, HELPER_wan_attn_find_scale, heads, &args);
     if (status == WAN_ATTN_OK)
-        status = launch_warps(c, HELPER_wan_attn_convert, heads * operand->seqlen, &args);
+        status =
+            wan_attn_cuda_launch_warps(c, HELPER_wan_attn_convert, heads * operand->seqlen, &args);
     return status;
 }
 
@@ -168,19 +153,25 @@ static void fill_numbers(const wan_attn_problem *p, wan_attn_cuda_args *args) {
 static void fill_operands(const call *c, wan_attn_cuda_args *args) {
     const wan_attn_problem *p = c->p;
     const wan_attn_cuda_plan *plan = &c->plan;
-    args->q = view_of(&p->q);
-    args->k = view_of(&p->k);
-    args->v = view_of(&p->v);
+    args->q = wan_attn_cuda_view_of(&p->q);
+    args->k = wan_attn_cuda_view_of(&p->k);
+    args->v = wan_attn_cuda_view_of(&p->v);
     args->q_is_f32 = p->q.dtype == WAN_ATTN_F32 && plan->q < 0;
     if (plan->q >= 0)
-        args->q = dense(at(c, plan->q), p->seqlen_q, p->num_heads_q, p->head_dim);
+        args->q = dense(wan_attn_cuda_at(c, plan->q), p->seqlen_q, p->num_heads_q, p->head_dim);
     if (plan->k >= 0)
-        args->k = dense(at(c, plan->k), p->seqlen_k, p->num_heads_k, p->head_dim);
+        args->k = dense(wan_attn_cuda_at(c, plan->k), p->seqlen_k, p->num_heads_k, p->head_dim);
     if (plan->v >= 0)
-        args->v = dense(at(c, plan->v), p->seqlen_k, p->num_heads_k, p->head_dim);
-    args->k_scale = at(c, plan->k_scale);
-    args->v_scale = at(c, plan->v_scale);
-    args->out = view_of(&p->out);
+        args->v = dense(wan_attn_cuda_at(c, plan->v), p->seqlen_k, p->num_heads_k, p->head_dim);
+    args->k_scale = wan_attn_cuda_at(c, plan->k_scale);
+    if (plan->tile->qk_int8) {
+        args->q.data = wan_attn_cuda_at(c, plan->qk8_queries);
+        args->k.data = wan_attn_cuda_at(c, plan->qk8_keys);
+        args->q_is_f32 = 0;
+        args->q_rows = wan_attn_cuda_at(c, plan->qk8_rows);
+    }
+    args->v_scale = wan_attn_cuda_at(c, plan->v_scale);
+    args->out = wan_attn_cuda_view_of(&p->out);
     args->out_is_f32 = p->out.dtype == WAN_ATTN_F32;
     args->lse = p->lse;
     args->lse_batch_stride = p->lse_batch_stride;
@@ -188,10 +179,11 @@ static void fill_operands(const call *c, wan_attn_cuda_args *args) {
     args->lse_row_stride = p->lse_row_stride;
     if (plan->num_splits == 1)
         return;
-    args->out = dense(at(c, plan->part_out), p->seqlen_q, p->num_heads_q, p->head_dim);
+    args->out =
+        dense(wan_attn_cuda_at(c, plan->part_out), p->seqlen_q, p->num_heads_q, p->head_dim);
     args->out_is_f32 = 1;
     args->out_split_stride = p->batch * args->out.batch_stride;
-    args->lse = at(c, plan->part_lse);
+    args->lse = wan_attn_cuda_at(c, plan->part_lse);
     args->lse_row_stride = 1;
     args->lse_head_stride = p->seqlen_q;
     args->lse_batch_stride = p->num_heads_q * p->seqlen_q;
@@ -271,9 +263,9 @@ static wan_attn_status merge(const call *c) {
         return WAN_ATTN_OK;
     wan_attn_cuda_merge_args args;
     memset(&args, 0, sizeof(args));
-    args.part_out = at(c, c->plan.part_out);
-    args.part_lse = at(c, c->plan.part_lse);
-    args.out = view_of(&p->out);
+    args.part_out = wan_attn_cuda_at(c, c->plan.part_out);
+    args.part_lse = wan_attn_cuda_at(c, c->plan.part_lse);
+    args.out = wan_attn_cuda_view_of(&p->out);
     args.lse = p->lse;
     args.lse_batch_stride = p->lse_batch_stride;
     args.lse_head_stride = p->lse_head_stride;
@@ -284,7 +276,8 @@ static wan_attn_status merge(const call *c) {
     args.head_dim = (int)p->head_dim;
     args.num_splits = c->plan.num_splits;
     args.out_dtype = (int)p->out.dtype;
-    return launch_warps(c, HELPER_wan_attn_merge, p->batch * p->seqlen_q * p->num_heads_q, &args);
+    return wan_attn_cuda_launch_warps(c, HELPER_wan_attn_merge,
+                                      p->batch * p->seqlen_q * p->num_heads_q, &args);
 }
 
 static wan_attn_status run_passes(const call *c) {
@@ -298,8 +291,12 @@ static wan_attn_status run_passes(const call *c) {
     if (status == WAN_ATTN_OK)
         status = pack_all(c, used_q, used_k);
     if (status == WAN_ATTN_OK)
+        status = wan_attn_cuda_quantise(c, used_q, used_k);
+    if (status == WAN_ATTN_OK)
         status = attend(c, used_q, used_k);
-    return status == WAN_ATTN_OK ? merge(c) : status;
+    if (status == WAN_ATTN_OK)
+        status = merge(c);
+    return status == WAN_ATTN_OK ? wan_attn_cuda_watch(c, used_k) : status;
 }
 
 wan_attn_status wan_attn_cuda_run_call(const wan_attn_problem *p, wan_attn_error *err) {

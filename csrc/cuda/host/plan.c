@@ -3,6 +3,8 @@
  */
 #include "cuda/host/plan.h"
 
+#include "cuda/args_qk8.h"
+
 enum {
     /* A call of few rows leaves most of a GPU idle unless its keys are shared out. Both numbers are
      * fixed, so that neither batch nor device changes a bit of the result (arXiv 2307.08691 has the
@@ -69,14 +71,28 @@ static void plan_copies(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
         plan_scale(p, plan, &plan->k_largest, &plan->k_scale);
     if (plan->v_limit)
         plan_scale(p, plan, &plan->v_largest, &plan->v_scale);
-    if (must_be_copied(plan->tile, &p->q, p->batch, p->seqlen_q, p->num_heads_q, q_pair))
+    int is_int8 = plan->tile->qk_int8;
+    if (!is_int8 &&
+        must_be_copied(plan->tile, &p->q, p->batch, p->seqlen_q, p->num_heads_q, q_pair))
         plan->q = reserve(plan, q_bytes);
-    if (plan->k_limit || p->k.dtype == WAN_ATTN_F32 ||
-        must_be_copied(plan->tile, &p->k, p->batch, p->seqlen_k, p->num_heads_k, 16))
+    if (!is_int8 && (plan->k_limit || p->k.dtype == WAN_ATTN_F32 ||
+                     must_be_copied(plan->tile, &p->k, p->batch, p->seqlen_k, p->num_heads_k, 16)))
         plan->k = reserve(plan, k_bytes);
     if (plan->v_limit ||
         must_be_copied(plan->tile, &p->v, p->batch, p->seqlen_k, p->num_heads_k, 16))
         plan->v = reserve(plan, k_bytes);
+}
+
+/* Room for what the passes of qk8.cuh make. */
+static void plan_integers(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
+    int64_t tiles = wan_attn_divide_up(p->seqlen_k, WAN_ATTN_CUDA_QK8_KEYS);
+    int64_t heads_k = p->batch * p->num_heads_k, rows = p->batch * p->num_heads_q * p->seqlen_q;
+    plan->qk8_tiles = (int)tiles;
+    plan->qk8_sums = reserve(plan, heads_k * tiles * p->head_dim * 4);
+    plan->qk8_mean = reserve(plan, heads_k * p->head_dim * 4);
+    plan->qk8_keys = reserve(plan, heads_k * tiles * WAN_ATTN_CUDA_QK8_TILE_BYTES(p->head_dim));
+    plan->qk8_queries = reserve(plan, rows * p->head_dim);
+    plan->qk8_rows = reserve(plan, rows * 8);
 }
 
 int wan_attn_cuda_is_split(const wan_attn_problem *p) {
@@ -105,10 +121,13 @@ wan_attn_cuda_plan wan_attn_cuda_make_plan(const wan_attn_problem *p,
     plan.seqused_q = plan.seqused_k = plan.q = plan.k = plan.v = -1;
     plan.k_largest = plan.k_scale = plan.v_largest = plan.v_scale = -1;
     plan.part_out = plan.part_lse = -1;
+    plan.qk8_sums = plan.qk8_mean = plan.qk8_keys = plan.qk8_queries = plan.qk8_rows = -1;
     plan.m_blocks = (int)wan_attn_divide_up(p->seqlen_q, tile->block_m * tile->cluster);
     plan.m_blocks *= tile->cluster;
     if (tile->has_f16_alone && p->dtype == WAN_ATTN_BF16)
         plan.k_limit = plan.v_limit = WAN_ATTN_CUDA_LIMIT_F16;
+    if (tile->qk_int8)
+        plan.k_limit = 0;
     if (tile->pv_sum_f16)
         plan.v_limit = WAN_ATTN_CUDA_LIMIT_SUM_F16;
     if (must_be_put(&p->seqused_q))
@@ -116,6 +135,8 @@ wan_attn_cuda_plan wan_attn_cuda_make_plan(const wan_attn_problem *p,
     if (must_be_put(&p->seqused_k))
         plan.seqused_k = reserve(&plan, p->batch * 4);
     plan_copies(p, &plan);
+    if (tile->qk_int8)
+        plan_integers(p, &plan);
     plan_split(p, &plan);
     return plan;
 }

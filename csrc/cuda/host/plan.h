@@ -19,6 +19,9 @@ typedef struct wan_attn_cuda_plan {
     wan_attn_cuda_place q, k, v;
     /* Where K or V has a limit: the largest of each part of a head, the head's scale. */
     wan_attn_cuda_place k_largest, k_scale, v_largest, v_scale;
+    /* 8-bit scores: sums of keys, their mean; the keys, the queries and what goes with them. */
+    wan_attn_cuda_place qk8_sums, qk8_mean, qk8_keys, qk8_queries, qk8_rows;
+    int qk8_tiles;
     int measured_parts;
     int k_limit, v_limit; /* they have to be f16, scaled by the head so that the largest value is
                              below 2^limit; 0: as they are */

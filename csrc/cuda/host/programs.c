@@ -43,6 +43,19 @@ static const wan_attn_cuda_tile TILES[] = {
      .cluster = 1,                                                                                 \
      .pv_sum_f16 = (pv16),                                                                         \
      .has_f16_alone = CLASS_##class == CLASS_TURING},
+#define TILE_QK8(name, class, bm, bn, num_warps, stages, q_in_regs, ctas, pv16)                    \
+    {.row = #name,                                                                                 \
+     .suffix = "",                                                                                 \
+     .body = WAN_ATTN_CUDA_SM80,                                                                   \
+     .gpu_class = CLASS_##class,                                                                   \
+     .num_threads = 32 * (num_warps),                                                              \
+     .smem_bytes = WAN_ATTN_CUDA_SMEM_QK8(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs),         \
+     .block_m = (bm),                                                                              \
+     .block_n = (bn),                                                                              \
+     .cluster = 1,                                                                                 \
+     .pv_sum_f16 = (pv16),                                                                         \
+     .has_f16_alone = CLASS_##class == CLASS_TURING,                                               \
+     .qk_int8 = 1},
 #define TILE_SM90(name, use, from, bn, consumers, stages, blocks, regs_producer, regs_consumer)    \
     {.row = #name,                                                                                 \
      .suffix = "_n" #bn "_w" #consumers "_s" #stages "_c" #blocks,                                 \
@@ -111,10 +124,15 @@ const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch, i
     return NULL;
 }
 
-int wan_attn_cuda_sums_f16(const char *row) {
+int wan_attn_cuda_is_hopper(int32_t arch) {
+    const gpu *known = gpu_of(arch);
+    return known && known->body == WAN_ATTN_CUDA_SM90 && known->arch == arch;
+}
+
+int wan_attn_cuda_is_for_half_rate(const char *row) {
     for (int n = 0; n < TILE_COUNT; n++)
         if (strcmp(TILES[n].row, row) == 0)
-            return TILES[n].pv_sum_f16;
+            return TILES[n].pv_sum_f16 && !TILES[n].qk_int8;
     return 0;
 }
 

@@ -24,6 +24,7 @@ typedef struct wan_attn_cuda_tile {
     int is_for_masks, from_q; /* which calls it is for */
     int pv_sum_f16;
     int has_f16_alone; /* the products: bf16 operands must come as f16 */
+    int qk_int8;       /* q and k come as args_qk8.h has them */
 } wan_attn_cuda_tile;
 
 /* The helper passes, named as in sdpa_rows.def. */
@@ -60,8 +61,11 @@ typedef struct wan_attn_cuda_name {
 const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch, int is_masked,
                                                 int64_t seqlen_q);
 
-/* Whether the row sums P V in f16; the GPU does not matter. */
-int wan_attn_cuda_sums_f16(const char *row);
+/* Whether the row is the exact one for cards that sum f32 at half rate. */
+int wan_attn_cuda_is_for_half_rate(const char *row);
+
+/* Whether machine code for Hopper alone runs on a GPU of this compute capability. */
+int wan_attn_cuda_is_hopper(int32_t arch);
 
 /* dtype: the row's, f16 or bf16. */
 wan_attn_cuda_program wan_attn_cuda_tile_program(const wan_attn_cuda_tile *tile,

@@ -49,13 +49,13 @@ _Static_assert(sizeof(wan_attn_cuda_plan) <= sizeof(wan_attn_row_plan),
 
 const char *wan_attn_cuda_plan_call(wan_attn_problem *p) {
     const wan_attn_cuda_device *device = wan_attn_cuda_find_device(p->params->q.device_index, NULL);
-    if (device && wan_attn_cuda_sums_f16(p->kernel_name) && !device->is_half_rate)
+    if (device && wan_attn_cuda_is_for_half_rate(p->kernel_name) && !device->is_half_rate)
         return "is faster only on cards whose tensor cores accumulate f32 at half rate (GeForce "
                "RTX 30 to 50)";
-    if (p->params->guard)
-        return "does not fill a guard";
     const wan_attn_cuda_tile *tile = device ? tile_for(p, device->arch) : NULL;
     const char *why = refuse_tile(p, tile);
+    if (!why && tile->qk_int8 && wan_attn_cuda_is_hopper(device->arch))
+        why = "is slower than sdpa_sm90 on Hopper, whose full rate mma.sync does not reach";
     if (!why)
         why = refuse_sizes(p);
     if (!why && p->out.data)

@@ -51,6 +51,13 @@ DEVICE float rounded_product(float x, float y) {
     return r;
 }
 
+/* x / y, rounded once, subnormal numbers kept; the compiler's flags do not matter. */
+DEVICE float rounded_quotient(float x, float y) {
+    float r;
+    asm("div.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+    return r;
+}
+
 /* The exact product-sum with one rounding; the compiler's flags do not matter. */
 DEVICE float fused_multiply_add(float x, float y, float z) {
     float r;

@@ -99,6 +99,18 @@ DEVICE void store_global_b32x4(void *at, const u32 x[4]) {
                  : "memory");
 }
 
+/* A number that many threads have a part in: integers, so that their order does not matter. */
+DEVICE void raise_global_u32(void *at, u32 x) {
+    asm volatile("red.global.max.u32 [%0], %1;" ::"l"(at), "r"(x) : "memory");
+}
+
+/* Returns what stood there before. */
+DEVICE u32 add_global_u32(void *at, u32 x) {
+    u32 before;
+    asm volatile("atom.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(x) : "memory");
+    return before;
+}
+
 DEVICE void load_shared_b32x4(u32 x[4], u32 at) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])

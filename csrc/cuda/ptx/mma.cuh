@@ -10,6 +10,9 @@
  *     C, D 16x8          columns 2t, 2t+1
  *         row g             d[0], d[1]        packed to 16 bits, two neighbouring C tiles are an A
  *         row g + 8         d[2], d[3]        tile: no value has to change its lane
+ *
+ * Of 8-bit elements a register holds four. A then is 16x32 and B 32x8: 2t, 2t+1 are 4t to 4t+3, and
+ * the others lie 16 columns or rows further on instead of 8; C and D are the same.
  */
 #ifndef WAN_ATTN_CUDA_PTX_MMA_H
 #define WAN_ATTN_CUDA_PTX_MMA_H
@@ -65,6 +68,24 @@ DEVICE void mma_m16n8k16_f16_sum_f16(u32 d[2], const u32 a[4], u32 b0, u32 b1) {
         "{%0, %1};"
         : "+r"(d[0]), "+r"(d[1])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* d += A B of signed 8-bit elements, exactly, in s32. Turing multiplies 8 rows and 16 columns of A
+ * at a time: the upper rows' left half and right half, then those of the lower rows. */
+DEVICE void mma_m16n8k32_s8(int d[4], const u32 a[4], u32 b0, u32 b1) {
+#if __CUDA_ARCH__ < 800
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%4}, {%8}, {%0, %1};\n\t"
+        "mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%6}, {%9}, {%0, %1};\n\t"
+        "mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%2, %3}, {%5}, {%8}, {%2, %3};\n\t"
+        "mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%2, %3}, {%7}, {%9}, {%2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
 }
 
 #endif /* WAN_ATTN_CUDA_PTX_MMA_H */

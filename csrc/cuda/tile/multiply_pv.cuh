@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * multiply_pv.cuh - O += P V(n) by mma.sync, for the rows of a warp: P from its registers, V from
- * shared memory. Includer sets HEAD_DIM, BLOCK_M, BLOCK_N, NUM_WARPS, PV_SUM_F16; PACK_P and MMA,
- * rounding and product of the operands' dtype.
+ * shared memory. Includer sets HEAD_DIM, BLOCK_M, BLOCK_N, NUM_WARPS, PV_SUM_F16, QK_INT8; PACK_P
+ * and MMA, rounding and product of the operands' dtype.
  */
 #ifndef WAN_ATTN_CUDA_TILE_MULTIPLY_PV_H
 #define WAN_ATTN_CUDA_TILE_MULTIPLY_PV_H
@@ -12,15 +12,15 @@
 /* What a tensor core sums is cut off at every product, not rounded (ptx/mma.cuh): O would shrink
  * with the number of keys. So parts are summed from zero and added to O with rounding: 32 keys
  * where they are summed in f16 (64 would be cheaper, but a V far from zero mean then has larger
- * errors than bf16 with f32 sums), else a tile. Where O and S leave no registers for that, O is
- * the tensor cores' own sum. */
+ * errors than bf16 with f32 sums; those of 8-bit scores are far larger still), else a tile. Where O
+ * and S leave no registers for that, O is the tensor cores' own sum. */
 #define PV_IN_PARTS (BLOCK_M == 16 * NUM_WARPS && HEAD_DIM + BLOCK_N < 288)
 static_assert(PV_IN_PARTS || !PV_SUM_F16, "O itself is f32");
 
 enum {
     M_TILES = BLOCK_M / (16 * NUM_WARPS),
     V_STEPS = BLOCK_N / 16,
-    PART_STEPS = PV_SUM_F16 ? 2 : V_STEPS
+    PART_STEPS = PV_SUM_F16 && !QK_INT8 ? 2 : V_STEPS
 };
 static_assert(V_STEPS % PART_STEPS == 0, "the last part must be added as well");
 

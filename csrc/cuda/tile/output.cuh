@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  * output.cuh - from the accumulators of one 16-row tile to out and lse. Includer sets HEAD_DIM and
- * PACK, the rounding of two floats to the row's 16-bit dtype.
+ * PACK, the rounding of two floats to the row's 16-bit dtype; QK_INT8, if scores are of 8 bits.
  *
  * A lane holds two neighbouring columns of every 8. Lanes 2i and 2i + 1 swap, and then hold four
  * neighbouring columns of every second 8: the four lanes of a row write 32 bytes together, one
@@ -54,6 +54,10 @@ DEVICE row_end finish_row(const wan_attn_cuda_args &args, const block_place &pla
         /* The largest weight is 2^P_SHIFT, whatever P_SHIFT - row_max was rounded to. */
         float unshifted = sum * (1.0f / (1 << P_SHIFT));
         float lse = fused_multiply_add(row_max, 0.69314718f, natural_log(unshifted));
+#if QK_INT8 /* scores are without K's mean */
+        i64 at = (i64)(place.sample * args.num_heads_q + place.head) * args.seqlen_q + row;
+        lse += load_global_f32(args.q_rows + 2 * at + 1);
+#endif
         if (sum == 0.0f && args.num_splits == 1)
             lse = float_from_bits(0x7fffffffu); /* NaN */
         store_global_f32(args.lse + lse_at + row * args.lse_row_stride,

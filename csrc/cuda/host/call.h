@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * call.h - one call on its way to a GPU, for the files that launch its passes.
+ */
+#ifndef WAN_ATTN_CUDA_HOST_CALL_H
+#define WAN_ATTN_CUDA_HOST_CALL_H
+
+#include "cuda/host/plan.h"
+
+typedef struct wan_attn_cuda_call {
+    const wan_attn_problem *p;
+    const wan_attn_cuda_driver *driver;
+    wan_attn_cuda_plan plan;
+    int32_t device_index;
+    wan_attn_error *err;
+} wan_attn_cuda_call;
+
+/* The place in the call's workspace, or NULL. */
+static inline void *wan_attn_cuda_at(const wan_attn_cuda_call *c, wan_attn_cuda_place place) {
+    return place < 0 ? NULL : (char *)c->p->params->workspace + place;
+}
+
+static inline wan_attn_cuda_view wan_attn_cuda_view_of(const wan_attn_view *v) {
+    wan_attn_cuda_view view = {v->data, v->batch_stride, v->row_stride, v->head_stride};
+    return view;
+}
+
+/* launch.c: a helper pass in which each warp does one piece of the work. */
+wan_attn_status wan_attn_cuda_launch_warps(const wan_attn_cuda_call *c, wan_attn_cuda_helper helper,
+                                           int64_t warps, void *args);
+
+/* lossy.c: makes q and k INT8, where the call's row wants that. */
+wan_attn_status wan_attn_cuda_quantise(const wan_attn_cuda_call *c, wan_attn_cuda_lengths seqused_q,
+                                       wan_attn_cuda_lengths seqused_k);
+
+/* lossy.c: adds to the call's guard, if it has one, what v and out tell. */
+wan_attn_status wan_attn_cuda_watch(const wan_attn_cuda_call *c, wan_attn_cuda_lengths seqused_k);
+
+#endif /* WAN_ATTN_CUDA_HOST_CALL_H */
