@@ -57,8 +57,8 @@ def bad_heads(x: list[Tensor], *heads: int) -> list[Tensor]:
 # --- rows ----------------------------------------------------------------------------------------
 
 
-# A measurement costs as much as 100 rows, and 0.2 % of the rows of 400 calls may be spent; the first
-# one is given.
+# A measurement costs as much as 100 rows, and 0.2 % of 400 calls may be spent. The first one is
+# given.
 MEASURED = {1: 1, 45: 1, 2048: 17, 8192: 66, 32_760: 263, 75_600: 400, 400_000: 400}
 
 
