@@ -13,7 +13,7 @@ from wan_attn import config
 from wan_attn.backends import torch_sdpa
 from wan_attn.backends._errors import is_device_error
 from wan_attn.native import bindings, cuda_driver, kernels, op, rope_on_cuda, shim
-from wan_attn.native.library import EXACT
+from wan_attn.native.library import EXACT, QK8
 from wan_attn.request import Call, Request
 from wan_attn.selfcheck import first_call, proof, rope_calls
 from wan_attn.transient import is_interruption, is_out_of_memory
@@ -103,7 +103,8 @@ def run(
             call adds to (wan_attn_guard in csrc/wan_attn.h).
     """
     if query.is_cuda:
-        _require_self_check(query.device, value.dtype, query.shape[3])
+        is_lossy = lossy.get("precision", EXACT) != EXACT
+        _require_self_check(query.device, value.dtype, query.shape[3], is_lossy)
     left, right = call.window
     out, lse = _call(
         query,
@@ -123,9 +124,12 @@ def run(
     return out, lse if call.return_lse else None
 
 
-def _require_self_check(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def _require_self_check(
+    device: torch.device, dtype: torch.dtype, head_dim: int, is_lossy: bool = False
+) -> None:
     """Raises RuntimeError, so that the next backend is tried, for a kernel that is wrong here."""
-    wrong = first_call.verdict(_answer, last_kernel, device, dtype, head_dim, _is_final)
+    run = _lossy_answer if is_lossy else _answer
+    wrong = first_call.verdict(run, last_kernel, device, dtype, head_dim, _is_final, is_lossy)
     if wrong is not None:
         raise RuntimeError(f"wan_attn: the kernel for this call is wrong on {device}: {wrong}")
 
@@ -145,6 +149,19 @@ def _answer(
 ) -> tuple[Tensor, Tensor]:
     """A call of selfcheck/first_call.py."""
     return _call(query, key, value, q_lens, k_lens, is_causal=is_causal, return_lse=True)
+
+
+def _lossy_answer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_lens: Tensor | None,
+    k_lens: Tensor,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same with 8-bit scores."""
+    options = {"is_causal": is_causal, "return_lse": True, "precision": QK8}
+    return _call(query, key, value, q_lens, k_lens, **options)
 
 
 def _call(query: Tensor, *operands: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ SEQLEN_Q, SEQLEN_K = 277, 807
 # run(query, key, value, q_lens, k_lens, is_causal) -> out, lse
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]]
 
-_verdicts: dict[tuple[torch.device, torch.dtype, int], str | RuntimeError | None] = {}
+_verdicts: dict[tuple[torch.device, torch.dtype, int, bool], str | RuntimeError | None] = {}
 _NOT_ASKED = "not asked yet"
 _lock = threading.Lock()
 
@@ -81,6 +81,7 @@ def verdict(
     dtype: torch.dtype,
     head_dim: int,
     is_final: Callable[[RuntimeError], bool] = lambda error: False,
+    is_lossy: bool = False,
 ) -> str | None:
     """wrong(), asked once for each kind of call; None also while a CUDA graph is being captured,
     when the device may not be waited for, and under WAN_ATTN_SELF_CHECK=0.
@@ -89,11 +90,12 @@ def verdict(
         name: what the last run ran on, for the words of the verdict.
         is_final: whether what `run` raised would be raised by every later run as well, as where
             there is no machine code for the device. That is kept as the verdict.
+        is_lossy: `run` has 8-bit scores; of those there is another verdict.
 
     Raises:
         RuntimeError: what `run` raised, now or at the first call of this kind.
     """
-    key = (device, dtype, head_dim)
+    key = (device, dtype, head_dim, is_lossy)
     found: str | RuntimeError | None = _verdicts.get(key, _NOT_ASKED)
     if found is None:
         return None
@@ -106,7 +108,7 @@ def verdict(
     with _lock:
         if key not in _verdicts:
             try:
-                words = wrong(run, device, dtype, head_dim)
+                words = wrong(run, device, dtype, head_dim, is_lossy)
             except RuntimeError as error:
                 if is_final(error):
                     _verdicts[key] = RuntimeError(str(error))
