@@ -6,10 +6,10 @@
  * registers. Two channels or keys of a register tile are 12 vpmaddwd and 12 vpaddd for 10 loads,
  * where float32 has 24 FMA for 14.
  * Measured, as a multiple of sdpa_avx2 (AMD EPYC, Zen 3, CPU time of one core, 2026-11-29, head_dim
- * 128, medians of interleaved rounds): 4,096 keys fp32 1.39 to 1.46, bf16 1.37; 8,192 keys fp32 1.43,
- * bf16 1.42; other programs ran beside it. Of that time S is 44 %, P V 41 %, softmax 9 %, and q and
- * k in INT8 2 %. In a loop without anything else, vpmaddwd and vpaddd have 1.74 times the products
- * of FMA, where 2 are possible.
+ * 128, medians of interleaved rounds): 4,096 keys fp32 1.39 to 1.46, bf16 1.37; 8,192 keys fp32
+ * 1.43, bf16 1.42; other programs ran beside it. Of that time S is 44 %, P V 41 %, softmax 9 %, and
+ * q and k in INT8 2 %. In a loop without anything else, vpmaddwd and vpaddd have 1.74 times the
+ * products of FMA, where 2 are possible.
  */
 #include <float.h>
 #include <math.h>
