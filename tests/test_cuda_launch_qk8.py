@@ -79,7 +79,7 @@ def test_every_kind_of_call(arch: int, tmp_path: Path) -> None:
     lens = torch.tensor([70, 33]), torch.tensor([149, 64])
     call = operands(torch.bfloat16, 70, 150, batch=2, groups=2)
     for on_device in (False, True):
-        real = {"q_lens": lens[0], "k_lens": lens[1], "lens_on_device": on_device}
+        real: dict[str, Any] = {"q_lens": lens[0], "k_lens": lens[1], "lens_on_device": on_device}
         check(gpu, arch, *call, **real, is_causal=True)
     check(gpu, arch, *call, window=(40, 3), scale=-0.2)
     around = [torch.full((*x.shape[:3], 77), math.nan, dtype=x.dtype) for x in call]

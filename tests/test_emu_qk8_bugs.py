@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
     tile = next(tile for tile in tiles_qk8() if tile.name == bug.row)
     for landing in range(3):
         found = ""
-        how = {"csrc": csrc, "schedule": Schedule(landing, landing)}
+        how: dict[str, Any] = {"csrc": csrc, "schedule": Schedule(landing, landing)}
         calls = [partial(cases_qk8.check_largest_sums, tile, **how)]
         calls += [partial(cases_qk8.check, case, tile, **how) for case in suspicious(bug.row)]
         for call in calls:

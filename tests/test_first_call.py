@@ -174,6 +174,29 @@ def row() -> str:
     return "sdpa_row"
 
 
+def test_lossy_kernels_have_a_verdict_of_their_own(
+    binding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within their own bounds, which an error of 10 % is not; and exact calls are not concerned."""
+    if binding == "torch":
+        pytest.skip("no kernel of ours runs")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    real = native._op
+
+    def wrong(*operands: Any, **options: Any) -> Any:
+        out, lse = real(*operands, **options)
+        return out * (1.1 if options.get("precision") else 1.0), lse
+
+    for is_lossy in (True, False):
+        native._require_self_check(CPU, torch.bfloat16, 64, is_lossy)
+    first_call.forget()
+    monkeypatch.setattr(native, "_op", wrong)
+    native._require_self_check(CPU, torch.bfloat16, 64)
+    with pytest.raises(RuntimeError, match="_qk8: out.* instead of"):
+        native._require_self_check(CPU, torch.bfloat16, 64, is_lossy=True)
+    first_call.forget()
+
+
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WAN_ATTN_SELF_CHECK", "0")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -63,7 +63,7 @@ static inline float quantise_row(float *x, int64_t head_dim, int16_t *to) {
         int8_t integers[8] = {0};
         float step = wan_attn_qk8_quantise(x, head_dim, integers);
         for (int64_t d = 0; d < 8; d++)
-            to[d] = integers[d];
+            to[d] = integers[d]; /* NOLINT(bugprone-signed-char-misuse,cert-str34-c): a number */
         return step;
     }
     memset(x + head_dim, 0, (size_t)(depth - head_dim) * sizeof(float));

@@ -145,8 +145,8 @@ def _check_keys(got: Integers, key: Tensor, b: int, used: int) -> list[Any]:
         np.testing.assert_array_equal(got.mean[b, h].numpy(), mean, "mean")
         with np.errstate(all="ignore"):
             want, want_step = qk8_oracle.quantised(x - mean) if used else (x, x[:, 0])
-        integers, steps = split_tile(got.keys[b, h], head_dim)
-        integers, steps = integers.flatten(0, 1).numpy(), steps.flatten().numpy()
+        tiles, tile_steps = split_tile(got.keys[b, h], head_dim)
+        integers, steps = tiles.flatten(0, 1).numpy(), tile_steps.flatten().numpy()
         np.testing.assert_array_equal(integers[:used], want, "integers of a key")
         np.testing.assert_array_equal(steps[:used], want_step, "steps of keys")
         end = -(-used // KEYS) * KEYS

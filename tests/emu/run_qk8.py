@@ -68,7 +68,7 @@ def packed(
             for h in range(heads_k):
                 x = oracle.as_float64(key[b, :len_k, h]).astype(np.float32)
                 means.append(qk8_oracle.mean_of(x))
-                whole = np.zeros((tiles * KEYS, head_dim), np.int64)
+                whole: Any = np.zeros((tiles * KEYS, head_dim), np.int64)
                 steps = np.zeros(tiles * KEYS, np.float32)
                 if len_k:
                     whole[:len_k], steps[:len_k] = qk8_oracle.quantised(x - means[h])
@@ -91,8 +91,8 @@ def packed(
                 mean = means[h * heads_k // heads_q].astype(np.float64)
                 rows[b, h, :len_q, 1] = scale * (x.astype(np.float64) @ mean)
     nothing = torch.zeros(0)
-    made = (torch.from_numpy(x) for x in (keys, queries, rows))
-    return Integers(*made, nothing, nothing)
+    packed, rotated, numbers = (torch.from_numpy(x) for x in (keys, queries, rows))
+    return Integers(packed, rotated, numbers, nothing, nothing)
 
 
 def run(

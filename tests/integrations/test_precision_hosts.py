@@ -149,6 +149,7 @@ def test_fast_leaves_images_exact(name: str) -> None:
     with precision.use("fast") as used:
         models.predict(model, inputs)
     kinds = {layer["kind"]: layer["lossy_calls"] for layer in used.report().layers}
+    assert ("image" in kinds) == (name in ("image", "animate"))
     assert kinds.pop("image", 0) == 0
     assert all(kinds.values()) and "self" in kinds
 

@@ -104,8 +104,8 @@ def run(
             call adds to (wan_attn_guard in csrc/wan_attn.h).
     """
     if query.is_cuda:
-        precision = lossy.get("precision", EXACT)
-        _require_self_check(query.device, value.dtype, query.shape[3], precision)
+        is_lossy = lossy.get("precision", EXACT) != EXACT
+        _require_self_check(query.device, value.dtype, query.shape[3], is_lossy)
     left, right = call.window
     out, lse = _call(
         query,
@@ -126,10 +126,9 @@ def run(
 
 
 def _require_self_check(
-    device: torch.device, dtype: torch.dtype, head_dim: int, precision: int = EXACT
+    device: torch.device, dtype: torch.dtype, head_dim: int, is_lossy: bool = False
 ) -> None:
     """Raises RuntimeError, so that the next backend is tried, for a kernel that is wrong here."""
-    is_lossy = precision != EXACT
     answer = _answer_in_8_bits if is_lossy else _answer
     wrong = first_call.verdict(
         answer, last_kernel, device, dtype, head_dim, _is_final, is_lossy=is_lossy

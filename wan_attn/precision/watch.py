@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from wan_attn import config, log
@@ -137,6 +138,8 @@ class Watch:
         """Why no lossy row takes the call; None: one does."""
         if transforms.is_transformed(*operands):
             return "torch.func transforms it"
+        if _is_captured(operands):
+            return "a CUDA graph is being captured, and nothing would watch its replays"
         if request in self._why_not:
             return self._why_not[request]
         reason = native.why_not(request, QK8)
@@ -174,6 +177,9 @@ class Watch:
         self, exact: Run, backend: str, where: Place, operands: Operands, call: Call
     ) -> Result:
         if self.wishes.guard != "all":
+            return exact(*operands, call)
+        if _is_captured(operands):
+            say.not_watched("calls in a CUDA graph are")
             return exact(*operands, call)
         if backend != native.NAME or transforms.is_transformed(*operands):
             say.not_watched(f"calls on {backend} are")
@@ -277,3 +283,8 @@ class Watch:
 def _is_on_a_gpu(operands: Operands) -> bool:
     """Whether what a call says can be read only later."""
     return operands[0].device.type != "cpu"
+
+
+def _is_captured(operands: Operands) -> bool:
+    """Whether the call goes into a CUDA graph: what it says would never be read."""
+    return operands[0].is_cuda and torch.cuda.is_current_stream_capturing()
