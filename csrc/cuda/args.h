@@ -124,7 +124,7 @@ typedef struct wan_attn_cuda_merge_args {
     (2 * (head_dim) * (64 * (consumers) + 2 * (stages) * (block_n)) + 64 * (stages) + 16)
 
 /* Limits of find_scale. 32 weights of at most 2^9 (P_SHIFT) times 2^1 stay below f16's 65504,
- * rounding included, and so do 64 of at most 2^8 (rows qk8); 2^15 does so alone, and leaves the
+ * rounding included, and so do 64 of at most 2^7 (rows qk8); 2^15 does so alone, and leaves the
  * largest range below: what is 2^-32 of the largest still has bf16's eight bits. */
 #define WAN_ATTN_CUDA_LIMIT_SUM_F16 1
 #define WAN_ATTN_CUDA_LIMIT_F16 15

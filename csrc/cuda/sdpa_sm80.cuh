@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * sdpa_sm80.cuh - exact attention for every GPU from sm_80 on: mma.sync m16n8k16, cp.async,
  * ldmatrix; f16 or bf16 operands, f32 sums. Rows sm75 are the same with what Turing has instead:
- * two m16n8k8, copies that are waited for, f16 products only (bf16 tensors: see Numerics).
+ * two m16n8k8, copies that are waited for, f16 products only (bf16 tensors: see Numerics). Rows qk8
+ * are the same with scores of 8 bits (QK_INT8, tile/scores_int8.cuh), and are not exact.
  *
  * Implements: FlashAttention-2 (Dao, arXiv 2307.08691, algorithm 1). Differs from it: K has two
  * buffers, so that the next tile is on its way all the time; Q stays in registers where a warp has
@@ -70,7 +71,7 @@
 #define P_SHIFT 0
 #else
 #define PACK_P pack_f16
-#define P_SHIFT (!PV_SUM_F16 ? 13 : QK_INT8 ? 8 : 9)
+#define P_SHIFT (!PV_SUM_F16 ? 13 : QK_INT8 ? 7 : 9)
 #endif
 
 #include "cuda/tile/swizzle.cuh"
