@@ -181,7 +181,8 @@ typedef struct wan_attn_kernel_info {
     X(AVX512, 1, "avx512", WAN_ATTN_CPU_AVX2, "AVX-512 F, BW, VL and DQ")                          \
     X(AVX512_BF16, 2, "avx512_bf16", WAN_ATTN_CPU_AVX512, "AVX-512 BF16")                          \
     X(AMX, 3, "amx", WAN_ATTN_CPU_AVX512_BF16, "AMX BF16")                                         \
-    X(NEON, 4, "neon", 0, "NEON")
+    X(NEON, 4, "neon", 0, "NEON")                                                                  \
+    X(AVX512_VNNI, 5, "avx512_vnni", WAN_ATTN_CPU_AVX512, "AVX-512 VNNI")
 
 /* Their bits in cpu_features: WAN_ATTN_CPU_AVX2 and so on. */
 #define WAN_ATTN_CPU_FEATURE(name, bit, text, builds_on, words) WAN_ATTN_CPU_##name = 1 << (bit),

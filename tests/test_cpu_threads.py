@@ -132,6 +132,7 @@ LEVELS = {
     "avx2": {"avx2"},
     "avx512": {"avx2", "avx512"},
     "avx512_bf16": {"avx2", "avx512", "avx512_bf16"},
+    "avx512_vnni": {"avx2", "avx512", "avx512_vnni"},
     "amx": {"avx2", "avx512", "avx512_bf16", "amx"},
     "neon": {"neon"},
 }

@@ -99,6 +99,8 @@ static uint32_t detect(void) {
     found |= WAN_ATTN_CPU_AVX512;
     if (has(seven_one.eax, 5))
         found |= WAN_ATTN_CPU_AVX512_BF16;
+    if (has(seven.ecx, 11))
+        found |= WAN_ATTN_CPU_AVX512_VNNI;
     int has_amx_bf16 = has(seven.edx, 22), has_amx_tile = has(seven.edx, 24);
     if ((saved & TILES) == TILES && has_amx_bf16 && has_amx_tile)
         found |= WAN_ATTN_CPU_AMX;

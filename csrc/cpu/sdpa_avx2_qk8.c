@@ -5,10 +5,11 @@
  * Budget: 4 x 3 accumulators, two vectors of Q^T or P^T, a pair of K or V^T and a product: all 16
  * registers. Two channels or keys of a register tile are 12 vpmaddwd and 12 vpaddd for 10 loads,
  * where float32 has 24 FMA for 14.
- * Measured, as a multiple of sdpa_avx2 (AMD EPYC, Zen 3, one core, 2026-11-29, 4096 x 4096 x 128):
- * fp32 1.46. Of that time S is 44 %, P V 41 %, softmax 9 %, and q and k in INT8 2 %. In a loop
- * without anything else, vpmaddwd and vpaddd have 1.74 times the products of FMA, where 2 are
- * possible.
+ * Measured, as a multiple of sdpa_avx2 (AMD EPYC, Zen 3, CPU time of one core, 2026-11-29, head_dim
+ * 128, medians of interleaved rounds): 4,096 keys fp32 1.39 to 1.46, bf16 1.37; 8,192 keys fp32 1.43,
+ * bf16 1.42; other programs ran beside it. Of that time S is 44 %, P V 41 %, softmax 9 %, and q and
+ * k in INT8 2 %. In a loop without anything else, vpmaddwd and vpaddd have 1.74 times the products
+ * of FMA, where 2 are possible.
  */
 #include <float.h>
 #include <math.h>

@@ -128,6 +128,14 @@ def check_result(
     assert (off <= 1e-6 * (1.0 + sizes[known])).all(), f"lse is wrong by {off.max():.3e}"
 
 
+def check_largest_sums(tile: TileQk8, **how: Any) -> None:
+    """Every weight is the largest, and so is every value: sums in f16 must hold that."""
+    query, key, value = operands(Case(20, 3 * tile.block_n), tile)
+    query, value = torch.zeros_like(query), torch.full_like(value, 1.9921875)
+    out = run(tile, query, key, value, **how).out
+    assert torch.equal(out, value[:, :20]), f"out is wrong: {out.flatten()[0]}"
+
+
 def check(case: Case, tile: TileQk8, runner: Callable[..., Result] = run, **how: Any) -> None:
     """Runs the case and holds it against the definition; an exception names it."""
     query, key, value = operands(case, tile)

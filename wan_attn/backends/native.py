@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,8 +129,10 @@ def _require_self_check(
     device: torch.device, dtype: torch.dtype, head_dim: int, is_lossy: bool = False
 ) -> None:
     """Raises RuntimeError, so that the next backend is tried, for a kernel that is wrong here."""
-    run = _lossy_answer if is_lossy else _answer
-    wrong = first_call.verdict(run, last_kernel, device, dtype, head_dim, _is_final, is_lossy)
+    answer = _answer_in_8_bits if is_lossy else _answer
+    wrong = first_call.verdict(
+        answer, last_kernel, device, dtype, head_dim, _is_final, is_lossy=is_lossy
+    )
     if wrong is not None:
         raise RuntimeError(f"wan_attn: the kernel for this call is wrong on {device}: {wrong}")
 
@@ -146,22 +149,14 @@ def _answer(
     q_lens: Tensor | None,
     k_lens: Tensor,
     is_causal: bool,
+    **precision: int,
 ) -> tuple[Tensor, Tensor]:
     """A call of selfcheck/first_call.py."""
-    return _call(query, key, value, q_lens, k_lens, is_causal=is_causal, return_lse=True)
-
-
-def _lossy_answer(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    q_lens: Tensor | None,
-    k_lens: Tensor,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
-    """The same with 8-bit scores."""
-    options = {"is_causal": is_causal, "return_lse": True, "precision": QK8}
+    options = {"is_causal": is_causal, "return_lse": True, **precision}
     return _call(query, key, value, q_lens, k_lens, **options)
+
+
+_answer_in_8_bits = partial(_answer, precision=QK8)
 
 
 def _call(query: Tensor, *operands: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:

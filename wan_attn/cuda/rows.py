@@ -158,7 +158,7 @@ def tiles_qk8_for(arch: int) -> tuple[TileQk8, ...]:
 def kernels_for(arch: int) -> tuple[Kernel, ...]:
     """All that `arch` runs: attention, the passes before and after, norm and rotation."""
     sm90 = (t for t in tiles_sm90() if t.one_arch == arch)
-    tiles = (*sm90, *tiles_for(arch), *tiles_qk8_for(arch))
+    tiles: tuple[Kernel, ...] = (*sm90, *tiles_for(arch), *tiles_qk8_for(arch))
     return (*tiles, *helpers().values(), *rope_kernels().values())
 
 

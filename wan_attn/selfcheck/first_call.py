@@ -90,7 +90,7 @@ def verdict(
         name: what the last run ran on, for the words of the verdict.
         is_final: whether what `run` raised would be raised by every later run as well, as where
             there is no machine code for the device. That is kept as the verdict.
-        is_lossy: `run` has 8-bit scores; of those there is another verdict.
+        is_lossy: `run` has 8-bit scores, a kind of its own.
 
     Raises:
         RuntimeError: what `run` raised, now or at the first call of this kind.
