@@ -105,14 +105,17 @@ def test_the_environment_asks(mode: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(sdpa(*x), exact(*x))
 
 
-def test_rules_of_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_rules_of_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     x, file = some(), tmp_path / "rules.json"
     file.write_text('{"rules": [{"precision": "qk8", "layers": [3]}]}')
     monkeypatch.setenv("WAN_ATTN_SCHEDULE", str(file))
     config.refresh()
     for layer, want in ((3, lossy(*x)), (4, exact(*x))):
-        with inner(layer):
+        with inner(layer), caplog.at_level(logging.INFO, "wan_attn"):
             assert torch.equal(sdpa(*x), want)
+    assert "where rules of your own allow them (WAN_ATTN_SCHEDULE)" in caplog.text
     file.write_text("[1]")
     monkeypatch.setenv("WAN_ATTN_SCHEDULE", f"{file.parent}/../{file.parent.name}/rules.json")
     config.refresh()

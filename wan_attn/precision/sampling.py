@@ -69,7 +69,8 @@ def errors(
 ) -> Tensor:
     """[groups] float32: |out - exact|^2 / |exact|^2 over these rows of each group of heads."""
     query, key, value = operands
-    index = torch.tensor(rows, device=query.device)
+    # From pinned memory: else the copy to a GPU would wait for all that runs there.
+    index = torch.tensor(rows, pin_memory=query.is_cuda).to(query.device, non_blocking=True)
     wanted, _ = exact(query[:, index], key, value, call._replace(return_lse=False))
     wanted = wanted.float()
     off = (out[:, index].float() - wanted).square().sum((0, 1, 3))

@@ -11,10 +11,11 @@ from wan_attn.precision.place import Place
 
 def it_starts(title: str, what: str, asked_by: str) -> None:
     """A row that is not exact runs, because `what`, a mode, allows it."""
+    allowing = "rules of your own allow" if what == "exact" else f"`{what}` allows"
     log.once(
         ("lossy", title, asked_by),
         logging.WARNING,
-        f"Using {title}, which is not exact: 8-bit scores, where `{what}` allows them ({asked_by})",
+        f"Using {title}, which is not exact: 8-bit scores, where {allowing} them ({asked_by})",
     )
 
 

@@ -166,6 +166,8 @@ def _obey(settings: config.Settings) -> None:
         _by_environment = _Broken(config.ConfigError(str(error)))
     else:
         asked_by = f"WAN_ATTN_PRECISION={settings.precision}"
+        if settings.precision == "exact" and rules:
+            asked_by = "WAN_ATTN_SCHEDULE"
         wishes = Wishes(settings.precision, settings.guard, settings.error_budget, rules, asked_by)
         if wishes.is_plain:
             _by_environment = None

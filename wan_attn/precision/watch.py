@@ -225,8 +225,7 @@ class Watch:
             self._why_not[request] = reason
             say.why_not(reason)
             return None
-        what = "auto" if self._measures else self.wishes.mode
-        say.it_starts(self._title(request), what, self.wishes.asked_by)
+        say.it_starts(self._title(request), self.wishes.mode, self.wishes.asked_by)
         errors = self._measure(request, layer, operands, out, call)
         note = (
             where,
