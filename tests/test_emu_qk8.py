@@ -88,6 +88,9 @@ def test_ties_are_rounded_to_even() -> None:
     for row in range(40):
         query[0, row, 0, row + 1] = row + 0.5
     qk8.check_integers(query, query.clone())
+    false = qk8.false_ties(head_dim)
+    assert false.shape[1] >= 1
+    qk8.check_integers(false, query)
 
 
 def by_chance(count: int, seed: int) -> Iterator[cases.Case]:

@@ -117,6 +117,21 @@ def quantised(
     return made
 
 
+def false_ties(head_dim: int) -> Tensor:
+    """Rows [1, rows, 1, head_dim] whose numbers lie half way between two integers once the product
+    is rounded, and not before: two channels make a row of sums and differences alone."""
+    made = np.random.default_rng(0)
+    largest, other = (made.integers(2**11, 2**12, 2**23).astype(np.float32) for _ in range(2))
+    inverse = np.float32(127.0) / largest
+    exact = other.astype(np.float64) * inverse.astype(np.float64)
+    rounded = other * inverse
+    ties = (other < largest) & (rounded % 1 == 0.5) & (np.rint(rounded) != np.rint(exact))
+    pairs = np.stack([largest + other, largest - other], axis=1)[ties] / 2
+    rows = torch.zeros(1, len(pairs), 1, head_dim)
+    rows[0, :, 0, :2] = torch.from_numpy(pairs)
+    return rows
+
+
 def check_integers(query: Tensor, key: Tensor, **call: Any) -> Integers:
     """Runs the passes and holds every bit that they have to make against the definition."""
     got = quantised(query, key, **call)
