@@ -130,7 +130,7 @@ VARIABLES: tuple[Variable, ...] = (
         "WAN_ATTN_CPU_ISA",
         "cpu_isa",
         "choice",
-        ("auto", "portable", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx", "neon"),
+        ("auto", "portable", "avx2", "avx512", "avx512_bf16", "amx", "neon", "avx512_vnni"),
         "auto",
         "The newest instruction set that CPU kernels may use.",
         is_for_development=True,
