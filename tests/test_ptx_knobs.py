@@ -31,7 +31,11 @@ pytestmark = [
 ROWS = [job for job in matrix.attention_jobs() if "128" in job.name or "256" in job.name]
 
 
-@pytest.mark.parametrize("job", ROWS, ids=lambda job: f"{job.name}-{job.target}")
+# Scores of integers are sums that nothing cuts off.
+FLOAT_SCORES = [job for job in ROWS if "qk8" not in job.name]
+
+
+@pytest.mark.parametrize("job", FLOAT_SCORES, ids=lambda job: f"{job.name}-{job.target}")
 def test_lse_of_sums_that_are_cut_off(job: Job) -> None:
     """A step of B products loses at most B + 1 cuts at 2^-bits of its largest term, and its sum one
     at 2^-23: together, over head_dim / B steps, a bound of each score and so of lse."""
