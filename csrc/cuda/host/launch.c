@@ -164,7 +164,7 @@ static void fill_operands(const call *c, wan_attn_cuda_args *args) {
     if (plan->v >= 0)
         args->v = dense(wan_attn_cuda_at(c, plan->v), p->seqlen_k, p->num_heads_k, p->head_dim);
     args->k_scale = wan_attn_cuda_at(c, plan->k_scale);
-    if (plan->tile->qk_int8) {
+    if (plan->qk8_keys >= 0) {
         args->q.data = wan_attn_cuda_at(c, plan->qk8_queries);
         args->k.data = wan_attn_cuda_at(c, plan->qk8_keys);
         args->q_is_f32 = 0;

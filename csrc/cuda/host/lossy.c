@@ -53,7 +53,7 @@ static wan_attn_status quantise_q(const wan_attn_cuda_call *c, wan_attn_cuda_len
 
 wan_attn_status wan_attn_cuda_quantise(const wan_attn_cuda_call *c, wan_attn_cuda_lengths seqused_q,
                                        wan_attn_cuda_lengths seqused_k) {
-    if (!c->plan.tile->qk_int8)
+    if (c->plan.qk8_keys < 0)
         return WAN_ATTN_OK;
     wan_attn_cuda_qk8_args args;
     memset(&args, 0, sizeof(args));
