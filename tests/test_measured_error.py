@@ -24,6 +24,7 @@ from wan_attn.__main__ import main
 from wan_attn.precision import guard, record, report, sampling, verdict
 from wan_attn.precision.place import Place
 from wan_attn.request import PLAIN
+from wan_attn.store import processes
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -347,6 +348,19 @@ for step in range(10):
     assert layer["lossy_calls"] == 6 and 0 < layer["error"] < 0.02
     assert "[Attention] auto: 6 of 10 attention calls had 8-bit scores" in done.stderr
     assert "where `auto` allows them (WAN_ATTN_PRECISION=auto)" in done.stderr
+
+
+def test_a_rank_is_known_when_its_group_is_gone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Wan2.2's generate.py destroys it before it exits: all would write the same file."""
+    with monkeypatch.context() as under_torchrun:
+        under_torchrun.setattr(processes, "rank", lambda: 1)
+        with precision.use("fast") as used:
+            sdpa(*some())
+    assert processes.rank() == -1 and used.watch is not None
+    report.finish(used.watch, str(tmp_path / "report.json"))
+    assert [file.name for file in tmp_path.iterdir()] == ["report.rank1.json"]
 
 
 def test_an_exact_run_reports_nothing(tmp_path: Path) -> None:

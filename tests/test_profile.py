@@ -24,6 +24,7 @@ from wan_attn.integrations import _rope
 from wan_attn.request import Request
 from wan_attn.selection import profile
 from wan_attn.selection.profile import Mark, Recorder, Site
+from wan_attn.store import processes
 
 CPU = torch.device("cpu")
 
@@ -249,8 +250,12 @@ def test_the_share_of_attention_and_its_spikes() -> None:
         (-1, 7, "p.pid7.json"),
     ],
 )
-def test_every_process_has_its_own_file(rank: Any, pid: Any, name: str, tmp_path: Path) -> None:
-    assert bench_profile.file_for(tmp_path / "p.json", rank, pid) == tmp_path / name
+def test_every_process_has_its_own_file(
+    rank: Any, pid: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "is_child", lambda: pid is not None)
+    monkeypatch.setattr(os, "getpid", lambda: pid)
+    assert processes.file_for(tmp_path / "p.json", rank) == tmp_path / name
 
 
 def test_a_file_that_cannot_be_written_does_not_fail_the_run(

@@ -178,6 +178,24 @@ def check(case: Case, tile: Tile, runner: Callable[..., Result] = run, **how: An
         raise AssertionError(f"{tile.name} {case}: {error}") from error
 
 
+def check_one_key(tile: Tile, runner: Callable[..., Result] = run) -> None:
+    """Whatever its score, it gives its value to the bit."""
+    query, key, value = operands(Case(40, 1, values="peaky"), tile)
+    assert torch.equal(runner(tile, query, key, value).out, value.expand(-1, 40, -1, -1))
+
+
+def check_schedules(tile: Tile, runner: Callable[..., Result] = run) -> None:
+    """No order of warps, blocks and copies changes a bit."""
+    case = Case(tile.block_m + 1, 3 * tile.block_n - 7, q_lens=(tile.block_m,), is_causal=True)
+    given = operands(case, tile)
+    first = runner(tile, *given, **case.call())
+    for landing in range(3):
+        again = runner(tile, *given, **case.call(), schedule=Schedule(landing, landing + 9))
+        assert torch.equal(first.out, again.out)
+        assert first.lse is not None and again.lse is not None
+        assert torch.equal(first.lse, again.lse)
+
+
 def by_hand(tile: Tile) -> Iterator[Case]:
     """Around the edges of tiles, and one of each kind."""
     m, n = tile.block_m, tile.block_n

@@ -37,6 +37,12 @@ def pyplot() -> Any:
     return importlib.import_module("matplotlib.pyplot")
 
 
+def save(plt: Any, figure: Any, path: Path) -> None:
+    """The same figure makes the same file, whenever it is drawn."""
+    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+
+
 def draw(report: Report, stem: Path, suffix: str = ".svg") -> list[Path]:
     """The pictures of this report, STEM-what.svg (or .png); their paths.
 
@@ -59,9 +65,7 @@ def draw(report: Report, stem: Path, suffix: str = ".svg") -> list[Path]:
         if figure is None:
             continue
         path = stem.with_name(f"{stem.name}-{name}{suffix}")
-        metadata = {"Date": None} if suffix == ".svg" else None
-        figure.savefig(path, dpi=110, metadata=metadata)
-        plt.close(figure)
+        save(plt, figure, path)
         paths.append(path)
     return paths
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from wan_attn.bench.plots import BASE, OURS, NoPicture, pyplot
+from wan_attn.bench.plots import BASE, OURS, NoPicture, pyplot, save
 from wan_attn.precision.report import name
 
 OVER = "#c0504d"  # of an error above the budget, and of layers that went exact
@@ -39,9 +39,7 @@ def draw(found: dict[str, Any], path: Path) -> Path:
     figure.suptitle(f"wan_attn {found['wan_attn']}, mode {found['mode']}: 8-bit scores by layer")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, dpi=110, metadata=metadata)
-    plt.close(figure)
+    save(plt, figure, path)
     return path
 
 

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from wan_attn import console
 from wan_attn.bench import facts
 from wan_attn.bench.timing import percentile
 from wan_attn.selection.profile import ATTENTION, ROPE
+from wan_attn.store import processes
 
 if TYPE_CHECKING:
     from wan_attn.selection.profile import Mark, Recorder
@@ -27,9 +26,8 @@ SHOWN = 12
 
 def finish(recorder: Recorder, seconds: float) -> None:
     """Write the file, print the summary on stderr; never fails a run that has done its work."""
-    is_child = multiprocessing.parent_process() is not None
     if not recorder.marks:
-        if not is_child:
+        if not processes.is_child():
             said = "wan_attn profile: no attention call went through wan_attn"
             if recorder.not_timed:
                 said += f" outside a CUDA graph ({recorder.not_timed} were captured in one)"
@@ -39,7 +37,7 @@ def finish(recorder: Recorder, seconds: float) -> None:
     found["not_timed"] = recorder.not_timed
     found = {"format": 1, "kind": "profile", "date": recorder.date, **found}
     found["environment"] = facts.environment(recorder.device)
-    path = file_for(Path(recorder.path), recorder.rank, os.getpid() if is_child else None)
+    path = processes.file_for(Path(recorder.path), recorder.rank)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -47,15 +45,6 @@ def finish(recorder: Recorder, seconds: float) -> None:
     except OSError as error:
         where = f"not written: {error}"
     sys.stderr.write(f"{as_text(found)}\n  {where}\n")
-
-
-def file_for(path: Path, rank: int | None, pid: int | None) -> Path:
-    """The file of one process among several: FILE.rank1.json, FILE.pid123.json."""
-    if rank is not None and rank >= 0:
-        return path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
-    if pid is not None:
-        return path.with_name(f"{path.stem}.pid{pid}{path.suffix}")
-    return path
 
 
 def analyse(marks: Sequence[Mark], seconds: float) -> dict[str, Any]:

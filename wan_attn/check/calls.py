@@ -59,7 +59,7 @@ class SmallCall:
 
 
 @lru_cache(maxsize=16)
-def known(call: SmallCall) -> tuple[tuple[Tensor, Tensor, Tensor], Truth]:
+def known(call: SmallCall, is_lossy: bool) -> tuple[tuple[Tensor, Tensor, Tensor], Truth]:
     """The call's operands in float32 on the CPU, exact in every dtype, and its float64 result."""
     generator = torch.Generator("cpu").manual_seed(SEED)
     rows = (call.batch, call.seqlen_q, call.heads_q, call.head_dim)
@@ -68,7 +68,8 @@ def known(call: SmallCall) -> tuple[tuple[Tensor, Tensor, Tensor], Truth]:
     key, value = (draw(generator, *keys, lens=call.k_lens) for _ in range(2))
     q_lens = call.q_lens or (call.seqlen_q,) * call.batch
     k_lens = call.k_lens or (call.seqlen_k,) * call.batch
-    truth = attention(query, key, value, q_lens, k_lens, call.is_causal, call.window, call.scale)
+    mask = (call.is_causal, call.window, call.scale, is_lossy)
+    truth = attention(query, key, value, q_lens, k_lens, *mask)
     return (query, key, value), truth
 
 
@@ -101,7 +102,7 @@ class Tally:
             reason = reason.removeprefix(f"{row.name}: ")
             self.refused[reason] = self.refused.get(reason, 0) + 1
             return None
-        (query, key, value), truth = known(call)
+        (query, key, value), truth = known(call, self.kernel.row.is_lossy)
         device = self.target.device
         operands = query.to(device, qk_dtype), key.to(device, qk_dtype), value.to(device, dtype)
         answer = self.answer(call, operands)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from wan_attn.precision.guard import Later
 from wan_attn.precision.pace import Pace
 from wan_attn.precision.place import Place
 from wan_attn.precision.sampling import Allowance
+from wan_attn.tuning import clocks
 
 Note = tuple[Place, Later | None, Later | None]
 """What a call says of itself: where it stood, its guard, and the square errors of its heads."""
@@ -60,22 +60,19 @@ class Layer:
             self.running.clear()
             self.why_exact.clear()
 
-    def start(self, device: torch.device) -> Any:
-        """Before a call; None where it cannot be timed."""
-        if device.type != "cuda":
-            return time.perf_counter()
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        return _mark(device)
-
     def stop(self, begun: Any, device: torch.device, is_lossy: bool, pace: Pace | None) -> None:
-        """After it; `pace` learns what it took, too."""
+        """After a call; `pace` learns what it took, too.
+
+        Args:
+            begun: clocks.mark() before it.
+        """
         self.lossy_calls += is_lossy
         self.exact_calls += not is_lossy
+        ended = clocks.mark(device)
         if isinstance(begun, float):
-            self._add(time.perf_counter() - begun, is_lossy, pace)
-        elif begun is not None:
-            self._marks.append((begun, _mark(device), is_lossy, pace))
+            self._add(ended - begun, is_lossy, pace)
+        elif begun is not None and ended is not None:
+            self._marks.append((begun, ended, is_lossy, pace))
             is_waited_for = pace is not None and pace.least() is None
             if is_waited_for or len(self._marks) >= KEPT_MARKS:
                 self.drain(wait=False)
@@ -94,12 +91,6 @@ class Layer:
             self.lossy_seconds += seconds
         else:
             self.exact_seconds += seconds
-
-
-def _mark(device: torch.device) -> Any:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 def title(expert: int | None, layer: int | None, kind: str) -> str:

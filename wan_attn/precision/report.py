@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 from wan_attn import log
 from wan_attn.precision.record import Layer
 from wan_attn.precision.watch import Watch
+from wan_attn.store import processes
 from wan_attn.version import __version__
 
 FORMAT = 1
@@ -167,19 +167,9 @@ def finish(watch: Watch, path: str | None) -> None:
             log.LOGGER.info("%s %s", log.PREFIX, line)
     if path is None or not report.layers:
         return
-    file = file_of_rank(Path(path))
+    file = processes.file_for(Path(path), watch.rank)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(report.as_json(), encoding="utf-8")
     except OSError as error:
         log.LOGGER.warning("%s the precision report was not written: %s", log.PREFIX, error)
-
-
-def file_of_rank(path: Path) -> Path:
-    """The file of one process among those of torchrun: FILE.rank1.json."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return path
-    if distributed.get_world_size() < 2:
-        return path
-    return path.with_name(f"{path.stem}.rank{distributed.get_rank()}{path.suffix}")

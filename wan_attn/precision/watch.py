@@ -25,7 +25,9 @@ from wan_attn.precision.place import Place
 from wan_attn.precision.record import Layer, Note, title
 from wan_attn.precision.schedule import Heads, Rule
 from wan_attn.request import Call, Refusal, Request, transforms
+from wan_attn.store import processes
 from wan_attn.transient import is_interruption
+from wan_attn.tuning import clocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Watch:
         self._why_not: dict[Request, str | None] = {}
         self._measures = wishes.mode == "auto"
         self._paces: dict[Request, Pace] = {}
+        self.rank: int | None = None  # at exit the process group may be gone
 
     def run(
         self,
@@ -83,6 +86,8 @@ class Watch:
         Returns:
             as `exact`, and what ran as the log calls it; "" if that is what `exact` runs.
         """
+        if self.rank is None:
+            self.rank = processes.rank()
         where = place.here(request.seqlen_q, request.seqlen_k)
         layer = self._layer(where)
         verdict.read_pending(layer, self.wishes.budget)
@@ -90,7 +95,7 @@ class Watch:
         pace = self._pace(request)
         if heads and pace is not None and pace.is_turn_of_exact():
             heads = ()
-        begun, ran = layer.start(query.device), ""
+        begun, ran = clocks.mark(query.device), ""
         result: Result | None = None
         if heads:
             result = self._try_lossy(exact, request, heads, where, layer, (query, key, value), call)

@@ -26,6 +26,8 @@ import torch
 
 from wan_attn import config
 from wan_attn.request import Request
+from wan_attn.store import processes
+from wan_attn.tuning import clocks
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -102,19 +104,12 @@ class Recorder:
 
     def start(self, device: torch.device) -> Any:
         """Before a call; None where it cannot be timed: a CUDA graph is being captured."""
-        if device.type != "cuda":
-            return time.perf_counter()
-        if self.api.is_current_stream_capturing():
+        begun = clocks.mark(device, self.api)
+        if begun is None:
             self.not_timed += 1
-            return None
-        event = self._record(device)
-        self._first.setdefault(device, event)
-        return event
-
-    def _record(self, device: torch.device) -> Any:
-        event = self.api.Event(enable_timing=True)
-        event.record(self.api.current_stream(device))
-        return event
+        elif device.type == "cuda":
+            self._first.setdefault(device, begun)
+        return begun
 
     def stop(self, begun: Any, request: Request, title: str) -> None:
         """After an attention call; `title` is what ran."""
@@ -139,17 +134,17 @@ class Recorder:
     ) -> None:
         if begun is None:
             return
-        end: Any = time.perf_counter()
-        host = end - self.began
-        if device.type == "cuda":
-            end = self._record(device)
+        host = time.perf_counter() - self.began
+        end = clocks.mark(device, self.api)
+        if end is None:  # its capture has begun meanwhile
+            return
         site = self._site(sys._getframe(2))
         kind = f"{shape} {str(dtype).removeprefix('torch.')}"
         mark = Mark(site, kind, title, device, begun, end, host, part=part)
         with self._lock:
             self.marks.append(mark)
             if self.rank is None:
-                self.rank = _rank()
+                self.rank = processes.rank()
             is_time = len(self.marks) % DRAIN_EVERY == 0
         if is_time:
             self.drain(wait=False)
@@ -244,14 +239,6 @@ def _frames(frame: FrameType | None) -> Any:
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-
-def _rank() -> int:
-    """Of this process among those of torchrun; -1: alone."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return -1
-    return int(distributed.get_rank()) if distributed.get_world_size() > 1 else -1
 
 
 _recorder: Recorder | None = None

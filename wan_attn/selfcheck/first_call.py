@@ -40,7 +40,7 @@ def wrong(
     for mask in MASKED:
         case = Case(SEQLEN_Q, SEQLEN_K, head_dim, mask)
         operands = make_inputs(case)
-        truth = reference(case, *operands)
+        truth = reference(case, *operands, is_lossy)
         query, key, value = (x.to(device, dtype) for x in operands)
         # The CPU by name, here and in reference.py: the program may have another default device.
         q_lens = None if case.q_lens is None else torch.tensor(case.q_lens, device="cpu")

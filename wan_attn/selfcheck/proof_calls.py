@@ -86,9 +86,9 @@ class Card(Protocol):
 
 
 @lru_cache(maxsize=2 * len(CALLS))
-def _known(case: Case) -> tuple[Operands, Truth]:
+def _known(case: Case, is_lossy: bool) -> tuple[Operands, Truth]:
     operands = make_inputs(case)
-    return operands, reference(case, *operands)
+    return operands, reference(case, *operands, is_lossy)
 
 
 def _lens(call: ProofCall, case: Case, device: torch.device) -> tuple[Tensor | None, Tensor]:
@@ -108,7 +108,7 @@ def wrong(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
         if card.why_not(row, dtype, call) is not None:
             continue
         case = call.case(row.head_dim_max)
-        known, truth = _known(case)
+        known, truth = _known(case, row.is_lossy)
         operands = _placed(call, known, dtype, card.device())
         lens = _lens(call, case, card.device())
         first = card.run(row, operands, *lens, case)
@@ -132,7 +132,7 @@ def _wrong_graph(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
     """A captured call is replayed with other contents in the same memory, and other lengths."""
     call = ProofCall(GRAPH, lens_on_device=True)
     case = call.case(row.head_dim_max)
-    known, truth = _known(case)
+    known, truth = _known(case, row.is_lossy)
     operands = tuple(torch.zeros_like(x) for x in _placed(call, known, dtype, card.device()))
     q_lens, k_lens = _lens(call, case, card.device())
     real = k_lens.clone()

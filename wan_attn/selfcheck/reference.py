@@ -107,8 +107,8 @@ class Truth:
     lse: Tensor  # [batch, heads, seqlen_q]
     spread: Tensor  # Σ p|v|, as out
     peak: Tensor  # largest |score| of each row, [batch, seqlen_q, heads, 1]
-    out_8bit: Tensor  # by how much 8-bit scores may move out
-    lse_8bit: Tensor  # and lse
+    # By how much 8-bit scores may move out and lse; None: nobody has asked.
+    moved: tuple[Tensor, Tensor] | None = None
 
     def out_bound(self, unit: float, is_ours: bool) -> Tensor:
         weights = self.spread if is_ours else self.spread * (1 + self.peak)
@@ -117,7 +117,10 @@ class Truth:
     def bounds(self, unit: float, is_lossy: bool) -> tuple[Tensor, Tensor]:
         """For out and lse of a kernel of ours; is_lossy: one with 8-bit scores."""
         out, lse = self.out_bound(unit, is_ours=True), self.lse_bound(unit, is_ours=True)
-        return (out + self.out_8bit, lse + self.lse_8bit) if is_lossy else (out, lse)
+        if not is_lossy:
+            return out, lse
+        assert self.moved is not None, "attention() has not been asked for 8-bit scores"
+        return out + self.moved[0], lse + self.moved[1]
 
     def lse_bound(self, unit: float, is_ours: bool) -> Tensor:
         """lse is float32 for every dtype of the inputs; only a rounded score moves it further."""
@@ -126,11 +129,11 @@ class Truth:
         return 2 * (UNIT[torch.float32] * size + rounded * self.peak[..., 0].transpose(1, 2))
 
 
-def reference(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Truth:
+def reference(case: Case, q: Tensor, k: Tensor, v: Tensor, is_lossy: bool = False) -> Truth:
     """The case's result; see attention()."""
     is_causal, window = MASKS[case.mask]
     q_lens = case.q_lens or (case.seqlen_q,) * BATCH
-    return attention(q, k, v, q_lens, case.k_lens, is_causal, window)
+    return attention(q, k, v, q_lens, case.k_lens, is_causal, window, is_lossy=is_lossy)
 
 
 def attention(
@@ -142,6 +145,7 @@ def attention(
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     scale: float | None = None,
+    is_lossy: bool = False,
 ) -> Truth:
     """Straight from the definition, one head at a time.
 
@@ -149,11 +153,12 @@ def attention(
         q, k, v: [batch, seqlen, heads, head_dim]; the heads of q are a multiple of those of k.
         q_lens, k_lens: the real lengths of each sample.
         window, scale: as in Call.
+        is_lossy: with what 8-bit scores may be off by, which costs as much again.
     """
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     spread, peak = torch.zeros_like(out), torch.zeros_like(out[..., :1])
     lse = torch.full_like(out[..., 0].transpose(1, 2), -math.inf)
-    out_8bit, lse_8bit = torch.zeros_like(out), torch.zeros_like(lse)
+    moved = (torch.zeros_like(out), torch.zeros_like(lse)) if is_lossy else None
     factor = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     group = q.shape[2] // k.shape[2]
     for b, (used_q, used_k) in enumerate(zip(q_lens, k_lens, strict=True)):
@@ -172,16 +177,17 @@ def attention(
             out[b, :used_q, h] = weights @ values
             spread[b, :used_q, h] = weights @ values.abs()
             lse[b, h, :used_q] = row
-            longest = (keys - keys.mean(dim=0)).norm(dim=1).amax()
-            size = q[b, :used_q, h].double().norm(dim=1) * longest * abs(factor)
-            size *= SHIFT_8BIT / math.sqrt(q.shape[3])
-            square, here = weights.square(), out[b, :used_q, h]
-            total = square.sum(dim=1)
-            apart = square @ values.square() - 2 * here * (square @ values)
-            apart += here.square() * total[:, None]
-            out_8bit[b, :used_q, h] = 8 * size[:, None] * apart.clamp(min=0.0).sqrt()
-            lse_8bit[b, h, :used_q] = 8 * size * total.sqrt() + size.square()
-    return Truth(out, lse, spread, peak, out_8bit, lse_8bit)
+            if moved is not None:
+                longest = (keys - keys.mean(dim=0)).norm(dim=1).amax()
+                size = q[b, :used_q, h].double().norm(dim=1) * longest * abs(factor)
+                size *= SHIFT_8BIT / math.sqrt(q.shape[3])
+                square, here = weights.square(), out[b, :used_q, h]
+                total = square.sum(dim=1)
+                apart = square @ values.square() - 2 * here * (square @ values)
+                apart += here.square() * total[:, None]
+                moved[0][b, :used_q, h] = 8 * size[:, None] * apart.clamp(min=0.0).sqrt()
+                moved[1][b, h, :used_q] = 8 * size * total.sqrt() + size.square()
+    return Truth(out, lse, spread, peak, moved)
 
 
 def _seen(

@@ -17,6 +17,23 @@ import torch
 FLUSH_BYTES_MIN = 256 << 20  # where a device does not tell the size of its L2 cache
 
 
+def mark(device: torch.device, api: Any = torch.cuda) -> Any:
+    """Now: an event on the device's current stream, or the clock's seconds on the CPU; None while a
+    CUDA graph is being captured, in which nothing can be timed. For calls of a run that goes on,
+    where nothing may wait.
+
+    Args:
+        api: torch.cuda, or a stand-in.
+    """
+    if device.type != "cuda":
+        return time.perf_counter()
+    if api.is_current_stream_capturing():
+        return None
+    event = api.Event(enable_timing=True)
+    event.record(api.current_stream(device))
+    return event
+
+
 class Clock(Protocol):
     """Marks the time before and after a call, and reads the marks later."""
 
