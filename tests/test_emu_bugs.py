@@ -246,7 +246,7 @@ BUGS = (
     Bug("P forgets a step", MULTIPLY_PV, "&p[2 * step + i / 2]", "&p[2 * step]", "out is wrong"),
     Bug(
         "Q fragments in the wrong place",
-        SCORES,
+        "cuda/tile/q_fragments.cuh",
         "(u32)(thread_index() / 32) * (M_TILES * K_STEPS",
         "(u32)(thread_index() / 32) * (K_STEPS",
         "",

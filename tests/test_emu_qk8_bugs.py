@@ -89,7 +89,7 @@ BUGS = (
     Bug("lse without K's mean", OUTPUT, "lse += load_global_f32(args.q_rows + 2 * at + 1);", "lse += 0 * at;", SLIM),
     Bug("lse of another head's mean", OUTPUT, "(place.sample * args.num_heads_q + place.head) * args.seqlen_q + row;\n        lse", "(place.sample * args.num_heads_q) * args.seqlen_q + row;\n        lse", SLIM),
     Bug("sums that overflow", KERNEL, "QK_INT8 ? 7 : 9", "QK_INT8 ? 12 : 9", SLIM),
-    Bug("Q of another warp", SCORES, "(u32)(thread_index() / 32) * (M_TILES * K_STEPS * 512)", "(u32)(thread_index() / 32) * (K_STEPS * 512)", WIDE),
+    Bug("Q of another warp", "cuda/tile/q_fragments.cuh", "(u32)(thread_index() / 32) * (M_TILES * K_STEPS * 512)", "(u32)(thread_index() / 32) * (K_STEPS * 512)", WIDE),
     Bug("factors of one m tile", SCORES, "scale[i / 2][i % 2] = q.scale[i / 2][i % 2];", "scale[i / 2][i % 2] = q.scale[0][i % 2];", WIDE),
     Bug("Turing: V's scale is forgotten", KERNEL, "scale = load_global_f32(args.v_scale", "scale = 1.0f + 0.0f * load_global_f32(args.v_scale", TURING),
 )

@@ -23,19 +23,7 @@ enum {
 };
 static_assert(!BF16_AS_F16 || Q_IN_REGS, "a row of Q is scaled where all of it is at hand");
 
-/* A operands of Q: registers, or a place for them that is filled on demand. */
-typedef struct q_fragments {
-    u32 in_regs[Q_IN_REGS ? M_TILES : 1][Q_IN_REGS ? K_STEPS : 1][4];
-    u32 smem; /* this lane's 16 bytes of fragment 0 */
-    /* Of the rows' scores in base 2; used if BF16_AS_F16, else it is args.scale_log2e. */
-    float scale[M_TILES][2];
-} q_fragments;
-
-/* The first of the lane's two rows in an m tile, counted from the block's first row. */
-DEVICE int row_in_block(int m_tile) {
-    int warp = thread_index() / 32, g = thread_index() % 32 / 4;
-    return (warp * M_TILES + m_tile) * 16 + g;
-}
+#include "cuda/tile/q_fragments.cuh"
 
 /* Two neighbouring elements of Q as a packed pair of the row's dtype. */
 DEVICE u32 load_q_pair(const wan_attn_cuda_args &args, i64 at, bool is_f32) {
@@ -87,8 +75,7 @@ DEVICE void scale_q(const wan_attn_cuda_args &args, const block_place &place, q_
 
 /* Fragments of one dtype. Nothing between the loads is conditional: a branch would make each wait
  * for the one before it, a trip to memory every time. So a row behind the real length is another
- * copy of the block's first row, which is real; store_rows drops what comes of it. In shared memory
- * a fragment lies as its lanes hold it; lanes read only what they wrote. */
+ * copy of the block's first row, which is real; store_rows drops what comes of it. */
 DEVICE void load_q_as(const wan_attn_cuda_args &args, const block_place &place, int used_q,
                       q_fragments &q, bool is_f32) {
     i64 head = place.sample * args.q.batch_stride + place.head * args.q.head_stride;
@@ -104,19 +91,15 @@ DEVICE void load_q_as(const wan_attn_cuda_args &args, const block_place &place, 
                 i64 at = head + (row < used_q ? row : place.row_begin) * args.q.row_stride;
                 at += 16 * step + 8 * (i / 2) + 2 * t;
                 a[i] = load_q_pair(args, at, is_f32) ^ args.q_sign;
-                if (Q_IN_REGS)
-                    q.in_regs[m][step][i] = a[i];
             }
-            if (!Q_IN_REGS)
-                store_shared_b32x4(q.smem + (u32)(m * K_STEPS + step) * 512, a);
+            put_fragment(q, m, step, a);
         }
 }
 
 /* Straight from global memory into fragments, so that f32 needs no pass of its own. */
 DEVICE void load_q(const wan_attn_cuda_args &args, const block_place &place, int used_q,
                    q_fragments &q) {
-    q.smem = shared_base() + Q_SMEM + (u32)(thread_index() / 32) * (M_TILES * K_STEPS * 512) +
-             (u32)(thread_index() % 32) * 16;
+    q.smem = find_q_smem();
     if (args.q_is_f32)
         load_q_as(args, place, used_q, q, true);
     else
@@ -164,14 +147,7 @@ DEVICE void multiply_qk(float s[M_TILES][S_TILES][4], const q_fragments &q, u32 
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++) {
         u32 a[M_TILES][4];
-#pragma unroll
-        for (int m = 0; m < M_TILES; m++) {
-            if (!Q_IN_REGS)
-                load_shared_b32x4(a[m], q.smem + (u32)(m * K_STEPS + step) * 512);
-#pragma unroll
-            for (int i = 0; i < 4 && Q_IN_REGS; i++)
-                a[m][i] = q.in_regs[m][step][i];
-        }
+        take_fragments(a, q, step);
 #pragma unroll
         for (int j = 0; j < S_TILES; j += 2) {
             u32 b[4];

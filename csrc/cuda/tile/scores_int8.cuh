@@ -32,27 +32,14 @@ static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "a tile's pattern repeats every
 static_assert(K_CHUNKS % 32 == 0, "whole warps copy");
 static_assert(127 * 127 * HEAD_DIM < 1 << 22, "scores must not leave the float they are added to");
 
-/* A operands of Q: registers, or a place for them that is filled on demand. */
-typedef struct q_fragments {
-    u32 in_regs[Q_IN_REGS ? M_TILES : 1][Q_IN_REGS ? K_STEPS : 1][4];
-    u32 smem;                /* this lane's 16 bytes of fragment 0 */
-    float scale[M_TILES][2]; /* of the rows' scores in base 2 */
-} q_fragments;
-
-/* The first of the lane's two rows in an m tile, counted from the block's first row. */
-DEVICE int row_in_block(int m_tile) {
-    int warp = thread_index() / 32, g = thread_index() % 32 / 4;
-    return (warp * M_TILES + m_tile) * 16 + g;
-}
+#include "cuda/tile/q_fragments.cuh"
 
 /* A row behind the real length is another copy of the block's first row, which is real; store_rows
- * drops what comes of it. In shared memory a fragment lies as its lanes hold it; lanes read only
- * what they wrote. */
+ * drops what comes of it. */
 DEVICE void load_q(const wan_attn_cuda_args &args, const block_place &place, int used_q,
                    q_fragments &q) {
     i64 head = (i64)(place.sample * args.num_heads_q + place.head) * args.seqlen_q;
-    q.smem = shared_base() + Q_SMEM + (u32)(thread_index() / 32) * (M_TILES * K_STEPS * 512) +
-             (u32)(thread_index() % 32) * 16;
+    q.smem = find_q_smem();
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
         u32 a[K_STEPS][4];
@@ -68,13 +55,8 @@ DEVICE void load_q(const wan_attn_cuda_args &args, const block_place &place, int
             q.scale[m][r] = load_global_f32(args.q_rows + 2 * at);
         }
 #pragma unroll
-        for (int step = 0; step < K_STEPS; step++) {
-#pragma unroll
-            for (int i = 0; i < 4 && Q_IN_REGS; i++)
-                q.in_regs[m][step][i] = a[step][i];
-            if (!Q_IN_REGS)
-                store_shared_b32x4(q.smem + (u32)(m * K_STEPS + step) * 512, a[step]);
-        }
+        for (int step = 0; step < K_STEPS; step++)
+            put_fragment(q, m, step, a[step]);
     }
 }
 
@@ -143,14 +125,7 @@ DEVICE void multiply_qk(float s[M_TILES][S_TILES][4], const q_fragments &q, u32 
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++) {
         u32 a[M_TILES][4];
-#pragma unroll
-        for (int m = 0; m < M_TILES; m++) {
-            if (!Q_IN_REGS)
-                load_shared_b32x4(a[m], q.smem + (u32)(m * K_STEPS + step) * 512);
-#pragma unroll
-            for (int i = 0; i < 4 && Q_IN_REGS; i++)
-                a[m][i] = q.in_regs[m][step][i];
-        }
+        take_fragments(a, q, step);
 #pragma unroll
         for (int j = 0; j < S_TILES; j += 2) {
             u32 b[4];
