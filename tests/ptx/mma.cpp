@@ -97,6 +97,8 @@ void mma_f16(Warp &w, const Ins &, const int *o, u32 mask) {
     }
 }
 
+int signed_byte(u32 bytes, int e) { return (int)((bytes >> 8 * e & 0xff) ^ 0x80) - 0x80; }
+
 /* Signed bytes, summed exactly in s32: d {M / 4}, a {M K / 128}, b {K / 16}, c {M / 4}. With four
  * bytes a register, register i of lane l: a, row l / 4 + 8 (i % (M / 8)), columns 4 (l % 4) +
  * 16 (i / (M / 8)) and the next three; b, rows 4 (l % 4) + 16 i and the next three, column l / 4; c
@@ -110,10 +112,9 @@ template <int M, int K> void mma_s8(Warp &w, const Ins &, const int *o, u32 mask
         for (int e = 0; e < 4; e++) {
             for (int i = 0; i < a_words; i++)
                 a[l / 4 + 8 * (i % halves)][4 * (l % 4) + 16 * (i / halves) + e] =
-                    (int8_t)(w.at<u32>(in[i])[l] >> 8 * e);
+                    signed_byte(w.at<u32>(in[i])[l], e);
             for (int i = 0; i < b_words; i++)
-                b[4 * (l % 4) + 16 * i + e][l / 4] =
-                    (int8_t)(w.at<u32>(in[a_words + i])[l] >> 8 * e);
+                b[4 * (l % 4) + 16 * i + e][l / 4] = signed_byte(w.at<u32>(in[a_words + i])[l], e);
         }
     for (int l = 0; l < LANES; l++)
         for (int i = 0; i < d_words; i++)
