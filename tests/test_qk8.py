@@ -205,15 +205,17 @@ def test_who_sees_a_bad_key_is_nan_and_nobody_else(row: op.KernelInfo, poison: f
 
 @pytest.mark.parametrize("poison", (math.nan, math.inf, -math.inf))
 def test_a_bad_value_stays_in_its_channel(row: op.KernelInfo, poison: float) -> None:
-    """The block of keys that it lies in is weighed otherwise, and the others are not."""
-    for seqlen in (90, 300):
+    """The block of keys that it lies in is weighed otherwise, and the others are not. A key in the
+    first block is far ahead of those in the last one, so that their weights shrink."""
+    for seqlen, at in ((90, 70), (300, 70), (300, 290)):
         query, key, value = operands(heads_q=1, seqlen_q=seqlen, seqlen_k=seqlen)
-        value[0, 70, 0, 3] = poison
+        key[0, 5] *= 4
+        value[0, at, 0, 3] = poison
         for mask in ({}, {"is_causal": True}):
             out, lse = check(row, query, key, value, **mask)
-            assert not out[0, 70:, 0, 3].isfinite().any() and lse.isfinite().all()
+            assert not out[0, at:, 0, 3].isfinite().any() and lse.isfinite().all()
             assert out[..., 4:].isfinite().all() and out[..., :3].isfinite().all()
-            assert out[0, :70, 0, 3].isfinite().all() == bool(mask)
+            assert out[0, :at, 0, 3].isfinite().all() == bool(mask)
 
 
 def test_small_and_large_numbers(row: op.KernelInfo) -> None:
