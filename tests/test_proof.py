@@ -223,7 +223,8 @@ class Captured:
         options: dict[str, Any] = {"is_causal": is_causal}
         options |= {"window_left": left, "window_right": right}
         options |= {"return_lse": True, "guard": guard}
-        return bindings.ctypes_sdpa(*operands, q_lens, k_lens, **options)
+        query, key, value = operands
+        return bindings.ctypes_sdpa(query, key, value, q_lens, k_lens, **options)
 
     def captured(self, attend: Any) -> Any:
         first = attend()

@@ -266,7 +266,7 @@ def _judge_refusal(row: Row, status: str) -> None:
 def campaign(short: bool) -> Iterator[Row]:
     """Every function, every place, every code, of an exact call and of a lossy one."""
     with tempfile.TemporaryDirectory() as folder:
-        for is_lossy, functions in enumerate((FUNCTIONS, LOSSY)):
+        for is_lossy, functions in ((False, FUNCTIONS), (True, LOSSY)):
             for function, places in functions.items():
                 # Of a lossy call the guard, which is its last pass.
                 few = places[-1:] if is_lossy else places[:1]
@@ -274,7 +274,7 @@ def campaign(short: bool) -> Iterator[Row]:
                     for code in SHORT_CODES if short else CODES:
                         is_emulated = code == SHORT_CODES[0]  # the same for all, and takes time
                         row = try_fault(
-                            *(function, after, code, Path(folder), is_emulated, bool(is_lossy))
+                            *(function, after, code, Path(folder), is_emulated, is_lossy)
                         )
                         if row is not None:
                             yield row

@@ -103,20 +103,11 @@ class TorchCard(TableCard):
         guard: Tensor | None = None,
     ) -> Answer:
         is_causal, (left, right) = MASKS[case.mask]
-        options = {"window_left": left, "window_right": right, "is_causal": is_causal}
+        options: dict[str, Any] = {"window_left": left, "window_right": right}
+        options |= {"is_causal": is_causal, "return_lse": True, "kernel": row.index}
         if guard is not None:  # which the op cannot have
-            return bindings.ctypes_sdpa(
-                *operands,
-                q_lens,
-                k_lens,
-                return_lse=True,
-                kernel=row.index,
-                guard=guard,
-                **options,
-            )
-        out, lse = torch.ops.wan_attn.sdpa(
-            *operands, q_lens, k_lens, return_lse=True, kernel=row.index, **options
-        )
+            return bindings.ctypes_sdpa(*operands, q_lens, k_lens, guard=guard, **options)
+        out, lse = torch.ops.wan_attn.sdpa(*operands, q_lens, k_lens, **options)
         return out, lse
 
     def rope(self, row: KernelInfo, given: Mapping[str, Any]) -> Tensor:
