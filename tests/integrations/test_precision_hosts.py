@@ -10,6 +10,7 @@ import copy
 import logging
 import math
 import pickle
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -216,7 +217,7 @@ seen: list[place.Place] = []
 @pytest.mark.parametrize("by_class", [True, False])
 def test_hooks(by_class: bool) -> None:
     model, x = Model(), torch.zeros(1)
-    stock = vars(Model)["forward"]
+    stock = vars(Model).get("__call__")
 
     def tell(which: Any, arguments: dict[str, Any]) -> Any:
         assert which is model
@@ -238,6 +239,41 @@ def test_hooks(by_class: bool) -> None:
             model(x, 4.0, fails=True)
         assert place.here(8, 8).layer is None
     places.remove()
-    assert vars(Model)["forward"] is stock
+    assert vars(Model).get("__call__") is stock
     assert not any(block._forward_pre_hooks for block in model.blocks)
     assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_model_with_a_forward_of_its_own(is_before: bool) -> None:
+    """As Wan2.2's pipelines give it one for sequence parallelism, before patch() or after it."""
+    model: Any = Model()
+
+    def own(self: Any, x: Tensor, t: Any) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x + 1
+
+    if is_before:
+        model.forward = types.MethodType(own, model)
+    places = _places.ClassPlaces(Model, lambda _, arguments: arguments["t"])
+    model.forward = types.MethodType(own, model)
+    seen.clear()
+    with precision.use("balanced"):
+        assert model(torch.zeros(1), 9.0) == 1.0
+    assert [(w.layer, w.layers, w.step) for w in seen] == [(layer, 3, 0) for layer in range(3)]
+    places.remove()
+    assert "__call__" not in vars(Model)
+
+
+def test_a_class_that_tells_is_one_graph() -> None:
+    places = _places.ClassPlaces(Silent, lambda _, arguments: arguments["t"])
+    compiled: Any = torch.compile(Silent(), backend="eager", fullgraph=True)
+    with precision.use("balanced"):
+        assert compiled(torch.ones(3), 9.0).tolist() == [2.0] * 3
+    places.remove()
+
+
+class Silent(torch.nn.Module):
+    def forward(self, x: Tensor, t: Any) -> Tensor:
+        return 2 * x

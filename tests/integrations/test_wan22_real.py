@@ -142,12 +142,17 @@ def test_the_models_called_attention_as_expected(
         )
 
 
+def two_ranks(task: str, folder: Path) -> list[dict[str, Any]]:
+    """What each of two processes saw in a task."""
+    results = [folder / f"{rank}.json" for rank in range(2)]
+    meeting = str(folder / "rendezvous")
+    ranks = [start(task, str(result), str(n), meeting) for n, result in enumerate(results)]
+    return [finish(process, result) for process, result in zip(ranks, results, strict=True)]
+
+
 def test_sequence_parallel_in_two_processes(tmp_path: Path) -> None:
-    results = [tmp_path / f"{rank}.json" for rank in range(2)]
-    meeting = str(tmp_path / "rendezvous")
-    ranks = [start("ulysses", str(result), str(n), meeting) for n, result in enumerate(results)]
-    for process, result in zip(ranks, results, strict=True):
-        pieces = finish(process, result)["pieces"]
+    for rank in two_ranks("ulysses", tmp_path):
+        pieces = rank["pieces"]
         seen = pieces["ulysses"]
         assert_close(seen)
         assert_close(pieces["s2v_ulysses"])
@@ -217,10 +222,9 @@ def test_copies_and_trainers(tmp_path: Path) -> None:
     assert {title: x for title, x in found.items() if not x <= bounds[title]} == {}
 
 
-def test_a_denoise_in_8_bits(saw: Callable[..., Any]) -> None:
-    """Steps, layers and both experts are told; the error of each layer is known and in the budget;
-    every fault is caught, and what it leaves has the exact run's bits."""
-    seen = saw("precision")
+def assert_a_denoise_in_8_bits(seen: dict[str, Any]) -> None:
+    """Steps, layers and both experts are told; the error of each layer is known and in the
+    budget."""
     for mode, layers in seen["modes"].items():
         assert 0 < seen["off"][mode] < 0.05, mode
         own = [layer for layer in layers if layer["kind"] == "self"]
@@ -234,6 +238,23 @@ def test_a_denoise_in_8_bits(saw: Callable[..., Any]) -> None:
             assert layer["lossy_calls"] == (6 if layer["layer"] in (1, 2) else 0)
             if mode == "auto" and layer["lossy_calls"]:
                 assert 0 < layer["largest_error"] <= 0.02
+    assert seen["exact again"] and seen["restored"]
+
+
+def test_a_denoise_in_8_bits(saw: Callable[..., Any]) -> None:
+    """Every fault is caught, and what it leaves has the exact run's bits."""
+    seen = saw("precision")
+    assert_a_denoise_in_8_bits(seen)
     assert seen["faults"]["same"] and seen["faults"]["planted"] == 4
     assert len(seen["faults"]["events"]) == 4
-    assert seen["exact again"] and seen["restored"]
+
+
+def test_a_denoise_in_8_bits_on_two_ranks(tmp_path: Path) -> None:
+    """A fault on one rank is that rank's alone: each has heads of its own, and nobody waits."""
+    ranks = two_ranks("ulysses_precision", tmp_path)
+    for rank, seen in enumerate(ranks):
+        assert_a_denoise_in_8_bits(seen)
+        faults = seen["faults"]
+        assert 0 < faults["off"] < 0.05
+        assert faults["planted"] == len(faults["events"]) == (4 if rank == 0 else 0)
+        assert faults["lossy"] == (0 if rank == 0 else 24)

@@ -298,12 +298,20 @@ def precision() -> dict[str, Any]:
     return wan22_precision.lossy()
 
 
+def ulysses_precision(rank: int, rendezvous: str) -> dict[str, Any]:
+    wan22_harness.start_gloo(rank, 2, rendezvous)
+    import wan22_precision
+
+    return wan22_precision.parallel(rank)
+
+
 def main() -> None:
     task, result, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     wan22_harness.prepare()
     arguments = (int(rest[0]), rest[1]) if rest else ()
-    tasks = {f.__name__: f for f in (patch_first, import_first, ulysses, rope, wrapped, precision)}
+    alone = (patch_first, import_first, rope, precision)
+    tasks = {f.__name__: f for f in (*alone, ulysses, ulysses_precision, wrapped)}
     Path(result).write_text(json.dumps(tasks[task](*arguments)))
 
 
