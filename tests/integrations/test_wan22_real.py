@@ -33,6 +33,7 @@ pytestmark = [
     ),
 ]
 
+BF16_ROWS = ("sdpa_avx512_bf16", "sdpa_amx")
 # Beside twice torch's error: what remains where torch happens to be exact.
 FLOOR_OF_LARGEST = 1e-6
 # An output that depends on attention changes far more than by rounding when attention is gone.
@@ -166,7 +167,10 @@ def test_norm_and_rotation_are_ours_and_go_back(saw: Callable[..., Any]) -> None
     assert sum(line.endswith(": wan_attn") for line in seen["report"]) == 11, seen["report"]
     for name, count in seen["ops"].items():
         assert count > 0, f"{name} called nothing of ours"
-        bound = 2.0**-7 if name != "wan_model_float32" else 1e-4
+        # Wan2.2 computes attention of float32 tensors in bfloat16. A row with products of bfloat16
+        # rounds q and k to that, so that their last bit is one of 8; others read them as they are.
+        is_rounded = name != "wan_model_float32" or seen["rows"][name] in BF16_ROWS
+        bound = 2.0**-7 if is_rounded else 1e-4
         assert seen["changed"][name]["max"] <= bound * seen["largest"][name], name
     assert seen["same afterwards"] == list(seen["ops"])
 
@@ -236,8 +240,14 @@ def assert_a_denoise_in_8_bits(seen: dict[str, Any]) -> None:
             assert layer["lossy_calls"] + layer["exact_calls"] == 10
             # 3 of the 5 steps of each expert, twice.
             assert layer["lossy_calls"] == (6 if layer["layer"] in (1, 2) else 0)
-            if mode == "auto" and layer["lossy_calls"]:
+            if layer["lossy_calls"]:
                 assert 0 < layer["largest_error"] <= 0.02
+        # 10 calls of self-attention and of attention to the text in each layer, those to the text
+        # in bfloat16; 2 x 2 layers have 6 in 8 bits.
+        dense = seen["dense"][mode]
+        assert [sum(one["lossy"] is kind for one in dense) for kind in (True, False)] == [24, 136]
+        for one in dense:
+            assert 0 < max(one["heads"]) <= (0.02 if one["lossy"] else 2.0**-8), one
     assert seen["exact again"] and seen["restored"]
 
 

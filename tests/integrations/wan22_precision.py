@@ -17,6 +17,7 @@ import wan22_models
 from torch import Tensor
 from wan22_harness import CpuAutocast, redraw
 
+import dense_error
 import lossy_faults
 from wan_attn import precision
 from wan_attn.integrations import wan22
@@ -59,13 +60,7 @@ def lossy() -> dict[str, Any]:
     wan22.patch()
     models = two_models()
     exact = denoise(models)
-    result: dict[str, Any] = {"modes": {}, "off": {}}
-    for mode in ("balanced", "auto"):
-        with precision.use(mode) as used:
-            found = denoise(models)
-        result["off"][mode] = off(found, exact)
-        result["modes"][mode] = used.report().layers
-        result["text"] = used.report().as_text()
+    result = in_both_modes(models, exact)
     with pytest.MonkeyPatch.context() as monkeypatch:
         planted = lossy_faults.plant(monkeypatch, math.inf, lambda call: True)
         with precision.use("auto") as used:
@@ -97,12 +92,7 @@ def parallel(rank: int) -> dict[str, Any]:
     wan22.patch()
     of_this_rank(second)
     exact = denoise(models)
-    result: dict[str, Any] = {"modes": {}, "off": {}}
-    for mode in ("balanced", "auto"):
-        with precision.use(mode) as used:
-            found = denoise(models)
-        result["off"][mode] = off(found, exact)
-        result["modes"][mode] = used.report().layers
+    result = in_both_modes(models, exact)
     with pytest.MonkeyPatch.context() as monkeypatch:
         planted = lossy_faults.plant(monkeypatch, math.inf, lambda call: rank == 0)
         with precision.use("balanced") as used:
@@ -116,6 +106,26 @@ def parallel(rank: int) -> dict[str, Any]:
     result["exact again"] = torch.equal(denoise(models), exact)
     wan22.unpatch()
     result["restored"] = is_restored(models)
+    return result
+
+
+def in_both_modes(models: list[Any], exact: Tensor) -> dict[str, Any]:
+    """Beside what the reports say: what each call is off by, measured from outside."""
+    result: dict[str, Any] = {"modes": {}, "off": {}, "dense": {}}
+    for mode in ("balanced", "auto"):
+        with precision.use(mode) as used, dense_error.measured() as dense:
+            found = denoise(models)
+        result["off"][mode] = off(found, exact)
+        result["modes"][mode] = used.report().layers
+        result["dense"][mode] = [
+            {
+                "expert": e.where.expert,
+                "layer": e.where.layer,
+                "lossy": e.is_lossy,
+                "heads": e.heads,
+            }
+            for e in dense
+        ]
     return result
 
 
