@@ -166,13 +166,15 @@ class Watch:
         return self._paces.setdefault(request, Pace())
 
     def _compare(self, pace: Pace, backend: str, request: Request) -> None:
-        least = pace.least()
-        if least is None or least[0] > least[1]:
+        if (least := pace.news()) is None:
             return
-        exact, lossy = (f"{1e3 * seconds:.3g} ms" for seconds in least)
-        reason = f"{self._title(request)} takes {lossy}, exactly {exact} on {backend}"
-        self._why_not[request] = reason
-        say.why_not(reason)
+        found = f"{self._title(request)} takes {1e3 * least[1]:.3g} ms, "
+        found += f"exactly {1e3 * least[0]:.3g} ms on {backend}"
+        if least[0] > least[1]:
+            say.what_it_brings(found)
+        else:
+            self._why_not[request] = found
+            say.why_not(found)
 
     # --- running ----------------------------------------------------------------------------
 
