@@ -49,7 +49,6 @@ class MockCard(proof_child.TableCard):
         self.skipped = ["CUDA graphs: the mock GPU has none"]
         self.asked: set[str] = set()
         self._now: dict[str, Any] = {}
-        self._guard: Tensor | None = None
         self._error = self._calls = 0
         if faults is not None:
             self._keep = LAUNCH(self._launch)
@@ -80,8 +79,7 @@ class MockCard(proof_child.TableCard):
     ) -> Answer:
         is_causal, window = MASKS[case.mask]
         on_device = (case.seqlen_q, case.seqlen_k) in ON_DEVICE
-        self._guard = guard
-        return self.attend(row, operands, q_lens, k_lens, on_device, is_causal, window)
+        return self.attend(row, operands, q_lens, k_lens, on_device, is_causal, window, guard=guard)
 
     def attend(
         self,
@@ -93,11 +91,13 @@ class MockCard(proof_child.TableCard):
         is_causal: bool = False,
         window: tuple[int, int] = (-1, -1),
         scale: float | None = None,
+        guard: Tensor | None = None,
     ) -> Answer:
         """Any call, through the library and the mock driver."""
         call = {"is_causal": is_causal, "scale": scale}
         self._calls += 1
         self._now = {"operands": operands, "lens": (q_lens, k_lens), "window": window, **call}
+        self._now["guard"] = guard
         return self.gpu.sdpa(
             *operands,
             q_lens=q_lens,
@@ -107,7 +107,7 @@ class MockCard(proof_child.TableCard):
             window=window,
             scale=scale,
             kernel=row.index,
-            guard=self._guard,
+            guard=guard,
         )
 
     def rope(self, row: KernelInfo, given: Mapping[str, Any]) -> Tensor:
@@ -145,13 +145,14 @@ class MockCard(proof_child.TableCard):
 
     def _watch(self) -> None:
         """What the pass adds to the guard."""
-        assert self._guard is not None and self.gpu.call is not None
+        assert self.gpu.call is not None
+        guard: Tensor = self._now["guard"]
         value, k_lens = self._now["operands"][2].float(), self._now["lens"][1]
         real = torch.cat([value[b, : int(n)].flatten() for b, n in enumerate(k_lens)])
-        largest = self._guard[:1].view(torch.float32)
+        largest = guard[:1].view(torch.float32)
         largest.copy_(torch.maximum(largest, real.abs().max()))
-        self._guard[2] += (~torch.isfinite(real)).sum()
-        self._guard[3] += (~torch.isfinite(self.gpu.call.outputs["out"])).sum()
+        guard[2] += (~torch.isfinite(real)).sum()
+        guard[3] += (~torch.isfinite(self.gpu.call.outputs["out"])).sum()
 
     def _compute(self) -> None:
         assert self._now and self.gpu.call is not None
