@@ -20,8 +20,9 @@ import wan_attn
 from calls import BF16, F16, F32, operands
 from wan_attn import config, precision
 from wan_attn.native import bindings, op
+from wan_attn.observe import place
+from wan_attn.observe.pace import Pace
 from wan_attn.precision import guard, state
-from wan_attn.precision.pace import Pace
 from wan_attn.precision.state import Use
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -369,10 +370,10 @@ def test_guard_off_lets_it_pass_and_a_new_run_forgets(caplog: pytest.LogCaptureF
         torch.testing.assert_close(sdpa(*x), lossy(*x), rtol=0, atol=0, equal_nan=True)
         assert one(used)["lossy_calls"] == 1
     with precision.use("fast") as used:
-        precision.place.begin([2.0, 1.0])
+        place.begin([2.0, 1.0])
         sdpa(*x)
         assert torch.equal(sdpa(*good), exact(*good))
-        precision.place.begin([2.0, 1.0])
+        place.begin([2.0, 1.0])
         assert torch.equal(sdpa(*good), lossy(*good))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_attn.bench.plots import BASE, OURS, NoPicture, pyplot, save
-from wan_attn.precision.report import name
+from wan_attn.observe.table import name
 
 OVER = "#c0504d"  # of an error above the budget, and of layers that went exact
 NOT_LOSSY = "#e8e8e8"

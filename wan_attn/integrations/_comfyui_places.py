@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from wan_attn.integrations._places import ClassPlaces
-from wan_attn.precision import place
+from wan_attn.observe import place
 
 MODULE, CLASS = "comfy.ldm.wan.model", "WanModel"
 

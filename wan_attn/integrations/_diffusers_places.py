@@ -8,7 +8,7 @@ import weakref
 from typing import Any
 
 from wan_attn.integrations._places import ModelPlaces
-from wan_attn.precision import place
+from wan_attn.observe import place
 
 _watched: weakref.WeakKeyDictionary[Any, ModelPlaces] = weakref.WeakKeyDictionary()
 

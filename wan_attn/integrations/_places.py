@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from wan_attn.precision import place
+from wan_attn.observe import place
 
 # tell(model, arguments of its forward by name) -> its timestep; may begin a run.
 Tell = Callable[[Any, dict[str, Any]], Any]

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from wan_attn import config
-from wan_attn.precision import place, report, schedule
+from wan_attn.observe import place
+from wan_attn.precision import report, schedule
 from wan_attn.precision.watch import Watch, Wishes
 from wan_attn.request import gate, refuse
 
@@ -140,7 +141,7 @@ def _choose() -> None:
     """The innermost use() decides; without one, the environment."""
     global active, _last, _is_registered
     active = _uses[-1].watch if _uses else _by_environment
-    place.want(active is not None)
+    place.want("precision", active is not None)
     if active is not None:
         _last = active
         if not _is_registered:

@@ -9,7 +9,7 @@ from typing import Any
 
 from wan_attn.integrations import _rebind
 from wan_attn.integrations._places import ClassPlaces
-from wan_attn.precision import place
+from wan_attn.observe import place
 
 MODELS = (
     "modules.model.WanModel",

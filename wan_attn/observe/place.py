@@ -26,6 +26,7 @@ from wan_attn.workloads import IMAGE_TOKENS
 KINDS = ("self", "text", "image")
 
 is_wanted = False
+_wanted_by: set[str] = set()
 
 
 class Place(NamedTuple):
@@ -180,10 +181,11 @@ def kind(word: str | None) -> None:
     _here.kind = word
 
 
-def want(is_asked: bool) -> None:
-    """Whether anything reads places from now on."""
+def want(who: str, is_asked: bool) -> None:
+    """Whether this reader of places reads them from now on."""
     global is_wanted
-    is_wanted = is_asked
+    (_wanted_by.add if is_asked else _wanted_by.discard)(who)
+    is_wanted = bool(_wanted_by)
 
 
 def is_told() -> bool:
