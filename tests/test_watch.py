@@ -74,7 +74,7 @@ def test_each_mode(dtype: torch.dtype) -> None:
     x = some(dtype=dtype)
     want, off = exact(*x), lossy(*x)
     assert not torch.equal(want, off)
-    assert torch.equal(sdpa(*x), want) and state.active is None
+    assert torch.equal(sdpa(*x), want) and state.uses.active is None
     for mode, inside, outside in (
         ("exact", want, want),
         ("balanced", off, want),
@@ -87,7 +87,7 @@ def test_each_mode(dtype: torch.dtype) -> None:
                 assert torch.equal(sdpa(*x), inside), mode
             with inner(layer=0):
                 assert torch.equal(sdpa(*x), outside), mode
-    assert torch.equal(sdpa(*x), want) and state.active is None
+    assert torch.equal(sdpa(*x), want) and state.uses.active is None
 
 
 @pytest.mark.parametrize("mode", ["exact", "balanced", "fast", "auto"])
@@ -142,17 +142,17 @@ def test_rules_of_a_file(
 def test_use_refuses(asked: dict[str, Any], said: str) -> None:
     with pytest.raises(RuntimeError, match="^wan_attn: ") as caught:
         precision.use(**asked)
-    assert said in str(caught.value) and state.active is None
+    assert said in str(caught.value) and state.uses.active is None
 
 
 def test_uses_end_in_any_order() -> None:
     outer, within = precision.use("fast"), precision.use("balanced")
-    assert state.active is within.watch
+    assert state.uses.active is within.watch
     outer.end()
-    assert state.active is within.watch
+    assert state.uses.active is within.watch
     within.end()
     within.end()
-    assert state.active is None
+    assert state.uses.active is None
 
 
 def test_some_heads() -> None:

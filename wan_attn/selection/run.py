@@ -113,7 +113,7 @@ def attend(operands: list[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
         plan = _make_plan(query, key, value, call, settings, plan.failed)
         _keep(kind, plan)
     recorder = None if settings.profile is None else profile.recorder(settings.profile)
-    watch, ran = state.active, ""
+    watch, ran = state.uses.active, ""
     while True:
         begun = None if recorder is None else recorder.start(query.device)
         # Here and not in the backend, whose callers would still hold what it has converted.
