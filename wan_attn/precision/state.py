@@ -87,7 +87,7 @@ def use(
     wishes = Wishes(
         mode,
         guard or settings.guard,
-        budget or settings.error_budget,
+        budget or settings.precision_budget,
         own,
         f"wan_attn.precision.use({mode!r})",
     )
@@ -126,7 +126,7 @@ def _obey(settings: config.Settings) -> None:
     asked_by = f"WAN_ATTN_PRECISION={settings.precision}"
     if settings.precision == "exact" and rules:
         asked_by = "WAN_ATTN_SCHEDULE"
-    budget = settings.error_budget
+    budget = settings.precision_budget
     wishes = Wishes(settings.precision, settings.guard, budget, rules, asked_by)
     if wishes.is_plain:
         uses.obey(None)
