@@ -8,6 +8,7 @@ sees two keys.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,13 +56,14 @@ def _waves(at: Tensor, reach: float, count: int, draw: torch.Generator) -> Tenso
     """[tokens, count] float64 whose products are exp(-distance^2 / (2 reach^2)), about."""
     turns = torch.randn(at.shape[1], count // 2, generator=draw, dtype=torch.float64) / reach
     angles = at @ turns
-    return torch.cat((angles.cos(), angles.sin()), dim=1) / (count // 2) ** 0.5
+    return torch.cat((angles.cos(), angles.sin()), dim=1) / math.sqrt(count // 2)
 
 
 def _smooth(at: Tensor, count: int, draw: torch.Generator, reach: float = 6.0) -> Tensor:
     """[tokens, count] float64 of variance 1, alike within so many tokens."""
     waves = _waves(at, reach, 512, draw)
-    return waves @ torch.randn(512, count, generator=draw, dtype=torch.float64)
+    made: Tensor = waves @ torch.randn(512, count, generator=draw, dtype=torch.float64)
+    return made
 
 
 def make(kind: Kind, grid: Grid, seed: int = 17) -> tuple[Tensor, Tensor, Tensor]:

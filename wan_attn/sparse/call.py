@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from wan_attn.request import Call, Request, gate, refuse
+from wan_attn.request import Blocks, Call, Request, check_blocks, gate, refuse
 from wan_attn.sparse import kernel
-from wan_attn.sparse.lists import BLOCK, BlockLists, blocks
+from wan_attn.sparse.lists import BlockLists
 
 
 def sdpa(
@@ -50,27 +49,11 @@ def sdpa(
     )
     pools_others = gate.flag("pools_others", pools_others)
     request = Request.from_tensors(query, key, value, call)
-    _check(lists, request)
+    if not isinstance(lists, tuple) or len(lists) != 2:
+        refuse("lists", "BlockLists, or (counts, indices)", gate.kind_of(lists))
+    check_blocks(query, Blocks(*lists, pools_others))
     reason = kernel.why_not(request)
     if reason is not None:
         raise RuntimeError(f"wan_attn: no kernel computes block lists for this call: {reason}")
-    out, lse = kernel.by_lists((query, key, value), call, lists, pools_others=pools_others)
+    out, lse = kernel.by_lists((query, key, value), call, lists, pools_others)
     return out if lse is None else (out, lse)
-
-
-def _check(lists: object, request: Request) -> None:
-    """Shapes; what they hold, C checks where it can."""
-    if not isinstance(lists, tuple) or len(lists) != 2:
-        refuse("lists", "BlockLists, or (counts, indices)", gate.kind_of(lists))
-    rows = [request.batch, request.num_heads_q, blocks(request.seqlen_q)]
-    for name, tensor in zip(("counts", "indices"), lists, strict=True):
-        gate.dense(name, tensor)
-        shape = list(tensor.shape)
-        if tensor.dtype != torch.int32:
-            refuse(name, "int32", tensor.dtype)
-        if shape[:3] != rows or len(shape) != (3 if name == "counts" else 4):
-            more = "" if name == "counts" else ", capacity"
-            wanted = f"[batch, heads, blocks of {BLOCK} queries{more}] = {rows}"
-            refuse(name, wanted, shape)
-        if tensor.device != request.device:
-            refuse(name, f"on query's device {request.device}", tensor.device)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wan_attn.request import gate, refuse
+from wan_attn.request import BLOCK, gate, refuse
 
-BLOCK = 64
+__all__ = ["BLOCK", "BlockLists", "block_lists", "blocks", "compact"]
 
 
 class BlockLists(NamedTuple):

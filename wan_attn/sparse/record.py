@@ -12,7 +12,7 @@ from wan_attn.observe.place import Place
 from wan_attn.observe.sampling import Allowance
 from wan_attn.observe.timed import TimedLayer
 
-SHARE, ROWS, COST = 0.005, 32, 270
+SHARE, ROWS, COST = 0.005, 64, 490
 """Of measuring, as in observe/sampling.py. An error is that of a row's block, not of the whole
 call, as with 8 bits, so that more rows have to tell."""
 

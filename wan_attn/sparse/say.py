@@ -29,8 +29,9 @@ def what_is_unknown(where: Place, asked_by: str) -> None:
     """What no host tells of a self-attention, so that it is dense."""
     known = {"layer": where.layer, "step": where.step, "number of steps": where.steps}
     unknown = [name for name, value in known.items() if value is None]
-    text = f"{asked_by}: no host tells the {' and '.join(unknown)} of a call"
-    log.once(("sparse", text), logging.WARNING, f"{text}; it is dense (docs/sparse.md)")
+    if unknown:
+        text = f"{asked_by}: no host tells the {' and '.join(unknown)} of a call"
+        log.once(("sparse", text), logging.WARNING, f"{text}; it is dense (docs/sparse.md)")
 
 
 def no_grid(grid: object, tokens: int) -> None:

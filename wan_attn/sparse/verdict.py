@@ -5,13 +5,13 @@ which tau they go on, or that they are dense. Each time it says so in the log.""
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterable
 
 from wan_attn import log
 from wan_attn.observe import sampling
 from wan_attn.observe.names import of_heads, title
 from wan_attn.observe.place import Place
+from wan_attn.sparse import kernel
 from wan_attn.sparse.record import Layer, Note
 from wan_attn.sparse.routing import DENSE
 
@@ -37,7 +37,7 @@ def read(layer: Layer, note: Note, budget: float, most: float, is_late: bool) ->
     if note.counts is not None:
         layer.add_density(note.counts.read())
     if note.guard is not None:
-        lost = struct.unpack("f", struct.pack("i", note.guard.read()[-1]))[0]
+        lost = kernel.lost_mass(note.guard.read())
         layer.lost_mass = lost if layer.lost_mass is None else max(layer.lost_mass, lost)
     squares = [] if note.errors is None else note.errors.read()
     over: list[int] = []

@@ -8,7 +8,6 @@ that can still be told in time (on the CPU always), and less is left out of its 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from wan_attn.observe import place, sampling
 from wan_attn.observe.later import Later
 from wan_attn.observe.pace import Pace
 from wan_attn.observe.place import Place
-from wan_attn.precision import guard
 from wan_attn.request import Call, Refusal, Request, host_lengths, transforms
 from wan_attn.sparse import kernel, order, say, steer, verdict
 from wan_attn.sparse.kernel import Operands, Result
@@ -41,6 +39,7 @@ class Watch:
         self.wishes = wishes
         self.layers: dict[tuple[int | None, int | None, str], Layer] = {}
         self._profile = dict(wishes.profile)
+        self._threshold = wishes.threshold if wishes.mode == "near_exact" else 0.0
         self._why_not: dict[Request, str | None] = {}
         self._paces: dict[Request, Pace] = {}
         self.rank: int | None = None  # at exit the process group may be gone
@@ -87,8 +86,8 @@ class Watch:
         key = (where.expert, where.layer, where.kind)
         layer = self.layers.get(key)
         if layer is None:
-            threshold = self.wishes.threshold if self.wishes.mode == "near_exact" else 0.0
-            layer = self.layers.setdefault(key, Layer(*key, where.run, threshold=threshold))
+            made = Layer(*key, where.run, threshold=self._threshold)
+            layer = self.layers.setdefault(key, made)
         layer.begin(where.run)
         return layer
 
@@ -97,12 +96,12 @@ class Watch:
     def _may_leave_out(
         self, request: Request, where: Place, layer: Layer, operands: Operands, call: Call
     ) -> bool:
+        reason = self._reason(request, operands, call)
         if None in layer.why_dense:
             return False
         if self.wishes.is_dense_here(where):
             say.what_is_unknown(where, self.wishes.asked_by)
             return False
-        reason = self._reason(request, operands, call)
         if reason is not None:
             say.why_not(reason)
         return reason is None
@@ -115,8 +114,8 @@ class Watch:
         if call.k_lens is not None and call.k_lens.device.type != "cpu":
             return "its real lengths are on the device"
         if request not in self._why_not:
-            reason = self.wishes.why_not(request) or kernel.why_not(request)
-            self._why_not[request] = reason or sampling.why_not(request)
+            reason = self.wishes.why_not(request) or sampling.why_not(request)
+            self._why_not[request] = reason or kernel.why_not(request, self._threshold)
         return self._why_not[request]
 
     def _pace(self, request: Request) -> Pace | None:
@@ -162,7 +161,7 @@ class Watch:
         if made is None:
             return None, ""
         (out, lse), shares, watched = made
-        title = f"{native.TITLE} ({native.last_kernel()}, blocks left out)"
+        title = kernel.title(request, self._threshold)
         say.it_starts(title, self.wishes.mode, self.wishes.asked_by)
         rows = layer.allowance.rows(min(real))
         errors = None
@@ -187,7 +186,7 @@ class Watch:
         ordered = order.of(grid, min(real), seqlen, self.wishes.always, device)
         query, key, value = order.apply(operands, ordered)
         if self.wishes.mode == "near_exact":
-            watched = guard.make(device)
+            watched = kernel.make_guard(device)
             made = kernel.by_threshold((query, key, value), call, layer.threshold, watched)
             return order.undo(*made, ordered), None, watched
         is_negative = call.scale is not None and call.scale < 0
@@ -197,7 +196,7 @@ class Watch:
             if all(tau == DENSE for tau in layer.taus):
                 return None
         lists = routing.lists(steer.of_heads(layer.groups, layer.taus))
-        made = _by_lists((query, key, value), call, lists)
+        made = kernel.by_lists((query, key, value), call, lists)
         return order.undo(*made, ordered), steer.shares_of(lists, real), None
 
     def _choose_taus(
@@ -211,7 +210,7 @@ class Watch:
         else:
             first = len(layer.measured) * steer.PROBES
             probes = (routing, ordered, call, layer.groups, first)
-            search = steer.Search(native.run, _by_lists, *probes)
+            search = steer.Search(native.run, kernel.by_lists, *probes)
             found = search.taus(self.wishes.budget, self.wishes.tau)
         layer.taus = [DENSE if g in layer.why_dense else tau for g, tau in enumerate(found)]
         layer.running.clear()
@@ -245,7 +244,3 @@ class Watch:
         for layer in self.layers.values():
             layer.drain(wait=True)
             verdict.read_pending(layer, self.wishes.budget, self.wishes.tau, wait=True)
-
-
-def _by_lists(operands: Operands, call: Call, lists: Any) -> Result:
-    return kernel.by_lists(operands, call, lists, pools_others=True)

@@ -54,8 +54,4 @@ class Wishes:
         """Why such a call is dense whatever computes it; None: it need not be."""
         if request.seqlen_q < self.min_tokens:
             return f"it has {request.seqlen_q} tokens, fewer than {self.min_tokens}"
-        if request.is_causal or request.window != (-1, -1):
-            return "it has a causal mask or a window"
-        if request.has_q_lens:
-            return "it has real query lengths"
         return None
