@@ -44,14 +44,19 @@ static inline int64_t wan_attn_listed(const wan_attn_list *list, int64_t n) {
     return list->index ? list->index[n * list->stride] : n;
 }
 
+/* Passes the blocks whose keys are all before this one. */
+static inline void wan_attn_pass_blocks(const wan_attn_list *list, int64_t *at, int64_t key) {
+    while (*at < list->count && (wan_attn_listed(list, *at) + 1) * WAN_ATTN_BLOCK <= key)
+        ++*at;
+}
+
 /* The next blocks of the list, from number *at on, that have a key within the range; at most
  * `most` that are neighbours, as the keys of all of them: whole blocks, whose last may be cut by
  * lengths. begin == end: there are no more. */
 static inline wan_attn_key_range wan_attn_next_run(const wan_attn_list *list, int64_t *at,
                                                    wan_attn_key_range within, int64_t most) {
     wan_attn_key_range run = {0, 0};
-    while (*at < list->count && (wan_attn_listed(list, *at) + 1) * WAN_ATTN_BLOCK <= within.begin)
-        ++*at;
+    wan_attn_pass_blocks(list, at, within.begin);
     if (*at >= list->count || wan_attn_listed(list, *at) * WAN_ATTN_BLOCK >= within.end)
         return run;
     run.begin = run.end = wan_attn_listed(list, *at) * WAN_ATTN_BLOCK;
@@ -62,11 +67,12 @@ static inline wan_attn_key_range wan_attn_next_run(const wan_attn_list *list, in
     return run;
 }
 
-/* Whether a listed block has a key within the range. */
-static inline int wan_attn_sees_listed(const wan_attn_list *list, wan_attn_key_range within) {
-    int64_t at = 0;
-    wan_attn_key_range run = wan_attn_next_run(list, &at, within, 1);
-    return run.begin < run.end;
+/* Whether a listed block has a key within the range, which is not empty. *at: how far in the list;
+ * it starts at 0, and the range's begin must not fall. */
+static inline int wan_attn_sees_listed(const wan_attn_list *list, int64_t *at,
+                                       wan_attn_key_range within) {
+    wan_attn_pass_blocks(list, at, within.begin);
+    return *at < list->count && wan_attn_listed(list, *at) * WAN_ATTN_BLOCK < within.end;
 }
 
 /* The blocks of which a row with these keys sees every real one. */

@@ -244,8 +244,9 @@ static int sees_any(const row_task *t, wan_attn_key_range keys) {
     int64_t at = 0;
     if (keys.begin >= keys.end)
         return 0;
-    if (wan_attn_sees_listed(&t->list, keys))
+    if (wan_attn_sees_listed(&t->list, &at, keys))
         return 1;
+    at = 0;
     wan_attn_key_range whole = wan_attn_whole_blocks(keys, t->len_k);
     return t->p->pools_others && wan_attn_next_other(&t->list, &at, whole.begin) < whole.end;
 }
