@@ -38,10 +38,10 @@ class Kind:
 
 
 KINDS = (
-    Kind("diffuse", 1.0, 8.0, 1.0, 0.6),
-    Kind("mixed", 5.0, 4.0, 1.6, 1.0),
-    Kind("local", 9.0, 1.6, 1.0, 1.0),
-    Kind("sharp", 18.0, 0.8, 1.0, 1.0),
+    Kind("diffuse", 1.0, 8.0, 0.7, 0.5),
+    Kind("mixed", 3.0, 4.0, 1.0, 1.0),
+    Kind("local", 8.0, 1.6, 0.9, 0.9),
+    Kind("sharp", 11.0, 0.8, 1.0, 1.0),
 )
 
 
