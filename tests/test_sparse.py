@@ -19,6 +19,7 @@ from torch import Tensor
 import wan_attn
 from block_oracle import off
 from wan_attn import config, precision, sparse
+from wan_attn.__main__ import main
 from wan_attn.backends import native
 from wan_attn.observe import later
 from wan_attn.observe.place import Place
@@ -457,6 +458,36 @@ def test_a_report_can_start_the_next_run(tmp_path: Path) -> None:
         use(budget=0.1, profile=str(file))
     with pytest.raises(RuntimeError, match="must have layers with taus"):
         use(budget=0.05, profile=found | {"layers": [{"taus": [math.nan]}]})
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with use(budget=0.05) as used:
+        for layer in (0, 3):
+            with inside(layer=layer):
+                sdpa(*near())
+    found, file = used.report(), tmp_path / "report.json"
+    file.write_text(found.as_json())
+    assert main(["precision", str(file)]) == 0
+    assert capsys.readouterr().out.strip() == found.as_text().strip()
+    assert main(["precision", str(file), "--check"]) == 0
+    found.found["layers"][1]["largest_error"] = 0.051
+    file.write_text(found.as_json())
+    assert main(["precision", str(file), "--check"]) == 1
+    file.write_text('{"kind": "sparse", "format": 9, "wan_attn": "9.9"}')
+    assert main(["precision", str(file)]) == 2
+    assert "of another version of wan_attn (9.9)" in capsys.readouterr().err
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with use(budget=0.05) as used:
+        for layer in (0, 3):
+            with inside(layer=layer):
+                sdpa(*near())
+    (tmp_path / "report.json").write_text(used.report().as_json())
+    path = tmp_path / "picture.svg"
+    assert main(["precision", str(tmp_path / "report.json"), "--picture", str(path)]) == 0
+    assert "blocks left out, by layer" in path.read_text() and "3 self, " in path.read_text()
 
 
 def test_the_report_of_a_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -298,12 +298,19 @@ def precision() -> dict[str, Any]:
     return wan22_precision.lossy()
 
 
+def sparse() -> dict[str, Any]:
+    import wan22_sparse
+
+    return wan22_sparse.left_out()
+
+
 def main() -> None:
     task, result, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     wan22_harness.prepare()
     arguments = (int(rest[0]), rest[1]) if rest else ()
-    tasks = {f.__name__: f for f in (patch_first, import_first, ulysses, rope, wrapped, precision)}
+    every = (patch_first, import_first, ulysses, rope, wrapped, precision, sparse)
+    tasks = {f.__name__: f for f in every}
     Path(result).write_text(json.dumps(tasks[task](*arguments)))
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""precision.py - the picture of a precision report: error by layer and step, time by layer; needs
-matplotlib (pip install matplotlib)."""
+"""precision.py - the picture of a report of 8-bit scores, or of blocks left out: error by layer and
+step, time by layer; needs matplotlib (pip install matplotlib)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from wan_attn.observe.table import name
 
 OVER = "#c0504d"  # of an error above the budget, and of layers that went exact
 NOT_LOSSY = "#e8e8e8"
+
+# kind of a report -> what was done, and the names of calls with it and without.
+WORDS = {
+    "precision": ("8-bit scores by layer", "8-bit", "exact"),
+    "sparse": ("blocks left out, by layer", "sparse", "dense"),
+}
 
 
 def draw(found: dict[str, Any], path: Path) -> Path:
@@ -32,11 +38,13 @@ def draw(found: dict[str, Any], path: Path) -> Path:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11.0, height), sharey=True, gridspec_kw={"width_ratios": (3, 2)}
     )
+    what, lossy, exact = WORDS[found["kind"]]
     _errors(plt, figure, left, layers, found["budget"])
-    _times(right, layers)
-    left.set_yticks(range(len(layers)), [name(layer) for layer in layers])
+    left.set_title(f"relative error of {lossy} calls; grey: {exact}, or not measured", fontsize=9)
+    _times(right, layers, lossy, exact)
+    left.set_yticks(range(len(layers)), [_title(layer) for layer in layers])
     left.set_ylabel("layer")
-    figure.suptitle(f"wan_attn {found['wan_attn']}, mode {found['mode']}: 8-bit scores by layer")
+    figure.suptitle(f"wan_attn {found['wan_attn']}, mode {found['mode']}: {what}")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     save(plt, figure, path)
@@ -59,20 +67,25 @@ def _errors(plt: Any, figure: Any, axes: Any, layers: list[dict[str, Any]], budg
     bar = figure.colorbar(image, ax=axes, extend="max", fraction=0.05)
     bar.set_label(f"measured error, % (budget {100 * budget:g})")
     axes.set_xlabel("step")
-    axes.set_title("relative error of 8-bit calls; grey: exact, or not measured", fontsize=9)
     for row, layer in enumerate(layers):
         if layer["events"]:
             axes.annotate("!", (count - 0.5, row), color=OVER, va="center", weight="bold")
 
 
-def _times(axes: Any, layers: list[dict[str, Any]]) -> None:
+def _title(layer: dict[str, Any]) -> str:
+    """With the share that was computed, where blocks were left out."""
+    density = layer.get("density")
+    return name(layer) + ("" if density is None else f", {100 * density:.0f} %")
+
+
+def _times(axes: Any, layers: list[dict[str, Any]], lossy: str, exact: str) -> None:
     rows = range(len(layers))
     for kind, colour, shift in (("exact", BASE, -0.2), ("lossy", OURS, 0.2)):
         times = [
             1e3 * layer[f"{kind}_seconds"] / layer[f"{kind}_calls"] if layer[f"{kind}_calls"] else 0
             for layer in layers
         ]
-        title = "exact" if kind == "exact" else "8-bit"
+        title = exact if kind == "exact" else lossy
         axes.barh([row + shift for row in rows], times, height=0.4, color=colour, label=title)
     axes.set_xlabel("ms a call, guard and measurement included")
     axes.set_title("time", fontsize=9)
