@@ -445,41 +445,9 @@ def _of_hosts() -> list[Function]:
     ]
 
 
-def _use(**arguments: Any) -> None:
-    wan_attn.precision.use(**arguments).end()
-
-
-def _at(**arguments: Any) -> None:
-    with wan_attn.precision.at(**arguments):
-        pass
-
-
-def _precision() -> list[Function]:
-    """Where 8-bit scores are asked for. None asks for what holds without the argument."""
-    numbers = ("step", "steps", "layer", "layers", "expert")
-    here: dict[str, Any] = {**dict.fromkeys(numbers, 2), "kind": "self"}
-    unset = "it is what the variables say, or as it was"
-    asked = {"mode": "fast", "budget": 0.01, "guard": "off", "rules": [{"precision": "exact"}]}
-    return [
-        Function(
-            "precision.use",
-            _use,
-            lambda: dict(asked),
-            {"mode": v.WORD, "budget": v.PROBABILITY, "guard": v.WORD, "rules": v.NOTHING},
-            {},
-            {(name, "None"): unset for name in ("budget", "guard", "rules")},
-        ),
-        Function(
-            "precision.at",
-            _at,
-            lambda: dict(here),
-            {**dict.fromkeys(numbers, v.COUNT), "kind": v.WORD},
-            {},
-            {(name, "None"): unset for name in here},
-        ),
-    ]
-
-
 def functions() -> list[Function]:
     """All of them."""
-    return [*_core(), *_rms_norm_rope(), *_of_other_libraries(), *_of_hosts(), *_precision()]
+    from fuzz import modes  # which need Function
+
+    ours = [*_core(), *_rms_norm_rope(), *modes.precision(), *modes.leaving_out()]
+    return [*ours, *_of_other_libraries(), *_of_hosts()]
