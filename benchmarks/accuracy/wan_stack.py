@@ -65,8 +65,10 @@ def smooth_video(shape: tuple[int, ...]) -> Tensor:
     return smooth + 0.5 * torch.randn(shape, generator=draw)
 
 
-def record(checkout: Path, layers: int = LAYERS) -> Iterator[Case]:
-    """One case for each layer and head of the stack's self-attention.
+def operands(
+    checkout: Path, layers: int = LAYERS, video: model.Video = VIDEO
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """query, key and value of each layer's self-attention, [tokens, heads, head_dim].
 
     Raises:
         model.ModelError: there is no such checkout, or it cannot be imported.
@@ -84,14 +86,23 @@ def record(checkout: Path, layers: int = LAYERS) -> Iterator[Case]:
 
     try:
         shape_weights(stack)
-        stack.show(VIDEO, 1, (1.0,))
-        stack.videos = [smooth_video(VIDEO.latent(arch))]
+        stack.show(video, 1, (1.0,))
+        stack.videos = [smooth_video(video.latent(arch))]
         stack.use(attend)
         with torch.inference_mode():
             stack.forward()
     finally:
         stack.close()
-    for layer, (q, k, v) in enumerate(seen):
+    return seen
+
+
+def record(checkout: Path, layers: int = LAYERS) -> Iterator[Case]:
+    """One case for each layer and head.
+
+    Raises:
+        model.ModelError: as operands().
+    """
+    for layer, (q, k, v) in enumerate(operands(checkout, layers)):
         first = (len(q) - ROWS) // 2
         for head in range(q.shape[1]):
             parts = (x[:, head].double().numpy() for x in (q[first : first + ROWS], k, v))

@@ -230,7 +230,7 @@ def measure(report: Report, head: Head, options: Options, clock: Clock, seconds:
                 "head": head.name,
                 "effective": effective,
                 "tokens": head.operands[0].shape[1],
-                "dtype": dtype_name(head.operands[0].dtype),
+                "dtype": dtype_name(head.operands[2].dtype),
                 "order": in_order,
                 "asked": what,
                 "tau": None if tau == DENSE else tau,
