@@ -223,7 +223,7 @@ VARIABLES: tuple[Variable, ...] = (
         "share",
         ("between 0 and 1",),
         "",
-        "The relative error that `auto` and WAN_ATTN_SPARSE may make. Unset: 0.02 and 0.05.",
+        "What `auto` (unset: 0.02) and WAN_ATTN_SPARSE (0.05) may be off by.",
     ),
     Variable(
         "WAN_ATTN_SCHEDULE",
@@ -247,7 +247,7 @@ VARIABLES: tuple[Variable, ...] = (
         "choice",
         ("off", "near_exact", "sparse"),
         "off",
-        "Whether self-attention may leave blocks of keys out: docs/sparse.md.",
+        "Self-attention without blocks that hardly matter: docs/sparse.md.",
     ),
     Variable(
         "WAN_ATTN_SPARSE_REPORT",

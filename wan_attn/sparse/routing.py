@@ -20,21 +20,29 @@ DENSE = float("-inf")
 """The tau with which everything is computed."""
 
 
+ROOM = 1 << 22  # numbers that are computed at once: heads that are few or short go together
+
+
+def heads_at_once(heads: int, each: int) -> list[slice]:
+    """Heads in parts of at most ROOM numbers, if each has so many."""
+    step = max(ROOM // max(each, 1), 1)
+    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
+
+
 def means(x: Tensor, real: Sequence[int]) -> Tensor:
     """[batch, seqlen, heads, head_dim] -> [batch, heads, blocks, head_dim] float32: of the real
-    tokens of each block; 0 where there are none. One head after the other."""
+    tokens of each block; 0 where there are none."""
     batch, seqlen, heads, head_dim = x.shape
-    count = blocks(seqlen)
-    made = x.new_zeros((batch, heads, count, head_dim), dtype=torch.float32)
+    made = x.new_zeros((batch, heads, blocks(seqlen), head_dim), dtype=torch.float32)
     for sample, length in enumerate(real):
         whole, rest = divmod(length, BLOCK)
-        for head in range(heads):
-            part = x[sample, :length, head]
-            full = part[: whole * BLOCK].unflatten(0, (whole, BLOCK)) if whole else None
-            if full is not None:
-                made[sample, head, :whole] = full.float().mean(1)
+        for part in heads_at_once(heads, length * head_dim):
+            some = x[sample, :length, part].float()
+            if whole:
+                full = some[: whole * BLOCK].unflatten(0, (whole, BLOCK)).mean(1)
+                made[sample, part, :whole] = full.transpose(0, 1)
             if rest:
-                made[sample, head, whole] = part[whole * BLOCK :].float().mean(0)
+                made[sample, part, whole] = some[whole * BLOCK :].mean(0)
     return made
 
 
@@ -81,25 +89,25 @@ class Routing:
         near = (wanted[:, None] - torch.arange(self.count, device=device)).abs() <= 1
         near[:, : max(self.always, 1)] = True
         near |= (wanted < self.always)[:, None]
+        of_head = torch.tensor(list(taus), dtype=torch.float32).to(device)
         for sample, length in enumerate(self.real):
             there = blocks(length)
-            for head, tau in enumerate(taus):
-                if tau == DENSE:
-                    made[sample, head] = True
-                else:
-                    made[sample, head, :, :there] = self._above(sample, head, tau, wanted, there)
-                    made[sample, head] |= near
+            for part in heads_at_once(self.heads, len(wanted) * self.count):
+                listed = self._above(sample, part, of_head[part], wanted, there)
+                listed |= near[:, :there] | (of_head[part] == DENSE)[:, None, None]
+                made[sample, part, :, :there] = listed
             made[sample, :, :, there:] = False
         return made
 
-    def _above(self, sample: int, head: int, tau: float, wanted: Tensor, there: int) -> Tensor:
-        """Which of the blocks that have keys score above the threshold."""
-        queries = self._queries[sample, head, wanted]
-        keys = self._keys[sample, head // self._per_key, :there]
-        middle = keys.mean(0)
-        spread = (keys - middle).square().mean(0)
-        threshold = tau * (queries.square() @ spread).clamp_min(0.0).sqrt()
-        return queries @ (keys - middle).T > threshold[:, None]
+    def _above(self, sample: int, part: slice, taus: Tensor, wanted: Tensor, there: int) -> Tensor:
+        """Which of the blocks that have keys score above the threshold, in these heads."""
+        queries = self._queries[sample, part][:, wanted]
+        of_key = torch.arange(self.heads, device=wanted.device)[part] // self._per_key
+        keys = self._keys[sample, of_key, :there]
+        middle = keys.mean(1, keepdim=True)
+        spread = (keys - middle).square().mean(1, keepdim=True)
+        size = (queries.square() * spread).sum(2, keepdim=True).sqrt()
+        return queries @ (keys - middle).transpose(1, 2) > taus[:, None, None] * size
 
     def lists(self, taus: Sequence[float], rows: Sequence[int] | None = None) -> BlockLists:
         """As mask(), for a kernel."""

@@ -31,6 +31,8 @@ from wan_attn.tuning import clocks
 
 Run = Callable[..., Result]
 
+ENOUGH = 6  # calls of each sort before they are compared: densities of layers differ
+
 
 class Watch:
     """Decides about every call while it is active, and keeps what the report tells."""
@@ -122,7 +124,7 @@ class Watch:
         """Where this kind of call is compared; None: no more, or WAN_ATTN_TUNE=off."""
         if config.current().tune == "off" or self._why_not.get(request, "") is not None:
             return None
-        return self._paces.setdefault(request, Pace())
+        return self._paces.setdefault(request, Pace(ENOUGH))
 
     def _compare(self, pace: Pace, request: Request) -> None:
         least = pace.least()
