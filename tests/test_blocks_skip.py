@@ -93,7 +93,7 @@ def test_the_certificate_is_never_below_what_is_lost(row: op.KernelInfo, cases: 
 
 @each_row
 def test_the_error_is_within_the_certificate(row: op.KernelInfo) -> None:
-    """|out - exact| <= lost * the spread of the values, with everything else that a call may have."""
+    """|out - exact| <= lost * the spread of the values, whatever else the call has."""
     for seed in range(30):
         rng = np.random.default_rng(seed)
         dtype = row.dtypes[seed % len(row.dtypes)]
