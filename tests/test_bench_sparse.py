@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from block_oracle import block_attention, off
+import blocks_oracle
+from blocks_oracle import Lists
+from tolerances import off
 from wan_attn.__main__ import main
 from wan_attn.bench import sparse, sparse_heads
 from wan_attn.sparse.routing import DENSE
@@ -30,10 +32,11 @@ def head() -> sparse.Head:
 def test_errors_are_those_of_the_oracle(head: sparse.Head, in_order: str) -> None:
     judge = sparse.Judge(head, in_order)
     density, rule, error = judge.errors(0.5)
-    lists = judge.routing.lists([0.5, 0.5])
+    lists = Lists(judge.routing.mask([0.5, 0.5]).numpy())
     exact = judge.exact
     dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in exact))
-    found, _ = block_attention(*exact, *lists, pools_others=True)
+    arrays = [x.numpy() for x in exact]
+    found = torch.from_numpy(blocks_oracle.attention(*arrays, lists, pools_others=True)[0])
     assert judge._rows == [0, 1, 2, 3, 4], "all blocks: the errors are those of whole calls"
     assert rule == pytest.approx(off(found, dense.transpose(1, 2)), rel=1e-9)
     assert error == pytest.approx(rule, rel=1e-3) and 0 < density < 1

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import wan_attn
-from block_oracle import off
+from tolerances import off
 from wan_attn import config, precision, sparse
 from wan_attn.__main__ import main
 from wan_attn.backends import native
