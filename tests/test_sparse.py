@@ -4,35 +4,27 @@ and what is dense and why."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import wan_attn
+from sparse_calls import TOKENS, inside, near, one, sdpa, use
 from tolerances import off
 from wan_attn import config, precision, sparse
-from wan_attn.__main__ import main
 from wan_attn.backends import native
 from wan_attn.observe import later
 from wan_attn.observe.place import Place
 from wan_attn.request import PLAIN, Request
-from wan_attn.sparse import kernel, record, report, state, steer, verdict
+from wan_attn.selection import watched
+from wan_attn.sparse import kernel, record, state, steer, verdict
 from wan_attn.sparse.routing import DENSE, Routing
-from wan_attn.sparse.state import Use
-from wan_attn.workloads import WORKLOADS
 
 pytestmark = pytest.mark.usefixtures("native")
-
-GRID = (4, 12, 16)
-TOKENS = math.prod(GRID)
 
 
 @pytest.fixture(autouse=True)
@@ -44,44 +36,6 @@ def _as_new(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
     config.forget()
-
-
-def near(
-    tokens: int = TOKENS,
-    heads: int = 4,
-    reach: float = 3.0,
-    sharp: float = 5.0,
-    grid: tuple[int, int, int] = GRID,
-) -> Any:
-    """query, key, value of a video in which tokens look at near ones."""
-    draw = torch.Generator().manual_seed(5)
-    axes = torch.meshgrid(*(torch.arange(float(size)) for size in grid), indexing="ij")
-    at = torch.stack([axis.flatten() for axis in axes], dim=1)
-    at = torch.cat((at, 99 * torch.rand(max(tokens - len(at), 0), 3, generator=draw)))[:tokens]
-    angles = at @ torch.randn(heads, 3, 16, generator=draw).div(reach)
-    waves = torch.cat((angles.cos(), angles.sin()), dim=-1).transpose(0, 1)[None]
-    q = sharp * waves + 0.3 * torch.randn(1, tokens, heads, 32, generator=draw)
-    k = waves + 0.1 * torch.randn(1, tokens, heads, 32, generator=draw)
-    return q, k, torch.randn(1, tokens, heads, 32, generator=draw) + waves
-
-
-def sdpa(*x: Tensor, **options: Any) -> Any:
-    return wan_attn.sdpa(*x, **options)
-
-
-def inside(layer: int = 3, step: int = 4, **more: Any) -> Any:
-    known = {"steps": 10, "layers": 8, "expert": 0, "grid": GRID}
-    return sparse.at(step=step, layer=layer, **(known | more))
-
-
-def use(mode: str = "sparse", **options: Any) -> Use:
-    return sparse.use(mode, **({"min_tokens": 256} | options))
-
-
-def one(used: Use, **known: Any) -> dict[str, Any]:
-    """The one layer of the report that has all this."""
-    (found,) = [x for x in used.report().layers if known.items() <= x.items()]
-    return found
 
 
 # --- what is left out ----------------------------------------------------------------------------
@@ -297,6 +251,19 @@ def test_where_it_is_slower_it_is_dense(
     assert sum("with blocks left out, and" in r.message for r in caplog.records) == 1
 
 
+def test_what_ran_is_named() -> None:
+    """As the profile has it."""
+    q, k, v = near()
+    by = (native.run, "sdpa", Request.from_tensors(q, k, v))
+    with precision.use("fast"), use(budget=0.3):
+        with inside():
+            assert "blocks left out)" in watched.run(*by, (q, k, v), PLAIN)[2]
+        with inside(layer=0):
+            assert "qk8)" in watched.run(*by, (q, k, v), PLAIN)[2]
+    with use(budget=0.3), inside(layer=0):
+        assert watched.run(*by, (q, k, v), PLAIN)[2] == ""
+
+
 def test_heads_in_8_bits_and_blocks_left_out_together() -> None:
     x = near()
     with precision.use("fast") as bits, use(budget=0.3) as used:
@@ -317,19 +284,23 @@ def test_an_error_above_the_budget_is_computed_again() -> None:
     """A tau that a profile brings is far too large: the result is the dense one, and less is left
     out from then on, in the heads that it concerns."""
     x = near()
-    x[0][:, :, :2] *= 0.2  # two heads that see nearly all
+    x[0][:, :, 0] *= 0.3  # a head that sees nearly all
     exact = sdpa(*x)
-    with use(budget=0.01, tau=4.0) as used, inside():
+    with use(budget=0.05, tau=6.0) as used, inside():
         sdpa(*x)
         made = used.report().found
-    made["layers"][0]["taus"] = [4.0] * 4
-    with use(budget=0.01, tau=4.0, profile=made) as used, inside():
+    assert made["layers"][0]["taus"][3] is not None
+    made["layers"][0]["taus"][0] = 6.0
+    with use(budget=0.05, tau=6.0, profile=made) as used, inside():
         first, second = sdpa(*x), sdpa(*x)
     layer = one(used, layer=3)
-    assert off(first, exact) < 0.01 and off(second, exact) < 0.01
-    assert "is above the budget of 1 %; computed again densely" in layer["events"][0]
-    assert layer["measured"][0]["error"] > 0.01 and not layer["measured"][0]["stands"]
-    assert layer["largest_error"] is None or layer["largest_error"] < 0.01
+    assert torch.equal(first[:, :, 0], exact[:, :, 0]), "computed again"
+    assert not torch.equal(first[:, :, 3], exact[:, :, 3])
+    assert "layer 3 (self), head 0, step 4: an error of" in layer["events"][0]
+    assert off(first, exact) < 0.05 and off(second, exact) < 0.05
+    assert "is above the budget of 5 %; computed again densely" in layer["events"][0]
+    assert layer["measured"][0]["error"] > 0.05 and not layer["measured"][0]["stands"]
+    assert layer["largest_error"] is None or layer["largest_error"] < 0.05
 
 
 def test_heads_that_cannot_keep_it_are_dense() -> None:
@@ -385,117 +356,22 @@ def test_a_search_finds_the_largest_tau_within_the_budget(budget: float) -> None
             assert search._judge([tau + 0.3] * 2)[group][0] > 0.7 * goal
 
 
-# --- who asks ------------------------------------------------------------------------------------
-
-
-def test_the_environment_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WAN_ATTN_SPARSE", "sparse")
-    config.refresh()
-    watch = state.uses.active
-    assert watch is not None and watch.wishes.budget == 0.05
-    for tokens, is_taken in ((11_999, False), (12_000, True)):
-        shape = replace(WORKLOADS["ti2v-5b-720p"], seqlen_q=tokens, seqlen_k=tokens)
-        request = Request.of(shape, torch.float32, "cpu")
-        assert (watch.wishes.why_not(request) is None) == is_taken
-    monkeypatch.setenv("WAN_ATTN_ERROR_BUDGET", "0.1")
-    config.refresh()
-    assert state.uses.active is not None and state.uses.active.wishes.budget == 0.1
-    monkeypatch.setenv("WAN_ATTN_SPARSE_PROFILE", str(tmp_path / "none.json"))
-    config.refresh()
-    with pytest.raises(config.ConfigError, match="WAN_ATTN_SPARSE_PROFILE must be a JSON file"):
-        sdpa(*near())
-    monkeypatch.setenv("WAN_ATTN_SPARSE", "off")
-    config.refresh()
-    assert state.uses.active is None
-    sdpa(*near())
-
-
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("budget", "density", "wanted"),
     [
-        ({"mode": "best"}, "mode must be one of off, near_exact, sparse, got 'best'"),
-        ({"budget": 1.0}, "budget must be between 0 and 1, got 1.0"),
-        ({"tau": "x"}, "tau must be a number"),
-        ({"threshold": 0.06}, "threshold must be above 0 and at most 0.05, got 0.06"),
-        ({"min_tokens": -1}, "min_tokens must be at least 0"),
-        ({"dense_steps": 1.5}, "dense_steps must be between 0 and 1, got 1.5"),
-        ({"always": [(3, 2)]}, "always must be at least 3"),
-        ({"always": [7]}, "always must be pairs"),
-        ({"profile": "/no/such"}, "profile must be a JSON file, got '/no/such'"),
-        ({"profile": {"kind": "precision"}}, "profile must be a sparse report"),
+        (0.05, 0.4, 0.22),  # where 0.03 * 2^tau reaches 0.7 of it
+        (1.0, 0.4, 2.0),
+        (0.02, 0.4, DENSE),  # below the least tau
+        (0.05, 0.75, DENSE),  # too little would be left out
     ],
 )
-def test_use_refuses(asked: dict[str, Any], said: str) -> None:
-    with pytest.raises(RuntimeError, match="^wan_attn: ") as caught:
-        sparse.use(**asked)
-    assert said in str(caught.value) and state.uses.active is None
-
-
-# --- the report ----------------------------------------------------------------------------------
-
-
-def test_a_report_can_start_the_next_run(tmp_path: Path) -> None:
-    x = near()
-    with use(budget=0.05) as used:
-        for layer in (0, 3):
-            with inside(layer=layer):
-                sdpa(*x)
-    file = tmp_path / "report.json"
-    file.write_text(used.report().as_json())
-    found = json.loads(file.read_text())
-    assert [layer["layer"] for layer in found["layers"]] == [0, 3]
-    text = used.report().as_text()
-    assert text.startswith("sparse: 1 of 2 self-attention calls left blocks out; largest measured")
-    assert "density" in text.splitlines()[1] and len(text.splitlines()) == 4
-    searched = []
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(steer, "Search", lambda *_: searched.append(1))
-        with use(budget=0.05, profile=str(file)) as again, inside():
-            out = sdpa(*x)
-    assert not searched and one(again, layer=3)["taus"] == one(used, layer=3)["taus"]
-    assert 0 < off(out, sdpa(*x)) < 0.05
-    with pytest.raises(RuntimeError, match=r"must be of mode sparse and a budget of 0.1, got 0.05"):
-        use(budget=0.1, profile=str(file))
-    with pytest.raises(RuntimeError, match="must have layers with taus"):
-        use(budget=0.05, profile=found | {"layers": [{"taus": [math.nan]}]})
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with use(budget=0.05) as used:
-        for layer in (0, 3):
-            with inside(layer=layer):
-                sdpa(*near())
-    found, file = used.report(), tmp_path / "report.json"
-    file.write_text(found.as_json())
-    assert main(["precision", str(file)]) == 0
-    assert capsys.readouterr().out.strip() == found.as_text().strip()
-    assert main(["precision", str(file), "--check"]) == 0
-    found.found["layers"][1]["largest_error"] = 0.051
-    file.write_text(found.as_json())
-    assert main(["precision", str(file), "--check"]) == 1
-    file.write_text('{"kind": "sparse", "format": 9, "wan_attn": "9.9"}')
-    assert main(["precision", str(file)]) == 2
-    assert "of another version of wan_attn (9.9)" in capsys.readouterr().err
-
-
-def test_the_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    with use(budget=0.05) as used:
-        for layer in (0, 3):
-            with inside(layer=layer):
-                sdpa(*near())
-    (tmp_path / "report.json").write_text(used.report().as_json())
-    path = tmp_path / "picture.svg"
-    assert main(["precision", str(tmp_path / "report.json"), "--picture", str(path)]) == 0
-    assert "blocks left out, by layer" in path.read_text() and "3 self, " in path.read_text()
-
-
-def test_the_report_of_a_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with use(budget=0.05) as used, inside():
-        sdpa(*near())
-    assert used.watch is not None
-    with caplog.at_level(logging.INFO, "wan_attn"):
-        report.finish(used.watch, str(tmp_path / "a" / "report.json"))
-    assert json.loads((tmp_path / "a" / "report.json").read_text())["kind"] == "sparse"
-    assert sum("left blocks out" in r.message for r in caplog.records) == 1
-    assert sparse.current_report().found == used.report().found
+def test_a_search_halves(
+    budget: float, density: float, wanted: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = steer.Search.__new__(steer.Search)
+    search._groups = ((0, 1), (1, 2))
+    monkeypatch.setattr(
+        search, "_judge", lambda taus: [(0.03 * 2**t, density) for t in taus], raising=False
+    )
+    for tau in search.taus(budget, 2.0):
+        assert tau == wanted or wanted - 3 / 2**steer.HALVINGS <= tau <= wanted

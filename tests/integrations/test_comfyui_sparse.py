@@ -57,17 +57,17 @@ def test_a_node_asks_for_its_model_alone(
     (off,) = node().apply(stub_comfy.Model(), "wan_attn", sparse="off")
     run = importlib.import_module("comfy.ldm.modules.attention")
     q, k, v = merged()
-    with wan_attn.sparse.use("near_exact"):
-        for model in (plain, sparse.clone(), off):
+    with wan_attn.sparse.use("near_exact") as outer:
+        for model in (plain, off, sparse.clone()):
             given = [q, k, v]
             if in_containers:
                 given = [run.AttentionTensorContainer(x) for x in given]
             options = model.model_options["transformer_options"]
             out = run.optimized_attention(*given, heads=HEADS, transformer_options=options)
-            assert close(out, exact(q, k, v))
+            assert close(out, exact(q, k, v)) and state.uses.active is outer.watch
     assert seen[0].mode == "near_exact", "as set"
-    assert (seen[1].mode, seen[1].budget) == ("sparse", 0.1)
-    assert seen[2] is None and state.uses.active is None
+    assert (seen[2].mode, seen[2].budget) == ("sparse", 0.1)
+    assert seen[1] is None and state.uses.active is None
 
 
 def test_what_the_node_refuses(root: Path, host: Any) -> None:  # noqa: F811
