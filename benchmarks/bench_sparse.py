@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = report.Report("sparse", f"Wan2.2's block stack, {video}", sparse.COLUMNS)
     found.note(sparse.NOTES)
     clock = clock_for(options.device, cpu_time=True)
-    for layer, tensors in enumerate(wan_stack.operands(given.wan22, given.layers, video)):
+    for layer, tensors in enumerate(wan_stack.operands(given.wan22, given.layers, video=video)):
         for number in range(min(given.heads, tensors[0].shape[1])):
             q, k, v = (x[None, :, number : number + 1].contiguous() for x in tensors)
             exact = (q.double(), k.double(), v.double())

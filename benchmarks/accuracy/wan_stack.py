@@ -25,6 +25,7 @@ from .families import Case, bf16
 LAYERS = 4
 VIDEO = model.Video(480, 320, 17)
 ROWS = 128
+STACKS = 3  # each with weights of its own
 
 
 def structured(weight: Tensor, draw: torch.Generator) -> Tensor:
@@ -45,9 +46,9 @@ def outlier_gains(channels: int, draw: torch.Generator) -> Tensor:
     return torch.where(torch.rand(channels, generator=draw) < 0.02, 5.0 * gains, gains)
 
 
-def shape_weights(stack: Any) -> None:
+def shape_weights(stack: Any, seed: int) -> None:
     """Replaces the weights of every block's self-attention."""
-    draw = torch.Generator().manual_seed(17)
+    draw = torch.Generator().manual_seed(seed)
     for block in stack.blocks:
         attention = block.self_attn
         for linear in (attention.q, attention.k, attention.v, attention.o):
@@ -65,16 +66,29 @@ def smooth_video(shape: tuple[int, ...]) -> Tensor:
     return smooth + 0.5 * torch.randn(shape, generator=draw)
 
 
+def record(checkout: Path, layers: int = LAYERS, stacks: int = STACKS) -> Iterator[Case]:
+    """One case for each layer and head of the stacks' self-attention.
+
+    Raises:
+        model.ModelError: there is no such checkout, or it cannot be imported.
+    """
+    for number in range(stacks):
+        yield from _record(checkout, layers, number)
+
+
 def operands(
-    checkout: Path, layers: int = LAYERS, video: model.Video = VIDEO
+    checkout: Path, layers: int = LAYERS, number: int = 0, video: model.Video = VIDEO
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """query, key and value of each layer's self-attention, [tokens, heads, head_dim].
+    """query, key and value of each layer's self-attention, [tokens, heads, head_dim], of the stack
+    of this number.
 
     Raises:
         model.ModelError: there is no such checkout, or it cannot be imported.
     """
     arch = model.reduced(model.ARCHS["a14b"])
-    stack = model.Wan22Stack(arch, layers, torch.bfloat16, torch.device("cpu"), checkout)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(number)  # Wan2.2 draws the weights that stay from torch's own
+        stack = model.Wan22Stack(arch, layers, torch.bfloat16, torch.device("cpu"), checkout)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor, k_lens: Tensor | None) -> Tensor:
@@ -85,7 +99,7 @@ def operands(
         return out.transpose(1, 2)
 
     try:
-        shape_weights(stack)
+        shape_weights(stack, 17 + number)
         stack.show(video, 1, (1.0,))
         stack.videos = [smooth_video(video.latent(arch))]
         stack.use(attend)
@@ -96,15 +110,11 @@ def operands(
     return seen
 
 
-def record(checkout: Path, layers: int = LAYERS) -> Iterator[Case]:
-    """One case for each layer and head.
-
-    Raises:
-        model.ModelError: as operands().
-    """
-    for layer, (q, k, v) in enumerate(operands(checkout, layers)):
+def _record(checkout: Path, layers: int, number: int) -> Iterator[Case]:
+    for layer, (q, k, v) in enumerate(operands(checkout, layers, number)):
         first = (len(q) - ROWS) // 2
         for head in range(q.shape[1]):
             parts = (x[:, head].double().numpy() for x in (q[first : first + ROWS], k, v))
             arrays = [bf16(np.asarray(x)) for x in parts]
-            yield Case(f"wan_{layer}.{head}", f"layer {layer}, head {head}", *arrays)
+            name = f"wan_{number}.{layer}.{head}"
+            yield Case(name, f"stack {number}, layer {layer}, head {head}", *arrays)

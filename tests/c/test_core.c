@@ -78,6 +78,9 @@ static wan_attn_params random_call(void) {
     int64_t k_shape[4] = {batch, pick(20) ? PICK(KEYS) : 0, heads_k, head_dim};
     if (pick(4) == 0) /* few rows, several blocks of keys: sdpa_few.inc */
         q_shape[1] = 1 + pick(20), k_shape[1] = 200 + 100 * pick(2);
+    int has_lists = pick(2) == 0;
+    if (has_lists && pick(8)) /* two blocks of queries, several of keys */
+        q_shape[1] = 100, k_shape[1] = 200 + 100 * pick(2);
     int32_t dtype = PICK(DTYPES);
     if (pick(2))
         p.seqused_q = lengths_up_to(batch, q_shape[1]);
@@ -103,7 +106,7 @@ static wan_attn_params random_call(void) {
     p.window_size_left = PICK(WINDOWS);
     p.window_size_right = PICK(WINDOWS);
     p.num_threads = (int32_t)pick(5);
-    if (pick(3) == 0)
+    if (has_lists)
         give_lists(&p);
     return p;
 }

@@ -75,6 +75,8 @@ def _is_bad(found: dict[str, Any]) -> bool:
     """An error above the budget stands, or a guard was hit. Where blocks are left out, an event is
     that less is, which is no harm."""
     budget, is_bits = found["budget"], found["kind"] == in_8_bits.KIND
+    # Not "above": NaN is none of both, and bad.
     return any(
-        (is_bits and x["events"]) or (x["largest_error"] or 0.0) > budget for x in found["layers"]
+        (is_bits and layer["events"]) or not (layer["largest_error"] or 0.0) <= budget
+        for layer in found["layers"]
     )

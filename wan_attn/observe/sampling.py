@@ -9,7 +9,8 @@ time, and only as often as that stays within SHARE of the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -74,6 +75,11 @@ class Allowance:
     def grant(self) -> None:
         """The next call is measured, whatever it costs."""
         self._left = max(self._left, self._cost)
+
+
+def largest(errors: Iterable[float]) -> float:
+    """NaN is larger than any other."""
+    return max(errors, key=lambda error: (math.isnan(error), error))
 
 
 def errors(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_attn import log
+from wan_attn.observe import sampling
 from wan_attn.observe.timed import TimedLayer
 from wan_attn.store import processes
 
@@ -35,7 +36,7 @@ def plain(layer: TimedLayer) -> dict[str, Any]:
         "exact_seconds": round(layer.exact_seconds, 6),
         "lossy_seconds": round(layer.lossy_seconds, 6),
         "error": _rms(kept),
-        "largest_error": max(kept, default=None),
+        "largest_error": sampling.largest(kept) if kept else None,
         "measured": [
             {"run": run, "step": step, "error": error, "stands": stands}
             for run, step, error, stands in layer.measured
@@ -81,8 +82,8 @@ def calls(found: dict[str, Any]) -> tuple[int, int]:
 
 def largest_error(found: dict[str, Any]) -> float | None:
     """Of all layers; None: none was measured."""
-    errors = (layer["largest_error"] for layer in found["layers"])
-    return max((error for error in errors if error is not None), default=None)
+    errors = [x["largest_error"] for x in found["layers"] if x["largest_error"] is not None]
+    return sampling.largest(errors) if errors else None
 
 
 def ms(seconds: float, calls: int) -> str:

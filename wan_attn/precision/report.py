@@ -86,7 +86,7 @@ def _summary(found: dict[str, Any]) -> str:
         said += f"; largest measured error {table.percent(largest)}"
         said += f", budget {100 * found['budget']:g} %"
     elif lossy:
-        said += "; their error is measured in the mode `auto` only"
+        said += "; their error is measured in `balanced` and `auto` only"
     return said
 
 

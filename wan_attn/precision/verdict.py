@@ -15,7 +15,7 @@ from wan_attn.precision import guard
 from wan_attn.precision.record import Layer, Note
 
 
-def read_pending(layer: Layer, budget: float, wait: bool = False) -> None:
+def read_pending(layer: Layer, budget: float | None, wait: bool = False) -> None:
     """What a GPU has told meanwhile, or will have. The results that it is about are in use."""
     while layer.pending and (
         wait or all(one is None or one.is_there() for one in layer.pending[0][1:])
@@ -23,10 +23,11 @@ def read_pending(layer: Layer, budget: float, wait: bool = False) -> None:
         read(layer, layer.pending.pop(0), budget, is_late=True)
 
 
-def read(layer: Layer, note: Note, budget: float, is_late: bool) -> list[int | None]:
+def read(layer: Layer, note: Note, budget: float | None, is_late: bool) -> list[int | None]:
     """The groups of heads that are exact from now on; None among them: all.
 
     Args:
+        budget: None: errors are only kept for the report.
         is_late: the call cannot be computed again. If its run is over, nothing follows.
     """
     where, watched, errors = note
@@ -44,15 +45,15 @@ def read(layer: Layer, note: Note, budget: float, is_late: bool) -> list[int | N
         before = layer.running.get(group)
         running = square if before is None else before + sampling.WEIGHT * (square - before)
         layer.running[group] = running
-        if not running <= budget**2:  # NaN too
+        if budget is not None and not running <= budget**2:  # NaN too
             over[group] = running
-    if over:
-        worst = max(over.values(), key=lambda running: (math.isnan(running), running))
+    if over and budget is not None:
+        worst = sampling.largest(over.values())
         error = "NaN" if math.isnan(worst) else f"{100 * math.sqrt(worst):.2g} %"
         reason = f"an error of {error} is above the budget of {100 * budget:g} %; {what_now}"
         _switch(layer, where, over, reason)
     if squares:
-        worst = math.sqrt(max(squares))
+        worst = math.sqrt(sampling.largest(squares))
         layer.measured.append((where.run, where.step, worst, is_late or not over))
     return list(over)
 

@@ -50,7 +50,7 @@ def read(layer: Layer, note: Note, budget: float, most: float, is_late: bool) ->
         if not max(running, square) <= budget**2:  # NaN too
             over.append(group)
     if squares:
-        worst = math.sqrt(max(squares))
+        worst = math.sqrt(sampling.largest(squares))
         layer.measured.append((note.place.run, note.place.step, worst, is_late or not over))
         layer.measured_since += 1
     if over:
@@ -62,7 +62,7 @@ def read(layer: Layer, note: Note, budget: float, most: float, is_late: bool) ->
 
 def _lower(layer: Layer, where: Place, over: list[int], budget: float, is_late: bool) -> None:
     """Less is left out from the next call on."""
-    worst = max((layer.running[g] for g in over), key=lambda square: (math.isnan(square), square))
+    worst = sampling.largest(layer.running[group] for group in over)
     error = "NaN" if math.isnan(worst) else f"{100 * math.sqrt(worst):.2g} %"
     done = "its result was in use already" if is_late else "computed again densely"
     said = f"an error of {error} is above the budget of {100 * budget:g} %; {done}"

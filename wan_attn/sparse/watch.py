@@ -127,7 +127,7 @@ class Watch:
         return self._paces.setdefault(request, Pace(ENOUGH))
 
     def _compare(self, pace: Pace, request: Request) -> None:
-        least = pace.least()
+        least = pace.news()
         if least is not None and least[0] <= least[1]:
             dense, sparse = (f"{1e3 * seconds:.3g} ms" for seconds in least)
             reason = f"it takes {sparse} with blocks left out, and {dense} densely"
