@@ -247,7 +247,7 @@ VARIABLES: tuple[Variable, ...] = (
         "choice",
         ("off", "near_exact", "sparse"),
         "off",
-        "Self-attention without blocks that hardly matter: docs/sparse.md.",
+        "Leaves out keys that hardly matter: docs/sparse.md.",
     ),
     Variable(
         "WAN_ATTN_SPARSE_REPORT",
