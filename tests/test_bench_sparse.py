@@ -33,18 +33,21 @@ def test_errors_are_those_of_the_oracle(head: sparse.Head, in_order: str) -> Non
     judge = sparse.Judge(head, in_order)
     density, rule, error = judge.errors(0.5)
     lists = Lists(judge.routing.mask([0.5, 0.5]).numpy())
-    exact = judge.exact
-    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in exact))
-    arrays = [x.numpy() for x in exact]
-    found = torch.from_numpy(blocks_oracle.attention(*arrays, lists, pools_others=True)[0])
+    q, k, v = judge.exact
+    dense = in_torch(judge.exact)
+    found, _ = blocks_oracle.attention(q.numpy(), k.numpy(), v.numpy(), lists, pools_others=True)
     assert judge._rows == [0, 1, 2, 3, 4], "all blocks: the errors are those of whole calls"
-    assert rule == pytest.approx(off(found, dense.transpose(1, 2)), rel=1e-9)
+    assert rule == pytest.approx(off(torch.from_numpy(found), dense), rel=1e-9)
     assert error == pytest.approx(rule, rel=1e-3) and 0 < density < 1
-    assert judge.errors(DENSE)[:2] == (1.0, pytest.approx(0.0, abs=1e-12))
+    all_of_it, nothing, _ = judge.errors(DENSE)
+    assert all_of_it == 1.0 and nothing < 1e-12
     whole = sparse.whole_call(head, in_order, 0.5)()
-    assert off(whole, torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in head.exact)
-    ).transpose(1, 2)) == pytest.approx(rule, rel=1e-3)  # fmt: skip
+    assert off(whole, in_torch(head.exact)) == pytest.approx(rule, rel=1e-3)
+
+
+def in_torch(operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in operands)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def test_heads_see_as_many_keys_as_they_are_said_to() -> None:

@@ -203,7 +203,9 @@ def test_a_callers_lists(pools_others: bool, heads_k: int, real: list[int]) -> N
         q, k, v, made, pools_others=pools_others, k_lens=torch.tensor(real), return_lse=True
     )
     want, want_lse = blocks_oracle.attention(
-        *(x.double().numpy() for x in (q, k, v)),
+        q.double().numpy(),
+        k.double().numpy(),
+        v.double().numpy(),
         Lists(mask.numpy()),
         pools_others=pools_others,
         k_lens=real,

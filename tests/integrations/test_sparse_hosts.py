@@ -49,7 +49,7 @@ class Measured:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.errors: dict[tuple[int | None, int | None], list[float]] = {}
-        self._stock = wan_attn.attention.sdpa
+        self._stock: Any = wan_attn.attention.sdpa
         monkeypatch.setattr(wan_attn.attention, "sdpa", self._sdpa)
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:

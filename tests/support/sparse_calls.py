@@ -41,7 +41,7 @@ def sdpa(*x: Tensor, **options: Any) -> Any:
 
 
 def inside(layer: int = 3, step: int = 4, **more: Any) -> Any:
-    known = {"steps": 10, "layers": 8, "expert": 0, "grid": GRID}
+    known: dict[str, Any] = {"steps": 10, "layers": 8, "expert": 0, "grid": GRID}
     return sparse.at(step=step, layer=layer, **(known | more))
 
 
