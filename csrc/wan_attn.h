@@ -283,8 +283,8 @@ WAN_ATTN_API wan_attn_status wan_attn_cuda_device_at(int32_t index, wan_attn_cud
 
 /* A call in two steps, so that its caller can allocate in between: everything is checked, chosen
  * and planned once. prepare: everything but out, lse, the workspace and what lists of blocks hold.
- * Reads lengths that lie on the CPU, and nothing else that tensors point to. Fills call: the row that will run, and what
- * workspace it needs. */
+ * Reads lengths that lie on the CPU, and nothing else that tensors point to. Fills call: the row
+ * that will run, and what workspace it needs. */
 WAN_ATTN_API wan_attn_status wan_attn_prepare(const wan_attn_params *params, wan_attn_call *call,
                                               wan_attn_error *err);
 /* run: at once on the CPU, enqueued on `stream` on a GPU. params must be as prepare saw them,

@@ -54,9 +54,11 @@ MAY_INCLUDE: dict[str, list[str]] = {
         "core/atomic.h",
         "core/platform.h",
     ],
+    "csrc/cpu/lost.h": ["core/atomic.h", "core/kernel.h", "cpu/half.h"],
     "csrc/cpu/large_pages.c": ["cpu/large_pages.h", "<sys/mman.h>"],
     "csrc/cpu/*.[ch]": [
-        *("wan_attn.h", "core/kernel.h", "core/rope.h", "core/util.h", "cpu/*.h", "cpu/*.inc"),
+        *("wan_attn.h", "core/kernel.h", "core/lists.h", "core/rope.h", "core/util.h"),
+        *("cpu/*.h", "cpu/*.inc"),
         *("<immintrin.h>", "<arm_neon.h>"),
         *C_LIBRARY,
     ],

@@ -90,8 +90,8 @@ struct wan_attn_plan {
     wan_attn_flags *lost; /* of all rows: lost.h */
 };
 
-/* Fills the problem's plan and workspace_size: with this blocking every dense call can be taken, and
- * with `listed` those with lists of blocks or a skip_threshold; NULL: there are none. */
+/* Fills the problem's plan and workspace_size: with this blocking every dense call can be taken,
+ * and with `listed` those with lists of blocks or a skip_threshold; NULL: there are none. */
 void wan_attn_blocked_plan(wan_attn_problem *p, const wan_attn_blocking *blocking,
                            const wan_attn_blocking *listed);
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * lost.h - the certificate of a skip_threshold: what share of its weights a row lacks at most. Knows
- * no kernel.
+ * lost.h - the certificate of a skip_threshold: what share of its weights a row lacks at most.
+ * Knows no kernel.
  *
  * A block of keys that is left out weighs at most its number of keys times its largest weight. With
  * `lost`, the sum of these, in the unit of row_sum (so that both shrink as the maximum rises), the

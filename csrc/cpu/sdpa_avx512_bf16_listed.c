@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
- * sdpa_avx512_bf16_listed.c - sdpa_avx512_bf16.c with lists of blocks: its panel is a block of queries.
+ * sdpa_avx512_bf16_listed.c - sdpa_avx512_bf16.c with lists of blocks: its panel is a block of
+ * queries.
  *
- * Budget: 4 x 4 accumulators + 4 + 1 of 32 registers; 16 vdpbf16ps for 8 loads. Panel of 64 queries.
+ * Budget: 4 x 4 accumulators + 4 + 1 of 32 registers; 16 vdpbf16ps for 8 loads. Panel of 64
+ * queries.
  */
 #include <float.h>
 #include <math.h>

@@ -113,7 +113,8 @@ typedef struct key_group {
     int64_t first, count;
 } key_group;
 
-/* The next group from key j on; its count is 0 behind the last. A key that is not seen is passed. */
+/* The next group from key j on; its count is 0 behind the last. Keys that are not seen are passed.
+ */
 static key_group next_group(const wan_attn_params *p, int64_t sample, int64_t head, int64_t i,
                             int64_t j) {
     int64_t keys = real_length(&p->seqused_k, sample, p->k.shape[1]);

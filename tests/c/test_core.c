@@ -78,7 +78,7 @@ static wan_attn_params random_call(void) {
     int64_t k_shape[4] = {batch, pick(20) ? PICK(KEYS) : 0, heads_k, head_dim};
     if (pick(4) == 0) /* few rows, several blocks of keys: sdpa_few.inc */
         q_shape[1] = 1 + pick(20), k_shape[1] = 200 + 100 * pick(2);
-    int has_lists = pick(2) == 0;
+    int has_lists = pick(3) == 0;
     if (has_lists && pick(8)) /* two blocks of queries, several of keys */
         q_shape[1] = 100, k_shape[1] = 200 + 100 * pick(2);
     int32_t dtype = PICK(DTYPES);
@@ -129,9 +129,10 @@ static double tolerance(int32_t dtype) {
     return dtype == WAN_ATTN_F32 ? 1e-5 : dtype == WAN_ATTN_F16 ? 0x1p-9 : 0x1p-6;
 }
 
-/* The means of keys are rounded to what products are computed in. */
+/* The means of keys are rounded to what products are computed in: up to 256 products of a score are
+ * each off by 2^-9 of themselves. */
 static double lse_tolerance(const wan_attn_params *p) {
-    return p->pools_others && p->v.dtype == WAN_ATTN_BF16 ? 0x1p-7 : 1e-5;
+    return p->pools_others && p->v.dtype == WAN_ATTN_BF16 ? 0x1p-5 : 1e-5;
 }
 
 static int compare(const wan_attn_params *p) {
