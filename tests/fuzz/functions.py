@@ -19,7 +19,8 @@ from fuzz import values as v
 OPERANDS = frozenset({"query", "key", "value"})
 ATTENTION, FLASH = "flash_attention", "flash_attn_func"
 OP, ROPE_OP = "torch.ops.wan_attn.sdpa", "torch.ops.wan_attn.rms_norm_rope"
-OPS = frozenset({OP, ROPE_OP})
+WITH_LISTS = f"{OP} with lists"
+OPS = frozenset({OP, WITH_LISTS, ROPE_OP})
 """Those whose arguments torch's dispatcher looks at first."""
 
 
@@ -105,6 +106,12 @@ def _sdpa() -> dict[str, Any]:
 
 def _op() -> dict[str, Any]:
     return {**_sdpa(), "window_left": -1, "window_right": -1, "kernel": -1}
+
+
+def _op_with_lists() -> dict[str, Any]:
+    counts = torch.ones(2, 4, 1, dtype=torch.int32)
+    lists = {"block_counts": counts, "block_indices": torch.zeros_like(counts)[..., None]}
+    return {**_sdpa(), **lists, "pools_others": True, "skip_threshold": 0.01}
 
 
 _THREE = {"query": v.OPERAND, "key": v.OPERAND, "value": v.OPERAND}
@@ -293,6 +300,20 @@ def _core() -> list[Function]:
             {**_SDPA, **dict.fromkeys(_BOUNDS, v.COUNT), "out_like_value": v.FLAG},
             {},
             _OF_THE_OP,
+        ),
+        Function(
+            WITH_LISTS,
+            torch.ops.wan_attn.sdpa,
+            _op_with_lists,
+            {
+                **{"block_counts": v.NOTHING, "block_indices": v.NOTHING},
+                **{"pools_others": v.FLAG, "skip_threshold": v.PROBABILITY},
+            },
+            {},
+            _of_torchs_dispatcher(
+                ("block_counts", "block_indices"), (), ("pools_others",), "skip_threshold"
+            )
+            | {("skip_threshold", "1"): "a weight can be 1"},
         ),
         Function(
             "windows_flash_attention_wrapper",
