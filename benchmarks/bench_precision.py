@@ -32,7 +32,7 @@ from wan_attn import config, precision
 from wan_attn.backends import native
 from wan_attn.bench import model
 from wan_attn.native import bindings
-from wan_attn.precision import sampling
+from wan_attn.observe import sampling
 from wan_attn.request import PLAIN
 
 # name -> (mode, guard). `auto` with every layer allowed computes what `fast` computes.

@@ -46,7 +46,7 @@ def test_the_table_and_the_settings_name_the_same_fields() -> None:
 
 def test_every_field_has_the_type_that_its_kind_parses_to() -> None:
     hints = typing.get_type_hints(Settings)
-    kinds = {"flag": bool, "integer": int, "share": float, "choice": str, "path": str | None}
+    kinds = {"flag": bool, "integer": int, "share": float | None, "choice": str, "path": str | None}
     for variable in VARIABLES:
         assert hints[variable.field] == kinds[variable.kind], variable.name
 

@@ -86,6 +86,7 @@ def test_no_argument_of_a_public_function_is_left_out() -> None:
     public = {f for f in public if inspect.isfunction(f)}
     public -= {wan_attn.available, wan_attn.unpatch}  # which are given nothing to compute with
     public |= {torch.ops.wan_attn.sdpa, torch.ops.wan_attn.rms_norm_rope}
+    public |= {wan_attn.sparse.sdpa, wan_attn.sparse.block_lists}
     for function in public:
         broken = {n for f in functions.functions() if f.call is function for n in f.kinds}
         assert arguments_of(function) <= broken, function

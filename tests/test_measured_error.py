@@ -21,8 +21,9 @@ import wan_attn
 from calls import BF16, F32, operands
 from wan_attn import config, precision
 from wan_attn.__main__ import main
-from wan_attn.precision import guard, record, report, sampling, verdict
-from wan_attn.precision.place import Place
+from wan_attn.observe import later, place, sampling
+from wan_attn.observe.place import Place
+from wan_attn.precision import record, report, verdict
 from wan_attn.request import PLAIN
 from wan_attn.store import processes
 
@@ -151,13 +152,13 @@ def test_other_layers_and_the_next_run_are_not_concerned() -> None:
     x, good = bad_heads(some(1), 0), some(1)
     lossy = torch.ops.wan_attn.sdpa(*good, precision=1)[0]
     with precision.use("auto"):
-        precision.place.begin([float(t) for t in range(10, 0, -1)])
+        place.begin([float(t) for t in range(10, 0, -1)])
         with inner():
             sdpa(*x)
             assert not torch.equal(sdpa(*good), lossy)
         with inner(layer=4):
             assert torch.equal(sdpa(*good), lossy)
-        precision.place.begin([float(t) for t in range(10, 0, -1)])
+        place.begin([float(t) for t in range(10, 0, -1)])
         with inner():
             assert torch.equal(sdpa(*good), lossy)
 
@@ -198,7 +199,7 @@ class Api:
         return None
 
 
-class _Late(guard.Later):
+class _Late(later.Later):
     """Of a device whose copy is on its way."""
 
     def __init__(self, tensor: Tensor) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from wan_attn.precision import at, place, schedule
-from wan_attn.precision.place import Place
+from wan_attn.observe import place
+from wan_attn.observe.place import Place
+from wan_attn.precision import at, schedule
 
 HEADS = 6
 EVERY = ((0, HEADS),)

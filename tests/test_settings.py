@@ -35,6 +35,7 @@ from wan_attn.doctor.explain import explain
 from wan_attn.native import kernels, op, shim
 from wan_attn.selection import run as execute
 from wan_attn.selfcheck import first_call
+from wan_attn.sparse import state as leaving_out
 from wan_attn.tuning import book, kinds
 from wan_attn.workloads import WORKLOADS
 
@@ -348,6 +349,21 @@ def test_the_guard(native: str, tensors: Any, monkeypatch: Any, caplog: Any) -> 
         ran = run((query, key, value), caplog)
         said = [line for line in ran.lines if "NaN or infinite" in line]
         assert len(said) >= lines and bool(said) == bool(lines), (mode, guard)
+
+
+def test_blocks_left_out(tensors: Any, monkeypatch: Any, tmp_path: Path, caplog: Any) -> None:
+    for mode in ("sparse", "near_exact", "off", "sparse"):
+        change(monkeypatch, "WAN_ATTN_SPARSE", mode)
+        active = leaving_out.uses.active
+        assert (active.wishes.mode if active else "off") == mode
+    change(monkeypatch, "WAN_ATTN_SPARSE_PROFILE", str(tmp_path / "none"))
+    with pytest.raises(config.ConfigError, match="WAN_ATTN_SPARSE_PROFILE must be a JSON file"):
+        run(tensors, caplog)
+    change(monkeypatch, "WAN_ATTN_SPARSE_PROFILE", None)
+    assert run(tensors, caplog).out.isfinite().all()
+    for value in ("one", "two"):
+        change(monkeypatch, "WAN_ATTN_SPARSE_REPORT", str(tmp_path / value))
+        assert config.current().sparse_report == str(tmp_path / value)  # read at exit
 
 
 def test_folders(monkeypatch: Any, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ import wan_attn
 from calls import BF16, F16, F32, operands
 from wan_attn import config, precision
 from wan_attn.native import bindings, op
+from wan_attn.observe import place
+from wan_attn.observe.pace import Pace
 from wan_attn.precision import guard, state
-from wan_attn.precision.pace import Pace
 from wan_attn.precision.state import Use
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -73,7 +74,7 @@ def test_each_mode(dtype: torch.dtype) -> None:
     x = some(dtype=dtype)
     want, off = exact(*x), lossy(*x)
     assert not torch.equal(want, off)
-    assert torch.equal(sdpa(*x), want) and state.active is None
+    assert torch.equal(sdpa(*x), want) and state.uses.active is None
     for mode, inside, outside in (
         ("exact", want, want),
         ("balanced", off, want),
@@ -86,7 +87,7 @@ def test_each_mode(dtype: torch.dtype) -> None:
                 assert torch.equal(sdpa(*x), inside), mode
             with inner(layer=0):
                 assert torch.equal(sdpa(*x), outside), mode
-    assert torch.equal(sdpa(*x), want) and state.active is None
+    assert torch.equal(sdpa(*x), want) and state.uses.active is None
 
 
 @pytest.mark.parametrize("mode", ["exact", "balanced", "fast", "auto"])
@@ -141,17 +142,17 @@ def test_rules_of_a_file(
 def test_use_refuses(asked: dict[str, Any], said: str) -> None:
     with pytest.raises(RuntimeError, match="^wan_attn: ") as caught:
         precision.use(**asked)
-    assert said in str(caught.value) and state.active is None
+    assert said in str(caught.value) and state.uses.active is None
 
 
 def test_uses_end_in_any_order() -> None:
     outer, within = precision.use("fast"), precision.use("balanced")
-    assert state.active is within.watch
+    assert state.uses.active is within.watch
     outer.end()
-    assert state.active is within.watch
+    assert state.uses.active is within.watch
     within.end()
     within.end()
-    assert state.active is None
+    assert state.uses.active is None
 
 
 def test_some_heads() -> None:
@@ -369,10 +370,10 @@ def test_guard_off_lets_it_pass_and_a_new_run_forgets(caplog: pytest.LogCaptureF
         torch.testing.assert_close(sdpa(*x), lossy(*x), rtol=0, atol=0, equal_nan=True)
         assert one(used)["lossy_calls"] == 1
     with precision.use("fast") as used:
-        precision.place.begin([2.0, 1.0])
+        place.begin([2.0, 1.0])
         sdpa(*x)
         assert torch.equal(sdpa(*good), exact(*good))
-        precision.place.begin([2.0, 1.0])
+        place.begin([2.0, 1.0])
         assert torch.equal(sdpa(*good), lossy(*good))
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "sageattn",
     "scaled_dot_product_attention",
     "sdpa",
+    "sparse",
     "unpatch",
     "windows_flash_attention_wrapper",
 ]
@@ -50,7 +51,7 @@ def _need_torch() -> None:
 _import_error: Exception | None = None
 try:
     _need_torch()
-    from wan_attn import backends, precision  # backends registers torch.ops.wan_attn.sdpa
+    from wan_attn import backends, precision, sparse  # backends registers torch.ops.wan_attn.sdpa
     from wan_attn.attention import flash_attention, sdpa
     from wan_attn.backends.chunked import windows_flash_attention_wrapper
     from wan_attn.integrations.wan22 import patch, unpatch

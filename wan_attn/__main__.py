@@ -45,7 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "comfyui": ("wan_attn.cli.comfyui", "put the node into a ComfyUI, or take it out again"),
     "precision": (
         "wan_attn.cli.precision",
-        "error and time of each layer of a run with 8-bit scores: a table and a picture",
+        "error and time of each layer of a run in 8 bits, or with blocks left out: table, picture",
     ),
     "demo": ("wan_attn.cli.demo", "denoise a short video with and without wan_attn and compare"),
     "bench": (

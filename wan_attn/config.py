@@ -222,8 +222,8 @@ VARIABLES: tuple[Variable, ...] = (
         "error_budget",
         "share",
         ("between 0 and 1",),
-        "0.02",
-        "The relative error beyond which `auto` is exact.",
+        "",
+        "What `auto` (unset: 0.02) and WAN_ATTN_SPARSE (0.05) may be off by.",
     ),
     Variable(
         "WAN_ATTN_SCHEDULE",
@@ -240,6 +240,30 @@ VARIABLES: tuple[Variable, ...] = (
         ("a file",),
         "",
         "At exit, writes error and time of each layer to it (JSON).",
+    ),
+    Variable(
+        "WAN_ATTN_SPARSE",
+        "sparse",
+        "choice",
+        ("off", "near_exact", "sparse"),
+        "off",
+        "Leaves out keys that hardly matter: docs/sparse.md.",
+    ),
+    Variable(
+        "WAN_ATTN_SPARSE_REPORT",
+        "sparse_report",
+        "path",
+        ("a file",),
+        "",
+        "At exit, writes density, error and time of each layer to it (JSON).",
+    ),
+    Variable(
+        "WAN_ATTN_SPARSE_PROFILE",
+        "sparse_profile",
+        "path",
+        ("a file",),
+        "",
+        "Such a report of an earlier run, whose densities this one begins with.",
     ),
     Variable(
         "WAN22_DIR",
@@ -280,9 +304,12 @@ class Settings:
     profile: str | None = None
     precision: str = "exact"
     guard: str = "auto"
-    error_budget: float = 0.02
+    error_budget: float | None = None
     schedule: str | None = None
     precision_report: str | None = None
+    sparse: str = "off"
+    sparse_report: str | None = None
+    sparse_profile: str | None = None
     wan22_dir: str | None = None
 
     @classmethod
@@ -309,6 +336,16 @@ class Settings:
         return None if self.backend == "auto" else self.backend
 
     @property
+    def precision_budget(self) -> float:
+        """The relative error that `auto` allows."""
+        return 0.02 if self.error_budget is None else self.error_budget
+
+    @property
+    def sparse_budget(self) -> float:
+        """The relative error that leaving blocks out may make."""
+        return 0.05 if self.error_budget is None else self.error_budget
+
+    @property
     def forced_by(self) -> str:
         """The variable that names the backend, as the user wrote it; "" for auto."""
         if self.backend != "auto":
@@ -318,7 +355,7 @@ class Settings:
 
 def _parse(variable: Variable, text: str) -> str | bool | int | float | None:
     word = text.strip()
-    if variable.kind == "path":
+    if variable.kind == "path" or not (word or variable.default):
         return word or None
     word = word.lower() or variable.default
     if variable.kind == "flag":

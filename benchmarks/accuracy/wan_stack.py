@@ -76,7 +76,15 @@ def record(checkout: Path, layers: int = LAYERS, stacks: int = STACKS) -> Iterat
         yield from _record(checkout, layers, number)
 
 
-def _record(checkout: Path, layers: int, number: int) -> Iterator[Case]:
+def operands(
+    checkout: Path, layers: int = LAYERS, number: int = 0, video: model.Video = VIDEO
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """query, key and value of each layer's self-attention, [tokens, heads, head_dim], of the stack
+    of this number.
+
+    Raises:
+        model.ModelError: there is no such checkout, or it cannot be imported.
+    """
     arch = model.reduced(model.ARCHS["a14b"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(number)  # Wan2.2 draws the weights that stay from torch's own
@@ -92,14 +100,18 @@ def _record(checkout: Path, layers: int, number: int) -> Iterator[Case]:
 
     try:
         shape_weights(stack, 17 + number)
-        stack.show(VIDEO, 1, (1.0,))
-        stack.videos = [smooth_video(VIDEO.latent(arch))]
+        stack.show(video, 1, (1.0,))
+        stack.videos = [smooth_video(video.latent(arch))]
         stack.use(attend)
         with torch.inference_mode():
             stack.forward()
     finally:
         stack.close()
-    for layer, (q, k, v) in enumerate(seen):
+    return seen
+
+
+def _record(checkout: Path, layers: int, number: int) -> Iterator[Case]:
+    for layer, (q, k, v) in enumerate(operands(checkout, layers, number)):
         first = (len(q) - ROWS) // 2
         for head in range(q.shape[1]):
             parts = (x[:, head].double().numpy() for x in (q[first : first + ROWS], k, v))

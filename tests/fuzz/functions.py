@@ -19,7 +19,8 @@ from fuzz import values as v
 OPERANDS = frozenset({"query", "key", "value"})
 ATTENTION, FLASH = "flash_attention", "flash_attn_func"
 OP, ROPE_OP = "torch.ops.wan_attn.sdpa", "torch.ops.wan_attn.rms_norm_rope"
-OPS = frozenset({OP, ROPE_OP})
+WITH_LISTS = f"{OP} with lists"
+OPS = frozenset({OP, WITH_LISTS, ROPE_OP})
 """Those whose arguments torch's dispatcher looks at first."""
 
 
@@ -105,6 +106,12 @@ def _sdpa() -> dict[str, Any]:
 
 def _op() -> dict[str, Any]:
     return {**_sdpa(), "window_left": -1, "window_right": -1, "kernel": -1}
+
+
+def _op_with_lists() -> dict[str, Any]:
+    counts = torch.ones(2, 4, 1, dtype=torch.int32)
+    lists = {"block_counts": counts, "block_indices": torch.zeros_like(counts)[..., None]}
+    return {**_sdpa(), **lists, "pools_others": True, "skip_threshold": 0.01}
 
 
 _THREE = {"query": v.OPERAND, "key": v.OPERAND, "value": v.OPERAND}
@@ -295,6 +302,20 @@ def _core() -> list[Function]:
             _OF_THE_OP,
         ),
         Function(
+            WITH_LISTS,
+            torch.ops.wan_attn.sdpa,
+            _op_with_lists,
+            {
+                **{"block_counts": v.NOTHING, "block_indices": v.NOTHING},
+                **{"pools_others": v.FLAG, "skip_threshold": v.PROBABILITY},
+            },
+            {},
+            _of_torchs_dispatcher(
+                ("block_counts", "block_indices"), (), ("pools_others",), "skip_threshold"
+            )
+            | {("skip_threshold", "1"): "a weight can be 1"},
+        ),
+        Function(
             "windows_flash_attention_wrapper",
             wan_attn.windows_flash_attention_wrapper,
             lambda: {**_sdpa(), "method": "chunked", "threshold": 8, "max_elements": 64},
@@ -445,41 +466,9 @@ def _of_hosts() -> list[Function]:
     ]
 
 
-def _use(**arguments: Any) -> None:
-    wan_attn.precision.use(**arguments).end()
-
-
-def _at(**arguments: Any) -> None:
-    with wan_attn.precision.at(**arguments):
-        pass
-
-
-def _precision() -> list[Function]:
-    """Where 8-bit scores are asked for. None asks for what holds without the argument."""
-    numbers = ("step", "steps", "layer", "layers", "expert")
-    here: dict[str, Any] = {**dict.fromkeys(numbers, 2), "kind": "self"}
-    unset = "it is what the variables say, or as it was"
-    asked = {"mode": "fast", "budget": 0.01, "guard": "off", "rules": [{"precision": "exact"}]}
-    return [
-        Function(
-            "precision.use",
-            _use,
-            lambda: dict(asked),
-            {"mode": v.WORD, "budget": v.PROBABILITY, "guard": v.WORD, "rules": v.NOTHING},
-            {},
-            {(name, "None"): unset for name in ("budget", "guard", "rules")},
-        ),
-        Function(
-            "precision.at",
-            _at,
-            lambda: dict(here),
-            {**dict.fromkeys(numbers, v.COUNT), "kind": v.WORD},
-            {},
-            {(name, "None"): unset for name in here},
-        ),
-    ]
-
-
 def functions() -> list[Function]:
     """All of them."""
-    return [*_core(), *_rms_norm_rope(), *_of_other_libraries(), *_of_hosts(), *_precision()]
+    from fuzz import modes  # which need Function
+
+    ours = [*_core(), *_rms_norm_rope(), *modes.precision(), *modes.leaving_out()]
+    return [*ours, *_of_other_libraries(), *_of_hosts()]

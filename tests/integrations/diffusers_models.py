@@ -159,18 +159,19 @@ def pipeline(dtype: torch.dtype = torch.float32, layers: int = 2, experts: int =
     )
 
 
-def denoise(pipe: Any, steps: int = 3) -> Tensor:
-    """With guidance; the latents."""
+def denoise(pipe: Any, steps: int = 3, grid: tuple[int, int, int] = (3, 3, 5)) -> Tensor:
+    """With guidance, of so many frames, rows and columns of tokens; the latents."""
     generator = torch.Generator().manual_seed(4)
+    shape = (grid[0], 2 * grid[1], 2 * grid[2])
     dtype = pipe.transformer.dtype
     embeddings = torch.randn(2, 1, TEXT, 16, generator=generator, dtype=torch.float64).to(dtype)
-    latents = torch.randn(1, CHANNELS, 3, 6, 10, generator=generator, dtype=torch.float64)
+    latents = torch.randn(1, CHANNELS, *shape, generator=generator, dtype=torch.float64)
     options: dict[str, Any] = {
         "prompt_embeds": embeddings[0],
         "negative_prompt_embeds": embeddings[1],
-        "height": 48,
-        "width": 80,
-        "num_frames": 9,
+        "height": 8 * shape[1],
+        "width": 8 * shape[2],
+        "num_frames": 4 * shape[0] - 3,
         "num_inference_steps": steps,
         "guidance_scale": 4.0,
         "latents": latents.to(torch.float32),  # the pipeline keeps them so, whatever the model is

@@ -24,7 +24,7 @@ import lossy_faults
 from wan_attn import config, precision
 from wan_attn.integrations import _places
 from wan_attn.integrations import diffusers as host
-from wan_attn.precision import place
+from wan_attn.observe import place
 
 pytestmark = pytest.mark.usefixtures("native")
 

@@ -268,3 +268,17 @@ def test_a_denoise_in_8_bits_on_two_ranks(tmp_path: Path) -> None:
         assert 0 < faults["off"] < 0.05
         assert faults["planted"] == len(faults["events"]) == (4 if rank == 0 else 0)
         assert faults["lossy"] == (0 if rank == 0 else 24)
+
+
+def test_blocks_are_left_out_within_the_budget(saw: Callable[..., Any]) -> None:
+    """By an independent measurement in float64 of every self-attention of a whole denoise."""
+    seen = saw("sparse")
+    assert seen["grids"] == ["(3, 16, 20)"] and seen["exact again"]
+    for name, error in seen["errors"].items():
+        _, layer, step = (int(word) for word in name.split())
+        is_dense = layer == 0 or step < 2
+        assert error < (0.005 if is_dense else 0.05), name
+    lossy = [layer for layer in seen["layers"] if layer["lossy_calls"]]
+    assert lossy and all(layer["layer"] > 0 for layer in lossy), seen["text"]
+    assert {layer["expert"] for layer in lossy} == {0, 1}
+    assert 0 < seen["off"] < 0.1

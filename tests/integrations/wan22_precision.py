@@ -25,12 +25,14 @@ from wan_attn.integrations import wan22
 STEPS, LAYERS = 10, 4
 
 
-def denoise(models: list[Any]) -> Tensor:
-    """The latents; the first model takes the first half of the steps."""
+def denoise(models: list[Any], shape: tuple[int, int, int] = (3, 8, 12)) -> Tensor:
+    """The latents, of so many frames, rows and columns; the first model takes the first half of the
+    steps."""
     from wan.utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
 
     random = wan22_models.Random(3)
-    latents, text, nothing = random(16, 3, 8, 12), random(24, 48), random(9, 48)
+    latents, text, nothing = random(16, *shape), random(24, 48), random(9, 48)
+    tokens = shape[0] * shape[1] * shape[2] // 4
     scheduler = FlowUniPCMultistepScheduler(
         num_train_timesteps=1000, shift=1, use_dynamic_shifting=False
     )
@@ -38,7 +40,7 @@ def denoise(models: list[Any]) -> Tensor:
     with torch.no_grad(), CpuAutocast(torch.bfloat16):
         for number, t in enumerate(scheduler.timesteps):
             model = models[2 * number // STEPS]
-            given = {"x": [latents], "t": torch.stack([t]), "seq_len": 72}
+            given = {"x": [latents], "t": torch.stack([t]), "seq_len": tokens}
             with_text, without = (
                 model(context=[context], **given)[0] for context in (text, nothing)
             )

@@ -302,6 +302,12 @@ def precision() -> dict[str, Any]:
     return wan22_precision.lossy()
 
 
+def sparse() -> dict[str, Any]:
+    import wan22_sparse
+
+    return wan22_sparse.left_out()
+
+
 def ulysses_precision(rank: int, rendezvous: str) -> dict[str, Any]:
     wan22_harness.start_gloo(rank, 2, rendezvous)
     import wan22_precision
@@ -314,7 +320,7 @@ def main() -> None:
     torch.set_num_threads(1)
     wan22_harness.prepare()
     arguments = (int(rest[0]), rest[1]) if rest else ()
-    alone = (patch_first, import_first, rope, precision)
+    alone = (patch_first, import_first, rope, precision, sparse)
     tasks = {f.__name__: f for f in (*alone, ulysses, ulysses_precision, wrapped)}
     Path(result).write_text(json.dumps(tasks[task](*arguments)))
 

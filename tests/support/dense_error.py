@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import oracle
-from wan_attn.precision import Use, place
+from wan_attn.observe import place
+from wan_attn.precision import Use
 from wan_attn.precision.watch import Watch
 
 

@@ -181,3 +181,9 @@ def assert_close_to_oracle(
         got, finite = oracle.as_float64(lse), want_lse[np.isfinite(want_lse)]
         largest = max(1.0, float(np.abs(finite).max())) if finite.size else 1.0
         _judge("lse", got, want_lse, [s for _, s in torchs], torch.float32, largest)
+
+
+def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The relative error, L2, in float64."""
+    found, wanted = found.double(), wanted.double()
+    return float((found - wanted).norm() / wanted.norm())

@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from wan_attn.bench import sparse_plot
 from wan_attn.bench.report import Report
 
 MISSING = "no picture: matplotlib is not installed (pip install matplotlib)"
@@ -52,6 +53,7 @@ def draw(report: Report, stem: Path, suffix: str = ".svg") -> list[Path]:
     makers = {
         "kernels": (("bars", _kernel_bars), ("roofline", _roofline)),
         "rope": (("bars", _rope_bars),),
+        "sparse": (("errors", sparse_plot.errors_by_density),),
         "step": (("bars", _step_bars),),
         "suite": (("bars", _step_bars), ("frames", _frames)),
     }.get(report.kind, ())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""precision.py - the picture of a precision report: error by layer and step, time by layer; needs
-matplotlib (pip install matplotlib)."""
+"""precision.py - the picture of a report of 8-bit scores, or of blocks left out: error by layer and
+step, time by layer; needs matplotlib (pip install matplotlib)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from wan_attn.bench.plots import BASE, OURS, NoPicture, pyplot, save
-from wan_attn.precision.report import name
+from wan_attn.observe.table import name
 
 OVER = "#c0504d"  # of an error above the budget, and of layers that went exact
 NOT_LOSSY = "#e8e8e8"
+
+# kind of a report -> what was done, and the names of calls with it and without.
+WORDS = {
+    "precision": ("8-bit scores by layer", "8-bit", "exact"),
+    "sparse": ("blocks left out, by layer", "sparse", "dense"),
+}
 
 
 def draw(found: dict[str, Any], path: Path) -> Path:
@@ -36,15 +42,16 @@ def draw(found: dict[str, Any], path: Path) -> Path:
         gridspec_kw={"width_ratios": (3, 2)},
         layout="constrained",
     )
-    _errors(plt, figure, left, layers, found["budget"])
-    _times(right, layers)
+    what, lossy, exact = WORDS[found["kind"]]
+    _errors(plt, figure, left, layers, found["budget"], exact)
+    _times(right, layers, lossy, exact)
     kinds = sorted({layer["kind"] for layer in layers})
-    labels = [name(layer) if len(kinds) > 1 else _number(layer) for layer in layers]
+    labels = [_label(layer, is_kind_named=len(kinds) > 1) for layer in layers]
     left.set_yticks(range(len(layers)), labels, fontsize=8)
     has_experts = any(layer["expert"] for layer in layers)
-    what = "expert / layer" if has_experts else "layer"
-    left.set_ylabel(what if len(kinds) > 1 else f"{what} ({kinds[0]}-attention)")
-    figure.suptitle(f"wan_attn {found['wan_attn']}, mode {found['mode']}: 8-bit scores by layer")
+    axis = "expert / layer" if has_experts else "layer"
+    left.set_ylabel(axis if len(kinds) > 1 else f"{axis} ({kinds[0]}-attention)")
+    figure.suptitle(f"wan_attn {found['wan_attn']}, mode {found['mode']}: {what}")
     path.parent.mkdir(parents=True, exist_ok=True)
     save(plt, figure, path)
     return path
@@ -54,7 +61,14 @@ def _number(layer: dict[str, Any]) -> str:
     return name(layer).partition(" ")[0]
 
 
-def _errors(plt: Any, figure: Any, axes: Any, layers: list[dict[str, Any]], budget: float) -> None:
+def _errors(
+    plt: Any,
+    figure: Any,
+    axes: Any,
+    layers: list[dict[str, Any]],
+    budget: float,
+    exact: str,
+) -> None:
     """A square for each layer and step: its largest measured error; grey without one."""
     steps = [
         one["step"] for layer in layers for one in layer["measured"] if one["step"] is not None
@@ -71,7 +85,7 @@ def _errors(plt: Any, figure: Any, axes: Any, layers: list[dict[str, Any]], budg
     bar.ax.set_title("%", fontsize=9)
     axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    said = f"measured error (budget {100 * budget:g} %); grey: exact, or not measured"
+    said = f"measured error (budget {100 * budget:g} %); grey: {exact}, or not measured"
     if any(layer["events"] for layer in layers):
         said += "; !: see the table"
     axes.set_title(said, fontsize=9)
@@ -88,14 +102,20 @@ def _errors(plt: Any, figure: Any, axes: Any, layers: list[dict[str, Any]], budg
             axes.axhline(row - 0.5, color="black", linewidth=0.8)
 
 
-def _times(axes: Any, layers: list[dict[str, Any]]) -> None:
+def _label(layer: dict[str, Any], is_kind_named: bool) -> str:
+    """With the share that was computed, where blocks were left out."""
+    density, title = layer.get("density"), name(layer) if is_kind_named else _number(layer)
+    return title + ("" if density is None else f", {100 * density:.0f} %")
+
+
+def _times(axes: Any, layers: list[dict[str, Any]], lossy: str, exact: str) -> None:
     rows = range(len(layers))
     for kind, colour, shift in (("exact", BASE, -0.2), ("lossy", OURS, 0.2)):
         times = [
             1e3 * layer[f"{kind}_seconds"] / layer[f"{kind}_calls"] if layer[f"{kind}_calls"] else 0
             for layer in layers
         ]
-        title = "exact" if kind == "exact" else "8-bit"
+        title = exact if kind == "exact" else lossy
         axes.barh([row + shift for row in rows], times, height=0.4, color=colour, label=title)
     axes.set_xlabel("ms a call, guard and measurement included")
     axes.set_title("time", fontsize=9, loc="left")

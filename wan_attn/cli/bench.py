@@ -17,9 +17,20 @@ from pathlib import Path
 import torch
 
 from wan_attn import config, console
-from wan_attn.bench import compare, kernels, peers, plots, progress, report, rope, step, suite
+from wan_attn.bench import (
+    compare,
+    kernels,
+    peers,
+    plots,
+    progress,
+    report,
+    rope,
+    sparse,
+    step,
+    suite,
+)
 from wan_attn.bench.model import ARCHS, CPU_FRAMES, Arch, ModelError, Video
-from wan_attn.cli import FINE, WRONG, bench_options, bench_rope, refuse
+from wan_attn.cli import FINE, WRONG, bench_options, bench_rope, bench_sparse, refuse
 from wan_attn.cli.bench_options import BadOption
 from wan_attn.selfcheck import proof
 from wan_attn.workloads import WORKLOADS, parse_shape
@@ -28,7 +39,7 @@ DEFAULT_FOLDER = "wan-attn-bench"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `bench` and of its five actions."""
+    """Options of `bench` and of its actions."""
     bench_options.common(parser, is_action=False)
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     for name, (add, _, summary) in ACTIONS.items():
@@ -224,6 +235,10 @@ def _rope(args: argparse.Namespace) -> int:
     return _finish(args, rope.run(bench_rope.options(args)))
 
 
+def _sparse(args: argparse.Namespace) -> int:
+    return _finish(args, sparse.run(bench_sparse.options(args)))
+
+
 # --- suite and compare ------------------------------------------------------------------------
 
 
@@ -341,6 +356,7 @@ ACTIONS: dict[str, tuple[Adder, Callable[[argparse.Namespace], int], str]] = {
     "kernels": (_add_kernels, _kernels, "our kernels beside every other that is installed"),
     "step": (_add_step, _step, "one denoising step of a stack of Wan blocks, per backend"),
     "rope": (bench_rope.add, _rope, "RMS norm and RoPE of one query, on every route"),
+    "sparse": (bench_sparse.add, _sparse, "blocks of keys left out: density, error and time"),
     "suite": (_add_suite, _suite, "steps over several lengths of video, as a file for `compare`"),
     "compare": (_add_compare, _compare, "two files of `suite`: slower, faster, or the same"),
 }

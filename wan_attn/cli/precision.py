@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""precision.py - `wan-attn precision`: shows a precision report, as a table and as a picture."""
+"""precision.py - `wan-attn precision`: shows the report of a run in 8 bits, or of one with blocks
+left out, as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -12,13 +13,18 @@ from wan_attn import console
 from wan_attn.bench import precision as picture
 from wan_attn.bench.plots import NoPicture
 from wan_attn.cli import FINE, WRONG, refuse
-from wan_attn.precision import report
+from wan_attn.precision import report as in_8_bits
+from wan_attn.sparse import report as sparse
+
+REPORTS = {in_8_bits.KIND: in_8_bits, sparse.KIND: sparse}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `precision`."""
     parser.add_argument(
-        "file", metavar="FILE", help="what WAN_ATTN_PRECISION_REPORT=FILE has written"
+        "file",
+        metavar="FILE",
+        help="what WAN_ATTN_PRECISION_REPORT=FILE or WAN_ATTN_SPARSE_REPORT=FILE has written",
     )
     parser.add_argument(
         "--picture", metavar="PATH", help="draw it, too: an .svg or .png file (needs matplotlib)"
@@ -41,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
         found = _read(Path(args.file))
     except ValueError as error:
         return refuse("precision", error)
-    console.emit(report.text(found))
+    console.emit(REPORTS[found["kind"]].text(found))
     code = WRONG if args.check and _is_bad(found) else FINE
     if path is not None:
         try:
@@ -53,17 +59,24 @@ def main(args: argparse.Namespace) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict) or found.get("kind") != "precision":
-        raise ValueError(f"{path} is no precision report")
+    kind = found.get("kind") if isinstance(found, dict) else None
+    report = next((one for name, one in REPORTS.items() if name == kind), None)
+    if report is None:
+        raise ValueError(f"{path} is no precision report, and none of blocks left out")
     if found.get("format") != report.FORMAT:
         raise ValueError(f"{path} is of another version of wan_attn ({found.get('wan_attn')})")
     return found
 
 
 def _is_bad(found: dict[str, Any]) -> bool:
-    budget = found["budget"]
+    """An error above the budget stands, or a guard was hit. Where blocks are left out, an event is
+    that less is, which is no harm."""
+    budget, is_bits = found["budget"], found["kind"] == in_8_bits.KIND
     # Not "above": NaN is none of both, and bad.
-    return any(x["events"] or not (x["largest_error"] or 0.0) <= budget for x in found["layers"])
+    return any(
+        (is_bits and layer["events"]) or not (layer["largest_error"] or 0.0) <= budget
+        for layer in found["layers"]
+    )

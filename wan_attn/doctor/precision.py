@@ -45,7 +45,7 @@ def facts(device: str, settings: Settings, request: Request | None = None) -> di
         "device": device,
         "mode": settings.precision,
         "guard": settings.guard,
-        "budget": settings.error_budget,
+        "budget": settings.precision_budget,
         "kernel": None if reason else native.kernel_name(request, QK8),
         "reason": reason,
         "error": state.schedule_error(settings),

@@ -7,8 +7,8 @@ import inspect
 import weakref
 from typing import Any
 
-from wan_attn.integrations._places import ModelPlaces
-from wan_attn.precision import place
+from wan_attn.integrations._places import ModelPlaces, patches
+from wan_attn.observe import place
 
 _watched: weakref.WeakKeyDictionary[Any, ModelPlaces] = weakref.WeakKeyDictionary()
 
@@ -22,13 +22,18 @@ def watch(model: Any, owner: Any) -> None:
     has_timestep = "timestep" in inspect.signature(model.forward).parameters
     if has_timestep and hasattr(model, "blocks"):
         release(model)
-        _watched[model] = ModelPlaces(model, _Told(owner))
+        _watched[model] = ModelPlaces(model, _Told(owner), _grid)
 
 
 def release(model: Any) -> None:
     """Take the hooks off."""
     if model in _watched:
         _watched.pop(model).remove()
+
+
+def _grid(model: Any, arguments: dict[str, Any]) -> place.Grid | None:
+    shape = getattr(arguments.get("hidden_states"), "shape", ())
+    return patches(shape, getattr(getattr(model, "config", None), "patch_size", None))
 
 
 class _Told:

@@ -15,16 +15,34 @@ from typing import Any
 
 import torch
 
-from wan_attn.precision import place
+from wan_attn.observe import place
 
 # tell(model, arguments of its forward by name) -> its timestep; may begin a run.
 Tell = Callable[[Any, dict[str, Any]], Any]
+
+# (model, arguments of its forward by name) -> the grid of its tokens; None: not known.
+TellGrid = Callable[[Any, dict[str, Any]], place.Grid | None]
+
+
+def patches(shape: Any, patch_size: Any) -> place.Grid | None:
+    """The grid of latents [..., frames, rows, columns] in patches; None: they are none."""
+    sizes, patch = tuple(shape)[-3:], tuple(patch_size or ())
+    if len(sizes) != 3 or len(patch) != 3:
+        return None
+    frames, rows, columns = (
+        int(size) // int(part) for size, part in zip(sizes, patch, strict=True)
+    )
+    return frames, rows, columns
 
 
 def _enter_block(index: int, module: Any, args: Any) -> None:
     """A forward_pre_hook; a function of this module, so that a model with hooks can be pickled."""
     if place.is_told():
         place.layer(index)
+
+
+def _no_grid(model: Any, arguments: dict[str, Any]) -> place.Grid | None:
+    return None
 
 
 class Blocks:
@@ -61,12 +79,13 @@ class ClassPlaces:
     Args:
         cls: gets a `__call__`, in front of the one that it inherits.
         tell: see Tell.
+        grid: see TellGrid.
     """
 
-    def __init__(self, cls: Any, tell: Tell) -> None:
+    def __init__(self, cls: Any, tell: Tell, grid: TellGrid = _no_grid) -> None:
         self.cls, self._blocks = cls, Blocks()
         self._before = vars(cls).get("__call__")
-        self._ours = _make_call(cls.__call__, self._blocks, tell)
+        self._ours = _make_call(cls.__call__, self._blocks, tell, grid)
         cls.__call__ = self._ours
 
     def remove(self) -> None:
@@ -80,16 +99,17 @@ class ClassPlaces:
             self.cls.__call__ = self._before
 
 
-def _make_call(original: Any, blocks: Blocks, tell: Tell) -> Any:
+def _make_call(original: Any, blocks: Blocks, tell: Tell, grid: TellGrid) -> Any:
     @functools.wraps(original)
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not place.is_told():
             return original(model, *args, **kwargs)
         given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        timestep = tell(model, {**given, **given.get("kwargs", {})})
+        given = {**given, **given.get("kwargs", {})}
+        timestep = tell(model, given)
         if timestep is None:
             return original(model, *args, **kwargs)
-        place.enter(model, timestep, blocks.hook(model))
+        place.enter(model, timestep, blocks.hook(model), grid(model, given))
         try:
             return original(model, *args, **kwargs)
         finally:
@@ -101,9 +121,9 @@ def _make_call(original: Any, blocks: Blocks, tell: Tell) -> Any:
 class ModelPlaces:
     """Hooks on one model, which tell places until remove()."""
 
-    def __init__(self, model: Any, tell: Tell) -> None:
+    def __init__(self, model: Any, tell: Tell, grid: TellGrid = _no_grid) -> None:
         self._blocks = Blocks()
-        enter = _Enter(self._blocks, tell, inspect.signature(model.forward))
+        enter = _Enter(self._blocks, tell, grid, inspect.signature(model.forward))
         self._handles = [
             model.register_forward_pre_hook(enter, with_kwargs=True),
             model.register_forward_hook(_leave, always_call=True),
@@ -120,15 +140,18 @@ class _Enter:
     """A forward_pre_hook. A copy of the model, or one that was saved, gets one that does nothing:
     what it knows, it knows of this model."""
 
-    def __init__(self, blocks: Blocks, tell: Tell, signature: inspect.Signature) -> None:
-        self._blocks, self._tell, self._signature = blocks, tell, signature
+    def __init__(
+        self, blocks: Blocks, tell: Tell, grid: TellGrid, signature: inspect.Signature
+    ) -> None:
+        self._blocks, self._tell, self._grid, self._signature = blocks, tell, grid, signature
 
     def __call__(self, model: Any, args: Any, kwargs: Any) -> None:
         if not place.is_told():
             return
-        timestep = self._tell(model, self._signature.bind(*args, **kwargs).arguments)
+        given = self._signature.bind(*args, **kwargs).arguments
+        timestep = self._tell(model, given)
         if timestep is not None:
-            place.enter(model, timestep, self._blocks.hook(model))
+            place.enter(model, timestep, self._blocks.hook(model), self._grid(model, given))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Nothing, ()

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from wan_attn import attention, config, log
 from wan_attn.integrations import _comfyui_places as _places
+from wan_attn.integrations import _comfyui_sparse as _sparse
 from wan_attn.integrations import _rebind
 from wan_attn.integrations._rebind import Binding
 from wan_attn.request import DTYPES, gate, refuse
 from wan_attn.selfcheck import proof
 from wan_attn.signatures._masked import REASON
+from wan_attn.sparse import Use
 
 NAME = "wan_attn"
 """What the function is registered as, and chosen by."""
@@ -139,7 +141,9 @@ def _attend(
     return out.transpose(1, 2) if options.get("skip_output_reshape") else out.flatten(2)
 
 
-def make_override(previous: Attention | None, fallback: Attention) -> Attention:
+def make_override(
+    previous: Attention | None, fallback: Attention, used: Use | None = None
+) -> Attention:
     """What ComfyUI calls in place of every attention function of one model.
 
     A closure, not an object: ComfyUI copies a model's options deeply, and a function stays itself.
@@ -148,22 +152,25 @@ def make_override(previous: Attention | None, fallback: Attention) -> Attention:
         previous: the override that was there; it takes the calls that wan_attn leaves, with its own
             first argument: the function that ComfyUI would have called.
         fallback: takes them if there was none.
+        used: what leaves blocks out of this model's calls; None: as WAN_ATTN_SPARSE says.
     """
 
     def wan_attn_override(function: Attention, *args: Any, **kwargs: Any) -> Tensor:
         rest = fallback if previous is None else functools.partial(previous, function)
-        return attend(rest, *args, **kwargs)
+        return _sparse.within(used, attend, rest, *args, **kwargs)
 
     # With another override behind it ComfyUI unpacks containers: it tells only that way which
     # function it would have called.
     if previous is None:
-        _take_containers(wan_attn_override, fallback)
+        _take_containers(wan_attn_override, fallback, used)
     return wan_attn_override
 
 
-def _take_containers(function: Any, fallback: Attention) -> None:
+def _take_containers(function: Any, fallback: Attention, used: Use | None = None) -> None:
     """Lets ComfyUI hand containers to this function as they are."""
-    function.container_function = functools.partial(attend_containers, fallback)
+    function.container_function = functools.partial(
+        _sparse.within, used, attend_containers, fallback
+    )
 
 
 def register(host: Any) -> Attention:
@@ -279,10 +286,15 @@ def make_node(host: Any) -> type:
         def INPUT_TYPES(cls) -> dict[str, Any]:
             """Asked for at each look at the node: packs that load later register theirs later."""
             options = {"default": NAME, "tooltip": "wan_attn is exact and takes any card or CPU."}
-            return {"required": {"model": ("MODEL",), "backend": (backends(host), options)}}
+            return {
+                "required": {"model": ("MODEL",), "backend": (backends(host), options)},
+                "optional": dict(_sparse.INPUTS),
+            }
 
-        def apply(self, model: Any, backend: str) -> tuple[Any]:
-            return (enable(host, model, backend),)
+        def apply(
+            self, model: Any, backend: str, sparse: str = _sparse.AS_SET, budget: float = 0.05
+        ) -> tuple[Any]:
+            return (enable(host, model, backend, sparse=sparse, budget=budget),)
 
     return WanAttention
 
@@ -292,11 +304,18 @@ def backends(host: Any) -> list[str]:
     return [NAME, *(n for n in HOST_BACKENDS if host.get_attention_function(n, None) is not None)]
 
 
-def enable(host: Any, model: Any, backend: str) -> Any:
+def enable(
+    host: Any, model: Any, backend: str, *, sparse: str | None = None, budget: float = 0.05
+) -> Any:
     """A clone of `model` whose attention is computed by `backend`.
 
+    Args:
+        sparse: a mode of wan_attn.sparse.use() for this model; None: as WAN_ATTN_SPARSE says.
+        budget: the relative error that it may make.
+
     Raises:
-        ValueError: this ComfyUI does not have it.
+        ValueError: this ComfyUI does not have the backend, or another than ours shall leave blocks
+            out.
     """
     if backend not in backends(host):
         raise ValueError(
@@ -304,11 +323,16 @@ def enable(host: Any, model: Any, backend: str) -> Any:
         )
     if not callable(getattr(model, "clone", None)):
         refuse("model", "a ModelPatcher of ComfyUI's", gate.kind_of(model))
+    used = _sparse.of_model(sparse, budget)
+    if used is not None and backend != NAME:
+        raise ValueError(
+            f"wan_attn: backend must be {NAME} with sparse={sparse!r}, got {backend!r}"
+        )
     patched = model.clone()
     options = dict(patched.model_options.get("transformer_options", {}))
     if backend == NAME:
         fallback = host.get_attention_function("pytorch")
-        options[OVERRIDE] = make_override(options.get(OVERRIDE), fallback)
+        options[OVERRIDE] = make_override(options.get(OVERRIDE), fallback, used)
     else:
         options[OVERRIDE] = _always(host.get_attention_function(backend))
     patched.model_options["transformer_options"] = options

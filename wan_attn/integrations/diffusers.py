@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import logging
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from wan_attn import attention, config, log
+from wan_attn import sparse as _sparse
 from wan_attn.integrations import _diffusers_backend as _backend
 from wan_attn.integrations import _diffusers_layers as _around
 from wan_attn.integrations import _diffusers_places as _places
@@ -248,9 +250,16 @@ def restore_processors(target: Any) -> int:
 
 
 _enabled: weakref.WeakSet[Any] = weakref.WeakSet()
+_uses: weakref.WeakKeyDictionary[Any, _sparse.Use] = weakref.WeakKeyDictionary()
 
 
-def enable(model_or_pipe: Any) -> int:
+def _end_sparse(target: Any) -> None:
+    used = _uses.pop(target, None)
+    if used is not None:
+        used.end()
+
+
+def enable(model_or_pipe: Any, *, sparse: str | Mapping[str, Any] | None = None) -> int:
     """Send the attention of diffusers' Wan models through wan_attn. Twice is once.
 
     Serves WanTransformer3DModel (text, image and first frame to video), WanVACETransformer3DModel
@@ -258,20 +267,44 @@ def enable(model_or_pipe: Any) -> int:
 
     Args:
         model_or_pipe: such a model, or a pipeline: then all of its models.
+        sparse: a mode of wan_attn.sparse.use(), or its arguments, which hold in this process until
+            disable(); see docs/sparse.md. None: as WAN_ATTN_SPARSE says.
 
     Returns:
         The number of attention layers that go through wan_attn.
 
     Raises:
-        RuntimeError: no layer has a processor of diffusers' Wan models.
+        RuntimeError: no layer has a processor of diffusers' Wan models; or `sparse` is no mode.
     """
     level = config.current().log_level
+    leaves_out = None if sparse is None else _sparse.use(**_sparse_options(sparse))
+    try:
+        return _enable(model_or_pipe, level, leaves_out)
+    except BaseException:
+        if leaves_out is not None:
+            leaves_out.end()
+        raise
+
+
+def _sparse_options(sparse: Any) -> dict[str, Any]:
+    if isinstance(sparse, str):
+        return {"mode": sparse}
+    known = list(inspect.signature(_sparse.use).parameters)
+    if not isinstance(sparse, Mapping) or not set(sparse) <= set(known):
+        refuse("sparse", f"None, a mode, or any of {', '.join(known)}", gate.shown(sparse))
+    return dict(sparse)
+
+
+def _enable(model_or_pipe: Any, level: str, leaves_out: _sparse.Use | None) -> int:
     count = replace_processors(model_or_pipe, attend)
     name = type(model_or_pipe).__name__
     if not count:
         rule = f"a Wan model or pipeline with diffusers' own processors ({', '.join(_OURS)})"
         refuse("model_or_pipe", rule, name)
     _enabled.add(model_or_pipe)
+    _end_sparse(model_or_pipe)
+    if leaves_out is not None:
+        _uses[model_or_pipe] = leaves_out
     for model in _models(model_or_pipe):
         _places.watch(model, model_or_pipe)
     log.enable(level, "diffusers")
@@ -291,6 +324,7 @@ def disable(model_or_pipe: Any) -> int:
     """
     count = restore_processors(model_or_pipe)
     _enabled.discard(model_or_pipe)
+    _end_sparse(model_or_pipe)
     for model in _models(model_or_pipe):
         _places.release(model)
     if not _enabled:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 
 from wan_attn import log
-from wan_attn.precision.place import Place
+from wan_attn.observe.place import Place
 
 
 def it_starts(title: str, what: str, asked_by: str) -> None:

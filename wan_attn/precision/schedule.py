@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from wan_attn.precision.place import KINDS, Place
+from wan_attn.observe.place import KINDS, Place
 from wan_attn.request import gate
 
 MODES = ("exact", "balanced", "fast", "auto")

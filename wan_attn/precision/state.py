@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """state.py - what watches the calls of this process: by the environment, or by use().
 
-`active` is None where everything is exact and nothing is watched: an exact run looks at it once a
-call, and does nothing more.
+`uses.active` is None where everything is exact and nothing is watched.
 """
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, NoReturn
 
 from wan_attn import config
-from wan_attn.precision import place, report, schedule
+from wan_attn.observe.uses import AnyUse, Uses
+from wan_attn.precision import report, schedule
 from wan_attn.precision.watch import Watch, Wishes
 from wan_attn.request import gate, refuse
 
@@ -30,41 +28,18 @@ class _Broken(Watch):
         raise self._error
 
 
-active: Watch | None = None
-_by_environment: Watch | None = None
-_uses: list[Use] = []
-_last: Watch | None = None  # whose report there is
-_is_registered = False
+def _at_exit(watch: Watch) -> None:
+    report.finish(watch, config.current().precision_report)
 
 
-class Use:
+uses: Uses[Watch] = Uses("precision", _at_exit)
+
+
+class Use(AnyUse[Watch]):
     """What use() has begun; end() ends it, and so does leaving `with`."""
-
-    def __init__(self, watch: Watch | None) -> None:
-        self.watch = watch
 
     def __enter__(self) -> Use:
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.end()
-
-    def begin(self) -> None:
-        """Once more, with what is known from before; use() has done it the first time."""
-        self.end()
-        _uses.append(self)
-        _choose()
-
-    def end(self) -> None:
-        """Back to what was before; twice is once."""
-        if self in _uses:
-            _uses.remove(self)
-            _choose()
 
     def report(self) -> report.Report:
         """What is known of the layers until now."""
@@ -112,11 +87,11 @@ def use(
     wishes = Wishes(
         mode,
         guard or settings.guard,
-        budget or settings.error_budget,
+        budget or settings.precision_budget,
         own,
         f"wan_attn.precision.use({mode!r})",
     )
-    made = Use(None if wishes.is_plain else Watch(wishes))
+    made = Use(uses, None if wishes.is_plain else Watch(wishes))
     made.begin()
     return made
 
@@ -136,52 +111,30 @@ def schedule_error(settings: config.Settings) -> str | None:
     return None
 
 
-def _choose() -> None:
-    """The innermost use() decides; without one, the environment."""
-    global active, _last, _is_registered
-    active = _uses[-1].watch if _uses else _by_environment
-    place.want(active is not None)
-    if active is not None:
-        _last = active
-        if not _is_registered:
-            _is_registered = True
-            atexit.register(_at_exit)
-
-
-def _at_exit() -> None:
-    if _last is not None:
-        report.finish(_last, config.current().precision_report)
-
-
 def current_report() -> report.Report:
     """What is known of the layers: of what is active, or was last."""
-    return report.Report(active or _last or Watch(Wishes()))
+    return report.Report(uses.active or uses.last or Watch(Wishes()))
 
 
 def _obey(settings: config.Settings) -> None:
-    global _by_environment
+    known = uses.by_environment
     try:
         rules = _rules(settings.schedule, "WAN_ATTN_SCHEDULE")
     except ValueError as error:
-        _by_environment = _Broken(config.ConfigError(str(error)))
+        uses.obey(_Broken(config.ConfigError(str(error))))
+        return
+    asked_by = f"WAN_ATTN_PRECISION={settings.precision}"
+    if settings.precision == "exact" and rules:
+        asked_by = "WAN_ATTN_SCHEDULE"
+    budget = settings.precision_budget
+    wishes = Wishes(settings.precision, settings.guard, budget, rules, asked_by)
+    if wishes.is_plain:
+        uses.obey(None)
+    elif known is None or known.wishes != wishes:
+        uses.obey(Watch(wishes))  # else what is known stays
     else:
-        asked_by = f"WAN_ATTN_PRECISION={settings.precision}"
-        if settings.precision == "exact" and rules:
-            asked_by = "WAN_ATTN_SCHEDULE"
-        wishes = Wishes(settings.precision, settings.guard, settings.error_budget, rules, asked_by)
-        if wishes.is_plain:
-            _by_environment = None
-        elif _by_environment is None or _by_environment.wishes != wishes:
-            _by_environment = Watch(wishes)  # else what is known stays
-    _choose()
-
-
-def _forget() -> None:
-    global _by_environment, _last
-    _by_environment = _last = None
-    _uses.clear()
-    _choose()
+        uses.obey(known)
 
 
 config.follow(_obey)
-config.memory(_forget)
+config.memory(uses.forget)

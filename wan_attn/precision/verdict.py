@@ -8,9 +8,11 @@ import math
 from collections.abc import Iterable
 
 from wan_attn import log
-from wan_attn.precision import guard, sampling
-from wan_attn.precision.place import Place
-from wan_attn.precision.record import Layer, Note, title
+from wan_attn.observe import sampling
+from wan_attn.observe.names import of_heads, title
+from wan_attn.observe.place import Place
+from wan_attn.precision import guard
+from wan_attn.precision.record import Layer, Note
 
 
 def read_pending(layer: Layer, budget: float | None, wait: bool = False) -> None:
@@ -46,42 +48,22 @@ def read(layer: Layer, note: Note, budget: float | None, is_late: bool) -> list[
         if budget is not None and not running <= budget**2:  # NaN too
             over[group] = running
     if over and budget is not None:
-        worst = largest(over.values())
+        worst = sampling.largest(over.values())
         error = "NaN" if math.isnan(worst) else f"{100 * math.sqrt(worst):.2g} %"
         reason = f"an error of {error} is above the budget of {100 * budget:g} %; {what_now}"
         _switch(layer, where, over, reason)
     if squares:
-        worst = math.sqrt(largest(squares))
+        worst = math.sqrt(sampling.largest(squares))
         layer.measured.append((where.run, where.step, worst, is_late or not over))
     return list(over)
-
-
-def largest(errors: Iterable[float]) -> float:
-    """NaN is larger than any other."""
-    return max(errors, key=lambda error: (math.isnan(error), error))
 
 
 def _switch(layer: Layer, where: Place, groups: Iterable[int | None], reason: str) -> None:
     layer.why_exact.update(dict.fromkeys(groups, reason))
     name = title(layer.expert, layer.layer, layer.kind)
-    heads = _heads([layer.groups[group] for group in groups if group is not None])
+    heads = of_heads([layer.groups[group] for group in groups if group is not None])
     if len(layer.groups) < 2:
         heads = ""
     text = f"{name}{heads}{where.at_step}: {reason}. It is exact for the rest of this run"
     layer.events.append(text)
     log.LOGGER.warning("%s %s", log.PREFIX, text)
-
-
-def _heads(ranges: list[tuple[int, int]]) -> str:
-    """Of a layer: ", heads 0-4, 7", where neighbours are one range."""
-    merged: list[tuple[int, int]] = []
-    for first, behind in ranges:
-        if merged and merged[-1][1] == first:
-            merged[-1] = (merged[-1][0], behind)
-        else:
-            merged.append((first, behind))
-    parts = [str(a) if b - a == 1 else f"{a}-{b - 1}" for a, b in merged]
-    if not parts:
-        return ""
-    is_one = len(merged) == 1 and merged[0][1] - merged[0][0] == 1
-    return f", {'head' if is_one else 'heads'} {', '.join(parts)}"

@@ -18,11 +18,14 @@ from wan_attn import config, log
 from wan_attn.backends import native
 from wan_attn.backends._errors import is_device_error
 from wan_attn.native.library import QK8
-from wan_attn.precision import guard, parts, place, sampling, say, schedule, verdict
-from wan_attn.precision.pace import Pace
+from wan_attn.observe import place, sampling
+from wan_attn.observe.later import Later
+from wan_attn.observe.names import title
+from wan_attn.observe.pace import Pace
+from wan_attn.observe.place import Place
+from wan_attn.precision import guard, parts, say, schedule, verdict
 from wan_attn.precision.parts import Operands, Result, Run
-from wan_attn.precision.place import Place
-from wan_attn.precision.record import Layer, Note, title
+from wan_attn.precision.record import Layer, Note
 from wan_attn.precision.schedule import Heads, Rule
 from wan_attn.request import Call, Refusal, Request, transforms
 from wan_attn.store import processes
@@ -237,8 +240,8 @@ class Watch:
         errors = self._measure(request, layer, operands, out, call)
         note = (
             where,
-            None if watched is None else guard.Later(watched),
-            None if errors is None else guard.Later(errors),
+            None if watched is None else Later(watched),
+            None if errors is None else Later(errors),
         )
         if _is_on_a_gpu(operands) and self.wishes.guard != "all":
             layer.pending.append(note)

@@ -15,7 +15,6 @@ from torch import Tensor
 from wan_attn import config, log
 from wan_attn.backends import REGISTRY, native, reads_float32
 from wan_attn.backends._errors import is_device_error
-from wan_attn.precision import state
 from wan_attn.request import (
     Call,
     Refusal,
@@ -27,7 +26,7 @@ from wan_attn.request import (
     transforms,
     wants_grad,
 )
-from wan_attn.selection import profile
+from wan_attn.selection import profile, watched
 from wan_attn.selection.choose import Choice, compute_dtype, select, title
 from wan_attn.transient import is_interruption
 from wan_attn.tuning import candidates
@@ -113,7 +112,7 @@ def attend(operands: list[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
         plan = _make_plan(query, key, value, call, settings, plan.failed)
         _keep(kind, plan)
     recorder = None if settings.profile is None else profile.recorder(settings.profile)
-    watch, ran = state.active, ""
+    ran = ""
     while True:
         begun = None if recorder is None else recorder.start(query.device)
         # Here and not in the backend, whose callers would still hold what it has converted.
@@ -122,11 +121,11 @@ def attend(operands: list[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
         if not plan.reads[1] and key.dtype != value.dtype:
             key = _converted(key, value.dtype)
         try:
-            if watch is None:
+            if not watched.is_asked_for():
                 out, lse = plan.run(query, key, value, call)
             else:
                 by = (plan.run, plan.choice.backend, plan.request)
-                out, lse, ran = watch.run(*by, query, key, value, call)
+                out, lse, ran = watched.run(*by, (query, key, value), call)
         except (Refusal, config.ConfigError):
             raise  # of an argument, which every backend would refuse; or of a schedule
         except _BACKEND_FAILURES as error:

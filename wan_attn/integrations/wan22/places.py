@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 from wan_attn.integrations import _rebind
-from wan_attn.integrations._places import ClassPlaces
-from wan_attn.precision import place
+from wan_attn.integrations._places import ClassPlaces, patches
+from wan_attn.observe import place
 
 MODELS = (
     "modules.model.WanModel",
@@ -29,6 +29,13 @@ def _timestep(model: Any, arguments: dict[str, Any]) -> Any:
     return arguments.get("t")
 
 
+def _grid(model: Any, arguments: dict[str, Any]) -> place.Grid | None:
+    """Of the latents, a list of [channels, frames, rows, columns], if all have one shape. What S2V
+    puts behind them, its reference and motion, are others."""
+    shapes = {tuple(getattr(latents, "shape", ())) for latents in arguments.get("x", ())}
+    return patches(shapes.pop(), getattr(model, "patch_size", None)) if len(shapes) == 1 else None
+
+
 class PlacePatch:
     """What tells places; the session's lock is held around every method."""
 
@@ -42,7 +49,7 @@ class PlacePatch:
         for name in MODELS:
             cls = self._class(name)
             if cls is not None and "forward" in vars(cls) and cls not in self._models:
-                self._models[cls] = ClassPlaces(cls, _timestep)
+                self._models[cls] = ClassPlaces(cls, _timestep, _grid)
         for name in SCHEDULERS:
             cls = self._class(name)
             if cls is not None and "set_timesteps" in vars(cls) and cls not in self._schedulers:

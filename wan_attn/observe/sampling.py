@@ -9,7 +9,8 @@ time, and only as often as that stays within SHARE of the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -43,20 +44,42 @@ def groups(heads_q: int, heads_k: int) -> tuple[tuple[int, int], ...]:
     return tuple(zip(bounds[:-1], bounds[1:], strict=True))
 
 
-class Allowance:
-    """When the calls of one layer are measured, and by which rows."""
+def spread(first: int, count: int, among: int) -> list[int]:
+    """The numbers of so many of `among`, evenly spread: others for another `first`, of which each
+    begins where one before has ended."""
+    return sorted({int((i * _GOLDEN % 1.0) * among) for i in range(first, first + count)})
 
-    def __init__(self) -> None:
-        self._left, self._taken = float(COST), 0  # the first call is always measured
+
+class Allowance:
+    """When the calls of one layer are measured, and by which rows.
+
+    Args:
+        share: of the work that measuring may cost.
+        count: rows each time.
+        cost: of these, in rows of the whole call.
+    """
+
+    def __init__(self, share: float = SHARE, count: int = ROWS, cost: float = COST) -> None:
+        self._share, self._count, self._cost = share, count, cost
+        self._left, self._taken = float(cost), 0  # the first call is always measured
 
     def rows(self, seqlen_q: int) -> list[int]:
         """The rows for a call of so many; []: it is not measured."""
-        self._left = min(self._left + SHARE * seqlen_q, 2.0 * COST)
-        if self._left < COST or seqlen_q == 0:
+        self._left = min(self._left + self._share * seqlen_q, 2.0 * self._cost)
+        if self._left < self._cost or seqlen_q == 0:
             return []
-        self._left -= COST
-        first, self._taken = self._taken, self._taken + ROWS
-        return sorted({int((i * _GOLDEN % 1.0) * seqlen_q) for i in range(first, first + ROWS)})
+        self._left -= self._cost
+        first, self._taken = self._taken, self._taken + self._count
+        return spread(first, self._count, seqlen_q)
+
+    def grant(self) -> None:
+        """The next call is measured, whatever it costs."""
+        self._left = max(self._left, self._cost)
+
+
+def largest(errors: Iterable[float]) -> float:
+    """NaN is larger than any other."""
+    return max(errors, key=lambda error: (math.isnan(error), error))
 
 
 def errors(
@@ -72,8 +95,13 @@ def errors(
     # From pinned memory: else the copy to a GPU would wait for all that runs there.
     index = torch.tensor(rows, pin_memory=query.is_cuda).to(query.device, non_blocking=True)
     wanted, _ = exact(query[:, index], key, value, call._replace(return_lse=False))
+    return squares(out[:, index], wanted, groups)
+
+
+def squares(found: Tensor, wanted: Tensor, groups: tuple[tuple[int, int], ...]) -> Tensor:
+    """[groups] float32: |found - wanted|^2 / |wanted|^2 of each group of heads."""
     wanted = wanted.float()
-    off = (out[:, index].float() - wanted).square().sum((0, 1, 3))
+    off = (found.float() - wanted).square().sum((0, 1, 3))
     size = wanted.square().sum((0, 1, 3))
     parts = [(off[a:b].sum(), size[a:b].sum()) for a, b in groups]
     return torch.stack([o / s.clamp_min(torch.finfo(torch.float32).tiny) for o, s in parts])

@@ -25,7 +25,11 @@ from wan_attn.workloads import IMAGE_TOKENS
 
 KINDS = ("self", "text", "image")
 
+Grid = tuple[int, int, int]
+"""Frames, rows and columns."""
+
 is_wanted = False
+_wanted_by: set[str] = set()
 
 
 class Place(NamedTuple):
@@ -38,6 +42,8 @@ class Place(NamedTuple):
         layer, layers: likewise.
         expert: 0 is the model that ran first in this run: of Wan2.2's A14B the one for high noise.
         run: which one of this thread.
+        grid: frames, rows and columns of the tokens of a self-attention, as they lie one after the
+            other; what stands behind them are others.
     """
 
     kind: str
@@ -47,6 +53,7 @@ class Place(NamedTuple):
     layers: int | None = None
     expert: int | None = None
     run: int = 0
+    grid: Grid | None = None
 
     @property
     def at_step(self) -> str:
@@ -61,6 +68,7 @@ class _Here(threading.local):
     layer: int | None = None
     layers: int | None = None
     expert: int | None = None
+    grid: Grid | None = None
     run: int = 0
     timesteps: tuple[float, ...] = ()
     last: float | None = None  # timestep that a forward had, since the run began
@@ -86,7 +94,7 @@ def here(seqlen_q: int, seqlen_k: int) -> Place:
         kind = "self" if seqlen_q == seqlen_k else "text"
         if seqlen_k == IMAGE_TOKENS and seqlen_q != seqlen_k:
             kind = "image"
-    return Place(kind, h.step, h.steps, h.layer, h.layers, h.expert, h.run)
+    return Place(kind, h.step, h.steps, h.layer, h.layers, h.expert, h.run, h.grid)
 
 
 def begin(timesteps: Sequence[float] | Tensor, told_by: Tensor | None = None) -> None:
@@ -121,13 +129,14 @@ def is_begun_with(timesteps: Any) -> bool:
     return _here.begun is not None and _here.begun() is timesteps
 
 
-def enter(model: object, timestep: Any, layers: int | None) -> None:
+def enter(model: object, timestep: Any, layers: int | None, grid: Grid | None = None) -> None:
     """A forward of this model begins. The two forwards of guidance have the same timestep, and are
     one step.
 
     Args:
         timestep: a number or a tensor, of which the largest counts: image-to-video gives the tokens
             of its image 0. On a device reading it waits for that, once a forward.
+        grid: of its tokens.
     """
     t = float(timestep.detach().max()) if isinstance(timestep, Tensor) else float(timestep)
     h = _here
@@ -141,7 +150,7 @@ def enter(model: object, timestep: Any, layers: int | None) -> None:
     h.step = step
     if is_new:
         _begin_anew()
-    h.last, h.layer, h.layers = t, None, layers
+    h.last, h.layer, h.layers, h.grid = t, None, layers, grid
     h.expert = _number(model)
 
 
@@ -167,7 +176,7 @@ def _number(model: object) -> int:
 def leave() -> None:
     """The forward has ended: calls outside of it, as those of encoders, have no layer."""
     h = _here
-    h.layer = h.layers = h.kind = h.expert = None
+    h.layer = h.layers = h.kind = h.expert = h.grid = None
 
 
 def layer(index: int | None) -> None:
@@ -180,10 +189,11 @@ def kind(word: str | None) -> None:
     _here.kind = word
 
 
-def want(is_asked: bool) -> None:
-    """Whether anything reads places from now on."""
+def want(who: str, is_asked: bool) -> None:
+    """Whether this reader of places reads them from now on."""
     global is_wanted
-    is_wanted = is_asked
+    (_wanted_by.add if is_asked else _wanted_by.discard)(who)
+    is_wanted = bool(_wanted_by)
 
 
 def is_told() -> bool:
@@ -201,11 +211,12 @@ def at(
     layers: int | None = None,
     expert: int | None = None,
     kind: str | None = None,
+    grid: Grid | None = None,
 ) -> Iterator[None]:
     """Within it, the calls of this thread stand here: for models that no host of ours knows.
 
     Args:
-        step, steps, layer, layers, expert, kind: as in Place; None: as it was before.
+        step, steps, layer, layers, expert, kind, grid: as in Place; None: as it was before.
 
     Raises:
         RuntimeError: an argument is no such thing.
@@ -218,10 +229,15 @@ def at(
     }
     if kind is not None and (not isinstance(kind, str) or kind not in KINDS):
         refuse("kind", f"None or one of {', '.join(KINDS)}", gate.kind_of(kind))
-    h, names = _here, ("step", "steps", "layer", "layers", "expert", "kind")
+    h, names = _here, ("step", "steps", "layer", "layers", "expert", "kind", "grid")
     before = {name: getattr(h, name) for name in names}
     if kind is not None:
         given["kind"] = kind
+    if grid is not None:
+        sizes = grid if isinstance(grid, tuple | list) else ()
+        if len(sizes) != 3:
+            refuse("grid", "None or (frames, rows, columns)", gate.kind_of(grid))
+        given["grid"] = tuple(gate.integer("grid", size, at_least=1) for size in sizes)
     for name, value in given.items():
         setattr(h, name, value)
     try:

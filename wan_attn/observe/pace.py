@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pace.py - whether 8-bit scores are faster than exact ones here, for one kind of call."""
+"""pace.py - whether lossy calls are faster than exact ones here, for one kind of call."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ EXACT_TURNS = frozenset((1, 3, 5))
 
 @dataclass(slots=True)
 class Pace:
-    """The least seconds of exact and of 8-bit calls, with all that belongs to these."""
+    """The least seconds of exact and of lossy calls, with all that belongs to these.
 
+    Attributes:
+        enough: calls of each sort.
+    """
+
+    enough: int = ENOUGH
     _exact: list[float] = field(default_factory=list)
     _lossy: list[float] = field(default_factory=list)
     _turns: int = 0
@@ -22,17 +27,17 @@ class Pace:
     def is_turn_of_exact(self) -> bool:
         """Before a call that may be lossy: whether it has to show what an exact one takes."""
         turn, self._turns = self._turns, self._turns + 1
-        return turn in EXACT_TURNS and len(self._exact) < ENOUGH
+        return turn in EXACT_TURNS and len(self._exact) < self.enough
 
     def add(self, seconds: float, is_lossy: bool) -> None:
         """After a call."""
         kept = self._lossy if is_lossy else self._exact
-        if len(kept) < ENOUGH:
+        if len(kept) < self.enough:
             kept.append(seconds)
 
     def least(self) -> tuple[float, float] | None:
         """Seconds of an exact and of a lossy call; None: too few calls to know."""
-        if min(len(self._exact), len(self._lossy)) < ENOUGH:
+        if min(len(self._exact), len(self._lossy)) < self.enough:
             return None
         return min(self._exact), min(self._lossy)
 

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kernel.py - one call of our kernels that leaves out blocks of keys."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from wan_attn.backends import native
+from wan_attn.request import Call, Request
+from wan_attn.sparse.lists import BlockLists
+
+Operands = tuple[Tensor, Tensor, Tensor]
+"""query, key, value."""
+
+Result = tuple[Tensor, Tensor | None]
+
+
+def why_not(request: Request, threshold: float = 0.0) -> str | None:
+    """Why no kernel of ours leaves blocks out of such a call; None: one does.
+
+    Args:
+        threshold: as of by_threshold(); 0: the call comes with lists.
+    """
+    asked = replace(request, has_block_lists=not threshold, skip_threshold=threshold)
+    return native.why_not(asked)
+
+
+def title(request: Request, threshold: float = 0.0) -> str:
+    """What leaves blocks out of such a call, as the log names it."""
+    asked = replace(request, has_block_lists=not threshold, skip_threshold=threshold)
+    return f"{native.TITLE} ({native.kernel_name(asked)}, blocks left out)"
+
+
+def by_lists(
+    operands: Operands, call: Call, lists: BlockLists, pools_others: bool = True
+) -> Result:
+    """The listed blocks; with `pools_others` each of the others as one key, its mean."""
+    counts, indices = lists
+    return native.run(
+        *operands,
+        call,
+        block_counts=counts,
+        block_indices=indices,
+        pools_others=pools_others,
+    )
+
+
+def by_threshold(operands: Operands, call: Call, threshold: float, guard: Tensor) -> Result:
+    """All but the blocks whose largest weight against the running maximum is below `threshold`.
+
+    Args:
+        guard: of make_guard(), which learns the largest share that a row has lost.
+    """
+    return native.run(*operands, call, skip_threshold=threshold, guard=guard)
+
+
+def make_guard(device: torch.device) -> Tensor:
+    """[5] int32, zeros: wan_attn_guard of csrc/wan_attn.h, whose last word is lost_mass."""
+    return torch.zeros(5, dtype=torch.int32, device=device)
+
+
+def lost_mass(words: list[int]) -> float:
+    """The share of its weights that no row lacks more of."""
+    (share,) = struct.unpack("f", struct.pack("i", words[4]))
+    return float(share)

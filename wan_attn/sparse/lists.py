@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lists.py - which blocks of 64 keys each block of 64 queries computes: from a mask to the compact
+lists that kernels read. Torch's operators, on any device; nothing waits for a GPU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wan_attn.request import BLOCK, gate, refuse
+
+__all__ = ["BLOCK", "BlockLists", "block_lists", "blocks", "compact"]
+
+ROOM = 1 << 22  # pairs of blocks that are looked at together
+
+
+class BlockLists(NamedTuple):
+    """What a call computes; see csrc/wan_attn.h.
+
+    Attributes:
+        counts: [batch, heads, blocks of queries] int32.
+        indices: [batch, heads, blocks of queries, capacity] int32, ascending; what lies behind the
+            count is never read.
+    """
+
+    counts: Tensor
+    indices: Tensor
+
+
+def blocks(tokens: int) -> int:
+    """How many blocks so many tokens are."""
+    return -(-tokens // BLOCK)
+
+
+def block_lists(mask: Tensor) -> BlockLists:
+    """The lists of a mask, for wan_attn.sparse.sdpa.
+
+    Args:
+        mask: [batch, heads, blocks of queries, blocks of keys] bool: whether a block is computed.
+
+    Raises:
+        RuntimeError: it is no such tensor.
+    """
+    gate.dense("mask", mask)
+    if mask.dtype != torch.bool or mask.dim() != 4:
+        rule = "bool [batch, heads, blocks of queries, blocks of keys]"
+        refuse("mask", rule, f"{mask.dtype} {list(mask.shape)}")
+    return compact(mask)
+
+
+def compact(mask: Tensor) -> BlockLists:
+    """As block_lists(), of a mask that is one. Some heads at once: what is made on the way has 20
+    bytes for each pair of blocks."""
+    batch, heads, rows, columns = mask.shape
+    counts = mask.sum(-1, dtype=torch.int32)
+    capacity = columns
+    if mask.device.type == "cpu" and counts.numel():  # elsewhere reading it would wait
+        capacity = int(counts.max())
+    indices = torch.zeros((batch, heads, rows, capacity), dtype=torch.int32, device=mask.device)
+    numbers = torch.arange(columns, dtype=torch.int32, device=mask.device)
+    step = max(ROOM // max(rows * columns, 1), 1)
+    for first in range(0, batch * heads, step):
+        listed = mask.flatten(0, 1)[first : first + step]
+        # Blocks that are not listed share one more slot, which is cut off.
+        slot = torch.where(listed, listed.cumsum(-1) - 1, capacity)
+        made = torch.zeros((len(listed), rows, capacity + 1), dtype=torch.int32, device=mask.device)
+        made.scatter_(2, slot, numbers.expand(listed.shape))
+        indices.view(batch * heads, rows, capacity)[first : first + step] = made[..., :capacity]
+    return BlockLists(counts, indices)
