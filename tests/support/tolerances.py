@@ -115,13 +115,14 @@ def _rms(x: oracle.Array) -> float:
     return float(np.sqrt(np.mean(x**2))) if x.size else 0.0
 
 
-def _judge(
+def judge(
     name: str,
     got: oracle.Array,
     want: oracle.Array,
     torch_says: list[oracle.Array],
     dtype: torch.dtype,
     largest: float,
+    floor_ulp: float = FLOOR_ULP,
 ) -> None:
     """Fails unless |got - want| is small, with NaN and infinities in the same places."""
     assert got.shape == want.shape, f"{name} has shape {got.shape}, expected {want.shape}"
@@ -136,7 +137,7 @@ def _judge(
     theirs = [np.abs(t[fine & np.isfinite(t)] - want[fine & np.isfinite(t)]) for t in torch_says]
 
     worst_of_torch = max(float(e.max()) if e.size else 0.0 for e in theirs)
-    floor = FLOOR_ULP * ulp(dtype, largest)
+    floor = floor_ulp * ulp(dtype, largest)
     allowed = FACTOR * worst_of_torch + floor
     place = np.unravel_index(int(error.argmax()), error.shape)
     assert error.max() <= allowed, (
@@ -147,7 +148,7 @@ def _judge(
     rms, rms_of_torch, rms_floor = (
         _rms(error[fine]),
         max(_rms(e) for e in theirs),
-        FLOOR_ULP * ulp(dtype, _rms(want[fine])),
+        floor_ulp * ulp(dtype, _rms(want[fine])),
     )
     assert rms <= FACTOR * rms_of_torch + rms_floor, (
         f"{name} has an RMS error of {rms:.3e}, "
@@ -175,9 +176,9 @@ def assert_close_to_oracle(
     wrong = np.isneginf(want_lse).transpose(0, 2, 1)[..., None] & (got != 0)
     assert not wrong.any(), f"out must be 0 in a row without a key, is not at {_first(wrong)}"
     largest = _largest_value(value, call.get("k_lens"))
-    _judge("out", got, want, [o for o, _ in torchs], query.dtype, largest)
+    judge("out", got, want, [o for o, _ in torchs], query.dtype, largest)
     if lse is not None:
         assert lse.dtype == torch.float32, f"lse must be float32, got {lse.dtype}"
         got, finite = oracle.as_float64(lse), want_lse[np.isfinite(want_lse)]
         largest = max(1.0, float(np.abs(finite).max())) if finite.size else 1.0
-        _judge("lse", got, want_lse, [s for _, s in torchs], torch.float32, largest)
+        judge("lse", got, want_lse, [s for _, s in torchs], torch.float32, largest)

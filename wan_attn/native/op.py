@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from wan_attn.config import current
-from wan_attn.native import autograd, cuda_driver, library, rope, shim
+from wan_attn.native import autograd, backward, cuda_driver, library, rope, shim
 from wan_attn.native.bindings import ctypes_sdpa
 from wan_attn.native.kernels import KernelInfo, build_info, cpu_features, kernels, select, why_not
 from wan_attn.request import Call, check, empty_lse, gate, refuse
@@ -131,8 +131,10 @@ def _sdpa_fake(
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
     query, key, value, *lens = inputs
-    call, _, _ = _call(*lens, **keyword_only_inputs)
-    autograd.remember(ctx, query, key, value, call)
+    call, kernel, _ = _call(*lens, **keyword_only_inputs)
+    is_forced_lossy = 0 <= kernel < len(kernels()) and kernels()[kernel].is_lossy
+    is_exact = keyword_only_inputs["precision"] == library.EXACT and not is_forced_lossy
+    autograd.remember(ctx, query, key, value, call, output if is_exact else None)
 
 
 def _define(fallback: Fallback) -> None:
@@ -143,7 +145,8 @@ def _define(fallback: Fallback) -> None:
     torch.library.register_fake("wan_attn::sdpa", _sdpa_fake, lib=_LIBRARY)
     _LIBRARY.impl("sdpa", _sdpa_elsewhere, "CompositeExplicitAutograd")
     by_torch = _by_torch(fallback)
-    autograd.register(_LIBRARY, "wan_attn::sdpa", autograd.backward, _setup_context, by_torch)
+    autograd.register(_LIBRARY, "wan_attn::sdpa", autograd.backward, _setup_context, by_torch, True)
+    backward.define(_LIBRARY)
     rope.define(_LIBRARY)
 
 
@@ -176,5 +179,7 @@ def register(fallback: Fallback) -> None:
         function = ctypes_sdpa if _binding == "ctypes" else _by_torch(fallback)
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl("sdpa", function, key)
+    autograd.has_kernels = _binding != "torch"
+    backward.register(_LIBRARY, _binding)
     rope.register(_LIBRARY, _binding)
     _is_registered = True
