@@ -11,7 +11,7 @@
  * Limits: none within the contract.
  * Measured: not for speed; it is what the others are compared with.
  * Budget: some 110 KiB of stack at the largest head_dim.
- * Numerics: products and sums in float32; neither P nor dS is rounded. What is summed over keys or
+ * Numerics: products and sums in float32, but for delta's; neither P nor dS is rounded. What is summed over keys or
  * rows is summed from zero for a block of 16 and then added, a score 64 elements of head_dim at a
  * time. softmax_scale multiplies sums, not their terms.
  * Masked keys are left out by loop bounds, so that nothing behind the lengths or outside the mask
@@ -49,7 +49,8 @@ typedef struct weights {
 static void load_row(const wan_attn_backward_problem *p, int64_t b, int64_t head, int64_t i,
                      row_block *rows, int64_t m) {
     const wan_attn_problem *call = &p->call;
-    float out[MAX_HEAD_DIM], sum = 0.0f;
+    float out[MAX_HEAD_DIM];
+    double sum = 0.0; /* dP - delta is often a small difference */
     wan_attn_load_floats(rows->q[m], wan_attn_row_address(&call->q, b, i, head), call->q.dtype,
                          call->head_dim);
     wan_attn_load_floats(rows->dout[m], wan_attn_row_address(&p->dout, b, i, head), p->dout.dtype,
@@ -57,8 +58,8 @@ static void load_row(const wan_attn_backward_problem *p, int64_t b, int64_t head
     wan_attn_load_floats(out, wan_attn_row_address(&call->out, b, i, head), call->out.dtype,
                          call->head_dim);
     for (int64_t d = 0; d < call->head_dim; d++)
-        sum += rows->dout[m][d] * out[d];
-    rows->delta[m] = sum - wan_attn_dlse_at(p, b, head, i);
+        sum += (double)rows->dout[m][d] * out[d];
+    rows->delta[m] = (float)(sum - wan_attn_dlse_at(p, b, head, i));
     rows->lse[m] = wan_attn_lse_at(p, b, head, i);
 }
 
