@@ -13,7 +13,8 @@
  * Budget: some 110 KiB of stack at the largest head_dim.
  * Numerics: products and sums in float32, but for delta's; neither P nor dS is rounded. What is summed over keys or
  * rows is summed from zero for a block of 16 and then added, a score 64 elements of head_dim at a
- * time. softmax_scale multiplies sums, not their terms.
+ * time. softmax_scale multiplies sums, not their terms. A single key weighs exactly 1, and its dS is
+ * dlse.
  * Masked keys are left out by loop bounds, so that nothing behind the lengths or outside the mask
  * can leak, NaN included.
  */
@@ -29,7 +30,7 @@ enum { BLOCK = 16, PART_D = 64, MAX_HEAD_DIM = 256 };
 /* Query rows and what is known of them. */
 typedef struct row_block {
     float q[BLOCK][MAX_HEAD_DIM], dout[BLOCK][MAX_HEAD_DIM];
-    float lse[BLOCK], delta[BLOCK]; /* delta: <dout, out> - dlse */
+    float lse[BLOCK], dlse[BLOCK], delta[BLOCK]; /* delta: <dout, out> - dlse */
     wan_attn_key_range keys[BLOCK]; /* what each row sees: if nothing, all else is unset */
     int64_t count;
 } row_block;
@@ -59,7 +60,8 @@ static void load_row(const wan_attn_backward_problem *p, int64_t b, int64_t head
                          call->head_dim);
     for (int64_t d = 0; d < call->head_dim; d++)
         sum += (double)rows->dout[m][d] * out[d];
-    rows->delta[m] = (float)(sum - wan_attn_dlse_at(p, b, head, i));
+    rows->dlse[m] = wan_attn_dlse_at(p, b, head, i);
+    rows->delta[m] = (float)(sum - rows->dlse[m]);
     rows->lse[m] = wan_attn_lse_at(p, b, head, i);
 }
 
@@ -114,6 +116,7 @@ static void multiply(const float *row, float (*columns)[BLOCK], int64_t head_dim
 static int find_weights(const wan_attn_problem *call, const row_block *rows, int64_t m,
                         key_block *keys, weights *w) {
     float scale = (float)call->softmax_scale, s[BLOCK], dp[BLOCK];
+    int is_single = rows->keys[m].end - rows->keys[m].begin == 1;
     int64_t begin = rows->keys[m].begin - keys->first, end = rows->keys[m].end - keys->first;
     w->begin = begin > 0 ? begin : 0;
     w->end = end < keys->count ? end : keys->count;
@@ -124,6 +127,10 @@ static int find_weights(const wan_attn_problem *call, const row_block *rows, int
     for (int64_t n = w->begin; n < w->end; n++) {
         w->p[n] = expf(s[n] * scale - rows->lse[m]);
         w->ds[n] = w->p[n] * (dp[n] - rows->delta[m]);
+        if (is_single && w->ds[n] == w->ds[n]) { /* NaN stays */
+            w->p[n] = 1.0f;
+            w->ds[n] = rows->dlse[m];
+        }
     }
     return 1;
 }

@@ -122,7 +122,6 @@ def judge(
     torch_says: list[oracle.Array],
     dtype: torch.dtype,
     largest: float,
-    floor_ulp: float = FLOOR_ULP,
 ) -> None:
     """Fails unless |got - want| is small, with NaN and infinities in the same places."""
     assert got.shape == want.shape, f"{name} has shape {got.shape}, expected {want.shape}"
@@ -137,7 +136,7 @@ def judge(
     theirs = [np.abs(t[fine & np.isfinite(t)] - want[fine & np.isfinite(t)]) for t in torch_says]
 
     worst_of_torch = max(float(e.max()) if e.size else 0.0 for e in theirs)
-    floor = floor_ulp * ulp(dtype, largest)
+    floor = FLOOR_ULP * ulp(dtype, largest)
     allowed = FACTOR * worst_of_torch + floor
     place = np.unravel_index(int(error.argmax()), error.shape)
     assert error.max() <= allowed, (
@@ -148,7 +147,7 @@ def judge(
     rms, rms_of_torch, rms_floor = (
         _rms(error[fine]),
         max(_rms(e) for e in theirs),
-        floor_ulp * ulp(dtype, _rms(want[fine])),
+        FLOOR_ULP * ulp(dtype, _rms(want[fine])),
     )
     assert rms <= FACTOR * rms_of_torch + rms_floor, (
         f"{name} has an RMS error of {rms:.3e}, "
