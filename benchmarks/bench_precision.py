@@ -2,19 +2,28 @@
 """bench_precision.py - what the guard and the measured error cost, as a share of attention.
 
     python benchmarks/bench_precision.py [--tokens 8192] [--heads 1] [--layers 2] [--steps 12]
+    python benchmarks/bench_precision.py --model [--wan22 DIR] [--layers 2] [--rounds 40]
 
-First the parts, each alone. Then whole steps, one call for each layer, bf16 with float32 query and
-key as Wan2.2 passes them, on the CPU: every way computes the same lossy calls, the ways take turns,
-and the median over rounds of the difference to the plain way counts. Times are CPU times of the
-process. Beside it: what an exact call costs in Python, with precision off.
+Without --model: first the parts, each alone. Then whole steps, one call for each layer, bf16 with
+float32 query and key as Wan2.2 passes them, on the CPU. Every way computes the same lossy calls,
+ways take turns; the median over rounds of the difference to the plain way counts. Times are CPU
+times of the process. Beside it: what an exact call costs in Python, with precision off.
+
+With --model: of a forward of Wan's transformer, stock Wan2.2's or diffusers', which is half a step;
+one thread. A round runs each way once. What a way costs is the median over rounds of its difference
+to the same without a watch, and the noise is the interval that has it in 95 of 100 cases;
+beside it the difference of the least times, which other programs disturb least. The error is
+measured in every call there, so that a few dozen calls tell its price.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +31,7 @@ import torch
 import wan_attn
 from wan_attn import config, precision
 from wan_attn.backends import native
+from wan_attn.bench import model
 from wan_attn.native import bindings
 from wan_attn.precision import sampling
 from wan_attn.request import PLAIN
@@ -134,6 +144,89 @@ def python_overhead(calls: int = 3000) -> dict[str, float]:
     return {"off": off, "balanced, exact by its place": on}
 
 
+# --- a forward of the model ----------------------------------------------------------------------
+
+# name -> (what it is compared with, options of use(); None: precision is off).
+FORWARDS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "exact": ("exact", None),
+    "exact, guard": ("exact", {"mode": "exact", "guard": "all"}),
+    "8 bits": ("8 bits", {"mode": "exact", "guard": "off", "rules": EVERYWHERE}),
+    "8 bits, guard": ("8 bits", {"mode": "exact", "rules": EVERYWHERE}),
+    "8 bits, guard, every error": ("8 bits", {"mode": "auto", "rules": EVERYWHERE}),
+}
+VIDEO = model.Video(832, 480, 9)
+
+
+def forwards(args: argparse.Namespace) -> tuple[dict[str, list[float]], int]:
+    """Way -> CPU seconds of each round's forward; and its tokens."""
+    arch, device = model.reduced(model.ARCHS["a14b"]), torch.device("cpu")
+    stack: Any = (
+        model.Wan22Stack(arch, args.layers, torch.bfloat16, device, args.wan22)
+        if args.wan22
+        else model.DiffusersStack(arch, args.layers, torch.bfloat16, device)
+    )
+    numbers = itertools.count()
+
+    def attend(query: Any, key: Any, value: Any, k_lens: Any) -> Any:
+        layer = next(numbers) // 2 % args.layers  # self-attention, and that to the text
+        with precision.at(step=4, steps=50, layer=layer, layers=args.layers, expert=0):
+            return wan_attn.sdpa(query, key, value, k_lens=k_lens)
+
+    stack.show(VIDEO, 1, (1.0,))
+    stack.use(attend)
+    used = {n: precision.use(**options) for n, (_, options) in FORWARDS.items() if options}
+    for each in used.values():
+        each.end()
+    found: dict[str, list[float]] = {name: [] for name in FORWARDS}
+    with torch.inference_mode():
+        for number in range(args.rounds + 1):  # the first one warms up
+            names = list(FORWARDS)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                if name in used:
+                    used[name].begin()
+                seconds = cpu_seconds(stack.forward)
+                if name in used:
+                    used[name].end()
+                if number:
+                    found[name].append(seconds)
+    measured = sum(len(x["measured"]) for x in used[list(FORWARDS)[-1]].report().layers)
+    assert measured == (args.rounds + 1) * args.layers, "every call has to be measured"
+    stack.close()
+    return found, arch.call.tokens(VIDEO.width, VIDEO.height, VIDEO.frames)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """That of the median, at 95 %: by rank, whatever the distribution is."""
+    ranked, reach = sorted(values), 0.98 * len(values) ** 0.5
+    middle = (len(values) - 1) / 2
+    low, high = max(0, int(middle - reach)), min(len(values) - 1, int(middle + reach + 1))
+    return ranked[low], ranked[high]
+
+
+def print_forwards(args: argparse.Namespace) -> None:
+    every = sampling.SHARE
+    sampling.SHARE = 1.0  # of every call
+    found, tokens = forwards(args)
+    sampling.SHARE = every
+    calls = max(1.0, sampling.COST / (every * tokens))
+    title = "stock Wan2.2" if args.wan22 else "diffusers"
+    print(f"{title}, {args.layers} layers, {tokens} tokens, {args.rounds} rounds, CPU time")
+    shares: dict[str, float] = {}
+    for name, (base, _) in FORWARDS.items():
+        whole = statistics.median(found[base])
+        more = [100 * (a - b) / whole for a, b in zip(found[name], found[base], strict=True)]
+        shares[name], least = statistics.median(more), min(found[base])
+        low, high = interval(more)
+        text = f"{shares[name]:+8.2f} %  ({low:+.2f} to {high:+.2f})"
+        text += f"{100 * (min(found[name]) - least) / least:+10.2f} % of the least"
+        text = "" if name == base else text
+        print(f"{name:<28}{statistics.median(found[name]):9.3f} s{text}")
+    guard, both = shares["8 bits, guard"], shares["8 bits, guard, every error"]
+    print(
+        f"as scheduled, an error every {calls:.1f} calls: {guard + (both - guard) / calls:+.2f} %"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
@@ -141,8 +234,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5, help="of whole steps; 0: the parts alone")
+    parser.add_argument("--model", action="store_true", help="a forward of Wan's transformer")
+    parser.add_argument("--wan22", type=Path, help="with --model: a checkout of Wan2.2")
     args = parser.parse_args()
     config.put("WAN_ATTN_TUNE", "off")
+    if args.model:
+        torch.set_num_threads(1)
+        print_forwards(args)
+        return
     counted = parts(args)
     every = max(1.0, sampling.COST / (sampling.SHARE * args.tokens))
     whole = counted["a lossy call"]

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 from emu import compile as compilers
 from emu import sass
-from emu.rows import Tile, tiles_for, tiles_qk8_for
+from emu.rows import Tile, TileQk8, tiles_for, tiles_qk8_for
 
 HMMA_FLOP = 2 * 16 * 8 * 16  # m16n8k16; Turing's m16n8k8 does half of it
 IMMA_OPS = 2 * 16 * 8 * 32  # m16n8k32; Turing's m8n8k16 does a quarter of it
@@ -74,6 +74,8 @@ class Estimate:
     """Of what 16-bit products summed in f32 allow: what FlashAttention-2 can reach."""
     unhidden: float
     """Share of the bound that is left if nothing else is issued while tensor cores work."""
+    shared_for: dict[str, float]
+    """What the clocks of shared memory are for."""
 
     @property
     def limit(self) -> str:
@@ -88,12 +90,19 @@ def estimate(gpu: Gpu, tile: Tile, cubin: Path) -> Estimate:
     in_f32 = sass.count(loop, "HMMA") - in_f16
     in_int8 = sass.count(loop, "IMMA")
     imma_ops = IMMA_OPS // (4 if sass.count(loop, "IMMA.8816") else 1)
-    shared = sass.count(loop, "LDSM", "LDS.128", "LDGSTS", "STS.128")  # 512 bytes each
+    shared = {  # 512 bytes each
+        "K": sass.count(loop, "LDSM.16.M88"),
+        "V": sass.count(loop, "LDSM.16.MT88"),
+        "steps": tile.block_n // 16 if isinstance(tile, TileQk8) else 0,
+        "copies": sass.count(loop, "LDGSTS", "STS.128"),
+    }
+    shared["Q"] = sass.count(loop, "LDS.128", "LDS.U.128") - shared["steps"]
     executed = sum(sass.histogram(loop).values())
+    shared_for = {name: warps * 512 * n / SHARED_BYTES for name, n in shared.items()}
     clocks = {
         "tensor": warps * hmma_flop * (in_f16 / gpu.flop_f16_sum + in_f32 / gpu.flop_f32_sum)
         + warps * imma_ops * in_int8 / gpu.ops_int8,
-        "shared": warps * 512 * shared / SHARED_BYTES,
+        "shared": sum(shared_for.values()),
         "exp2": warps * 32 * sass.count(loop, "MUFU") / MUFU_LANES,
         "issue": warps * executed / SCHEDULERS,
     }
@@ -105,6 +114,7 @@ def estimate(gpu: Gpu, tile: Tile, cubin: Path) -> Estimate:
         *(gpu.name, tile.symbol, sass.registers(cubin), tile.smem_bytes, clocks),
         *((executed - products) / products, bound, bound / gpu.peak()),
         max(clocks.values()) / max(tensor + issue, clocks["shared"]),
+        shared_for,
     )
 
 
@@ -125,6 +135,13 @@ def estimates(row: str | None = None) -> Iterator[Estimate]:
                 if row in (None, tile.symbol):
                     compiled(tile, gpu.arch, cubin)
                     yield estimate(gpu, tile, cubin)
+
+
+def what_is_missing() -> str:
+    """Of the tools, in words; "": nothing."""
+    if sass.nvdisasm() and (compilers.nvcc() or compilers.nvrtcs()):
+        return ""
+    return "needs nvdisasm (nvidia-cuda-nvdisasm) and nvcc or NVRTC (nvidia-cuda-nvrtc)"
 
 
 def table(rows: list[Estimate]) -> str:
@@ -148,8 +165,9 @@ def main() -> int:
     parser.add_argument("--row", help="only this row of csrc/cuda/sdpa_rows.def")
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
     options = parser.parse_args()
-    if sass.nvdisasm() is None or not (compilers.nvcc() or compilers.nvrtcs()):
-        print("needs nvdisasm (nvidia-cuda-nvdisasm) and nvcc or NVRTC (nvidia-cuda-nvrtc)")
+    why = what_is_missing()
+    if why:
+        print(why)
         return 1
     rows = list(estimates(options.row))
     print("An estimate from machine code; nothing was measured. tensor: clocks of an SM for one")

@@ -11,7 +11,7 @@
  *   j <= i + seqused_k[b] - seqused_q[b]   if is_causal: bottom-right, as in flash-attn >= 2.1
  *   -window_size_left <= j - (i + seqused_k[b] - seqused_q[b]) <= window_size_right
  * A row that sees no key gets out = 0 and lse = -inf. What lies in memory beyond the real lengths
- * is never used.
+ * is never used. Lists of blocks (block_counts below) make a row see fewer keys.
  *
  * Every call is re-entrant and deterministic; the library allocates nothing and prints nothing.
  * Between calls it keeps what it has found out about the CUDA driver, and the kernels loaded there.
@@ -100,7 +100,13 @@ typedef struct wan_attn_guard {
     uint32_t clipped_values;    /* numbers of v that did not fit what the row computes in */
     uint32_t nonfinite_values;  /* infinite or NaN numbers of v */
     uint32_t nonfinite_results; /* infinite or NaN numbers of out. Counts stop at UINT32_MAX */
+    /* Under a skip_threshold: no row of out lacks a larger share of its weights (of the scores as
+     * the kernel computes them). */
+    float lost_mass;
 } wan_attn_guard;
+
+/* Lists of blocks are of this many queries and keys: block n is those from 64 n on. */
+#define WAN_ATTN_BLOCK 64
 
 typedef struct wan_attn_params {
     uint32_t struct_size; /* sizeof(wan_attn_params) of the caller; fields are only ever appended */
@@ -144,6 +150,24 @@ typedef struct wan_attn_params {
     uint32_t guard_size; /* sizeof(wan_attn_guard) of the caller; only ever appended to */
     int32_t precision;   /* wan_attn_precision of the rows to choose from; a forced row may have
                             any */
+
+    /* Callers whose struct_size ends here have none of what follows.
+     *
+     * For each block of queries the blocks of keys that it sees: both tensors or neither, i32, any
+     * strides, on q's device; absent: all. Masks and lengths cut a block that is listed as they cut
+     * any key. block_counts: [batch, num_heads_q, ceil(seqlen_q / 64)], how many of block_indices
+     * count. block_indices: the same and [capacity] behind it; these rise, each below
+     * ceil(seqlen_k / 64); what lies behind the count is never read. On the CPU all that is checked
+     * when the call runs; on a device it cannot be. */
+    wan_attn_tensor block_counts, block_indices;
+    /* 1: each block that is not listed, and of which a row may see every real key, counts for it as
+     * one key: the means of that block's keys and values, with the number of its real keys as a
+     * factor of the weight. lse has it too. */
+    int32_t pools_others;
+    /* 0: off. To 1: rows that are computed together (at most a block of queries) leave out a block
+     * of keys that all of them see whole where its largest weight, against each row's maximum so
+     * far, is below this; but none with an infinite or NaN score or value. Above 0.05 it shows. */
+    double skip_threshold;
 } wan_attn_params;
 
 /* The caller's, so that no thread-local or heap memory is needed. message is always terminated. */
@@ -173,6 +197,7 @@ typedef struct wan_attn_kernel_info {
     int32_t arch_min, arch_max; /* CUDA: compute capability * 10, inclusive; 0, 0 on the CPU */
     uint32_t cpu_features;      /* CPU: all of these must be there */
     int32_t is_lossy;           /* 1: a WAN_ATTN_QK8 row, chosen only where that is asked */
+    int32_t takes_block_lists;  /* 1: and a skip_threshold */
 } wan_attn_kernel_info;
 
 /* THE list of CPU features that rows use: X(NAME, bit, "name", builds on, "words for messages"). */
@@ -257,8 +282,8 @@ WAN_ATTN_API wan_attn_status wan_attn_cuda_device_at(int32_t index, wan_attn_cud
                                                      wan_attn_error *err);
 
 /* A call in two steps, so that its caller can allocate in between: everything is checked, chosen
- * and planned once. prepare: everything but out, lse and the workspace. Reads lengths that lie on
- * the CPU, and nothing else that tensors point to. Fills call: the row that will run, and what
+ * and planned once. prepare: everything but out, lse, the workspace and what lists of blocks hold.
+ * Reads lengths that lie on the CPU, and nothing else that tensors point to. Fills call: the row that will run, and what
  * workspace it needs. */
 WAN_ATTN_API wan_attn_status wan_attn_prepare(const wan_attn_params *params, wan_attn_call *call,
                                               wan_attn_error *err);

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -67,6 +68,20 @@ def test_a_scheme_is_attention(scheme: schemes.Scheme) -> None:
     np.testing.assert_allclose(schemes.exact(case.q, case.k, case.v, case.scale), want, atol=1e-12)
     got = scheme(case.q, case.k, case.v, case.scale)
     assert 1e-4 < room.error(got, want).relative_l2 < 0.06
+
+
+def test_constants_are_those_of_the_kernels() -> None:
+    csrc = Path(__file__).resolve().parents[1] / "csrc"
+    integers = f"WEIGHT_ONE = {schemes.WEIGHT_ONE}, VALUE_TOP = {schemes.VALUE_TOP} }}"
+    assert integers in (csrc / "cpu" / "sdpa_qk8_values.inc").read_text()
+    assert "#define BLOCK_N 128" in (csrc / "cpu" / "sdpa_avx512_qk8.c").read_text()
+    assert schemes.CPU_BLOCK == 128
+    shift = f"#define P_SHIFT (!PV_SUM_F16 ? 13 : QK_INT8 ? {schemes.P_SHIFT} : 9)"
+    assert shift in (csrc / "cuda" / "sdpa_sm80.cuh").read_text()
+    tiles = re.findall(
+        r"^TILE_QK8\(\w+, +\w+, +\d+, +(\d+),", (csrc / "cuda/sdpa_rows.def").read_text(), re.M
+    )
+    assert len(tiles) > 4 and set(tiles) == {str(schemes.TILE)}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -141,7 +141,7 @@ BUGS = (
             ("lse has none", "dout.row[i], out) -", "dout.row[i], out) - 0.0f *"),
             ("the last visible key is hidden", "end > 0 ? end < PANEL", "end > 0 ? --end < PANEL"),
             ("rows without keys are read", "= sees(keys_of(step, &pair, row));", "= 1;"),
-            ("dK is not scaled", "(float)step->call->softmax_scale,", "1.0f,"),
+            ("dK is not scaled", "p->dk.dtype, scale,", "p->dk.dtype, 1.0f,"),
             ("dS of a strip before stays", "clear_ds(step, &rows, panel, 0, r.first);", ""),
             ("dK is dV's sum", "first, steps, ds,", "first, steps, p,"),
             ("a masked panel is whole", "r.is_masked = 1;", "r.is_masked = 0;"),

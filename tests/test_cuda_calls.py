@@ -188,6 +188,25 @@ def test_shared_memory_that_is_refused(tmp_path: Path) -> None:
     assert mode.value == 0 and machine.driver.mock_depth() == 0
 
 
+def select(gpu: Gpu, q_shape: Any, k_shape: Any, **params_of_it: Any) -> tuple[int, str]:  # noqa: F811
+    """What the library says of a float16 call that no memory could hold."""
+
+    def absent(shape: tuple[int, ...]) -> library.Tensor:
+        described = library.Tensor(dtype=library.F16, device_type=library.CUDA, ndim=4)
+        for dim, size in enumerate(shape):
+            described.shape[dim], described.stride[dim] = size, int(dim == 3)
+        return described
+
+    params = library.Params(struct_size=ctypes.sizeof(library.Params), kernel=-1)
+    params.q, params.k, params.v = absent(q_shape), absent(k_shape), absent(k_shape)
+    params.window_size_left = params.window_size_right = -1
+    for name, x in params_of_it.items():
+        setattr(params, name, x)
+    row, error = ctypes.c_int32(), library.Error()
+    status = gpu.lib.wan_attn_select(params, ctypes.byref(row), ctypes.byref(error))
+    return status, error.text()
+
+
 @pytest.mark.parametrize(
     ("q_shape", "k_shape", "reason"),
     [
@@ -201,18 +220,40 @@ def test_shared_memory_that_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_sizes_beyond_the_kernels(gpu: Gpu, q_shape: Any, k_shape: Any, reason: str) -> None:  # noqa: F811
-    def absent(shape: tuple[int, ...]) -> library.Tensor:
-        described = library.Tensor(dtype=library.F16, device_type=library.CUDA, ndim=4)
-        for dim, size in enumerate(shape):
-            described.shape[dim], described.stride[dim] = size, int(dim == 3)
-        return described
+    status, said = select(gpu, q_shape, k_shape)
+    assert status == library.UNSUPPORTED and reason in said
 
-    params = library.Params(struct_size=ctypes.sizeof(library.Params), kernel=-1)
-    params.q, params.k, params.v = absent(q_shape), absent(k_shape), absent(k_shape)
-    params.window_size_left = params.window_size_right = -1
-    row, error = ctypes.c_int32(), library.Error()
-    status = gpu.lib.wan_attn_select(params, ctypes.byref(row), ctypes.byref(error))
-    assert status == library.UNSUPPORTED and reason in error.text()
+
+GUARD = {"guard": 1 << 20, "guard_size": ctypes.sizeof(library.Guard)}
+
+
+@pytest.mark.parametrize(
+    ("heads", "seqlen_q", "seqlen_k", "head_dim", "call", "reason"),
+    [
+        ((1 << 25) - 1, 1, 1, 64, {"precision": library.QK8}, ""),
+        (1 << 25, 1, 1, 64, {"precision": library.QK8}, "whole tiles of 64"),
+        ((1 << 24) - 1, 1, 65, 128, {"precision": library.QK8}, ""),
+        (1 << 24, 1, 0, 128, {"precision": library.QK8}, "times head_dim"),
+        (1 << 24, 1, 65, 64, {"precision": library.QK8}, "whole tiles of 64"),
+        ((1 << 30) - 1, 1, 1, 64, GUARD, ""),
+        (1 << 30, 1, 1, 64, {}, ""),
+        (1 << 30, 1, 1, 64, GUARD, "fewer than 2^31 blocks"),
+        ((1 << 24) + 1, 127, 127, 64, GUARD, ""),
+    ],
+)
+def test_passes_count_in_31_bits(
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    head_dim: int,
+    call: Any,
+    reason: str,
+    gpu: Gpu,  # noqa: F811
+) -> None:
+    """Those beside attention, too, where they have more warps or threads than the call has rows."""
+    shapes = [(1, n, heads, head_dim) for n in (seqlen_q, seqlen_k)]
+    status, said = select(gpu, *shapes, **call)
+    assert status == (library.UNSUPPORTED if reason else library.OK) and reason in said, said
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import static_model
+from benchmarks import lossy_model, static_model
 from emu import compile as compilers
 from emu import sass
+from emu.rows import CSRC
 
 pytestmark = pytest.mark.skipif(
     sass.nvdisasm() is None or not (compilers.nvcc() or compilers.nvrtcs()),
@@ -57,6 +59,18 @@ def test_8_bit_scores_are_worth_it() -> None:
         assert r.unhidden >= 0.6
     assert of("sdpa_sm75_qk8_bf16_d128")["RTX 2080 Ti"].of_peak >= 1.55
     assert "H200" not in of("sdpa_sm80_qk8_bf16_d128")
+
+
+def test_what_was_asked_of_8_bit_scores_is_reached_and_the_readme_says_so() -> None:
+    rows = [r for row in lossy_model.ROWS for r in of(row).values()]
+    assert [r.gpu for r in rows if lossy_model.missed(r)] == []
+    assert lossy_model.missed(replace(rows[1], of_peak=1.9, unhidden=0.59)).count(", not ") == 2
+    for r in rows:
+        assert sum(r.shared_for.values()) == r.clocks["shared"]
+    if compilers.nvcc():  # whose figures those are
+        text = (CSRC / "cuda/README.md").read_text(encoding="utf-8")
+        for line in (*lossy_model.bounds(rows), *lossy_model.shared_memory(rows)):
+            assert f"{line}\n" in text, line
 
 
 def test_the_table_shows_every_row() -> None:

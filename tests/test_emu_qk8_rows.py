@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +134,28 @@ def test_what_is_not_finite_stays_visible(tile: TileQk8) -> None:
         assert rows[:, 0].nonzero().flatten().tolist() == [5]
         value[0, 3, 0, 9] = bad
         assert not run(tile, query, key, value).out[0, :, 0].isfinite().all()
+
+
+@each_tile
+def test_a_bad_value_stays_in_its_channel(tile: TileQk8) -> None:
+    """In every place of the pipeline, a key of the first tile being far ahead: what is not finite
+    has gone through maxima, rescaling and parts of sums. All other channels keep their bits."""
+    n = tile.block_n
+    places = ((3 * n + 9, 3 * n + 8), (2 * n, n), (2 * n, 7), (n - 5, n - 6))
+    for bad, (seqlen_k, at) in zip((math.nan, math.inf, -math.inf, math.nan), places, strict=True):
+        case = cases.Case(tile.block_m + 5, seqlen_k, 1, 2, 1)
+        query, key, value = cases.operands(case, tile)
+        key[0, 5] *= 4.0
+        spoilt = value.clone()
+        spoilt[0, at, 0, 3] = bad
+        cases_qk8.check_result(tile, run(tile, query, key, spoilt), query, key, spoilt)
+        masks: tuple[dict[str, Any], ...] = ({}, {"is_causal": True}, {"window": (n, n // 2)})
+        for mask in masks:
+            got, want = (run(tile, query, key, v, **mask) for v in (spoilt, value))
+            assert got.lse is not None and want.lse is not None
+            assert torch.equal(got.lse, want.lse)
+            got.out[..., 3] = want.out[..., 3]
+            assert torch.equal(got.out, want.out)
 
 
 @each_tile

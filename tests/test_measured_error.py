@@ -320,7 +320,7 @@ def test_the_picture(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert path.stat().st_size > 2000 and f"written: {path}" in capsys.readouterr().out
     if suffix == "svg":
         text = path.read_text()
-        assert "measured error, % (budget 2)" in text and "1 self" in text
+        assert "measured error (budget 2 %)" in text and "layer (self-attention)" in text
 
 
 def test_at_exit(tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ OP = torch.ops.wan_attn.sdpa
 
 SCHEMA = (
     "wan_attn::sdpa(Tensor query, Tensor key, Tensor value, Tensor? q_lens=None, "
-    "Tensor? k_lens=None, *, float? scale=None, bool is_causal=False, int window_left=-1, "
+    "Tensor? k_lens=None, Tensor? block_counts=None, Tensor? block_indices=None, *, "
+    "float? scale=None, bool is_causal=False, int window_left=-1, "
     "int window_right=-1, bool return_lse=False, int kernel=-1,"
-    " bool out_like_value=False, int precision=0) -> (Tensor out, Tensor lse)"
+    " bool out_like_value=False, int precision=0, bool pools_others=False,"
+    " float skip_threshold=0.) -> (Tensor out, Tensor lse)"
 )
 
 

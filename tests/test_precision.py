@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,31 @@ def test_a_lossy_row_runs_only_where_it_is_asked_for() -> None:
             assert not next(k for k in op.kernels() if k.name == call.select()).is_lossy
             call.params.precision = library.QK8
             assert next(k for k in op.kernels() if k.name == call.select()).is_lossy
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=calls.NAMES.get)
+@pytest.mark.parametrize("head_dim", [1, 17, 64, 128, 256])
+def test_avx512_has_the_bits_of_avx2(head_dim: int, dtype: torch.dtype) -> None:
+    """So what one of them is off by, the other one is, too: the integers are the definition's, and
+    what follows them is the same arithmetic, lane by lane."""
+    rows = {row.name: row for row in LOSSY}
+    if "sdpa_avx512_qk8" not in rows:
+        pytest.skip("this CPU has no AVX-512 VNNI")
+    for seqlen_q, seqlen_k in ((1, 1), (5, 35), (70, 200), (200, 700)):
+        x = operands(2, seqlen_q, seqlen_k, 4, 2, head_dim, dtype, peaky=3.0)
+        spoilt = [x[0], x[1], x[2].clone()]
+        spoilt[2][1, seqlen_k // 2, 0, 0] = math.inf
+        for call in (x, spoilt):
+            masks: list[dict[str, Any]] = [
+                *({}, {"is_causal": True}, {"window": (9, 20)}, {"k_lens": [1, seqlen_k]})
+            ]
+            for options in masks:
+                found = [
+                    calls.sdpa(*call, row=rows[name], return_lse=True, **options)
+                    for name in ("sdpa_avx2_qk8", "sdpa_avx512_qk8")
+                ]
+                for narrow, wide in zip(*found, strict=True):
+                    torch.testing.assert_close(narrow, wide, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_forced_row_runs_whatever_the_precision() -> None:

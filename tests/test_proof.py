@@ -31,7 +31,7 @@ from cuda_mock.user import (  # noqa: F401 - some are fixtures
 )
 from emu.build import compiler
 from wan_attn.cuda.rows import kernels_for
-from wan_attn.native import cuda_driver, kernels, library
+from wan_attn.native import bindings, cuda_driver, kernels, library
 from wan_attn.selfcheck import child, proof, proof_calls, proof_child, rope_calls, verdicts
 from wan_attn.selfcheck.reference import MASKS, make_inputs
 from wan_attn.selfcheck.verdicts import FAILED, PASSED, UNTRIED, Verdict
@@ -97,7 +97,7 @@ def test_every_tile_and_every_pass_that_a_card_can_run_is_tried(
     gpu = RopeGpu(tmp_path, CARDS[arch])
     monkeypatch.setattr(library, "load", lambda: gpu.lib)
     monkeypatch.setattr(library, "lib", lambda: gpu.lib)
-    monkeypatch.setattr(proof_calls, "_known", lambda case: (make_inputs(case), None))
+    monkeypatch.setattr(proof_calls, "_known", lambda case, _: (make_inputs(case), None))
     monkeypatch.setattr(proof_calls, "difference", lambda *_: None)
     card = prove.MockCard(0, gpu, {})
     monkeypatch.setattr(card, "_compute", lambda: None)
@@ -114,7 +114,6 @@ def test_every_tile_and_every_pass_that_a_card_can_run_is_tried(
     # Scales are for Turing and for sums in float16 alone.
     allowed = {"wan_attn_measure", "wan_attn_find_scale"} if not is_half_rate else set()
     allowed |= {name for name in missing if "_pv16_" in name and not is_half_rate}
-    allowed.add("wan_attn_watch")  # for guards, which no call of a proof has
     if arch == 90:  # it refuses 8-bit scores
         allowed |= {f"wan_attn_{name}" for name in ("sum_keys", "mean_of_keys")}
         allowed |= {f"wan_attn_{name}" for name in ("quantise_k", "quantise_q")}
@@ -181,6 +180,13 @@ def test_a_rope_row_that_is_wrong_is_found(here: Any) -> None:
     assert verdict.names(FAILED) == ["rms_norm_rope_sm75/fp16"]
 
 
+def test_a_guard_that_says_nothing_is_found(here: Any) -> None:
+    code, verdict = here({"wan_attn_watch": "wrong numbers"})
+    assert code == 0 and len(verdict.names(FAILED)) == 2
+    for row in verdict.rows.values():
+        assert "guarded: the guard says [0.0, 0, 0, 0] instead of [2.0, 0, 0, 0]" in row.said
+
+
 def test_no_memory_is_nothing_against_a_row(here: Any, capsys: pytest.CaptureFixture[str]) -> None:
     code, verdict = here({"sdpa_sm80_bf16_d64": "out of memory"})
     assert code == 1
@@ -210,10 +216,15 @@ class Captured:
     def why_not(self, *_: Any) -> None:
         return None
 
-    def run(self, row: Any, operands: Any, q_lens: Any, k_lens: Any, case: Any) -> Any:
+    def run(
+        self, row: Any, operands: Any, q_lens: Any, k_lens: Any, case: Any, guard: Any = None
+    ) -> Any:
         is_causal, (left, right) = MASKS[case.mask]
-        options = {"is_causal": is_causal, "window_left": left, "window_right": right}
-        return torch.ops.wan_attn.sdpa(*operands, q_lens, k_lens, return_lse=True, **options)
+        options: dict[str, Any] = {"is_causal": is_causal}
+        options |= {"window_left": left, "window_right": right}
+        options |= {"return_lse": True, "guard": guard}
+        query, key, value = operands
+        return bindings.ctypes_sdpa(query, key, value, q_lens, k_lens, **options)
 
     def captured(self, attend: Any) -> Any:
         first = attend()

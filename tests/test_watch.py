@@ -470,16 +470,20 @@ def test_slower_than_exact(
     monkeypatch.setattr(Pace, "add", lambda pace, _, is_lossy: add(pace, taken[is_lossy], is_lossy))
     x = some()
     ran = []
-    with caplog.at_level(logging.WARNING, "wan_attn"), precision.use("fast"):
+    with caplog.at_level(logging.INFO, "wan_attn"), precision.use("fast"):
         for _ in range(8):
             ran.append("lossy" if torch.equal(sdpa(*x), lossy(*x)) else "exact")
     assert all(torch.equal(sdpa(*x), exact(*x)) for _ in range(2))
     said = [line for line in caplog.messages if "8-bit scores for a call" in line]
+    brings = [line for line in caplog.messages if "] 8-bit scores: " in line]
     if tune == "off":
-        assert ran == ["lossy"] * 8 and not said
+        assert ran == ["lossy"] * 8 and not said and not brings
     elif lossy_seconds < 1.0:
         assert ran == ["lossy", "exact"] * 3 + ["lossy"] * 2 and not said
+        (line,) = brings
+        assert "_qk8) takes 900 ms, exactly 1e+03 ms on " in line
     else:
+        assert not brings
         assert ran == ["lossy", "exact"] * 3 + ["exact"] * 2
         (line,) = said
         assert "_qk8)" in line and "exactly 1e+03 ms on " in line

@@ -40,8 +40,8 @@ EXTERNAL_OPTIONS = {
     "venv": "--without-pip",
     "delvewheel": "--analyze-existing",
     "apt-get and dpkg-deb": "--yes --download-only --extract",
-    "git": "--always --abbrev --dirty --exclude",
-    "setuptools' commands": "--build-base --bdist-dir --formats",
+    "git": "--always --abbrev --dirty --exclude --detach",
+    "setuptools' commands": "--build-base --bdist-dir --formats --inplace --quiet",
     "twine": "--strict",
     "xcode-select": "--install",
     "Wan2.2's generate.py": "--size --ckpt_dir --offload_model --convert_model_dtype --t5_cpu"

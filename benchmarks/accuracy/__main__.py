@@ -28,7 +28,7 @@ from .schemes import Array, Scheme
 OURS = "qk8"
 SCHEMES: dict[str, Scheme] = {
     OURS: schemes.qk8,
-    "qk8 pv16": partial(schemes.qk8, sums_in_f16=True),
+    "qk8 f16": partial(schemes.qk8, sums_in_f16=True),
     "qk8 integers": partial(schemes.qk8, in_integers=True),
     "Sage2": schemes.sage2,
     "comfy-kitchen": schemes.comfy_kitchen,

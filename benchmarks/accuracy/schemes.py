@@ -20,6 +20,8 @@ Scheme = Callable[[Array, Array, Array, float], Array]
 LEVELS = 127.0
 TILE = 64  # keys that a kernel takes at once
 CPU_BLOCK = 128  # those of our CPU rows
+WEIGHT_ONE, VALUE_TOP = 8192, 2047  # of our CPU rows: the largest integers of P and of V
+P_SHIFT = 7  # of our GPU rows that sum in f16: P is 2^7 times as large
 
 
 def exact(q: Array, k: Array, v: Array, scale: float) -> Array:
@@ -187,8 +189,8 @@ def qk8(
     in_integers: bool = False,
 ) -> Array:
     """Ours: K less its mean over the real keys; a signed Hadamard rotation of q and k; INT8 with a
-    scale for each row; P V as it is (the specification, and cards of full rate), in f16 (pv16), or
-    in integers of 14 and 12 bits (the CPU rows).
+    scale for each row; P V as it is (the specification, and cards of full rate), summed in f16 (the
+    other cards), or in integers of 14 and 12 bits (the CPU rows).
 
     The options take a part away, to see what it brings.
     """
@@ -199,7 +201,7 @@ def qk8(
     s = scale * q_step * (q8 @ k8.T) * k_step.T
     if in_integers:
         return _online(s, _pv_in_integers(v), CPU_BLOCK)
-    multiply = _pv16(v) if sums_in_f16 else _pv32(v)
+    multiply = _pv_in_f16(v) if sums_in_f16 else _pv32(v)
     return _online(s, multiply, TILE)
 
 
@@ -217,31 +219,29 @@ def _pv_in_integers(v: Array) -> Callable[[Array, int, int], tuple[Array, Array]
 
     def multiply(less_max: Array, begin: int, end: int) -> tuple[Array, Array]:
         top = less_max.max(axis=1, keepdims=True)
-        p = np.rint(8192.0 * np.exp(less_max - top))
+        p = np.rint(WEIGHT_ONE * np.exp(less_max - top))
         largest = np.abs(v[begin:end]).max(axis=0)
-        inverse = np.divide(2047.0, largest, out=np.zeros_like(largest), where=largest > 0)
-        back = np.exp(top) / 8192.0
-        values = np.rint(v[begin:end] * inverse) * largest / 2047.0
+        inverse = np.divide(VALUE_TOP, largest, out=np.zeros_like(largest), where=largest > 0)
+        back = np.exp(top) / WEIGHT_ONE
+        values = np.rint(v[begin:end] * inverse) * largest / VALUE_TOP
         return back * (p @ values), back * p.sum(axis=1, keepdims=True)
 
     return multiply
 
 
-def _pv16(v: Array) -> Callable[[Array, int, int], tuple[Array, Array]]:
-    """As the CUDA rows pv16: P is 2^9 times as large, V is brought below 2 by a power of two, and
-    sums of 32 keys, from zero, are rounded to f16 after every 16."""
+def _pv_in_f16(v: Array) -> Callable[[Array, int, int], tuple[Array, Array]]:
+    """As sdpa_sm80_qk8 where a GPU sums f32 at half rate: P is 2^P_SHIFT times as large, V is
+    brought below 2 by a power of two, and the sum of a tile, from zero, is rounded to f16 after
+    every 16 keys."""
     shrink = 2.0 ** min(0.0, 1.0 - np.ceil(np.log2(max(np.abs(v).max(), 2.0**-100))))
     half = f16(v * shrink)
 
     def multiply(less_max: Array, begin: int, end: int) -> tuple[Array, Array]:
         p = np.exp(less_max)
-        p16 = f16(2.0**9 * p)
-        out: Array | float = 0.0
-        for first in range(0, end - begin, 32):
-            part: Array | float = 0.0
-            for at in range(first, min(first + 32, end - begin), 16):
-                part = f16(part + p16[:, at : at + 16] @ half[begin + at : begin + at + 16])
-            out = out + part
-        return np.asarray(out) / (2.0**9 * shrink), p.sum(axis=1, keepdims=True)
+        p16 = f16(2.0**P_SHIFT * p)
+        out = np.zeros((len(p), v.shape[1]))
+        for at in range(0, end - begin, 16):
+            out = f16(out + p16[:, at : at + 16] @ half[begin + at : min(begin + at + 16, end)])
+        return out / (2.0**P_SHIFT * shrink), p.sum(axis=1, keepdims=True)
 
     return multiply

@@ -25,6 +25,7 @@ from .families import Case, bf16
 LAYERS = 4
 VIDEO = model.Video(480, 320, 17)
 ROWS = 128
+STACKS = 3  # each with weights of its own
 
 
 def structured(weight: Tensor, draw: torch.Generator) -> Tensor:
@@ -45,9 +46,9 @@ def outlier_gains(channels: int, draw: torch.Generator) -> Tensor:
     return torch.where(torch.rand(channels, generator=draw) < 0.02, 5.0 * gains, gains)
 
 
-def shape_weights(stack: Any) -> None:
+def shape_weights(stack: Any, seed: int) -> None:
     """Replaces the weights of every block's self-attention."""
-    draw = torch.Generator().manual_seed(17)
+    draw = torch.Generator().manual_seed(seed)
     for block in stack.blocks:
         attention = block.self_attn
         for linear in (attention.q, attention.k, attention.v, attention.o):
@@ -65,14 +66,21 @@ def smooth_video(shape: tuple[int, ...]) -> Tensor:
     return smooth + 0.5 * torch.randn(shape, generator=draw)
 
 
-def record(checkout: Path, layers: int = LAYERS) -> Iterator[Case]:
-    """One case for each layer and head of the stack's self-attention.
+def record(checkout: Path, layers: int = LAYERS, stacks: int = STACKS) -> Iterator[Case]:
+    """One case for each layer and head of the stacks' self-attention.
 
     Raises:
         model.ModelError: there is no such checkout, or it cannot be imported.
     """
+    for number in range(stacks):
+        yield from _record(checkout, layers, number)
+
+
+def _record(checkout: Path, layers: int, number: int) -> Iterator[Case]:
     arch = model.reduced(model.ARCHS["a14b"])
-    stack = model.Wan22Stack(arch, layers, torch.bfloat16, torch.device("cpu"), checkout)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(number)  # Wan2.2 draws the weights that stay from torch's own
+        stack = model.Wan22Stack(arch, layers, torch.bfloat16, torch.device("cpu"), checkout)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor, k_lens: Tensor | None) -> Tensor:
@@ -83,7 +91,7 @@ def record(checkout: Path, layers: int = LAYERS) -> Iterator[Case]:
         return out.transpose(1, 2)
 
     try:
-        shape_weights(stack)
+        shape_weights(stack, 17 + number)
         stack.show(VIDEO, 1, (1.0,))
         stack.videos = [smooth_video(VIDEO.latent(arch))]
         stack.use(attend)
@@ -96,4 +104,5 @@ def record(checkout: Path, layers: int = LAYERS) -> Iterator[Case]:
         for head in range(q.shape[1]):
             parts = (x[:, head].double().numpy() for x in (q[first : first + ROWS], k, v))
             arrays = [bf16(np.asarray(x)) for x in parts]
-            yield Case(f"wan_{layer}.{head}", f"layer {layer}, head {head}", *arrays)
+            name = f"wan_{number}.{layer}.{head}"
+            yield Case(name, f"stack {number}, layer {layer}, head {head}", *arrays)

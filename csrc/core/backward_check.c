@@ -23,6 +23,13 @@ static wan_attn_status check_forward(const wan_attn_backward_params *a, wan_attn
     if (a->forward->precision != WAN_ATTN_EXACT)
         return INVALID(err, "precision must be %d (exact) for gradients, got %d", WAN_ATTN_EXACT,
                        (int)a->forward->precision);
+    if (call->has_lists)
+        return INVALID(
+            err, "block_counts must be None for gradients, got %s",
+            wan_attn_shape_of(a->forward->block_counts.shape, a->forward->block_counts.ndim).text);
+    if (call->skip_threshold > 0.0f)
+        return INVALID(err, "skip_threshold must be 0 for gradients, got %g",
+                       a->forward->skip_threshold);
     if (a->forward->guard)
         return INVALID(err, "guard must be NULL for gradients, got %p", a->forward->guard);
     return WAN_ATTN_OK;

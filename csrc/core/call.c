@@ -37,6 +37,8 @@ static wan_attn_status check_and_run(wan_attn_problem *p, wan_attn_error *err) {
         status = wan_attn_check_workspace(p, err);
     if (status == WAN_ATTN_OK)
         status = wan_attn_check_sharing(p, err);
+    if (status == WAN_ATTN_OK && p->device_type == WAN_ATTN_CPU)
+        status = wan_attn_read_lists(p, err);
     if (status != WAN_ATTN_OK || !p->batch || !p->seqlen_q)
         return status; /* nothing to write; rows may divide by these */
     status = wan_attn_kernel_of(p->kernel)->run(p, err);
@@ -92,7 +94,8 @@ wan_attn_status wan_attn_prepare(const wan_attn_params *params, wan_attn_call *c
     if (status != WAN_ATTN_OK)
         return status;
     made.tag = PREPARED;
-    memcpy(&made.params, params, sizeof(made.params)); /* bytes, which run compares */
+    memset(&made.params, 0, sizeof(made.params));
+    memcpy(&made.params, params, params->struct_size); /* bytes, which run compares */
     memcpy(call->opaque, &made, sizeof(made));
     call->kernel = made.problem.kernel;
     call->workspace_size = made.problem.workspace_size;
@@ -107,7 +110,7 @@ static int is_same_call(const wan_attn_params *a, const wan_attn_params *b) {
     return PART_IS_SAME(a, b, 0, offsetof(wan_attn_params, out)) &&
            PART_IS_SAME(a, b, offsetof(wan_attn_params, seqused_q),
                         offsetof(wan_attn_params, workspace)) &&
-           PART_IS_SAME(a, b, offsetof(wan_attn_params, stream), sizeof(*a));
+           PART_IS_SAME(a, b, offsetof(wan_attn_params, stream), (size_t)b->struct_size);
 }
 
 wan_attn_status wan_attn_run(const wan_attn_params *params, const wan_attn_call *call,

@@ -103,9 +103,13 @@ static wan_attn_status check_precision(const wan_attn_params *a, wan_attn_error 
     if (a->precision != WAN_ATTN_EXACT && a->precision != WAN_ATTN_QK8)
         return INVALID(err, "precision must be %d (exact) or %d (8-bit scores), got %d",
                        WAN_ATTN_EXACT, WAN_ATTN_QK8, (int)a->precision);
-    if (a->guard && a->guard_size != sizeof(wan_attn_guard))
-        return INVALID(err, "guard_size must be %zu (this library's wan_attn_guard), got %u",
-                       sizeof(wan_attn_guard), (unsigned)a->guard_size);
+    if (a->guard && a->guard_size != sizeof(wan_attn_guard) &&
+        a->guard_size != offsetof(wan_attn_guard, lost_mass))
+        return INVALID(err,
+                       "guard_size must be %zu (this library's wan_attn_guard) or, without "
+                       "lost_mass, %zu, got %u",
+                       sizeof(wan_attn_guard), offsetof(wan_attn_guard, lost_mass),
+                       (unsigned)a->guard_size);
     if ((uintptr_t)a->guard % sizeof(uint32_t))
         return INVALID(err, "guard must lie at a multiple of 4 bytes, got address %p", a->guard);
     return WAN_ATTN_OK;
@@ -138,10 +142,13 @@ wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *
     memset(problem, 0, sizeof(*problem));
     if (!params)
         return INVALID(err, "params must be a pointer, got NULL");
-    if (params->struct_size != sizeof(*params))
-        return INVALID(err,
-                       "params.struct_size must be %zu (this library's wan_attn_params), got %u",
-                       sizeof(*params), (unsigned)params->struct_size);
+    if (params->struct_size != sizeof(*params) &&
+        params->struct_size != WAN_ATTN_PARAMS_BEFORE_LISTS)
+        return INVALID(
+            err,
+            "params.struct_size must be %zu (this library's wan_attn_params) or, without "
+            "lists of blocks, %zu, got %u",
+            sizeof(*params), WAN_ATTN_PARAMS_BEFORE_LISTS, (unsigned)params->struct_size);
     wan_attn_status status = check_inputs(params, err);
     if (status == WAN_ATTN_OK)
         status = check_numbers(params, err);
@@ -151,6 +158,8 @@ wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *
         status = check_lengths("q_lens", &params->seqused_q, &params->q, &problem->seqused_q, err);
     if (status == WAN_ATTN_OK)
         status = check_lengths("k_lens", &params->seqused_k, &params->q, &problem->seqused_k, err);
+    if (status == WAN_ATTN_OK && params->struct_size == sizeof(*params))
+        status = wan_attn_check_lists(params, problem, err);
     if (status == WAN_ATTN_OK)
         fill(params, problem);
     return status;

@@ -62,7 +62,8 @@
               .head_dim_max = 256,                                                                 \
               .head_dim_multiple = 1,                                                              \
               .cpu_features = needs,                                                               \
-              .is_lossy = lossy},                                                                  \
+              .is_lossy = lossy,                                                                   \
+              .takes_block_lists = !(lossy)},                                                      \
      __VA_ARGS__},
 #define KERNEL(row, dtypes, needs, lossy, text)                                                    \
     CPU_ROW(row, dtypes, needs, lossy, text, .plan = wan_attn_##row##_plan, .run = wan_attn_##row)
@@ -173,6 +174,13 @@ static fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
     }
     if (info->device_type == WAN_ATTN_CUDA && refused_by_arch(info, p, reason, size))
         return CANNOT;
+    if ((p->has_lists || p->skip_threshold > 0.0f) && !info->takes_block_lists) {
+        snprintf(reason, size, "%s",
+                 info->device_type == WAN_ATTN_CUDA
+                     ? "no kernel takes block lists on this device yet"
+                     : "takes neither block lists nor a skip_threshold");
+        return CANNOT;
+    }
     p->kernel = row;
     p->kernel_name = info->name;
     p->workspace_size = 0;

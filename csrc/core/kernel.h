@@ -44,7 +44,7 @@ typedef struct wan_attn_row_plan {
 
 /* A call that has passed wan_attn_check: everything a row may rely on without looking again. */
 typedef struct wan_attn_problem {
-    const wan_attn_params *params; /* for stream, workspace and threads only */
+    const wan_attn_params *params; /* for stream, workspace, threads and lists of blocks only */
     /* The row that is asked or run, and what it has worked out: its plan, and the bytes of
      * workspace that it needs. */
     int32_t kernel;
@@ -62,6 +62,9 @@ typedef struct wan_attn_problem {
     double softmax_scale;
     /* >= 0; is_causal has become window_size_right = 0. */
     int64_t window_size_left, window_size_right;
+    int32_t has_lists; /* of blocks, in params (lists.h); 0: they are absent, or say nothing */
+    int32_t pools_others;
+    float skip_threshold; /* 0: off */
 } wan_attn_problem;
 
 /* One row of the kernel table. */
@@ -89,6 +92,15 @@ wan_attn_status wan_attn_cuda_run_call(const wan_attn_problem *problem, wan_attn
 /* cpu/guard.c: adds what the operands and the results of a call on the CPU, which has run, tell to
  * its guard. */
 void wan_attn_cpu_guard(const wan_attn_problem *problem);
+
+/* lists.c: the description of lists of blocks, and what goes with them; then, on the CPU, what they
+ * hold. Where every list names every block they say nothing, and has_lists becomes 0. */
+wan_attn_status wan_attn_check_lists(const wan_attn_params *params, wan_attn_problem *problem,
+                                     wan_attn_error *err);
+wan_attn_status wan_attn_read_lists(wan_attn_problem *problem, wan_attn_error *err);
+
+/* The struct_size of callers that were compiled before there were lists of blocks. */
+#define WAN_ATTN_PARAMS_BEFORE_LISTS offsetof(wan_attn_params, block_counts)
 
 /* check.c: params -> problem; INVALID_ARGUMENT with "<argument> must be <rule>, got <value>". The
  * first reads no tensor and leaves out and lse absent; the second reads lengths that lie on the

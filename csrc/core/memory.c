@@ -34,6 +34,10 @@ wan_attn_status wan_attn_check_input_memory(const wan_attn_problem *p, wan_attn_
         status = wan_attn_check_memory("key", &a->k, err);
     if (status == WAN_ATTN_OK)
         status = wan_attn_check_memory("value", &a->v, err);
+    if (status == WAN_ATTN_OK && p->has_lists)
+        status = wan_attn_check_memory("block_counts", &a->block_counts, err);
+    if (status == WAN_ATTN_OK && p->has_lists)
+        status = wan_attn_check_memory("block_indices", &a->block_indices, err);
     /* Those on the CPU have been read. */
     return status == WAN_ATTN_OK && p->device_type != WAN_ATTN_CPU
                ? wan_attn_check_length_memory(p, p->device_type, err)
@@ -63,15 +67,20 @@ wan_attn_status wan_attn_check_workspace(const wan_attn_problem *p, wan_attn_err
 
 /* What is written must be where nothing else is that the call needs. */
 wan_attn_status wan_attn_check_sharing(const wan_attn_problem *p, wan_attn_error *err) {
-    enum { FIRST_WRITTEN = 5, WORKSPACE = 7, ALL = 8 };
+    enum { FIRST_WRITTEN = 7, ALL = 10 };
     const wan_attn_params *a = p->params;
     wan_attn_tensor workspace = {a->workspace, WAN_ATTN_I32, a->q.device_type, a->q.device_index, 1,
                                  {0},          {1}};
     workspace.shape[0] = wan_attn_divide_up((int64_t)p->workspace_size, 4);
-    const wan_attn_tensor *const tensors[ALL] = {&a->q,         &a->k,   &a->v,   &a->seqused_q,
-                                                 &a->seqused_k, &a->out, &a->lse, &workspace};
-    static const char *const NAMES[ALL] = {"query",  "key", "value", "q_lens",
-                                           "k_lens", "out", "lse",   "workspace"};
+    const wan_attn_tensor none = {.data = NULL};
+    const wan_attn_tensor *counts = p->has_lists ? &a->block_counts : &none;
+    const wan_attn_tensor *indices = p->has_lists ? &a->block_indices : &none;
+    const wan_attn_tensor *const tensors[ALL] = {&a->q,         &a->k,     &a->v,   &a->seqused_q,
+                                                 &a->seqused_k, counts,    indices, &a->out,
+                                                 &a->lse,       &workspace};
+    static const char *const NAMES[ALL] = {"query",  "key",          "value",         "q_lens",
+                                           "k_lens", "block_counts", "block_indices", "out",
+                                           "lse",    "workspace"};
     wan_attn_extent extents[ALL];
     for (int n = 0; n < ALL; n++)
         (void)wan_attn_find_extent(tensors[n], &extents[n]); /* they have been looked at */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * backward_avx2.c - gradients of attention with AVX2, FMA and F16C; products in float32 for every dtype.
- * The body: backward_tile.inc.
+ * backward_avx2.c - gradients of attention with AVX2, FMA and F16C; products in float32 for every
+ * dtype. The body: backward_tile.inc.
  *
  * Budget: 4 x 3 accumulators + 3 + 1: all 16 registers; 12 FMA for 7 loads. Panels of 24 keys.
  */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * backward_avx512.c - gradients of attention with AVX-512 (F, BW, VL, DQ); products in float32 for every dtype.
- * The body: backward_tile.inc.
+ * backward_avx512.c - gradients of attention with AVX-512 (F, BW, VL, DQ); products in float32 for
+ * every dtype. The body: backward_tile.inc.
  *
  * Budget: 8 x 3 accumulators + 3 + 1 of 32 registers; 24 FMA for 11 loads. Panels of 48 keys.
  */

@@ -18,8 +18,8 @@
  * strip ends with all threads waiting for the last one. */
 #define STRIP_BYTES (8ll << 20)
 
-/* Panels of a task share each block of rows while it is in the cache. With fewer tasks than this for
- * each thread, the last ones to finish would leave the others waiting. */
+/* Panels of a task share each block of rows while it is in the cache. With fewer tasks than this
+ * for each thread, the last ones to finish would leave the others waiting. */
 enum { MAX_PANELS = 4, TASKS_PER_WORKER = 3, ALIGNED_FLOATS = 16, MULTIPLE = 8 };
 
 static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "cpu/large_pages.h"
+#include "cpu/lost.h"
 #include "cpu/threads.h"
 
 /* Packed K and V of one group. Large enough that a group keeps many cores busy, small enough not to
@@ -33,7 +34,7 @@ static void choose_tiles(const wan_attn_problem *p, const wan_attn_blocking *blo
     int64_t heads = p->batch * p->num_heads_q,
             panels = wan_attn_divide_up(p->seqlen_q, blocking->panel);
     int64_t threads = wan_attn_workers(p->params, INT64_MAX);
-    plan->panels_per_tile = WAN_ATTN_MAX_PANELS;
+    plan->panels_per_tile = blocking->most_panels;
     while (plan->panels_per_tile > 1 &&
            heads * wan_attn_divide_up(panels, plan->panels_per_tile) < threads * TILES_PER_WORKER)
         plan->panels_per_tile /= 2;
@@ -80,8 +81,8 @@ static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blockin
                    (int64_t)sizeof(float);
     plan.blocks = wan_attn_divide_up(p->seqlen_k, blocking->block_n);
     if (blocking->survey_floats)
-        plan.survey_floats = round_up(blocking->survey_floats(plan.blocks, p->head_dim),
-                                      CACHE_LINE / (int64_t)sizeof(float));
+        plan.survey_floats =
+            round_up(blocking->survey_floats(&plan, p), CACHE_LINE / (int64_t)sizeof(float));
     plan.pair_bytes =
         plan.blocks * (plan.k_bytes + plan.v_bytes) + plan.survey_floats * (int64_t)sizeof(float);
     plan.pairs = p->batch * p->num_heads_k;
@@ -107,10 +108,18 @@ static wan_attn_plan make_plan(const wan_attn_problem *p, const wan_attn_blockin
 
 _Static_assert(sizeof(wan_attn_plan) <= sizeof(wan_attn_row_plan), "a problem carries the plan");
 
-void wan_attn_blocked_plan(wan_attn_problem *p, const wan_attn_blocking *blocking) {
+static int is_dense(const wan_attn_problem *p) {
+    return !p->has_lists && p->skip_threshold == 0.0f;
+}
+
+void wan_attn_blocked_plan(wan_attn_problem *p, const wan_attn_blocking *blocking,
+                           const wan_attn_blocking *listed) {
     wan_attn_plan plan = make_plan(p, blocking);
+    size_t size = plan.workspace_bytes; /* lists may be full, which is known as the call runs */
+    if (!is_dense(p))
+        plan = make_plan(p, listed);
     memcpy(&p->plan, &plan, sizeof(plan));
-    p->workspace_size = plan.workspace_bytes;
+    p->workspace_size = plan.workspace_bytes > size ? plan.workspace_bytes : size;
 }
 
 wan_attn_packed_block wan_attn_packed_block_at(const wan_attn_plan *plan, int64_t pair_slot,
@@ -218,10 +227,14 @@ static void prefer_large_pages(const wan_attn_plan *plan) {
     wan_attn_prefer_large_pages(p->params->workspace, (int64_t)plan->workspace_bytes);
 }
 
-void wan_attn_blocked_run(const wan_attn_problem *p) {
+void wan_attn_blocked_run(const wan_attn_problem *p, const wan_attn_blocking *blocking) {
     wan_attn_plan plan;
+    wan_attn_flags lost = 0;
     memcpy(&plan, &p->plan, sizeof(plan));
+    if (is_dense(p) && plan.blocking != blocking)
+        plan = make_plan(p, blocking);
     plan.p = p;
+    plan.lost = &lost;
     prefer_large_pages(&plan);
     if (plan.few_heads) {
         wan_attn_run_tasks(p->params, p->batch * p->num_heads_q / plan.few_heads, compute_few,
@@ -230,11 +243,12 @@ void wan_attn_blocked_run(const wan_attn_problem *p) {
     }
     for (; plan.first_pair < plan.pairs; plan.first_pair += plan.pairs_per_group) {
         plan.group_pairs = min_of(plan.pairs_per_group, plan.pairs - plan.first_pair);
-        if (plan.blocking->survey) {
+        if (plan.survey_floats) {
             wan_attn_run_tasks(p->params, plan.group_pairs * plan.blocks, survey_block, &plan);
             wan_attn_run_tasks(p->params, plan.group_pairs, conclude_pair, &plan);
         }
         wan_attn_run_tasks(p->params, plan.group_pairs * plan.blocks, pack_block, &plan);
         wan_attn_run_tasks(p->params, plan.group_pairs * plan.tiles_per_pair, compute_tile, &plan);
     }
+    wan_attn_tell_lost(p, &lost);
 }

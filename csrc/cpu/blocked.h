@@ -9,14 +9,16 @@
  *
  * Phases of a call, for each group of pairs that fits the workspace: pack all blocks, then compute
  * all tiles. Both are lists of independent tasks for threads.h. Calls of few rows have one phase
- * (sdpa_few.inc), and pack nothing.
+ * (sdpa_few.inc), and pack nothing. With lists of blocks a tile is within one block of queries, so
+ * that it has one list (sdpa_lists.inc).
  */
 #ifndef WAN_ATTN_CPU_BLOCKED_H
 #define WAN_ATTN_CPU_BLOCKED_H
 
-#include "core/util.h"
+#include "core/lists.h"
+#include "cpu/lost.h"
 
-enum { WAN_ATTN_MAX_PANELS = 4, WAN_ATTN_MAX_PANEL = 64 };
+enum { WAN_ATTN_MAX_PANELS = 4, WAN_ATTN_MAX_PANEL = 64, WAN_ATTN_MAX_WIDTH = 256 };
 
 /* Rows that a task of compute_few may have. */
 enum { WAN_ATTN_MAX_FEW = 32 };
@@ -43,6 +45,7 @@ typedef struct wan_attn_blocking {
     int64_t unit;           /* elements in a unit: 1 or 2                                     */
     int64_t block_n;        /* keys in a block                                                */
     int64_t panel;          /* queries in a panel, <= WAN_ATTN_MAX_PANEL                      */
+    int64_t most_panels;    /* of a tile, <= WAN_ATTN_MAX_PANELS                              */
     int64_t few_rows;       /* up to so many queries pack nothing (sdpa_few.inc), <= MAX_FEW  */
     int64_t depth_multiple; /* units of K and Q are padded with zeros to a multiple of this   */
     int64_t width_multiple; /* rows of O^T (head_dim) are padded to a multiple of this        */
@@ -50,9 +53,10 @@ typedef struct wan_attn_blocking {
     int64_t value_numbers;  /* floats of a packed block for each row of V^T, beside V          */
     /* The next three may be NULL. depth_of: units of one row of Q or K; NULL: head_dim / unit. */
     int64_t (*depth_of)(int64_t head_dim);
-    /* What has to be known of all keys of a pair before they are packed: survey looks at one block
-     * of them, conclude at what survey has left, survey_floats floats at wan_attn_survey_at. */
-    int64_t (*survey_floats)(int64_t blocks, int64_t head_dim);
+    /* What has to be known of all keys of a pair before tiles are computed: survey looks at one
+     * block of them, conclude at what survey has left, survey_floats floats at wan_attn_survey_at;
+     * 0: this call needs none. */
+    int64_t (*survey_floats)(const wan_attn_plan *plan, const wan_attn_problem *p);
     void (*survey)(const wan_attn_plan *plan, int64_t b, int64_t head_k, int64_t pair_slot,
                    int64_t block);
     void (*conclude)(const wan_attn_plan *plan, int64_t b, int64_t pair_slot);
@@ -83,13 +87,16 @@ struct wan_attn_plan {
     int64_t few_heads;  /* not 0: few rows; heads that a task of compute_few takes together */
     int64_t workers, scratch_floats;
     size_t workspace_bytes;
+    wan_attn_flags *lost; /* of all rows: lost.h */
 };
 
-/* Fills the problem's plan and workspace_size: with this blocking every call can be taken. */
-void wan_attn_blocked_plan(wan_attn_problem *p, const wan_attn_blocking *blocking);
+/* Fills the problem's plan and workspace_size: with this blocking every dense call can be taken, and
+ * with `listed` those with lists of blocks or a skip_threshold; NULL: there are none. */
+void wan_attn_blocked_plan(wan_attn_problem *p, const wan_attn_blocking *blocking,
+                           const wan_attn_blocking *listed);
 
-/* Runs the problem, as it was planned. */
-void wan_attn_blocked_run(const wan_attn_problem *p);
+/* Runs the problem, as it was planned; `blocking`, if its lists have turned out to be full. */
+void wan_attn_blocked_run(const wan_attn_problem *p, const wan_attn_blocking *blocking);
 
 /* For `compute`: the packed block that holds the keys from block * BLOCK_N on; count is what is
  * real for a sample of len_k. */

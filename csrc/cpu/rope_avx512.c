@@ -2,7 +2,7 @@
  * rope_avx512.c - rms_norm_rope with AVX-512 (F, BW, VL, DQ). The body: rope_token.inc.
  *
  * Numerics: float64 products and sums are separate instructions, because a fused one would round
- * once less than the contract says. Measured: nothing yet.
+ * once less than the contract says. Measured: 1.1 times rope_avx2 (AMD EPYC, docs/measured.md).
  */
 #include "core/util.h"
 #include "cpu/rope.h"

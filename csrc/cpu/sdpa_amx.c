@@ -222,16 +222,32 @@ static void block_values(const wan_attn_plan *plan, const wan_attn_packed_block 
     do_chores(&last, last.rows);
 }
 
-static void compute_tile_with_tiles(const wan_attn_plan *plan, const wan_attn_tile *tile,
-                                    const wan_attn_tile *next, float *scratch) {
+typedef void compute_fn(const wan_attn_plan *plan, const wan_attn_tile *tile,
+                        const wan_attn_tile *next, float *scratch);
+
+static inline void with_tiles(compute_fn *compute, const wan_attn_plan *plan,
+                              const wan_attn_tile *tile, const wan_attn_tile *next,
+                              float *scratch) {
     tile_config config = {.palette = 1};
     for (int t = 0; t < 8; t++) {
         config.row_bytes[t] = TILE_UNITS * 4;
         config.rows[t] = TILE_ROWS;
     }
     _tile_loadconfig(&config);
-    compute_tile(plan, tile, next, scratch);
+    compute(plan, tile, next, scratch);
     _tile_release(); /* or the system saves 8 KiB more at every switch of threads */
+}
+
+static void compute_tile_with_tiles(const wan_attn_plan *plan, const wan_attn_tile *tile,
+                                    const wan_attn_tile *next, float *scratch) {
+    with_tiles(compute_tile, plan, tile, next, scratch);
+}
+
+static compute_fn compute_listed; /* sdpa_lists.inc */
+
+static void compute_listed_with_tiles(const wan_attn_plan *plan, const wan_attn_tile *tile,
+                                      const wan_attn_tile *next, float *scratch) {
+    with_tiles(compute_listed, plan, tile, next, scratch);
 }
 
 #define FEW_ROWS (PANEL / 4) /* an estimate: its float32 products are slower than this row's */
@@ -239,6 +255,8 @@ static void compute_tile_with_tiles(const wan_attn_plan *plan, const wan_attn_ti
 #define REFUSAL wan_attn_amx_refusal()
 #define PACK pack_key_tiles
 #define COMPUTE compute_tile_with_tiles
+#define COMPUTE_LISTED compute_listed_with_tiles
+#define VALUES_OF_KEY (TILE / 32)
 #define DEPTH_MULTIPLE TILE_UNITS
 #define WIDTH_MULTIPLE 32
 #include "cpu/row.inc"

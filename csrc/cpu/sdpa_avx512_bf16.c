@@ -31,9 +31,7 @@ TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #define UNIT 2
 #define BLOCK_N 512 /* O is loaded and stored less often than with 128: +1.5 % */
 
-static inline __m512 DOT(__m512 a, __m512 b, __m512 c) {
-    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
-}
+#define DOT DOT_PAIRS
 
 #define FEW_ROWS (PANEL / 4) /* an estimate: its float32 products are slower than this row's */
 #define ROW sdpa_avx512_bf16

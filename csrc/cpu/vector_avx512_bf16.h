@@ -16,4 +16,9 @@ static inline __m512 BF16_PAIRS(__m512 even, __m512 odd) {
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(ORDER, halves));
 }
 
+/* c + a * b, lane by lane of pairs. */
+static inline __m512 DOT_PAIRS(__m512 a, __m512 b, __m512 c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+}
+
 #endif /* WAN_ATTN_CPU_VECTOR_AVX512_BF16_H */

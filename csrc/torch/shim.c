@@ -36,7 +36,8 @@ static const volatile uint32_t *cpu_features;
 /* What torch calls these; constant while it runs. code_of is indexed by wan_attn_dtype. */
 static int32_t cpu_code, cuda_code, u8_code, code_of[WAN_ATTN_DTYPE_OTHER];
 
-enum { QUERY, KEY, VALUE, Q_LENS, K_LENS, OPERANDS }; /* in the order of the op's schema */
+/* In the order of the op's schema. */
+enum { QUERY, KEY, VALUE, Q_LENS, K_LENS, BLOCK_COUNTS, BLOCK_INDICES, OPERANDS };
 enum {
     SCALE = OPERANDS,
     IS_CAUSAL,
@@ -46,9 +47,12 @@ enum {
     KERNEL,
     OUT_LIKE_VALUE,
     PRECISION,
+    POOLS_OTHERS,
+    SKIP_THRESHOLD,
     INPUTS
 };
-static const char *const NAMES[] = {"query", "key", "value", "q_lens", "k_lens"};
+static const char *const NAMES[] = {"query",  "key",          "value",        "q_lens",
+                                    "k_lens", "block_counts", "block_indices"};
 
 /* The same of rms_norm_rope. */
 enum { X, WEIGHT, TABLE, GRID_SIZES, ROPE_OPERANDS };
@@ -113,6 +117,8 @@ static void take_arguments(const torch_value *stack, call *c) {
     c->kernel = (int64_t)stack[KERNEL];
     c->out_like_value = (stack[OUT_LIKE_VALUE] & 0xff) != 0;
     c->precision = (int64_t)stack[PRECISION];
+    p->pools_others = (stack[POOLS_OTHERS] & 0xff) != 0;
+    memcpy(&p->skip_threshold, &stack[SKIP_THRESHOLD], sizeof(p->skip_threshold));
 }
 
 static void delete_tensor(torch_tensor tensor) {
@@ -213,7 +219,8 @@ static bool find_place(call *c, const wan_attn_tensor *first, int32_t *num_threa
 /* The call in words of the C ABI, but for what it writes to. */
 static bool describe_call(call *c) {
     wan_attn_params *p = &c->params;
-    wan_attn_tensor *const slots[] = {&p->q, &p->k, &p->v, &p->seqused_q, &p->seqused_k};
+    wan_attn_tensor *const slots[] = {
+        &p->q, &p->k, &p->v, &p->seqused_q, &p->seqused_k, &p->block_counts, &p->block_indices};
     if (!take_kernel(c, &p->kernel) ||
         !narrow(c, c->precision, "precision must be 0 (exact) or 1 (8-bit scores), got ",
                 &p->precision))

@@ -152,7 +152,7 @@ static int run_backward_row(wan_attn_backward_params *a, wan_attn_params *p, int
 
 /* Each of these must be refused, with words. */
 static int broken_backward_is_taken(const wan_attn_backward_params *right) {
-    for (int n = 0; n < 8; n++) {
+    for (int n = 0; n < 9; n++) {
         wan_attn_backward_params a = *right;
         wan_attn_params p = *right->forward;
         wan_attn_error err = {0, ""};
@@ -166,6 +166,7 @@ static int broken_backward_is_taken(const wan_attn_backward_params *right) {
         case 4: a.dv.dtype = WAN_ATTN_I32; break;
         case 5: p.precision = WAN_ATTN_QK8; break;
         case 6: a.dk.ndim = 3; break;
+        case 7: p.skip_threshold = 0.5; break;
         default: p.window_size_right = -2; break;
         }
         if (wan_attn_backward(&a, NULL, &err) != WAN_ATTN_INVALID_ARGUMENT ||

@@ -49,6 +49,7 @@ class MockCard(proof_child.TableCard):
         self.skipped = ["CUDA graphs: the mock GPU has none"]
         self.asked: set[str] = set()
         self._now: dict[str, Any] = {}
+        self._guard: Tensor | None = None
         self._error = self._calls = 0
         if faults is not None:
             self._keep = LAUNCH(self._launch)
@@ -69,10 +70,17 @@ class MockCard(proof_child.TableCard):
         return None
 
     def run(
-        self, row: KernelInfo, operands: Operands, q_lens: Tensor | None, k_lens: Tensor, case: Case
+        self,
+        row: KernelInfo,
+        operands: Operands,
+        q_lens: Tensor | None,
+        k_lens: Tensor,
+        case: Case,
+        guard: Tensor | None = None,
     ) -> Answer:
         is_causal, window = MASKS[case.mask]
         on_device = (case.seqlen_q, case.seqlen_k) in ON_DEVICE
+        self._guard = guard
         return self.attend(row, operands, q_lens, k_lens, on_device, is_causal, window)
 
     def attend(
@@ -99,6 +107,7 @@ class MockCard(proof_child.TableCard):
             window=window,
             scale=scale,
             kernel=row.index,
+            guard=self._guard,
         )
 
     def rope(self, row: KernelInfo, given: Mapping[str, Any]) -> Tensor:
@@ -115,6 +124,8 @@ class MockCard(proof_child.TableCard):
             self.gpu.call.out.copy_(out)  # type: ignore[attr-defined]
             if fault == "wrong numbers":
                 self.gpu.call.out[1, 7, 0, 5] *= 1.25  # type: ignore[attr-defined]
+        if name == "wan_attn_watch" and fault != "wrong numbers":
+            self._watch()
         if name.startswith("sdpa_") and not self._error:
             self._compute()
             if fault == "hang":
@@ -131,6 +142,16 @@ class MockCard(proof_child.TableCard):
             if fault == "other bits":
                 outputs["lse"][0, 0, 0] *= 1 + 1e-6 * (self._calls % 2)
         return self._error
+
+    def _watch(self) -> None:
+        """What the pass adds to the guard."""
+        assert self._guard is not None and self.gpu.call is not None
+        value, k_lens = self._now["operands"][2].float(), self._now["lens"][1]
+        real = torch.cat([value[b, : int(n)].flatten() for b, n in enumerate(k_lens)])
+        largest = self._guard[:1].view(torch.float32)
+        largest.copy_(torch.maximum(largest, real.abs().max()))
+        self._guard[2] += (~torch.isfinite(real)).sum()
+        self._guard[3] += (~torch.isfinite(self.gpu.call.outputs["out"])).sum()
 
     def _compute(self) -> None:
         assert self._now and self.gpu.call is not None

@@ -23,10 +23,14 @@ from typing import Any
 import torch
 
 from cuda_mock.gpu import CARDS, LAUNCH, Gpu
+from emu import cases_qk8
+from emu.rows import tiles_qk8_for
+from emu.run import Result
 from fuzz import driver_table
 from fuzz.count import Count
 from tolerances import assert_close_to_oracle
 from wan_attn.backends._errors import is_device_error
+from wan_attn.native.library import QK8, Guard
 
 # Errors of cuda.h; after those of TROUBLE the device or its context is lost, and nothing else may
 # hide it by computing.
@@ -81,6 +85,11 @@ FUNCTIONS = {
     "cuLaunchKernel": (0, 1, 2),
     "cuTensorMapEncodeTiled": (0, 3),
 }
+# The same of a call of 8-bit scores with a guard; its passes are lengths, three for V, four for q
+# and k, attention, the guard: which of them fails.
+LOSSY = dict.fromkeys(
+    ("cuLibraryLoadData", "cuLibraryGetKernel", "cuKernelGetFunction", "cuLaunchKernel"), (4, 8, 9)
+)
 ASKING = tuple(FUNCTIONS)[:6]  # they only ask what there is: without an answer, another backend
 TIMES = 3  # calls while the driver fails
 UNTIL_WELL = 50  # calls within which a driver is started again
@@ -93,6 +102,7 @@ class Row:
     function: str
     after: int
     code: int
+    is_lossy: bool = False
     said: str = ""
     is_fallback: bool = False  # whether another backend would compute the call
     attempts: int = 0  # calls of the failing function in TIMES calls of ours
@@ -101,35 +111,54 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        name = f"{self.function}+{self.after}"
+        name = f"{self.function}+{self.after}{' 8 bits' * self.is_lossy}"
         what = "falls back" if self.is_fallback else "raises"
         again = "right again" if self.is_well_again else "stays out"
         return (
-            f"{name:27} {CODES[self.code]:26} {what:10} {self.attempts:3} attempts"
+            f"{name:29} {CODES[self.code]:26} {what:10} {self.attempts:3} attempts"
             f" {self.loads:2} loads  {again:15} {self.said[:110]}"
         )
 
 
-def _operands(function: str) -> tuple[int, dict[str, Any]]:
-    """A card, and a call on it with three passes: lengths, conversion of key, attention."""
+def _operands(function: str, is_lossy: bool) -> tuple[int, dict[str, Any]]:
+    """A card, and a call on it with three passes: lengths, conversion of key, attention; or one of
+    8-bit scores with a guard."""
     generator = torch.Generator().manual_seed(3)
     query, key, value = (torch.randn(1, n, 1, 64, generator=generator) for n in (5, 20, 20))
     value = value.to(torch.bfloat16)
     if function in ("cuTensorMapEncodeTiled", "cuKernelSetAttribute"):
         query, key = query.to(torch.bfloat16), key.to(torch.bfloat16)
         return 90, {"query": query, "key": key, "value": value}
-    return 80, {"query": query, "key": key, "value": value, "k_lens": torch.tensor([13])}
+    call = {"query": query, "key": key, "value": value, "k_lens": torch.tensor([13])}
+    if not is_lossy:
+        return 80, call
+    return 86, call | {"precision": QK8, "guard": torch.zeros(4, dtype=torch.int32)}
 
 
 def _check_result(arguments: dict[str, Any], out: torch.Tensor, lse: torch.Tensor) -> str:
     """Why the result is wrong; ""."""
-    call = {n: x for n, x in arguments.items() if n not in ("query", "key", "value")}
-    operands = [arguments[n].to(torch.bfloat16) for n in ("query", "key", "value")]
+    names = ("query", "key", "value")
+    call = {n: x for n, x in arguments.items() if n not in (*names, "precision", "guard")}
+    operands = [arguments[n] for n in names]
+    rounded = [x.to(torch.bfloat16) for x in operands]
     try:
-        assert_close_to_oracle(out.to(torch.bfloat16), *operands, lse=lse, **call)
+        if "guard" in arguments:
+            tile = next(t for t in tiles_qk8_for(86) if (t.dtype, t.head_dim) == ("BF16", 64))
+            cases_qk8.check_result(tile, Result(out, lse, 0), *operands, **call)
+            _check_guard(arguments)
+        else:
+            assert_close_to_oracle(out.to(torch.bfloat16), *rounded, lse=lse, **call)
     except AssertionError as error:
         return str(error)
     return ""
+
+
+def _check_guard(arguments: dict[str, Any]) -> None:
+    """Only the call that was computed counts, and of its values the real ones."""
+    guard = Guard.from_buffer_copy(bytes(arguments["guard"].numpy().tobytes()))
+    largest = float(arguments["value"][:, :13].abs().max())
+    found = guard.largest_value, guard.nonfinite_values, guard.nonfinite_results
+    assert found == (largest, 0, 0), f"the guard says {found}"
 
 
 def _close(gpu: Gpu) -> None:
@@ -147,14 +176,20 @@ def _attempt(gpu: Gpu, arguments: dict[str, Any]) -> str:
 
 
 def try_fault(
-    function: str, after: int, code: int, folder: Path, is_emulated: bool = True
+    function: str,
+    after: int,
+    code: int,
+    folder: Path,
+    is_emulated: bool = True,
+    is_lossy: bool = False,
 ) -> Row | None:
     """One fault on a machine of its own; None: the call never gets there.
 
     is_emulated: afterwards the call is computed and held against the oracle; else only launched.
+    is_lossy: a call of 8-bit scores, with a guard.
     """
-    row = Row(function, after, code)
-    arch, arguments = _operands(function)
+    row = Row(function, after, code, is_lossy)
+    arch, arguments = _operands(function, is_lossy)
     gpu = Gpu(folder, CARDS[arch])
     for copy in folder.iterdir():
         copy.unlink()  # it is loaded
@@ -229,15 +264,20 @@ def _judge_refusal(row: Row, status: str) -> None:
 
 
 def campaign(short: bool) -> Iterator[Row]:
-    """Every function, every place, every code."""
+    """Every function, every place, every code, of an exact call and of a lossy one."""
     with tempfile.TemporaryDirectory() as folder:
-        for function, places in FUNCTIONS.items():
-            for after in places[:1] if short else places:
-                for code in SHORT_CODES if short else CODES:
-                    is_emulated = code == SHORT_CODES[0]  # the same for all, and it takes time
-                    row = try_fault(function, after, code, Path(folder), is_emulated)
-                    if row is not None:
-                        yield row
+        for is_lossy, functions in ((False, FUNCTIONS), (True, LOSSY)):
+            for function, places in functions.items():
+                # Of a lossy call the guard, which is its last pass.
+                few = places[-1:] if is_lossy else places[:1]
+                for after in few if short else places:
+                    for code in SHORT_CODES if short else CODES:
+                        is_emulated = code == SHORT_CODES[0]  # the same for all, and takes time
+                        row = try_fault(
+                            *(function, after, code, Path(folder), is_emulated, is_lossy)
+                        )
+                        if row is not None:
+                            yield row
 
 
 def main() -> int:

@@ -33,6 +33,7 @@ pytestmark = [
     ),
 ]
 
+BF16_ROWS = ("sdpa_avx512_bf16", "sdpa_amx")
 # Beside twice torch's error: what remains where torch happens to be exact.
 FLOOR_OF_LARGEST = 1e-6
 # An output that depends on attention changes far more than by rounding when attention is gone.
@@ -142,12 +143,17 @@ def test_the_models_called_attention_as_expected(
         )
 
 
+def two_ranks(task: str, folder: Path) -> list[dict[str, Any]]:
+    """What each of two processes saw in a task."""
+    results = [folder / f"{rank}.json" for rank in range(2)]
+    meeting = str(folder / "rendezvous")
+    ranks = [start(task, str(result), str(n), meeting) for n, result in enumerate(results)]
+    return [finish(process, result) for process, result in zip(ranks, results, strict=True)]
+
+
 def test_sequence_parallel_in_two_processes(tmp_path: Path) -> None:
-    results = [tmp_path / f"{rank}.json" for rank in range(2)]
-    meeting = str(tmp_path / "rendezvous")
-    ranks = [start("ulysses", str(result), str(n), meeting) for n, result in enumerate(results)]
-    for process, result in zip(ranks, results, strict=True):
-        pieces = finish(process, result)["pieces"]
+    for rank in two_ranks("ulysses", tmp_path):
+        pieces = rank["pieces"]
         seen = pieces["ulysses"]
         assert_close(seen)
         assert_close(pieces["s2v_ulysses"])
@@ -161,7 +167,10 @@ def test_norm_and_rotation_are_ours_and_go_back(saw: Callable[..., Any]) -> None
     assert sum(line.endswith(": wan_attn") for line in seen["report"]) == 11, seen["report"]
     for name, count in seen["ops"].items():
         assert count > 0, f"{name} called nothing of ours"
-        bound = 2.0**-7 if name != "wan_model_float32" else 1e-4
+        # Wan2.2 computes attention of float32 tensors in bfloat16. A row with products of bfloat16
+        # rounds q and k to that, so that their last bit is one of 8; others read them as they are.
+        is_rounded = name != "wan_model_float32" or seen["rows"][name] in BF16_ROWS
+        bound = 2.0**-7 if is_rounded else 1e-4
         assert seen["changed"][name]["max"] <= bound * seen["largest"][name], name
     assert seen["same afterwards"] == list(seen["ops"])
 
@@ -217,10 +226,9 @@ def test_copies_and_trainers(tmp_path: Path) -> None:
     assert {title: x for title, x in found.items() if not x <= bounds[title]} == {}
 
 
-def test_a_denoise_in_8_bits(saw: Callable[..., Any]) -> None:
-    """Steps, layers and both experts are told; the error of each layer is known and in the budget;
-    every fault is caught, and what it leaves has the exact run's bits."""
-    seen = saw("precision")
+def assert_a_denoise_in_8_bits(seen: dict[str, Any]) -> None:
+    """Steps, layers and both experts are told; the error of each layer is known and in the
+    budget."""
     for mode, layers in seen["modes"].items():
         assert 0 < seen["off"][mode] < 0.05, mode
         own = [layer for layer in layers if layer["kind"] == "self"]
@@ -232,8 +240,31 @@ def test_a_denoise_in_8_bits(saw: Callable[..., Any]) -> None:
             assert layer["lossy_calls"] + layer["exact_calls"] == 10
             # 3 of the 5 steps of each expert, twice.
             assert layer["lossy_calls"] == (6 if layer["layer"] in (1, 2) else 0)
-            if mode == "auto" and layer["lossy_calls"]:
+            if layer["lossy_calls"]:
                 assert 0 < layer["largest_error"] <= 0.02
+        # 10 calls of self-attention and of attention to the text in each layer, those to the text
+        # in bfloat16; 2 x 2 layers have 6 in 8 bits.
+        dense = seen["dense"][mode]
+        assert [sum(one["lossy"] is kind for one in dense) for kind in (True, False)] == [24, 136]
+        for one in dense:
+            assert 0 < max(one["heads"]) <= (0.02 if one["lossy"] else 2.0**-8), one
+    assert seen["exact again"] and seen["restored"]
+
+
+def test_a_denoise_in_8_bits(saw: Callable[..., Any]) -> None:
+    """Every fault is caught, and what it leaves has the exact run's bits."""
+    seen = saw("precision")
+    assert_a_denoise_in_8_bits(seen)
     assert seen["faults"]["same"] and seen["faults"]["planted"] == 4
     assert len(seen["faults"]["events"]) == 4
-    assert seen["exact again"] and seen["restored"]
+
+
+def test_a_denoise_in_8_bits_on_two_ranks(tmp_path: Path) -> None:
+    """A fault on one rank is that rank's alone: each has heads of its own, and nobody waits."""
+    ranks = two_ranks("ulysses_precision", tmp_path)
+    for rank, seen in enumerate(ranks):
+        assert_a_denoise_in_8_bits(seen)
+        faults = seen["faults"]
+        assert 0 < faults["off"] < 0.05
+        assert faults["planted"] == len(faults["events"]) == (4 if rank == 0 else 0)
+        assert faults["lossy"] == (0 if rank == 0 else 24)

@@ -28,6 +28,7 @@ import tolerances
 import wan_attn
 from wan_attn import config
 from wan_attn.integrations import wan22
+from wan_attn.native import bindings, op
 
 HALF = (torch.float16, torch.bfloat16)
 calls: list[str] = []
@@ -203,6 +204,7 @@ def rope() -> dict[str, Any]:
 
     before = without()
     counted = {name: 0 for name in names}
+    rows: dict[str, str] = {}
     report = wan22.patch()
     ours = {}
     for name, run in pieces.items():
@@ -210,12 +212,14 @@ def rope() -> dict[str, Any]:
             ours[name] = run()
         found = [e.count for e in profile.key_averages() if e.key == "wan_attn::rms_norm_rope"]
         counted[name] = sum(found)
+        rows[name] = op.kernels()[bindings.last_kernel()].name
     compiled = whole_block()
     wan22.unpatch()
     after = without()
     return {
         "report": list(report.rope),
         "ops": counted,
+        "rows": rows,
         "changed": {n: error(ours[n], before[n]) for n in names},
         "largest": {n: float(before[n].abs().max()) for n in names},
         "same afterwards": [n for n in names if torch.equal(before[n], after[n])],
@@ -298,12 +302,20 @@ def precision() -> dict[str, Any]:
     return wan22_precision.lossy()
 
 
+def ulysses_precision(rank: int, rendezvous: str) -> dict[str, Any]:
+    wan22_harness.start_gloo(rank, 2, rendezvous)
+    import wan22_precision
+
+    return wan22_precision.parallel(rank)
+
+
 def main() -> None:
     task, result, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     wan22_harness.prepare()
     arguments = (int(rest[0]), rest[1]) if rest else ()
-    tasks = {f.__name__: f for f in (patch_first, import_first, ulysses, rope, wrapped, precision)}
+    alone = (patch_first, import_first, rope, precision)
+    tasks = {f.__name__: f for f in (*alone, ulysses, ulysses_precision, wrapped)}
     Path(result).write_text(json.dumps(tasks[task](*arguments)))
 
 

@@ -31,10 +31,11 @@ void low_word(Warp &w, const Ins &, const int *o, u32 mask) {
     w.define(o[0], mask, w.defined[o[1]]);
 }
 
-void s64_from_low_byte(Warp &w, const Ins &, const int *o, u32 mask) {
+/* From a register that is wider than the type it is read as: what is above counts for nothing. */
+template <typename low> void s64_from(Warp &w, const Ins &, const int *o, u32 mask) {
     u64 *d = w.at<u64>(o[0]);
     const u64 *a = w.at<u64>(o[1]);
-    lanes(mask, [&](int l) { d[l] = (u64)(i64)(int8_t)a[l]; });
+    lanes(mask, [&](int l) { d[l] = (u64)(i64)(low)a[l]; });
     w.define(o[0], mask, w.defined[o[1]]);
 }
 
@@ -148,11 +149,12 @@ float power_of_two(float x) {
 
 const std::vector<Op> CONVERT_OPS = {
     {"cvt.s64.s32", "=l r", widen<from_s32>},
+    {"cvt.s64.s32", "=l l", s64_from<int32_t>},
     {"cvt.u64.u32", "=l r", widen<from_u32>},
     {"cvt.u64.u16", "=l h", widen<low_half_64>},
     {"cvt.s64.s8", "=l r", widen<s64_from_s8>},
     {"cvt.s64.s8", "=l h", widen<s64_from_s8>},
-    {"cvt.s64.s8", "=l l", s64_from_low_byte},
+    {"cvt.s64.s8", "=l l", s64_from<int8_t>},
     {"cvt.u32.u64", "=r l", low_word},
     {"cvt.u32.u16", "=r h", words<low_half>},
     {"cvt.u16.u32", "=h r", words<low_half>},

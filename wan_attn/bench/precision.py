@@ -28,19 +28,30 @@ def draw(found: dict[str, Any], path: Path) -> Path:
     if not layers:
         raise NoPicture("no picture: the report has no layer")
     plt = pyplot()
-    height = min(2.0 + 0.2 * len(layers), 14.0)
+    height = min(2.4 + 0.2 * len(layers), 14.0)
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11.0, height), sharey=True, gridspec_kw={"width_ratios": (3, 2)}
+        *(1, 2),
+        figsize=(11.0, height),
+        sharey=True,
+        gridspec_kw={"width_ratios": (3, 2)},
+        layout="constrained",
     )
     _errors(plt, figure, left, layers, found["budget"])
     _times(right, layers)
-    left.set_yticks(range(len(layers)), [name(layer) for layer in layers])
-    left.set_ylabel("layer")
+    kinds = sorted({layer["kind"] for layer in layers})
+    labels = [name(layer) if len(kinds) > 1 else _number(layer) for layer in layers]
+    left.set_yticks(range(len(layers)), labels, fontsize=8)
+    has_experts = any(layer["expert"] for layer in layers)
+    what = "expert / layer" if has_experts else "layer"
+    left.set_ylabel(what if len(kinds) > 1 else f"{what} ({kinds[0]}-attention)")
     figure.suptitle(f"wan_attn {found['wan_attn']}, mode {found['mode']}: 8-bit scores by layer")
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     save(plt, figure, path)
     return path
+
+
+def _number(layer: dict[str, Any]) -> str:
+    return name(layer).partition(" ")[0]
 
 
 def _errors(plt: Any, figure: Any, axes: Any, layers: list[dict[str, Any]], budget: float) -> None:
@@ -56,13 +67,25 @@ def _errors(plt: Any, figure: Any, axes: Any, layers: list[dict[str, Any]], budg
             grid[row][at] = error if grid[row][at] != grid[row][at] else max(grid[row][at], error)
     colours = plt.get_cmap("viridis").with_extremes(bad=NOT_LOSSY, over=OVER)
     image = axes.imshow(grid, aspect="auto", cmap=colours, vmin=0.0, vmax=100 * budget)
-    bar = figure.colorbar(image, ax=axes, extend="max", fraction=0.05)
-    bar.set_label(f"measured error, % (budget {100 * budget:g})")
+    bar = figure.colorbar(image, ax=axes, extend="max", fraction=0.05, pad=0.04)
+    bar.ax.set_title("%", fontsize=9)
     axes.set_xlabel("step")
-    axes.set_title("relative error of 8-bit calls; grey: exact, or not measured", fontsize=9)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    said = f"measured error (budget {100 * budget:g} %); grey: exact, or not measured"
+    if any(layer["events"] for layer in layers):
+        said += "; !: see the table"
+    axes.set_title(said, fontsize=9)
+    if not any(layer["measured"] for layer in layers):
+        middle = ((count - 1) / 2, (len(layers) - 1) / 2)
+        axes.annotate("no error was measured", middle, ha="center", va="center")
+        axes.set_xticks([])
     for row, layer in enumerate(layers):
         if layer["events"]:
-            axes.annotate("!", (count - 0.5, row), color=OVER, va="center", weight="bold")
+            at = (count - 0.5, row)
+            marks = {"color": OVER, "va": "center", "weight": "bold", "annotation_clip": False}
+            axes.annotate("!", at, (4, 0), textcoords="offset points", **marks)
+        if row and layer["expert"] != layers[row - 1]["expert"]:
+            axes.axhline(row - 0.5, color="black", linewidth=0.8)
 
 
 def _times(axes: Any, layers: list[dict[str, Any]]) -> None:
@@ -75,5 +98,5 @@ def _times(axes: Any, layers: list[dict[str, Any]]) -> None:
         title = "exact" if kind == "exact" else "8-bit"
         axes.barh([row + shift for row in rows], times, height=0.4, color=colour, label=title)
     axes.set_xlabel("ms a call, guard and measurement included")
-    axes.set_title("time", fontsize=9)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.set_title("time", fontsize=9, loc="left")
+    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncol=2, frameon=False)

@@ -65,4 +65,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _is_bad(found: dict[str, Any]) -> bool:
     budget = found["budget"]
-    return any(x["events"] or (x["largest_error"] or 0.0) > budget for x in found["layers"])
+    # Not "above": NaN is none of both, and bad.
+    return any(x["events"] or not (x["largest_error"] or 0.0) <= budget for x in found["layers"])

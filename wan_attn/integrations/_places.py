@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """_places.py - tells wan_attn.precision which step and layer a model computes: by its class's
-forward, or by hooks on one model, and by a hook on each of its blocks. No file is edited.
+call, or by hooks on one model, and by a hook on each of its blocks. No file is edited.
 
 Where nothing asks for places, a forward costs one look, and no block gets a hook.
 """
@@ -53,44 +53,49 @@ class Blocks:
 
 
 class ClassPlaces:
-    """The forward of a class of models, which tells places while this is installed.
+    """The call of a class of models, which tells places while this is installed.
+
+    `__call__` and not `forward`: a host may give one model a forward of its own, as Wan2.2 does for
+    sequence parallelism, before or after this is installed.
 
     Args:
-        cls: its `forward` is replaced.
+        cls: gets a `__call__`, in front of the one that it inherits.
         tell: see Tell.
     """
 
     def __init__(self, cls: Any, tell: Tell) -> None:
         self.cls, self._blocks = cls, Blocks()
-        self._original = vars(cls)["forward"]
-        self._ours = self._make(tell)
-        cls.forward = self._ours
-
-    def _make(self, tell: Tell) -> Any:
-        original, blocks = self._original, self._blocks
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-            if not place.is_told():
-                return original(model, *args, **kwargs)
-            given = signature.bind(model, *args, **kwargs).arguments
-            timestep = tell(model, {**given, **given.get("kwargs", {})})
-            if timestep is None:
-                return original(model, *args, **kwargs)
-            place.enter(model, timestep, blocks.hook(model))
-            try:
-                return original(model, *args, **kwargs)
-            finally:
-                place.leave()
-
-        return forward
+        self._before = vars(cls).get("__call__")
+        self._ours = _make_call(cls.__call__, self._blocks, tell)
+        cls.__call__ = self._ours
 
     def remove(self) -> None:
         """Puts back what was there, if it is still ours."""
         self._blocks.release()
-        if vars(self.cls).get("forward") is self._ours:
-            self.cls.forward = self._original
+        if vars(self.cls).get("__call__") is not self._ours:
+            return
+        if self._before is None:
+            del self.cls.__call__
+        else:
+            self.cls.__call__ = self._before
+
+
+def _make_call(original: Any, blocks: Blocks, tell: Tell) -> Any:
+    @functools.wraps(original)
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not place.is_told():
+            return original(model, *args, **kwargs)
+        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        timestep = tell(model, {**given, **given.get("kwargs", {})})
+        if timestep is None:
+            return original(model, *args, **kwargs)
+        place.enter(model, timestep, blocks.hook(model))
+        try:
+            return original(model, *args, **kwargs)
+        finally:
+            place.leave()
+
+    return call
 
 
 class ModelPlaces:

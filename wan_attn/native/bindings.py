@@ -122,6 +122,8 @@ def ctypes_sdpa(
     value: Tensor,
     q_lens: Tensor | None = None,
     k_lens: Tensor | None = None,
+    block_counts: Tensor | None = None,
+    block_indices: Tensor | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
@@ -131,21 +133,29 @@ def ctypes_sdpa(
     kernel: int = -1,
     out_like_value: bool = False,
     precision: int = native.EXACT,
+    pools_others: bool = False,
+    skip_threshold: float = 0.0,
     guard: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """torch.ops.wan_attn.sdpa without the shim; the same steps as csrc/torch/shim.c.
 
     Args:
-        guard: [4] int32 on query's device, a wan_attn_guard that the call adds to; not the op's,
-            whose schema would then change an argument, which has no derivative in torch.
+        guard: int32 on query's device, a wan_attn_guard that the call adds to, [4] or with
+            lost_mass [5]; not the op's, whose schema would then change an argument, which has no
+            derivative in torch.
     """
     lib, error = native.lib(), native.Error()
     params = describe_call(query, key, value, q_lens, k_lens, kernel, precision)
     params.softmax_scale = 0.0 if scale is None else scale
     params.has_softmax_scale, params.is_causal = scale is not None, is_causal
     params.window_size_left, params.window_size_right = window_left, window_right
+    if block_counts is not None:
+        params.block_counts = describe(block_counts)
+    if block_indices is not None:
+        params.block_indices = describe(block_indices)
+    params.pools_others, params.skip_threshold = pools_others, skip_threshold
     if guard is not None:
-        params.guard, params.guard_size = guard.data_ptr(), ctypes.sizeof(native.Guard)
+        params.guard, params.guard_size = guard.data_ptr(), guard.numel() * guard.element_size()
     call = native.Call(struct_size=ctypes.sizeof(native.Call))
     _check(lib.wan_attn_prepare(params, call, error), error)
 

@@ -12,7 +12,7 @@ import torch
 
 from wan_attn.native import cuda_driver, library
 from wan_attn.native.bindings import DEVICES, DTYPES, allowed_cpu_features
-from wan_attn.request import Request
+from wan_attn.request import BLOCK, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class KernelInfo:
     arch_max: int
     cpu_features: tuple[str, ...]
     is_lossy: bool
+    takes_block_lists: bool
 
 
 @functools.cache
@@ -72,6 +73,7 @@ def _table(name: str) -> tuple[KernelInfo, ...]:
                 arch_max=info.arch_max,
                 cpu_features=library.feature_names(info.cpu_features),
                 is_lossy=bool(info.is_lossy),
+                takes_block_lists=bool(info.takes_block_lists),
             )
         )
     return tuple(rows)
@@ -111,7 +113,7 @@ def call_params(
     r = request
     q_shape = (r.batch, r.seqlen_q, r.num_heads_q, r.head_dim)
     k_shape = (r.batch, r.seqlen_k, r.num_heads_k, r.head_dim)
-    return library.Params(
+    params = library.Params(
         struct_size=ctypes.sizeof(library.Params),
         kernel=kernel,
         q=_describe(r, r.query_dtype, q_shape),
@@ -122,7 +124,13 @@ def call_params(
         window_size_right=r.window[1],
         cpu_features=allowed_cpu_features(),
         precision=precision,
+        skip_threshold=r.skip_threshold,
     )
+    if r.has_block_lists:
+        lists = (r.batch, r.num_heads_q, -(-r.seqlen_q // BLOCK))
+        params.block_counts = _describe(r, torch.int32, lists)
+        params.block_indices = _describe(r, torch.int32, (*lists, -(-r.seqlen_k // BLOCK)))
+    return params
 
 
 def why_not(request: Request, row: int) -> str | None:

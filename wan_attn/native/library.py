@@ -80,6 +80,10 @@ class Params(ctypes.Structure):
         ("guard", c_void_p),
         ("guard_size", c_uint32),
         ("precision", c_int32),
+        ("block_counts", Tensor),
+        ("block_indices", Tensor),
+        ("pools_others", c_int32),
+        ("skip_threshold", c_double),
     ]
 
 
@@ -91,6 +95,7 @@ class Guard(ctypes.Structure):
         ("clipped_values", c_uint32),
         ("nonfinite_values", c_uint32),
         ("nonfinite_results", c_uint32),
+        ("lost_mass", c_float),
     ]
 
 
@@ -168,6 +173,7 @@ class KernelInfo(ctypes.Structure):
         ("arch_max", c_int32),
         ("cpu_features", c_uint32),
         ("is_lossy", c_int32),
+        ("takes_block_lists", c_int32),
     ]
 
 

@@ -12,7 +12,7 @@ torch   no native library: computed by torch's operators, so the op exists where
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from wan_attn.config import current
 from wan_attn.native import autograd, backward, cuda_driver, library, rope, shim
 from wan_attn.native.bindings import ctypes_sdpa
 from wan_attn.native.kernels import KernelInfo, build_info, cpu_features, kernels, select, why_not
-from wan_attn.request import Call, check, empty_lse, gate, refuse
+from wan_attn.request import Blocks, Call, check, check_blocks, empty_lse, gate, refuse
 
 __all__ = [
     "SCHEMA",
@@ -37,9 +37,11 @@ __all__ = [
 ]
 
 SCHEMA = (
-    "sdpa(Tensor query, Tensor key, Tensor value, Tensor? q_lens=None, Tensor? k_lens=None, *,"
+    "sdpa(Tensor query, Tensor key, Tensor value, Tensor? q_lens=None, Tensor? k_lens=None,"
+    " Tensor? block_counts=None, Tensor? block_indices=None, *,"
     " float? scale=None, bool is_causal=False, int window_left=-1, int window_right=-1,"
-    " bool return_lse=False, int kernel=-1, bool out_like_value=False, int precision=0)"
+    " bool return_lse=False, int kernel=-1, bool out_like_value=False, int precision=0,"
+    " bool pools_others=False, float skip_threshold=0.)"
     " -> (Tensor out, Tensor lse)"
 )
 
@@ -64,9 +66,21 @@ def binding_reason() -> str:
     return _reason
 
 
-def _call(
+class _Arguments(NamedTuple):
+    """The schema's arguments behind query, key and value; kernel: the row that is forced, and
+    out_like_value: out has value's dtype rather than query's."""
+
+    call: Call
+    blocks: Blocks
+    kernel: int
+    out_like_value: bool
+
+
+def _arguments(
     q_lens: Tensor | None = None,
     k_lens: Tensor | None = None,
+    block_counts: Tensor | None = None,
+    block_indices: Tensor | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
@@ -76,14 +90,27 @@ def _call(
     kernel: int = -1,
     out_like_value: bool = False,
     precision: int = library.EXACT,
-) -> tuple[Call, int, bool]:
-    """The schema's arguments behind query, key and value: a call, the row that is forced, and
-    whether out has value's dtype rather than query's."""
+    pools_others: bool = False,
+    skip_threshold: float = 0.0,
+) -> _Arguments:
     if precision not in (library.EXACT, library.QK8):
         refuse("precision", "0 (exact) or 1 (8-bit scores)", precision)
     window = (window_left, window_right)
     call = Call(q_lens, k_lens, scale, is_causal, window, return_lse=return_lse)
-    return call, kernel, out_like_value
+    blocks = Blocks(block_counts, block_indices, pools_others, skip_threshold)
+    return _Arguments(call, blocks, kernel, out_like_value)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, given: _Arguments) -> None:
+    check(query, key, value, given.call)
+    check_blocks(query, given.blocks)
+
+
+def _refuse_blocks(blocks: Blocks, rule: str) -> None:
+    """Raises where a call is not dense: rule says what would have to be."""
+    if blocks.skip_threshold:
+        refuse("skip_threshold", f"0 {rule}", blocks.skip_threshold)
+    refuse("block_counts", f"None {rule}", gate.shown(blocks.block_counts))
 
 
 def _by_torch(fallback: Fallback) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -93,13 +120,15 @@ def _by_torch(fallback: Fallback) -> Callable[..., tuple[Tensor, Tensor]]:
     def sdpa(
         query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        call, kernel, out_like_value = _call(*args, **options)
-        if kernel != -1:
-            why = _reason or "torch computes gradients within torch.func"
-            refuse("kernel", f"-1, as {why}", kernel)
-        check(query, key, value, call)
-        out, lse = fallback(query, key, value, call)
-        out = out.to((value if out_like_value else query).dtype).contiguous()
+        given = _arguments(*args, **options)
+        why = _reason or "torch computes gradients within torch.func"
+        if given.kernel != -1:
+            refuse("kernel", f"-1, as {why}", given.kernel)
+        _check(query, key, value, given)
+        if not given.blocks.is_dense:
+            _refuse_blocks(given.blocks, f"where torch computes: {why}")
+        out, lse = fallback(query, key, value, given.call)
+        out = out.to((value if given.out_like_value else query).dtype).contiguous()
         return out, empty_lse(query, return_lse=False) if lse is None else lse
 
     return sdpa
@@ -110,7 +139,8 @@ def _sdpa_elsewhere(
 ) -> tuple[Tensor, Tensor]:
     """Devices and layouts that no binding registers a kernel for; one odd operand is enough."""
     given: dict[str, object] = {"query": query, "key": key, "value": value}
-    given |= dict(zip(("q_lens", "k_lens"), args, strict=False)) | kwargs
+    names = ("q_lens", "k_lens", "block_counts", "block_indices")
+    given |= dict(zip(names, args, strict=False)) | kwargs
     for name, x in given.items():
         if isinstance(x, Tensor):
             gate.dense(name, x)
@@ -123,18 +153,25 @@ def _sdpa_elsewhere(
 def _sdpa_fake(
     query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    call, _, out_like_value = _call(*args, **options)
-    check(query, key, value, call)
-    out = query.new_empty(query.shape, dtype=(value if out_like_value else query).dtype)
-    return out, empty_lse(query, call.return_lse)
+    given = _arguments(*args, **options)
+    _check(query, key, value, given)
+    out = query.new_empty(query.shape, dtype=(value if given.out_like_value else query).dtype)
+    return out, empty_lse(query, given.call.return_lse)
 
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    query, key, value, *lens = inputs
-    call, kernel, _ = _call(*lens, **keyword_only_inputs)
-    is_forced_lossy = 0 <= kernel < len(kernels()) and kernels()[kernel].is_lossy
+    query, key, value, *others = inputs
+    given = _arguments(*others, **keyword_only_inputs)
+    if not given.blocks.is_dense:
+        _refuse_blocks(given.blocks, "where a gradient is wanted: such calls are forward only")
+    row = given.kernel
+    is_forced_lossy = 0 <= row < len(kernels()) and kernels()[row].is_lossy
     is_exact = keyword_only_inputs["precision"] == library.EXACT and not is_forced_lossy
-    autograd.remember(ctx, query, key, value, call, output if is_exact else None)
+    autograd.remember(ctx, query, key, value, given.call, output if is_exact else None)
+
+
+def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    return *autograd.backward(ctx, *gradients), None, None  # of the lists
 
 
 def _define(fallback: Fallback) -> None:
@@ -145,7 +182,7 @@ def _define(fallback: Fallback) -> None:
     torch.library.register_fake("wan_attn::sdpa", _sdpa_fake, lib=_LIBRARY)
     _LIBRARY.impl("sdpa", _sdpa_elsewhere, "CompositeExplicitAutograd")
     by_torch = _by_torch(fallback)
-    autograd.register(_LIBRARY, "wan_attn::sdpa", autograd.backward, _setup_context, by_torch, True)
+    autograd.register(_LIBRARY, "wan_attn::sdpa", _backward, _setup_context, by_torch, True)
     backward.define(_LIBRARY)
     rope.define(_LIBRARY)
 

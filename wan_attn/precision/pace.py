@@ -17,6 +17,7 @@ class Pace:
     _exact: list[float] = field(default_factory=list)
     _lossy: list[float] = field(default_factory=list)
     _turns: int = 0
+    _is_told: bool = False
 
     def is_turn_of_exact(self) -> bool:
         """Before a call that may be lossy: whether it has to show what an exact one takes."""
@@ -34,3 +35,11 @@ class Pace:
         if min(len(self._exact), len(self._lossy)) < ENOUGH:
             return None
         return min(self._exact), min(self._lossy)
+
+    def news(self) -> tuple[float, float] | None:
+        """The same, but once only."""
+        if self._is_told:
+            return None
+        least = self.least()
+        self._is_told = least is not None
+        return least

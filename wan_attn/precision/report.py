@@ -14,6 +14,7 @@ from typing import Any
 
 from wan_attn import log
 from wan_attn.precision.record import Layer
+from wan_attn.precision.verdict import largest
 from wan_attn.precision.watch import Watch
 from wan_attn.store import processes
 from wan_attn.version import __version__
@@ -81,7 +82,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "exact_seconds": round(layer.exact_seconds, 6),
         "lossy_seconds": round(layer.lossy_seconds, 6),
         "error": _rms(kept),
-        "largest_error": max(kept, default=None),
+        "largest_error": largest(kept) if kept else None,
         "measured": [
             {"run": run, "step": step, "error": error, "stands": stands}
             for run, step, error, stands in layer.measured
@@ -143,10 +144,10 @@ def _summary(found: dict[str, Any]) -> str:
     errors = [x["largest_error"] for x in found["layers"] if x["largest_error"] is not None]
     said = f"{found['mode']}: {lossy} of {calls} attention calls had 8-bit scores"
     if errors:
-        said += f"; largest measured error {_percent(max(errors))}"
+        said += f"; largest measured error {_percent(largest(errors))}"
         said += f", budget {100 * found['budget']:g} %"
     elif lossy:
-        said += "; their error is measured in the mode `auto` only"
+        said += "; their error is measured in `balanced` and `auto` only"
     return said
 
 

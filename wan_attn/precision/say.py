@@ -19,6 +19,11 @@ def it_starts(title: str, what: str, asked_by: str) -> None:
     )
 
 
+def what_it_brings(found: str) -> None:
+    """What calls of one kind take, where 8-bit scores are the faster ones."""
+    log.once(("brings", found), logging.INFO, f"8-bit scores: {found}")
+
+
 def why_not(reason: str) -> None:
     """A call is exact that might have been in 8 bits."""
     text = f"no 8-bit scores for a call: {reason}; it is exact"

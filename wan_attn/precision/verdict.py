@@ -13,7 +13,7 @@ from wan_attn.precision.place import Place
 from wan_attn.precision.record import Layer, Note, title
 
 
-def read_pending(layer: Layer, budget: float, wait: bool = False) -> None:
+def read_pending(layer: Layer, budget: float | None, wait: bool = False) -> None:
     """What a GPU has told meanwhile, or will have. The results that it is about are in use."""
     while layer.pending and (
         wait or all(one is None or one.is_there() for one in layer.pending[0][1:])
@@ -21,10 +21,11 @@ def read_pending(layer: Layer, budget: float, wait: bool = False) -> None:
         read(layer, layer.pending.pop(0), budget, is_late=True)
 
 
-def read(layer: Layer, note: Note, budget: float, is_late: bool) -> list[int | None]:
+def read(layer: Layer, note: Note, budget: float | None, is_late: bool) -> list[int | None]:
     """The groups of heads that are exact from now on; None among them: all.
 
     Args:
+        budget: None: errors are only kept for the report.
         is_late: the call cannot be computed again. If its run is over, nothing follows.
     """
     where, watched, errors = note
@@ -42,17 +43,22 @@ def read(layer: Layer, note: Note, budget: float, is_late: bool) -> list[int | N
         before = layer.running.get(group)
         running = square if before is None else before + sampling.WEIGHT * (square - before)
         layer.running[group] = running
-        if not running <= budget**2:  # NaN too
+        if budget is not None and not running <= budget**2:  # NaN too
             over[group] = running
-    if over:
-        worst = max(over.values(), key=lambda running: (math.isnan(running), running))
+    if over and budget is not None:
+        worst = largest(over.values())
         error = "NaN" if math.isnan(worst) else f"{100 * math.sqrt(worst):.2g} %"
         reason = f"an error of {error} is above the budget of {100 * budget:g} %; {what_now}"
         _switch(layer, where, over, reason)
     if squares:
-        worst = math.sqrt(max(squares))
+        worst = math.sqrt(largest(squares))
         layer.measured.append((where.run, where.step, worst, is_late or not over))
     return list(over)
+
+
+def largest(errors: Iterable[float]) -> float:
+    """NaN is larger than any other."""
+    return max(errors, key=lambda error: (math.isnan(error), error))
 
 
 def _switch(layer: Layer, where: Place, groups: Iterable[int | None], reason: str) -> None:

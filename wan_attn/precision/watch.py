@@ -63,7 +63,8 @@ class Watch:
         self.layers: dict[tuple[int | None, int | None, str], Layer] = {}
         self._rules = schedule.with_own(wishes.mode, wishes.rules)
         self._why_not: dict[Request, str | None] = {}
-        self._measures = wishes.mode == "auto"
+        self._measures = wishes.mode in ("balanced", "auto")
+        self._budget = wishes.budget if wishes.mode == "auto" else None
         self._paces: dict[Request, Pace] = {}
         self.rank: int | None = None  # at exit the process group may be gone
 
@@ -90,7 +91,7 @@ class Watch:
             self.rank = processes.rank()
         where = place.here(request.seqlen_q, request.seqlen_k)
         layer = self._layer(where)
-        verdict.read_pending(layer, self.wishes.budget)
+        verdict.read_pending(layer, self._budget)
         heads = self._lossy_heads(request, where, layer, (query, key, value))
         pace = self._pace(request)
         if heads and pace is not None and pace.is_turn_of_exact():
@@ -148,7 +149,7 @@ class Watch:
         if request in self._why_not:
             return self._why_not[request]
         reason = native.why_not(request, QK8)
-        if reason is None and self._measures:
+        if reason is None and self._budget is not None:
             reason = sampling.why_not(request)
             reason = reason and f"its error cannot be measured, with {reason}"
         self._why_not[request] = reason
@@ -165,13 +166,15 @@ class Watch:
         return self._paces.setdefault(request, Pace())
 
     def _compare(self, pace: Pace, backend: str, request: Request) -> None:
-        least = pace.least()
-        if least is None or least[0] > least[1]:
+        if (least := pace.news()) is None:
             return
-        exact, lossy = (f"{1e3 * seconds:.3g} ms" for seconds in least)
-        reason = f"{self._title(request)} takes {lossy}, exactly {exact} on {backend}"
-        self._why_not[request] = reason
-        say.why_not(reason)
+        found = f"{self._title(request)} takes {1e3 * least[1]:.3g} ms, "
+        found += f"exactly {1e3 * least[0]:.3g} ms on {backend}"
+        if least[0] > least[1]:
+            say.what_it_brings(found)
+        else:
+            self._why_not[request] = found
+            say.why_not(found)
 
     # --- running ----------------------------------------------------------------------------
 
@@ -253,7 +256,7 @@ class Watch:
         result: Result,
     ) -> Result | None:
         """The result, or what has to stand in for it; None: all of it."""
-        over = verdict.read(layer, note, self.wishes.budget, is_late=False)
+        over = verdict.read(layer, note, self._budget, is_late=False)
         if None in over:
             return None
         if not over:
@@ -272,7 +275,9 @@ class Watch:
     def _measure(
         self, request: Request, layer: Layer, operands: Operands, out: Tensor, call: Call
     ) -> Tensor | None:
-        rows = layer.allowance.rows(request.seqlen_q) if self._measures else []
+        if not self._measures or sampling.why_not(request) is not None:
+            return None
+        rows = layer.allowance.rows(request.seqlen_q)
         if not rows:
             return None
         return sampling.errors(native.run, rows, layer.groups, operands, out, call)
@@ -281,7 +286,7 @@ class Watch:
         """Wait for what GPUs have still to tell, for the report."""
         for layer in self.layers.values():
             layer.drain(wait=True)
-            verdict.read_pending(layer, self.wishes.budget, wait=True)
+            verdict.read_pending(layer, self._budget, wait=True)
 
 
 def _is_on_a_gpu(operands: Operands) -> bool:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""request - one attention call, its rules (call.py), what arguments may be (gate.py), and what
+"""request - one attention call, its rules (call.py, blocks.py), what arguments may be (gate.py), and what
 torch.func makes of them (transforms.py)."""
 
+from wan_attn.request.blocks import BLOCK, Blocks, check_blocks
 from wan_attn.request.call import (
     DTYPES,
     MAX_HEAD_DIM,
@@ -20,13 +21,16 @@ from wan_attn.request.call import (
 from wan_attn.request.gate import Refusal, refuse
 
 __all__ = [
+    "BLOCK",
     "DTYPES",
     "MAX_HEAD_DIM",
     "PLAIN",
+    "Blocks",
     "Call",
     "Refusal",
     "Request",
     "check",
+    "check_blocks",
     "check_dense",
     "check_floating",
     "check_scale",

@@ -73,6 +73,7 @@ class Request:
         is_causal, window, dropout_p, return_lse: as in Call.
         has_q_lens, has_k_lens: whether real lengths come with the call.
         needs_grad: autograd will ask for a gradient.
+        has_block_lists, skip_threshold: as in Blocks.
     """
 
     batch: int
@@ -92,6 +93,8 @@ class Request:
     needs_grad: bool = False
     dropout_p: float = 0.0
     return_lse: bool = False
+    has_block_lists: bool = False
+    skip_threshold: float = 0.0
 
     @classmethod
     def of(
@@ -108,8 +111,8 @@ class Request:
         Args:
             workload: its sizes, by name or from text (see workloads.py).
             dtype: what is computed in; qk_dtype: of query and key, None: the same.
-            flags: any of is_causal, window, has_q_lens, has_k_lens, needs_grad, dropout_p and
-                return_lse.
+            flags: any of is_causal, window, has_q_lens, has_k_lens, needs_grad, dropout_p,
+                return_lse, has_block_lists and skip_threshold.
         """
         w, qk_dtype = workload, qk_dtype or dtype
         return cls(
@@ -241,14 +244,14 @@ def _check_operands(
     check_dense(query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
-            refuse(name, "[batch, seqlen, heads, head_dim]", _shape(tensor))
+            refuse(name, "[batch, seqlen, heads, head_dim]", shape_text(tensor))
         if takes_any_float:
             check_floating(name, tensor)
         elif tensor.dtype not in DTYPES:
             refuse(name, "float32, float16 or bfloat16", dtype_word(tensor.dtype))
         sizes = [max(size, 1) for size in tensor.shape if isinstance(size, int)]
         if len(sizes) == 4 and math.prod(sizes) > _MAX_ELEMENTS:  # a stride of 0 makes it possible
-            refuse_having(name, "at most 2^48 elements", _shape(tensor))
+            refuse_having(name, "at most 2^48 elements", shape_text(tensor))
         if not takes_any_strides and tensor.shape[3] > 1 and tensor.stride(3) != 1:
             got = f"{tensor.stride(3)} ({name}.contiguous() makes it so)"
             refuse_having(name, "stride 1 in its last dimension", got)
@@ -267,16 +270,16 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     batch, _, heads_q, head_dim = query.shape
     heads_k = key.shape[2]
     if head_dim < 1:
-        refuse_having("query", "a head_dim of at least 1", _shape(query))
+        refuse_having("query", "a head_dim of at least 1", shape_text(query))
     if heads_q < 1 or heads_k < 1 or heads_q % heads_k != 0:
         got = f"{heads_q} heads for key's {heads_k}"
         refuse_having("query", "a multiple of key's heads", got)
     expected = f"[{batch}, {key.shape[1]}, {heads_k}, {head_dim}]"
     if key.shape[0] != batch or key.shape[3] != head_dim:
         rule = "[query's batch, seqlen_k, num_heads_k, query's head_dim]"
-        refuse("key", f"{rule} = {expected}", _shape(key))
+        refuse("key", f"{rule} = {expected}", shape_text(key))
     if value.shape != key.shape:
-        refuse("value", f"shaped like key = {expected}", _shape(value))
+        refuse("value", f"shaped like key = {expected}", shape_text(value))
 
 
 def _check_lengths(name: str, lengths: Tensor | None, query: Tensor) -> None:
@@ -284,14 +287,14 @@ def _check_lengths(name: str, lengths: Tensor | None, query: Tensor) -> None:
         return
     gate.dense(name, lengths)
     if lengths.dim() != 1 or lengths.shape[0] != query.shape[0]:
-        refuse(name, f"[batch] = [{query.shape[0]}]", _shape(lengths))
+        refuse(name, f"[batch] = [{query.shape[0]}]", shape_text(lengths))
     if lengths.dtype not in (torch.int32, torch.int64):
         refuse(name, "int32 or int64", dtype_word(lengths.dtype))
     if lengths.device.type != "cpu" and lengths.device != query.device:
         refuse(name, f"on the CPU or on query's device {query.device}", lengths.device)
 
 
-def _shape(tensor: Tensor) -> str:
+def shape_text(tensor: Tensor) -> str:
     """As csrc/core/check.c writes it: [2, 3], or [1, 2, 3, 4, ...] (5 dimensions)."""
     if tensor.dim() <= 4:
         return str(list(tensor.shape))

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """proof_calls.py - the calls that a row of the kernel table has to get right on a card before it
-runs there: every tile of the row, every pass beside it, every kind of mask, and a captured graph.
+runs there: every tile of the row, every pass beside it, every kind of mask, a guard, and a captured
+graph.
 
 Lengths are those of first_call.py: rings go round, and both blocks of a cluster have rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,7 +61,7 @@ CALLS = (
     ProofCall("float32 query and key", mask="causal", qk_is_f32=True),
     ProofCall("unaligned", is_unaligned=True),
 )
-GRAPH = "graph"
+GRAPH, GUARDED = "graph", "guarded"
 
 
 class Card(Protocol):
@@ -77,9 +79,15 @@ class Card(Protocol):
         """Why the row does not take this call by design; None: it does."""
 
     def run(
-        self, row: KernelInfo, operands: Operands, q_lens: Tensor | None, k_lens: Tensor, case: Case
+        self,
+        row: KernelInfo,
+        operands: Operands,
+        q_lens: Tensor | None,
+        k_lens: Tensor,
+        case: Case,
+        guard: Tensor | None = None,
     ) -> Answer:
-        """torch.ops.wan_attn.sdpa with this row and no other."""
+        """torch.ops.wan_attn.sdpa with this row and no other; guard: as native.run has it."""
 
     def captured(self, attend: Callable[[], Any]) -> Callable[[], Any] | None:
         """The call as a graph, to be replayed; None: there are no graphs (see `skipped`)."""
@@ -120,12 +128,44 @@ def wrong(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
                 return f"{call.name}: {found}"
         if not (torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])):
             return f"{call.name}: the same call gave other bits the second time, [{case}]"
-    return _wrong_graph(card, row, dtype)
+    return _wrong_guard(card, row, dtype) or _wrong_graph(card, row, dtype)
 
 
 def _placed(call: ProofCall, x: Operands, dtype: torch.dtype, device: torch.device) -> Operands:
     query, key, value = (call.place(x[n], dtype, is_value=n == 2, device=device) for n in range(3))
     return query, key, value
+
+
+def _wrong_guard(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
+    """A guard adds what a call's v and out tell, first of a harmless call, then of a bad value."""
+    call = ProofCall(GUARDED)
+    case = call.case(row.head_dim_max)
+    known, truth = _known(case, row.is_lossy)
+    query, key, value = _placed(call, known, dtype, card.device())
+    lens = _lens(call, case, card.device())
+    words = torch.zeros(4, dtype=torch.int32, device=card.device())
+    real = [float(known[2][b, :used].abs().max()) for b, used in enumerate(case.k_lens)]
+    out, lse = card.run(row, (query, key, value), *lens, case, guard=words)
+    found = difference(case, truth, out, lse, UNIT[dtype], row.is_lossy)
+    found = found or _unlike(words, max(real), 0, 0)
+    if found is None:
+        value = value.clone()
+        value[0, 5, 0, 3] = math.inf
+        out, _ = card.run(row, (query, key, value), *lens, case, guard=words)
+        bad = int((~torch.isfinite(out)).sum())
+        found = _unlike(words, math.inf, 1, bad) if bad else "an infinity in v is not in out"
+    return None if found is None else f"{GUARDED}: {found}"
+
+
+def _unlike(words: Tensor, largest: float, bad_values: int, bad_results: int) -> str | None:
+    """What is otherwise in a guard than it should be, in words; None: nothing."""
+    size = int(torch.tensor(largest, device="cpu").view(torch.int32))
+    want = torch.tensor([size, 0, bad_values, bad_results], dtype=torch.int32, device="cpu")
+    got = words.cpu()
+    if torch.equal(got, want):
+        return None
+    numbers = [float(got[:1].view(torch.float32)), *got[1:].tolist()]
+    return f"the guard says {numbers} instead of {[largest, 0, bad_values, bad_results]}"
 
 
 def _wrong_graph(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wan_attn.log import dtype_name
-from wan_attn.native import cuda_driver, library, rope
+from wan_attn.native import bindings, cuda_driver, library, rope
 from wan_attn.native.kernels import KernelInfo, kernels, rope_kernels, why_not
 from wan_attn.request import Request
 from wan_attn.selfcheck import child, proof_calls, rope_calls, verdicts
@@ -94,19 +94,20 @@ class TorchCard(TableCard):
         return self.where
 
     def run(
-        self, row: KernelInfo, operands: Operands, q_lens: Tensor | None, k_lens: Tensor, case: Case
+        self,
+        row: KernelInfo,
+        operands: Operands,
+        q_lens: Tensor | None,
+        k_lens: Tensor,
+        case: Case,
+        guard: Tensor | None = None,
     ) -> Answer:
         is_causal, (left, right) = MASKS[case.mask]
-        out, lse = torch.ops.wan_attn.sdpa(
-            *operands,
-            q_lens,
-            k_lens,
-            is_causal=is_causal,
-            window_left=left,
-            window_right=right,
-            return_lse=True,
-            kernel=row.index,
-        )
+        options: dict[str, Any] = {"window_left": left, "window_right": right}
+        options |= {"is_causal": is_causal, "return_lse": True, "kernel": row.index}
+        if guard is not None:  # which the op cannot have
+            return bindings.ctypes_sdpa(*operands, q_lens, k_lens, guard=guard, **options)
+        out, lse = torch.ops.wan_attn.sdpa(*operands, q_lens, k_lens, **options)
         return out, lse
 
     def rope(self, row: KernelInfo, given: Mapping[str, Any]) -> Tensor:

@@ -4,6 +4,8 @@
  */
 #include <string.h>
 
+#include "cuda/args_guard.h"
+#include "cuda/args_qk8.h"
 #include "cuda/host/plan.h"
 #include "cuda/host/proof.h"
 
@@ -22,6 +24,23 @@ static const char *refuse_sizes(const wan_attn_problem *p) {
     if (heads > blocks || p->seqlen_q > blocks / (heads ? heads : 1) ||
         p->seqlen_k > blocks / (heads ? heads : 1))
         return "takes batch * num_heads_q * seqlen below 2^31";
+    return NULL;
+}
+
+/* Passes count warps and threads in 31 bits, also where they have more of them than the call has
+ * rows: those of qk8.cuh whole tiles of keys and a thread a channel, a guard 64 rows a warp. */
+static const char *refuse_counts(const wan_attn_problem *p, int is_int8) {
+    const int64_t most = INT32_MAX;
+    int64_t heads_q = p->batch * p->num_heads_q, heads_k = p->batch * p->num_heads_k;
+    int64_t keys = wan_attn_divide_up(p->seqlen_k, WAN_ATTN_CUDA_QK8_KEYS) * WAN_ATTN_CUDA_QK8_KEYS;
+    if (is_int8 && (heads_k * keys > most || heads_k * p->head_dim > most))
+        return "takes batch * num_heads_k, times seqlen_k in whole tiles of 64 or times head_dim, "
+               "below 2^31";
+    if (p->params->guard &&
+        heads_q * wan_attn_divide_up(p->seqlen_q, WAN_ATTN_CUDA_GUARD_ROWS) +
+                heads_k * wan_attn_divide_up(p->seqlen_k, WAN_ATTN_CUDA_GUARD_ROWS) >
+            most)
+        return "takes, with a guard, fewer than 2^31 blocks of 64 rows of q and v";
     return NULL;
 }
 
@@ -58,6 +77,8 @@ const char *wan_attn_cuda_plan_call(wan_attn_problem *p) {
         why = "is slower than sdpa_sm90 on Hopper, whose full rate mma.sync does not reach";
     if (!why)
         why = refuse_sizes(p);
+    if (!why)
+        why = refuse_counts(p, tile->qk_int8);
     if (!why && p->out.data)
         why = wan_attn_cuda_refuse_out(p);
     if (!why)

@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * lost.h - the certificate of a skip_threshold: what share of its weights a row lacks at most. Knows
+ * no kernel.
+ *
+ * A block of keys that is left out weighs at most its number of keys times its largest weight. With
+ * `lost`, the sum of these, in the unit of row_sum (so that both shrink as the maximum rises), the
+ * row lacks at most lost / (row_sum + lost) of all it should have.
+ */
+#ifndef WAN_ATTN_CPU_LOST_H
+#define WAN_ATTN_CPU_LOST_H
+
+#include "core/atomic.h"
+#include "core/kernel.h"
+#include "cpu/half.h"
+
+/* What weights below float32's normal numbers, which count as 0, may add up to in a row. */
+#define LOST_AT_LEAST 0x1p-100f
+
+/* The rounding of scores, weights and sums. */
+#define LOST_ROUNDING 1.001f
+
+/* `lost` of a row whose maximum has risen: all before is worth alpha of what it was. */
+static inline float wan_attn_lost_after(float lost, float alpha) {
+    return lost > 0.0f ? lost * alpha + LOST_AT_LEAST : 0.0f;
+}
+
+/* Takes a row into account. *most: the largest share so far, a float that is not negative, whose
+ * bits are ordered as it is. */
+static inline void wan_attn_note_lost(wan_attn_flags *most, float lost, float row_sum) {
+    if (lost > 0.0f) {
+        float share = lost * LOST_ROUNDING / (row_sum + lost) + LOST_AT_LEAST;
+        wan_attn_raise(most, wan_attn_bits_of_float(share < 1.0f ? share : 1.0f));
+    }
+}
+
+/* Tells the call's guard, if it has one that wants to know. */
+static inline void wan_attn_tell_lost(const wan_attn_problem *p, wan_attn_flags *most) {
+    wan_attn_guard *guard = (wan_attn_guard *)p->params->guard;
+    float lost = wan_attn_float_of_bits(wan_attn_load(most));
+    if (guard && p->params->guard_size == sizeof(*guard) && lost > guard->lost_mass)
+        guard->lost_mass = lost;
+}
+
+#endif /* WAN_ATTN_CPU_LOST_H */
