@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * backward_avx512_bf16.c - gradients of attention with AVX512-BF16: products of bfloat16 pairs, sums
- * in float32. The body: backward_tile.inc.
+ * backward_avx512_bf16.c - gradients of attention with AVX512-BF16: products of bfloat16 pairs,
+ * sums in float32. The body: backward_tile.inc.
  *
  * Budget: as backward_avx512.c, with vdpbf16ps for FMA.
  */

@@ -12,9 +12,9 @@
  * Measured: not for speed; it is what the others are compared with.
  * Budget: some 110 KiB of stack at the largest head_dim.
  * Numerics: products and sums in float32, but for delta's; neither P nor dS is rounded. What is
- * summed over keys or rows is summed from zero for a block of 16 and then added, a score 64 elements
- * of head_dim at a time. softmax_scale multiplies sums, not their terms. A single key weighs exactly
- * 1, and its dS is dlse.
+ * summed over keys or rows is summed from zero for a block of 16 and then added, a score 64
+ * elements of head_dim at a time. softmax_scale multiplies sums, not their terms. A single key
+ * weighs exactly 1, and its dS is dlse.
  * Masked keys are left out by loop bounds, so that nothing behind the lengths or outside the mask
  * can leak, NaN included.
  */
