@@ -80,7 +80,7 @@ static void load_rows(const wan_attn_backward_problem *p, int64_t b, int64_t hea
 
 static void load_keys(const wan_attn_problem *call, int64_t b, int64_t head_k, int64_t first,
                       int64_t end, key_block *keys) {
-    float k[MAX_HEAD_DIM], v[MAX_HEAD_DIM];
+    float k[MAX_HEAD_DIM] = {0}, v[MAX_HEAD_DIM] = {0};
     keys->first = first;
     keys->count = end - first < BLOCK ? end - first : BLOCK;
     for (int64_t n = 0; n < BLOCK; n++) {

@@ -54,13 +54,18 @@ def chosen(request: Request) -> str | None:
     return next((row.name for row in rows if why_not(request, row.index) is None), None)
 
 
-def workspace_bytes(request: Request) -> int | None:
-    """The memory beside operands and results that the best row needs; None: none takes the call."""
+def workspace_bytes(request: Request, row: str = "") -> int | None:
+    """The memory beside operands and results that a row needs; None: it does not take the call.
+
+    Args:
+        row: of the table, by name; "": the best one.
+    """
     if library.load() is None:
         return None
     forward, size = call_params(request), ctypes.c_size_t(0)
     forward.num_threads = torch.get_num_threads()
-    params = _params(forward)
+    index = next((kernel.index for kernel in backward_kernels() if kernel.name == row), -1)
+    params = _params(forward, index)
     status = library.lib().wan_attn_backward_select(params, None, size, None)
     return int(size.value) if status == library.OK else None
 
