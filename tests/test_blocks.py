@@ -16,6 +16,7 @@ from torch import Tensor
 
 import blocks_oracle
 import calls
+import oracle
 from blocks_oracle import BLOCK, Lists, blocks_of, random_lists
 from calls import BF16, F32, sdpa
 from tolerances import FACTOR, FLOOR_ULP, ulp
@@ -58,14 +59,16 @@ def error_of_torch(qkv: Any, lists: Lists, pools_others: bool, **call: Any) -> f
             bias = np.concatenate([bias, counted[:, None]], axis=1)
         rows = np.isfinite(bias).any(axis=1)
         if rows.any():
-            x = [torch.from_numpy(a).to(dtype) for a in (q[rows], k, v)]
-            got = by_torch(*x, torch.from_numpy(bias[rows]).to(dtype), scale)
+            x = [torch.from_numpy(a).to(dtype) for a in (q[rows], k, v, bias[rows])]
+            got = by_torch(x[0], x[1], x[2], x[3], scale)
             worst = max(worst, float(np.abs(got.double().numpy() - out[rows]).max()))
         return out, lse
 
     places = iter([(b, h) for b in range(qkv[0].shape[0]) for h in range(qkv[0].shape[2])])
-    blocks_oracle.oracle.attention(
-        *qkv, head=lambda *a: head(*a, lists.named[next(places)]), **call
+    oracle.attention(
+        *qkv,
+        head=lambda q, k, v, scale, seen: head(q, k, v, scale, seen, lists.named[next(places)]),
+        **call,
     )
     return worst
 
@@ -74,7 +77,8 @@ def check(
     row: op.KernelInfo, qkv: Any, lists: Lists, *, pools_others: bool = False, **call: Any
 ) -> None:
     """out and lse of this row against float64; the bound: twice torch's error."""
-    want, want_lse = blocks_oracle.attention(*qkv, lists, pools_others=pools_others, **call)
+    q, k, v = qkv
+    want, want_lse = blocks_oracle.attention(q, k, v, lists, pools_others=pools_others, **call)
     out, lse = listed(row, qkv, lists, pools_others=pools_others, **call)
     sees = np.isfinite(want_lse)
     assert (np.isfinite(lse.numpy()) == sees).all(), "a row sees nothing, or should not"
@@ -195,12 +199,14 @@ def test_strides_of_lists(row: op.KernelInfo, how: str) -> None:
     qkv = calls.operands(2, 200, 300, 3, 1, 16, row.dtypes[0])
     counts, indices = random_lists(7, 2, 3, 200, 300, 0.5).as_tensors()
     want = sdpa(*qkv, row=row, block_counts=counts, block_indices=indices)[0]
-    lists = {"block_counts": spread(counts, how), "block_indices": spread(indices, how)}
-    assert torch.equal(sdpa(*qkv, row=row, **lists)[0], want)
-    one = {"block_counts": counts[:1, :1], "block_indices": indices[:1, :1]}
-    for_all = {name: x.expand(2, 3, *x.shape[2:]) for name, x in one.items()}
-    plain = {name: x.contiguous() for name, x in for_all.items()}
-    assert torch.equal(sdpa(*qkv, row=row, **for_all)[0], sdpa(*qkv, row=row, **plain)[0])
+    counts, indices = spread(counts, how), spread(indices, how)
+    got = sdpa(*qkv, row=row, block_counts=counts, block_indices=indices)[0]
+    assert torch.equal(got, want)
+    counts, indices = (x[:1, :1].expand(2, 3, *x.shape[2:]) for x in (counts, indices))
+    got = sdpa(*qkv, row=row, block_counts=counts, block_indices=indices)[0]
+    counts, indices = counts.contiguous(), indices.contiguous()
+    want = sdpa(*qkv, row=row, block_counts=counts, block_indices=indices)[0]
+    assert torch.equal(got, want)
 
 
 @each_row

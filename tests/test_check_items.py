@@ -101,8 +101,10 @@ _turns = itertools.count()
 
 
 def other_bits(out: Tensor, q: Any, *_: Any) -> Tensor:
-    """Not in the calls of a proof, which would find it first."""
-    return out if q.shape[1] != 130 else out * (1 + 1e-7 * next(_turns))
+    """Every other time, the next number. Not in the calls of a proof, which would find it first."""
+    if q.shape[1] != 130 or next(_turns) % 2:
+        return out
+    return torch.nextafter(out, torch.full_like(out, math.inf))
 
 
 PLANTED: list[tuple[str, str, Any]] = [

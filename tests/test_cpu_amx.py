@@ -20,9 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import blocks_oracle
+from blocks_oracle import random_lists
 from tolerances import assert_close_to_oracle
 from wan_attn.native import bindings, op
 from wan_attn.native import library as native
@@ -182,6 +185,25 @@ def test_nan_behind_the_mask_stays_there(amx: int) -> None:
     value[:, 20] = float("nan")
     out = check(amx, query, key, value, is_causal=True)
     assert out[:, :20].isfinite().all() and out[:, 20:].isnan().all()
+
+
+@pytest.mark.parametrize("call", ({}, {"is_causal": True}, {"k_lens": [301]}), ids=str)
+def test_lists_of_blocks(amx: int, call: dict[str, Any]) -> None:
+    """Alone, with the others pooled, and under a threshold that leaves nothing out; and a full list
+    beside one that is not has the bits of none."""
+    query, key, value = operands(70, 500, 48, heads=(2, 1))
+    lists = random_lists(1, 1, 2, 70, 500, 0.5)
+    lists.named[0, 0] = True
+    counts, indices = lists.as_tensors()
+    given = {**call, "k_lens": torch.tensor(call["k_lens"]) if "k_lens" in call else None}
+    given |= {"block_counts": counts, "block_indices": indices, "kernel": amx}
+    for wishes in ({}, {"pools_others": True}, {"skip_threshold": 1e-9}):
+        out, _ = bindings.ctypes_sdpa(query, key, value, **given, **wishes)
+        pools = bool(wishes.get("pools_others"))
+        want, _ = blocks_oracle.attention(query, key, value, lists, pools_others=pools, **call)
+        assert np.abs(out.double().numpy() - want).max() < 0.02
+        if "skip_threshold" not in wishes:
+            assert torch.equal(out[:, :, 0], check(amx, query, key, value, **call)[:, :, 0])
 
 
 @pytest.mark.parametrize("call", ({}, {"is_causal": True}, {"k_lens": [301]}), ids=str)

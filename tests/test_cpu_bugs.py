@@ -44,6 +44,7 @@ class Bug:
 
 GRADIENT, GRADIENTS = "cpu/backward_tile.inc", "cpu/backward_blocked.c"
 FEW, ROPE = "cpu/sdpa_few.inc", "cpu/rope_token.inc"
+LISTS, LISTED = "cpu/sdpa_lists.inc", "cpu/sdpa_avx2_listed.c"
 TILE, PACK, FMA, BLOCKED, AMX = (
     f"cpu/{name}"
     for name in ("sdpa_tile.inc", "sdpa_pack.inc", "sdpa_fma.inc", "blocked.c", "sdpa_amx.c")
@@ -101,6 +102,34 @@ BUGS = (
     Bug(
         *("query heads of a group are one", BLOCKED),
         *(" * heads_per_pair + head % heads_per_pair", " * heads_per_pair", BLOCKED),
+    ),
+    Bug(
+        *("lists: a part has the keys of its packed block's first", LISTS),
+        *("part.k += first * plan->depth", "part.k += 0", LISTED),
+    ),
+    Bug(
+        *("lists: a part has the values of its packed block's first", LISTS),
+        *("part.v += first * VALUES_OF_KEY", "part.v += 0", LISTED),
+    ),
+    Bug(
+        *("lists: a short block's mean weighs as a whole one's", LISTS),
+        *("(float)wan_attn_keys_in_block(n, len_k)", "(float)WAN_ATTN_BLOCK", LISTED),
+    ),
+    Bug(
+        *("lists: the means of listed blocks count, too", LISTS),
+        *("n = wan_attn_next_other(list, &at, n + 1)) {", "n++) {", LISTED),
+    ),
+    Bug(
+        *("lists: a row that sees no listed block is not zero", LISTS),
+        *(" && wan_attn_sees_listed(list, &at, keys)", "", LISTED),
+    ),
+    Bug(
+        *("lists: a row sees the mean of a block that it sees in part", "core/lists.h"),
+        *(": keys.end / WAN_ATTN_BLOCK}", ": wan_attn_key_blocks(keys.end)}", LISTED),
+    ),
+    Bug(
+        *("lists: one list for all blocks of queries", "core/lists.h"),
+        *("block = row / WAN_ATTN_BLOCK", "block = row / WAN_ATTN_BLOCK * 0", LISTED),
     ),
     Bug(
         *("AMX: the last step of O is not added", AMX),

@@ -133,7 +133,7 @@ def test_a_guard_is_filled_by_any_row(arch: int, precision: int, tmp_path: Path)
     query, key, value = operands(torch.bfloat16, 70, 150, batch=2)
     value[1, 100:] = 1e30  # behind the real length
     value[0, 149, 1, 5] = -77.0
-    words, lens = torch.zeros(4, dtype=torch.int32), torch.tensor([150, 100])
+    words, lens = torch.zeros(5, dtype=torch.int32), torch.tensor([150, 100])
     plain = gpu.sdpa(query, key, value, precision=precision, k_lens=lens)
     out, lse = gpu.sdpa(query, key, value, precision=precision, k_lens=lens, guard=words)
     assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1])

@@ -20,20 +20,50 @@ typedef struct look {
     finding found[MAX_WORKERS];
 } look;
 
-/* How many numbers of a row of V or of out are infinite or NaN; *largest becomes the largest. */
-static int64_t look_at_row(const wan_attn_view *view, int64_t b, int64_t row, int64_t head,
-                           int64_t head_dim, uint32_t *largest) {
-    float x[MAX_HEAD_DIM];
-    uint32_t top = *largest;
-    int32_t nonfinite = 0;
-    wan_attn_load_floats(x, wan_attn_row_address(view, b, row, head), view->dtype, head_dim);
-    for (int64_t d = 0; d < head_dim; d++) {
-        uint32_t bits = wan_attn_bits_of_float(x[d]) & 0x7fffffffu;
-        nonfinite += bits >= 0x7f800000u;
+/* Bits of a magnitude, signed, so that any x86-64 compares several at a time; those of a bfloat16
+ * are the upper half. */
+static inline int32_t magnitude(float x) {
+    return (int32_t)(wan_attn_bits_of_float(x) & 0x7fffffffu);
+}
+
+/* How many of n numbers are infinite or NaN; *largest becomes the largest. Counting waits until
+ * there is something to count. */
+static int64_t look_at_floats(const float *x, int64_t n, uint32_t *largest) {
+    int32_t top = 0;
+    int64_t nonfinite = 0;
+    for (int64_t d = 0; d < n; d++)
+        top = magnitude(x[d]) > top ? magnitude(x[d]) : top;
+    for (int64_t d = 0; top >= 0x7f800000 && d < n; d++)
+        nonfinite += magnitude(x[d]) >= 0x7f800000;
+    *largest = (uint32_t)top > *largest ? (uint32_t)top : *largest;
+    return nonfinite;
+}
+
+static int64_t look_at_bf16(const uint16_t *x, int64_t n, uint32_t *largest) {
+    int16_t top = 0;
+    int64_t nonfinite = 0;
+    for (int64_t d = 0; d < n; d++) {
+        int16_t bits = (int16_t)(x[d] & 0x7fff);
         top = bits > top ? bits : top;
     }
-    *largest = top;
+    for (int64_t d = 0; top >= 0x7f80 && d < n; d++)
+        nonfinite += (x[d] & 0x7fff) >= 0x7f80;
+    uint32_t bits = (uint32_t)top << 16;
+    *largest = bits > *largest ? bits : *largest;
     return nonfinite;
+}
+
+/* The same of a row of V or of out. */
+static int64_t look_at_row(const wan_attn_view *view, int64_t b, int64_t row, int64_t head,
+                           int64_t head_dim, uint32_t *largest) {
+    const void *from = wan_attn_row_address(view, b, row, head);
+    if (view->dtype == WAN_ATTN_F32)
+        return look_at_floats((const float *)from, head_dim, largest);
+    if (view->dtype == WAN_ATTN_BF16)
+        return look_at_bf16((const uint16_t *)from, head_dim, largest);
+    float x[MAX_HEAD_DIM];
+    wan_attn_load_floats(x, from, view->dtype, head_dim);
+    return look_at_floats(x, head_dim, largest);
 }
 
 /* Task numbers run over [sample][query head, then key head][block of rows]. */

@@ -52,7 +52,7 @@ static void score_row(const wan_attn_params *p, const decoded *x, int64_t b, int
                      heads_k * head_dim, real_length(&p->seqused_k, b, keys), head_dim, mean);
     for (int64_t j = 0; j < keys; j++) {
         score[j] = -INFINITY, off[j] = 0.0;
-        is_visible[j] = sees(p, b, i, j);
+        is_visible[j] = sees(p, b, i, j) && is_listed(p, b, h, i, j / WAN_ATTN_BLOCK);
         if (!is_visible[j])
             continue;
         const double *k =
@@ -131,6 +131,8 @@ static void weigh(const wan_attn_params *p, const double *v, int64_t v_stride, c
     double moved = off > 300.0 ? INFINITY : expm1(off) * exp(off) * spread;
     if (in == IN_EIGHT_BITS)
         moved += moved_by_rounding(v + d, v_stride, weight, real, sum, off, &of_values);
+    if (in == IN_BF16) /* weights that are rounded need not add up to the sum, which is not */
+        of_values += UNIT_BF16 * sizes;
     row->out_bound[d] = (moved < farthest ? moved : farthest) + of_values +
                         (double)(seen + 16) * UNIT_F32 * sizes +
                         1.01 * unit_of(p->q.dtype) * (fabs(sum) + of_values) + tiniest(p->q.dtype);

@@ -97,32 +97,76 @@ static int sees(const wan_attn_params *p, int64_t sample, int64_t i, int64_t j) 
            !(p->window_size_right >= 0 && distance > p->window_size_right);
 }
 
+/* Whether the list of query i's block names block n of keys. */
+static int is_listed(const wan_attn_params *p, int64_t sample, int64_t head, int64_t i, int64_t n) {
+    if (!p->block_counts.ndim)
+        return 1;
+    double count = value_at(&p->block_counts, sample, head, i / WAN_ATTN_BLOCK, 0);
+    for (int64_t at = 0; at < (int64_t)count; at++)
+        if (value_at(&p->block_indices, sample, head, i / WAN_ATTN_BLOCK, at) == (double)n)
+            return 1;
+    return 0;
+}
+
+/* Keys that count as one for row i: one key, or all of a block that is pooled. */
+typedef struct key_group {
+    int64_t first, count;
+} key_group;
+
+/* The next group from key j on; its count is 0 behind the last. A key that is not seen is passed. */
+static key_group next_group(const wan_attn_params *p, int64_t sample, int64_t head, int64_t i,
+                            int64_t j) {
+    int64_t keys = real_length(&p->seqused_k, sample, p->k.shape[1]);
+    key_group none = {keys, 0};
+    for (; j < keys; j++) {
+        key_group one = {j, 1};
+        if (is_listed(p, sample, head, i, j / WAN_ATTN_BLOCK)) {
+            if (sees(p, sample, i, j))
+                return one;
+        } else if (p->pools_others && j % WAN_ATTN_BLOCK == 0) {
+            one.count = keys - j < WAN_ATTN_BLOCK ? keys - j : WAN_ATTN_BLOCK;
+            int64_t seen = 0;
+            for (int64_t n = j; n < j + one.count; n++)
+                seen += sees(p, sample, i, n);
+            if (seen == one.count)
+                return one;
+        }
+    }
+    return none;
+}
+
+static double mean_at(const wan_attn_tensor *t, int64_t sample, key_group g, int64_t head,
+                      int64_t d) {
+    double sum = 0.0;
+    for (int64_t j = g.first; j < g.first + g.count; j++)
+        sum += value_at(t, sample, j, head, d);
+    return sum / (double)g.count;
+}
+
 /* out[0 .. head_dim) and the log-sum-exp of one row. scores: room for seqlen_k numbers. */
 static double reference_row(const wan_attn_params *p, int64_t sample, int64_t head, int64_t i,
                             double *scores, double *out) {
     int64_t head_dim = p->q.shape[3], head_k = head / (p->q.shape[2] / p->k.shape[2]);
     double scale = p->has_softmax_scale ? p->softmax_scale : 1.0 / sqrt((double)head_dim);
     double top = -INFINITY, sum = 0.0;
-    for (int64_t j = 0; j < p->k.shape[1]; j++) {
-        scores[j] = -INFINITY;
-        if (!sees(p, sample, i, j))
-            continue;
-        scores[j] = 0.0;
+    key_group g;
+    for (g = next_group(p, sample, head, i, 0); g.count;
+         g = next_group(p, sample, head, i, g.first + g.count)) {
+        double *score = &scores[g.first];
+        *score = 0.0;
         for (int64_t d = 0; d < head_dim; d++)
-            scores[j] +=
-                value_at(&p->q, sample, i, head, d) * value_at(&p->k, sample, j, head_k, d);
-        scores[j] *= scale;
-        top = fmax(top, scores[j]);
+            *score += value_at(&p->q, sample, i, head, d) * mean_at(&p->k, sample, g, head_k, d);
+        *score *= scale;
+        top = fmax(top, *score);
     }
     for (int64_t d = 0; d < head_dim; d++)
         out[d] = 0.0;
-    for (int64_t j = 0; j < p->k.shape[1]; j++) {
-        if (scores[j] == -INFINITY)
-            continue;
-        double weight = exp(scores[j] - top);
-        sum += weight;
+    for (g = next_group(p, sample, head, i, 0); g.count;
+         g = next_group(p, sample, head, i, g.first + g.count)) {
+        double weight = scores[g.first] == -INFINITY ? 0.0 : exp(scores[g.first] - top);
+        sum += (double)g.count * weight;
         for (int64_t d = 0; d < head_dim; d++)
-            out[d] += weight * value_at(&p->v, sample, j, head_k, d);
+            out[d] += (double)g.count * weight * mean_at(&p->v, sample, g, head_k, d);
     }
     for (int64_t d = 0; d < head_dim && sum > 0.0; d++)
         out[d] /= sum;

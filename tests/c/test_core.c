@@ -24,10 +24,42 @@ static wan_attn_tensor lengths_up_to(int64_t batch, int64_t padded) {
 }
 
 static void free_call(wan_attn_params *p) {
-    wan_attn_tensor *all[] = {&p->q, &p->k, &p->v, &p->out, &p->lse, &p->seqused_q, &p->seqused_k};
+    wan_attn_tensor *all[] = {&p->q,   &p->k,         &p->v,         &p->block_counts,
+                              &p->out, &p->seqused_q, &p->seqused_k, &p->block_indices,
+                              &p->lse};
     for (size_t n = 0; n < sizeof(all) / sizeof(all[0]); n++)
         free(all[n]->data);
     free_aligned(p->workspace);
+}
+
+/* Lists of blocks: empty, full and between, in memory with gaps; what lies behind a count is no
+ * index. */
+static void give_lists(wan_attn_params *p) {
+    int64_t blocks = (p->k.shape[1] + WAN_ATTN_BLOCK - 1) / WAN_ATTN_BLOCK, room = blocks + pick(2);
+    int64_t shape[4] = {p->q.shape[0], p->q.shape[2],
+                        (p->q.shape[1] + WAN_ATTN_BLOCK - 1) / WAN_ATTN_BLOCK, room};
+    wan_attn_tensor *lists[2] = {&p->block_counts, &p->block_indices};
+    for (int n = 0; n < 2; n++) {
+        wan_attn_tensor t = {NULL, WAN_ATTN_I32, WAN_ATTN_CPU, 0, 3 + n, {0}, {0}};
+        int64_t stride = 1 + pick(2);
+        for (int d = 2 + n; d >= 0; d--) {
+            t.shape[d] = shape[d], t.stride[d] = stride;
+            stride *= shape[d] > 1 ? shape[d] : 1;
+        }
+        allocate(&t, POISON);
+        *lists[n] = t;
+    }
+    for (int64_t b = 0; b < shape[0]; b++)
+        for (int64_t h = 0; h < shape[1]; h++)
+            for (int64_t m = 0; m < shape[2]; m++) {
+                int64_t count = 0, tenths = pick(3) ? pick(11) : 10;
+                for (int64_t n = 0; n < blocks; n++)
+                    if (pick(10) < tenths)
+                        write_element(element(&p->block_indices, b, h, m, count++), WAN_ATTN_I32,
+                                      (double)n);
+                write_element(element(&p->block_counts, b, h, m, 0), WAN_ATTN_I32, (double)count);
+            }
+    p->pools_others = (int32_t)pick(2);
 }
 
 static wan_attn_params random_call(void) {
@@ -46,6 +78,9 @@ static wan_attn_params random_call(void) {
     int64_t k_shape[4] = {batch, pick(20) ? PICK(KEYS) : 0, heads_k, head_dim};
     if (pick(4) == 0) /* few rows, several blocks of keys: sdpa_few.inc */
         q_shape[1] = 1 + pick(20), k_shape[1] = 200 + 100 * pick(2);
+    int has_lists = pick(2) == 0;
+    if (has_lists && pick(8)) /* two blocks of queries, several of keys */
+        q_shape[1] = 100, k_shape[1] = 200 + 100 * pick(2);
     int32_t dtype = PICK(DTYPES);
     if (pick(2))
         p.seqused_q = lengths_up_to(batch, q_shape[1]);
@@ -71,24 +106,32 @@ static wan_attn_params random_call(void) {
     p.window_size_left = PICK(WINDOWS);
     p.window_size_right = PICK(WINDOWS);
     p.num_threads = (int32_t)pick(5);
+    if (has_lists)
+        give_lists(&p);
     return p;
 }
 
 static void print_call(const wan_attn_params *p, const char *what) {
     fprintf(stderr,
             "%s: q %lldx%lldx%lldx%lld dtype %d, k %lldx%lld dtype %d, v dtype %d, causal %d, "
-            "window %lld/%lld, lengths %d/%d, threads %d\n",
+            "window %lld/%lld, lengths %d/%d, threads %d, lists %d, pooled %d\n",
             what, (long long)p->q.shape[0], (long long)p->q.shape[1], (long long)p->q.shape[2],
             (long long)p->q.shape[3], p->q.dtype, (long long)p->k.shape[1],
             (long long)p->k.shape[2], p->k.dtype, p->v.dtype, p->is_causal,
             (long long)p->window_size_left, (long long)p->window_size_right,
-            p->seqused_q.data != NULL, p->seqused_k.data != NULL, p->num_threads);
+            p->seqused_q.data != NULL, p->seqused_k.data != NULL, p->num_threads,
+            p->block_counts.ndim != 0, p->pools_others);
 }
 
 /* Half a unit in the last place of the output, three times that for rounding P, and float32's
  * sums. */
 static double tolerance(int32_t dtype) {
     return dtype == WAN_ATTN_F32 ? 1e-5 : dtype == WAN_ATTN_F16 ? 0x1p-9 : 0x1p-6;
+}
+
+/* The means of keys are rounded to what products are computed in. */
+static double lse_tolerance(const wan_attn_params *p) {
+    return p->pools_others && p->v.dtype == WAN_ATTN_BF16 ? 0x1p-7 : 1e-5;
 }
 
 static int compare(const wan_attn_params *p) {
@@ -111,7 +154,7 @@ static int compare(const wan_attn_params *p) {
     free(scores);
     if (!(worst <= tolerance(p->v.dtype)))
         FAIL("out is off by %g", worst);
-    if (!(worst_lse <= 1e-5))
+    if (!(worst_lse <= lse_tolerance(p)))
         FAIL("lse is off by %g", worst_lse);
     return 0;
 }
@@ -238,13 +281,15 @@ static int test_random_calls(int calls) {
 
 static int test_broken_calls(void) {
     static const char *const BROKEN[] = {
-        "no struct_size", "row too high", "rank",      "head_dim",  "heads",  "dtype",
-        "last stride",    "k shape",      "out shape", "lse shape", "length", "scale",
-        "window",         "lens dtype",   "negative",  "device"};
+        "no struct_size", "row too high", "rank",    "head_dim",   "heads",
+        "dtype",          "last stride",  "k shape", "out shape",  "lse shape",
+        "length",         "scale",        "window",  "lens dtype", "negative",
+        "device",         "index",        "count",   "lists",      "threshold"};
     int wrong = 0;
     for (int n = 0; n < (int)(sizeof(BROKEN) / sizeof(BROKEN[0])); n++) {
         wan_attn_params p = random_call();
-        while (p.q.shape[0] < 1 || !p.lse.data || !p.seqused_k.data || p.q.shape[3] < 2) {
+        while (p.q.shape[0] < 1 || p.q.shape[1] < 1 || p.k.shape[1] < 1 || !p.lse.data ||
+               !p.seqused_k.data || p.q.shape[3] < 2 || !p.block_counts.data) {
             free_call(&p);
             p = random_call();
         }
@@ -264,20 +309,29 @@ static int test_broken_calls(void) {
         case 12: p.window_size_left = -2; break;
         case 13: p.seqused_k.dtype = WAN_ATTN_F32; break;
         case 14: p.k.shape[1] = -1; break;
-        default: p.v.device_type = WAN_ATTN_CUDA; break;
+        case 15: p.v.device_type = WAN_ATTN_CUDA; break;
+        case 16:
+            write_element(p.block_counts.data, WAN_ATTN_I32, 1.0);
+            write_element(p.block_indices.data, WAN_ATTN_I32, 1e6);
+            break;
+        case 17: write_element(p.block_counts.data, WAN_ATTN_I32, 1e6); break;
+        case 18: p.block_counts.shape[1] += 1; break;
+        default: p.skip_threshold = 1.5; break;
         }
         wan_attn_error err = {0, "?"};
         wan_attn_call call = {.struct_size = sizeof(call)};
         int32_t row = -1;
         size_t size = 0;
-        /* What is known later than each function asks: out and lse; the values of lengths. */
+        /* What is known later than each function asks: out and lse; the values of lengths; what
+         * lists hold. */
+        int is_known = n != 8 && n != 9 && n != 16 && n != 17;
         if (wan_attn_forward(&p, &err) != WAN_ATTN_INVALID_ARGUMENT || strlen(err.message) < 10 ||
             err.status != WAN_ATTN_INVALID_ARGUMENT ||
             wan_attn_forward(&p, NULL) != WAN_ATTN_INVALID_ARGUMENT ||
-            (n != 8 && n != 9 && wan_attn_prepare(&p, &call, NULL) != WAN_ATTN_INVALID_ARGUMENT) ||
-            (n != 10 && wan_attn_select(&p, &row, NULL) != WAN_ATTN_INVALID_ARGUMENT) ||
-            (n != 8 && n != 9 &&
-             wan_attn_workspace_size(&p, &size, NULL) != WAN_ATTN_INVALID_ARGUMENT)) {
+            (is_known && wan_attn_prepare(&p, &call, NULL) != WAN_ATTN_INVALID_ARGUMENT) ||
+            (n != 10 && n != 16 && n != 17 &&
+             wan_attn_select(&p, &row, NULL) != WAN_ATTN_INVALID_ARGUMENT) ||
+            (is_known && wan_attn_workspace_size(&p, &size, NULL) != WAN_ATTN_INVALID_ARGUMENT)) {
             fprintf(stderr, "a broken call (%s) was not refused\n", BROKEN[n]);
             wrong = 1;
         }
@@ -325,7 +379,7 @@ int main(int argc, char **argv) {
     if (test_random_calls(calls) || test_broken_calls() || test_concurrent_calls() ||
         test_rope_calls(calls))
         return 1;
-    printf("%d random calls of %d kernel rows, %d of gradients and %d rope kernels, 16 broken "
+    printf("%d random calls of %d kernel rows, %d of gradients and %d rope kernels, 20 broken "
            "calls, concurrent "
            "calls: right\n",
            calls, (int)wan_attn_kernel_count(), (int)wan_attn_backward_kernel_count(),

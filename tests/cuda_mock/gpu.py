@@ -192,7 +192,7 @@ class Gpu:
             stream=STREAM,
             precision=precision,
             guard=None if guard is None else guard.data_ptr(),
-            guard_size=0 if guard is None else ctypes.sizeof(native.Guard),
+            guard_size=0 if guard is None else guard.nbytes,
             **{name: self._on_device(x, device) for name, x in named.items()},
         )
         for name, lens in (("seqused_q", q_lens), ("seqused_k", k_lens)):

@@ -132,7 +132,7 @@ def _operands(function: str, is_lossy: bool) -> tuple[int, dict[str, Any]]:
     call = {"query": query, "key": key, "value": value, "k_lens": torch.tensor([13])}
     if not is_lossy:
         return 80, call
-    return 86, call | {"precision": QK8, "guard": torch.zeros(4, dtype=torch.int32)}
+    return 86, call | {"precision": QK8, "guard": torch.zeros(5, dtype=torch.int32)}
 
 
 def _check_result(arguments: dict[str, Any], out: torch.Tensor, lse: torch.Tensor) -> str:

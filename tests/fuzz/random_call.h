@@ -123,9 +123,38 @@ static void choose_values(wan_attn_params *p, numbers kind) {
         make_read_only(inputs[n]);
 }
 
+/* No two elements of a list in one place, as they are written one by one. */
+static buffer *give_list(wan_attn_tensor *t, int32_t ndim, const int64_t shape[4]) {
+    *t = describe(WAN_ATTN_I32, ndim, shape[0], shape[1], shape[2], ndim == 4 ? shape[3] : 0);
+    choose_strides_of(t, ndim, 1);
+    return give_memory(t, POISON);
+}
+
+static void choose_lists(wan_attn_params *p) {
+    int64_t blocks = (p->k.shape[1] + WAN_ATTN_BLOCK - 1) / WAN_ATTN_BLOCK;
+    int64_t shape[4] = {p->q.shape[0], p->q.shape[2],
+                        (p->q.shape[1] + WAN_ATTN_BLOCK - 1) / WAN_ATTN_BLOCK, pick(blocks + 3)};
+    buffer *counts = give_list(&p->block_counts, 3, shape);
+    buffer *indices = give_list(&p->block_indices, 4, shape);
+    for (int64_t b = 0; b < shape[0]; b++)
+        for (int64_t h = 0; h < shape[1]; h++)
+            for (int64_t m = 0; m < shape[2]; m++) {
+                int64_t count = 0, most = one_in(3) ? shape[3] : pick(shape[3] + 1);
+                for (int64_t n = 0; n < blocks && count < most; n++)
+                    if (!one_in(3))
+                        write_element(element(&p->block_indices, b, h, m, count++), WAN_ATTN_I32,
+                                      (double)n);
+                write_element(element(&p->block_counts, b, h, m, 0), WAN_ATTN_I32, (double)count);
+            }
+    make_read_only(counts);
+    make_read_only(indices);
+    p->pools_others = one_in(4);
+}
+
 static numbers random_call(wan_attn_params *p) {
     static const int64_t WINDOWS[] = {-1, -1, -1, 0, 1, 7, 40, 1000, INT64_MAX};
     static const double SCALES[] = {1.0, 0.125, -0.25, 3.0, 0.0, 1e-3, -0.0};
+    static const double THRESHOLDS[] = {1.0, 0.05, 0.5, 1e-3, 1e-300};
     memset(p, 0, sizeof(*p));
     p->struct_size = sizeof(*p);
     p->kernel = -1;
@@ -143,6 +172,9 @@ static numbers random_call(wan_attn_params *p) {
     p->is_causal = (int32_t)pick(2);
     p->window_size_left = PICK(WINDOWS);
     p->window_size_right = PICK(WINDOWS);
+    if (one_in(4))
+        choose_lists(p);
+    p->skip_threshold = one_in(10) ? PICK(THRESHOLDS) : 0.0;
     return kind;
 }
 

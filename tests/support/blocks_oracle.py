@@ -57,7 +57,7 @@ def one_head(
     named: NDArray[np.bool_],
     pools_others: bool,
 ) -> tuple[Array, Array]:
-    """Rows q over keys k, v, each cut to its real length; seen: what masks leave, [len_q, len_k]."""
+    """Rows q over keys k, v, cut to real lengths; seen: what masks leave, [len_q, len_k]."""
     len_q, len_k = seen.shape
     of_key = np.arange(len_k) // BLOCK
     listed = seen & named[np.arange(len_q) // BLOCK][:, of_key]

@@ -21,6 +21,7 @@ from wan_attn.tuning.kinds import why_never
 from wan_attn.workloads import Workload
 
 LOSSY = " (lossy: only where it is asked for)"
+LISTS = "; takes block lists"
 
 
 def explain(request: Request, call: Workload, settings: Settings) -> dict[str, Any]:
@@ -51,7 +52,8 @@ def explain(request: Request, call: Workload, settings: Settings) -> dict[str, A
         {
             "index": k.index,
             "name": k.name,
-            "description": k.description + (LOSSY if k.is_lossy else ""),
+            "description": k.description
+            + (LOSSY if k.is_lossy else LISTS if k.takes_block_lists else ""),
             "reason": unused or without_name(op.why_not(request, k.index), k.name),
         }
         for k in op.kernels()

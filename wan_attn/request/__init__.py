@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""request - one attention call, its rules (call.py, blocks.py), what arguments may be (gate.py), and what
-torch.func makes of them (transforms.py)."""
+"""request - one attention call, its rules (call.py, blocks.py), what arguments may be (gate.py),
+and what torch.func makes of them (transforms.py)."""
 
 from wan_attn.request.blocks import BLOCK, Blocks, check_blocks
 from wan_attn.request.call import (
