@@ -209,6 +209,10 @@ static int test_backward_of(const wan_attn_params *call, int *runs) {
     int wrong = 0;
     p.kernel = -1;
     p.workspace = NULL;
+    memset(&p.block_counts, 0, sizeof(p.block_counts)); /* gradients are dense */
+    memset(&p.block_indices, 0, sizeof(p.block_indices));
+    p.pools_others = 0;
+    p.skip_threshold = 0.0;
     p.out = operand(p.q.dtype, p.q.shape, PACKED);
     allocate(&p.out, UNTOUCHED);
     p.lse = operand(WAN_ATTN_F32, lse_shape, PACKED);

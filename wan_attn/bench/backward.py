@@ -38,8 +38,8 @@ COLUMNS = (
     Column("workspace_mib", "workspace MiB", ".1f"),
 )
 NOTE = (
-    "Gradients of query, key and value alone, without forward. TFLOP/s counts five products, however"
-    " many a kernel computes. The portable row is left out."
+    "Gradients of query, key and value alone, without forward. TFLOP/s counts five products, "
+    "however many a kernel computes. The portable row is left out."
 )
 
 
