@@ -177,7 +177,7 @@ def test_padding_is_never_used(row: op.KernelInfo, poison: float) -> None:
             grads = torch.randn(clean[0].shape).to(dtype), torch.randn(4, 2, 65)
             call: dict[str, Any] = {"q_lens": q_lens, "k_lens": k_lens, **mask}
             rows = q_lens[:3] + [0]
-            dirty = [
+            dirty: Any = [
                 poisoned(x, n, poison)
                 for x, n in zip((*clean, grads[0]), (rows, k_lens, k_lens, rows), strict=True)
             ]

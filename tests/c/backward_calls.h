@@ -27,6 +27,8 @@ static void add_truth_of_row(const wan_attn_backward_params *a, int64_t b, int64
     const wan_attn_params *p = a->forward;
     int64_t head_dim = p->q.shape[3], hk = h / (p->q.shape[2] / p->k.shape[2]);
     double scale = p->has_softmax_scale ? p->softmax_scale : 1.0 / sqrt((double)head_dim);
+    for (int64_t j = 0; j < p->k.shape[1]; j++)
+        weight[j] = -INFINITY; /* those that it sees not */
     double lse = reference_row(p, b, h, i, weight, out), delta = 0.0, delta_size = 0.0;
     double *dq = dense(to->dq, &p->q, b, i, h), *dq_size = dense(to->dq_size, &p->q, b, i, h);
     if (lse == -INFINITY)

@@ -132,8 +132,9 @@ def of_torch(
         dlse = None if grad_lse is None else grad_lse[b : b + 1].detach()[:, :, rows]
         found = _torch_sample(operands, part(grad_out, rows), dlse, seen[rows][:, keys], scale)
         for result, grad, at in zip(results, found, (rows, keys, keys), strict=True):
-            result[b][np.ix_(at, range(grad.shape[1]), dims)] = as_float64(grad)
-    return results
+            heads = np.arange(grad.shape[1])
+            result[b][np.ix_(at.numpy(), heads, dims.numpy())] = as_float64(grad)
+    return results[0], results[1], results[2]
 
 
 def assert_close(
