@@ -182,7 +182,8 @@ def test_padding_is_never_used(row: op.KernelInfo, poison: float) -> None:
                 for x, n in zip((*clean, grads[0]), (rows, k_lens, k_lens, rows), strict=True)
             ]
             of_lse = poisoned(grads[1].transpose(1, 2), rows, poison).transpose(1, 2)
-            got = check(row, *dirty, of_lse, **call)
+            query, key, value, grad_out = dirty
+            got = check(row, query, key, value, grad_out, of_lse, **call)
             want = forward_and_backward(row, *clean, *grads, **call)
             for a, b, lens in zip(got, want, (rows, k_lens, k_lens), strict=True):
                 assert torch.equal(a, b)
