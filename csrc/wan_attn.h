@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * wan_attn.h - the C ABI of libwan_attn: scaled-dot-product attention, forward; at the end, RMS
- * norm and rotary embedding of what goes into it. Knows neither torch nor CUDA's headers.
+ * wan_attn.h - the C ABI of libwan_attn: scaled-dot-product attention; behind it, its gradient, and
+ * RMS norm and rotary embedding of what goes into it. Knows neither torch nor CUDA's headers.
  *
  *   out[b,i,h,:] = sum_j softmax_j(softmax_scale * <q[b,i,h,:], k[b,j,h',:]>) * v[b,j,h',:]
  *   lse[b,h,i]   = log sum_j exp(softmax_scale * <q[b,i,h,:], k[b,j,h',:]>)
@@ -297,6 +297,45 @@ WAN_ATTN_API wan_attn_status wan_attn_forward(const wan_attn_params *params, wan
 /* How much forward needs. Reads lengths that lie on the CPU; other data pointers may be NULL. */
 WAN_ATTN_API wan_attn_status wan_attn_workspace_size(const wan_attn_params *params, size_t *size,
                                                      wan_attn_error *err);
+
+/* The gradient of attention. With P[i,j] = exp(softmax_scale * <q[i], k[j]> - lse[i]) over the keys
+ * j that row i sees, and 0 elsewhere,
+ *
+ *   dS[i,j] = P[i,j] * (<dout[i], v[j]> - <dout[i], out[i]> + dlse[i])
+ *   dq[i] = softmax_scale * sum_j dS[i,j] k[j]
+ *   dk[j] = softmax_scale * sum_i dS[i,j] q[i]         over all query heads that share the key
+ *   dv[j] = sum_i P[i,j] dout[i]
+ *
+ * Rows without keys, keys that no row sees and all that lies beyond the real lengths get zeros, and
+ * nothing that is stored there is used. Memory grows with seqlen_q + seqlen_k. */
+typedef struct wan_attn_backward_params {
+    uint32_t struct_size; /* sizeof(wan_attn_backward_params) of the caller; only ever appended */
+    int32_t kernel;       /* row of the table of backward kernels to force; -1: the best */
+
+    /* The call as wan_attn_forward ran it, exactly: precision is WAN_ATTN_EXACT, and there is no
+     * guard. out and lse are read. workspace is this call's; kernel says nothing here. */
+    const wan_attn_params *forward;
+
+    /* [batch, seqlen_q, num_heads_q, head_dim], as out in any float dtype. */
+    wan_attn_tensor dout;
+    /* Shaped like lse, f32; absent: lse has no gradient. */
+    wan_attn_tensor dlse;
+
+    /* Shaped like q, k and v, and of their dtypes. They share no memory with anything. */
+    wan_attn_tensor dq, dk, dv;
+} wan_attn_backward_params;
+
+/* The backward kernels, best row first, as wan_attn_kernel_at. */
+WAN_ATTN_API int32_t wan_attn_backward_kernel_count(void);
+WAN_ATTN_API wan_attn_status wan_attn_backward_kernel_at(int32_t row, wan_attn_kernel_info *info);
+/* The row that would run, and how much workspace it needs; either may be NULL. Reads nothing; data
+ * pointers may be NULL, and of the tensors all but q, k and v may be absent. */
+WAN_ATTN_API wan_attn_status wan_attn_backward_select(const wan_attn_backward_params *params,
+                                                      int32_t *row, size_t *workspace_size,
+                                                      wan_attn_error *err);
+/* *row, if not NULL: the row that ran. */
+WAN_ATTN_API wan_attn_status wan_attn_backward(const wan_attn_backward_params *params, int32_t *row,
+                                               wan_attn_error *err);
 
 /* RMS norm and rotary position embedding (RoPE) of a query or a key, in one pass over it:
  *

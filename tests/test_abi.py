@@ -27,6 +27,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "wan_attn_tensor": native.Tensor,
     "wan_attn_params": native.Params,
     "wan_attn_guard": native.Guard,
+    "wan_attn_backward_params": native.BackwardParams,
     "wan_attn_rope_params": native.RopeParams,
     "wan_attn_error": native.Error,
     "wan_attn_call": native.Call,

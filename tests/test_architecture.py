@@ -45,8 +45,9 @@ MAY_INCLUDE: dict[str, list[str]] = {
     ],
     "csrc/core/kernels.def": ["cuda/sdpa_rows.def"],
     "csrc/core/rope_rows.def": [],
+    "csrc/core/backward_rows.def": [],
     "csrc/core/*": [
-        *("wan_attn.h", "core/*.h", "core/kernels.def", "core/rope_rows.def"),
+        *("wan_attn.h", "core/*.h", "core/kernels.def", "core/*_rows.def"),
         *C_LIBRARY,
     ],
     "csrc/cpu/threads.c": [
@@ -57,12 +58,13 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/cpu/lost.h": ["core/atomic.h", "core/kernel.h", "cpu/half.h"],
     "csrc/cpu/large_pages.c": ["cpu/large_pages.h", "<sys/mman.h>"],
     "csrc/cpu/*.[ch]": [
-        *("wan_attn.h", "core/kernel.h", "core/lists.h", "core/rope.h", "core/util.h"),
+        *("wan_attn.h", "core/kernel.h", "core/backward.h", "core/lists.h"),
+        *("core/rope.h", "core/util.h"),
         *("cpu/*.h", "cpu/*.inc"),
         *("<immintrin.h>", "<arm_neon.h>"),
         *C_LIBRARY,
     ],
-    "csrc/cpu/row.inc": ["cpu/sdpa_*.inc"],
+    "csrc/cpu/row.inc": ["cpu/sdpa_*.inc", "cpu/squares.inc", "cpu/product.inc"],
     "csrc/cpu/*.inc": [],  # a body for files that include what it needs
     "csrc/cuda/host/*.[ch]": [
         *(

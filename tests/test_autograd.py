@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import backward_oracle
 import calls
 import oracle
 import wan_attn
 from calls import BF16, F16, F32, operands, poisoned
-from tolerances import FACTOR, FLOOR_ULP, ulp
+from tolerances import FACTOR, FLOOR_ULP, ORDERS, ulp
 
 
 def reference(
@@ -28,7 +29,6 @@ def reference(
     scale: float | None = None,
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
-    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) in the operands' dtype by torch's differentiable operators, sample by sample."""
     groups = query.shape[2] // key.shape[2]
@@ -46,13 +46,7 @@ def reference(
         v = value[b, :len_k].repeat_interleave(groups, dim=1).transpose(0, 1)
         factor = head_dim**-0.5 if scale is None else scale
         scores = ((q @ k.transpose(1, 2)) * factor).masked_fill(~seen[rows], -math.inf)
-        if fused:
-            q = q if factor > 0 else -q  # exact; some of torch's kernels dislike a negative scale
-            mask = None if bool(seen[rows].all()) else seen[rows]  # without one: the fused kernel
-            one = (q[None], k[None], v[None])
-            of_sample = F.scaled_dot_product_attention(*one, mask, scale=abs(factor))[0]
-        else:
-            of_sample = scores.softmax(-1) @ v
+        of_sample = scores.softmax(-1) @ v
         of_sample = of_sample.transpose(0, 1)
         outs.append(out[b].index_copy(0, rows, of_sample))
         lses.append(lse[b].index_copy(1, rows, scores.logsumexp(-1)))
@@ -74,11 +68,6 @@ def gradients(
     return list(torch.autograd.grad(loss, leaves))
 
 
-def torchs_own(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
-    """The same with torch's SDPA, in value's dtype."""
-    return reference(query.to(value.dtype), key.to(value.dtype), value, fused=True, **call)
-
-
 def largest(x: Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0
 
@@ -91,12 +80,17 @@ def assert_gradients_close(
     for_lse = torch.randn(inputs[0].transpose(1, 2).shape[:3]).double() if grad_lse else None
     doubles = tuple(x.double() for x in inputs)
     want = gradients(reference, doubles, grad_out, for_lse, **call)
-    torchs = gradients(torchs_own, inputs, grad_out, for_lse, **call)
+    lse_of_torch = None if for_lse is None else for_lse.float()
+    torchs = [
+        backward_oracle.of_torch(grad_out, lse_of_torch, *inputs, **call, order=order)
+        for order in range(ORDERS)
+    ]
     got = gradients(function, inputs, grad_out, for_lse, **call)
-    for name, x, w, t, g in zip(("query", "key", "value"), inputs, want, torchs, got, strict=True):
+    names = ("query", "key", "value")
+    for name, x, w, g, *ts in zip(names, inputs, want, got, *torchs, strict=True):
         assert g.dtype == x.dtype and g.shape == x.shape
         floor = FLOOR_ULP * ulp(inputs[2].dtype, largest(w))
-        allowed = FACTOR * largest(t.double() - w) + floor
+        allowed = FACTOR * max(largest(torch.from_numpy(t) - w) for t in ts) + floor
         error = largest(g.double() - w)
         assert error <= allowed, f"gradient of {name}: {error:.2e}, allowed {allowed:.2e}"
 

@@ -172,10 +172,10 @@ def test_no_cuda_row_takes_lists(wishes: dict[str, Any], tmp_path: Path, native:
     call = parse_shape("1x200x2x64")
     for precision in (library.EXACT, library.QK8):
         request = Request.of(call, torch.bfloat16, "cuda", **wishes)
-        params = kernels._params(request, precision=precision)
+        params = kernels.call_params(request, precision=precision)
         assert gpu.lib.wan_attn_select(params, row, error) == library.UNSUPPORTED
         assert "no kernel takes block lists on this device yet" in error.text()
-        plain = kernels._params(Request.of(call, torch.bfloat16, "cuda"), precision=precision)
+        plain = kernels.call_params(Request.of(call, torch.bfloat16, "cuda"), precision=precision)
         assert gpu.lib.wan_attn_select(plain, row, error) == library.OK, error.text()
 
 

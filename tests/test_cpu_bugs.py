@@ -42,6 +42,7 @@ class Bug:
     needs: str = "avx2"
 
 
+GRADIENT, GRADIENTS = "cpu/backward_tile.inc", "cpu/backward_blocked.c"
 FEW, ROPE = "cpu/sdpa_few.inc", "cpu/rope_token.inc"
 LISTS, LISTED = "cpu/sdpa_lists.inc", "cpu/sdpa_avx2_listed.c"
 TILE, PACK, FMA, BLOCKED, AMX = (
@@ -161,6 +162,38 @@ BUGS = (
     Bug(
         *("rope: a task's last token is left out", "cpu/rope.c", "for (; token.s < end;"),
         *("for (; token.s + 1 < end;", "cpu/rope.c"),
+    ),
+    *(
+        Bug(f"gradients: {name}", GRADIENT, right, wrong, "cpu/backward_avx2.c")
+        for name, right, wrong in (
+            ("delta is left out", "SUB(LOAD(dp + at), of_row)", "LOAD(dp + at)"),
+            ("lse has none", "dout.row[i], out) -", "dout.row[i], out) - 0.0f *"),
+            ("the last visible key is hidden", "end > 0 ? end < PANEL", "end > 0 ? --end < PANEL"),
+            ("rows without keys are read", "= sees(keys_of(step, &pair, row));", "= 1;"),
+            ("dK is not scaled", "p->dk.dtype, scale,", "p->dk.dtype, 1.0f,"),
+            ("dS of a strip before stays", "clear_ds(step, &rows, panel, 0, r.first);", ""),
+            ("dK is dV's sum", "first, steps, ds,", "first, steps, p,"),
+            ("a masked panel is whole", "r.is_masked = 1;", "r.is_masked = 0;"),
+            ("one key weighs what rounding makes of it", "*p = 1.0f;", "*p *= 1.01f;"),
+            ("rows that see none of a panel", "r.last = m + 1;", "r.last = m;"),
+            ("dQ's last keys", "(count + UNIT - 1) / UNIT,", "(count - 1) / UNIT,"),
+        )
+    ),
+    Bug(
+        *("gradients: query heads of a pair are one", GRADIENTS, "head_k * share + step->head"),
+        *("head_k * share", GRADIENTS),
+    ),
+    Bug(
+        *("gradients: dK and dV of one head alone", GRADIENTS, "step.head < call->num_heads_q /"),
+        *("step.head < 1 + 0 /", GRADIENTS),
+    ),
+    Bug(
+        *("gradients: the specification's delta", "cpu/backward_ref.c", "(sum - rows->dlse[m])"),
+        *("(sum)", "cpu/backward_ref.c"),
+    ),
+    Bug(
+        *("gradients: lengths are not checked", "core/backward_check.c"),
+        *("wan_attn_check_lengths(&p->call, err)", "WAN_ATTN_OK", "core/backward_check.c"),
     ),
     Bug(
         "the last task is left out",

@@ -98,14 +98,20 @@ def test_dropout_without_grad_is_said_to_be_disabled(lines: Any) -> None:
     assert lines()[0].endswith("dropout=disabled (inference)")
 
 
-def test_training_names_the_reason(lines: Any) -> None:
+def test_training_is_said(lines: Any) -> None:
     q, k, v = operands(dtype=F32)
     for _ in range(2):
         sdpa(q.requires_grad_(), k, v)
     assert len(lines()) == 3
+    assert lines()[0].startswith("[Attention] Using wan_attn SDPA (sdpa_")
+    assert lines()[0].endswith("dropout=0 (training)")
+
+
+def test_training_with_dropout_names_the_reason(lines: Any) -> None:
+    q, k, v = operands(dtype=BF16)
+    flash_attention(q.requires_grad_(), k, v, dropout_p=0.5)
     assert lines()[0] == (
-        "[Attention] Using PyTorch SDPA (wan_attn SDPA: forward only, and a gradient is wanted),"
-        " dropout=0 (training)"
+        "[Attention] Using PyTorch SDPA (wan_attn SDPA: has no dropout), dropout=0.5 (training)"
     )
 
 

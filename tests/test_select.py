@@ -47,7 +47,7 @@ class Machine:
         real = native.why_not
 
         def why_not(request: Request) -> str | None:
-            if request.needs_grad or request.dropout_p > 0:
+            if request.dropout_p > 0 or (request.needs_grad and request.device != CPU):
                 return real(request)
             return None if ours else "no row for this card"
 
@@ -103,8 +103,8 @@ LONG = {"seqlen_q": 75600, "seqlen_k": 75600}
             {"arch": None, "installed": "", "ours": True},
             {"needs_grad": True, "device": CPU},
             {},
-            "torch",
             "sdpa",
+            "",
         ),
         # DISABLE_FLASH_ATTN
         (

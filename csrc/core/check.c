@@ -188,19 +188,17 @@ static wan_attn_status check_out(const wan_attn_tensor *out, const wan_attn_tens
     return status == WAN_ATTN_OK ? wan_attn_check_overlap("out", out, err) : status;
 }
 
-static wan_attn_status check_lse(const wan_attn_tensor *lse, const wan_attn_tensor *q,
-                                 wan_attn_error *err) {
+wan_attn_status wan_attn_check_lse(const char *name, const wan_attn_tensor *lse,
+                                   const wan_attn_tensor *q, wan_attn_error *err) {
     if (lse->ndim != 3 || lse->dtype != WAN_ATTN_F32 || lse->shape[0] != q->shape[0] ||
         lse->shape[1] != q->shape[2] || lse->shape[2] != q->shape[1])
         return INVALID(
             err,
-            "lse must be float32 [batch, num_heads_q, seqlen_q] = [%lld, %lld, %lld], got %s %s",
-            (long long)q->shape[0], (long long)q->shape[2], (long long)q->shape[1],
+            "%s must be float32 [batch, num_heads_q, seqlen_q] = [%lld, %lld, %lld], got %s %s",
+            name, (long long)q->shape[0], (long long)q->shape[2], (long long)q->shape[1],
             wan_attn_dtype_name(lse->dtype), wan_attn_shape_of(lse->shape, lse->ndim).text);
-    wan_attn_status status = wan_attn_check_device("lse", lse, q, "query", err);
-    if (status == WAN_ATTN_OK)
-        status = wan_attn_check_reach("lse", lse, err);
-    return status == WAN_ATTN_OK ? wan_attn_check_overlap("lse", lse, err) : status;
+    wan_attn_status status = wan_attn_check_device(name, lse, q, "query", err);
+    return status == WAN_ATTN_OK ? wan_attn_check_reach(name, lse, err) : status;
 }
 
 wan_attn_status wan_attn_check_outputs(wan_attn_problem *p, wan_attn_error *err) {
@@ -208,7 +206,9 @@ wan_attn_status wan_attn_check_outputs(wan_attn_problem *p, wan_attn_error *err)
     wan_attn_status status =
         wan_attn_is_absent(out) ? WAN_ATTN_OK : check_out(out, q, p->params->v.dtype, err);
     if (status == WAN_ATTN_OK && !wan_attn_is_absent(lse))
-        status = check_lse(lse, q, err);
+        status = wan_attn_check_lse("lse", lse, q, err);
+    if (status == WAN_ATTN_OK && !wan_attn_is_absent(lse))
+        status = wan_attn_check_overlap("lse", lse, err);
     if (status != WAN_ATTN_OK)
         return status;
     p->out = wan_attn_view_of(out);

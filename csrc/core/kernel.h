@@ -110,6 +110,10 @@ wan_attn_status wan_attn_check(const wan_attn_params *params, wan_attn_problem *
 wan_attn_status wan_attn_check_lengths(wan_attn_problem *problem, wan_attn_error *err);
 wan_attn_status wan_attn_check_outputs(wan_attn_problem *problem, wan_attn_error *err);
 
+/* check.c: what lse is, and its gradient: float32 [batch, num_heads_q, seqlen_q]. */
+wan_attn_status wan_attn_check_lse(const char *name, const wan_attn_tensor *lse,
+                                   const wan_attn_tensor *q, wan_attn_error *err);
+
 /* memory.c: there is memory behind what has elements, at addresses that suit it: behind lengths
  * that lie on `device`, behind the inputs, behind out and lse; the workspace that the plan wants.
  * And the last, where all those are well: what is written shares no memory with anything else. */

@@ -43,6 +43,7 @@ TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-ti
 #define EXP2 exp2_degree5
 
 #include "cpu/sdpa_tile.inc"
+#include "cpu/squares.inc"
 #include "cpu/sdpa_pack.inc"
 
 /* A tile: 16 rows of 64 bytes. */

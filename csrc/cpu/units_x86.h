@@ -102,6 +102,13 @@ static inline units pair_lanes(units even, units odd) {
     return _mm256_castsi256_ps(_mm256_blend_epi16(low, _mm256_castps_si256(odd), 0xaa));
 }
 
+/* Lane by lane (even[i], odd[i]), rounded from floats. */
+static inline units round_pairs(units even, units odd) {
+    __m128i low = bf16_of_floats(even), high = bf16_of_floats(odd);
+    __m256i x = _mm256_castsi128_si256(_mm_unpacklo_epi16(low, high));
+    return _mm256_castsi256_ps(_mm256_inserti128_si256(x, _mm_unpackhi_epi16(low, high), 1));
+}
+
 /* Lane by lane, as int16: (even[i], odd[i]), rounded from floats. */
 static inline units pair_integers(units even, units odd) {
     __m256i high = _mm256_slli_epi32(_mm256_cvtps_epi32(odd), 16);

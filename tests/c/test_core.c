@@ -2,7 +2,7 @@
  * test_core.c - calls the C ABI without Python, for the sanitizers: random calls of every CPU row,
  * with strided and expanded operands, ragged lengths and NaN wherever nothing may be read, against
  * reference.h, rows of 8-bit scores within the bounds of expected.h; broken calls; many threads at
- * once. The same of rms_norm_rope: rope_calls.h.
+ * once. The same of gradients, backward_calls.h, and of rms_norm_rope, rope_calls.h.
  *
  *     test_core [calls [seed]]      prints one line; 1 and the failing call if anything is wrong
  */
@@ -209,6 +209,8 @@ static wan_attn_status give_workspace(wan_attn_params *p, wan_attn_error *err) {
     return status;
 }
 
+#include "backward_calls.h" /* which gives a workspace, too */
+
 /* Runs one row again on other threads: the bits must not depend on them. */
 static int same_bits_on_other_threads(const wan_attn_params *p) {
     static const wan_attn_parallel_fn LOOPS[] = {NULL, on_threads, broken_loop};
@@ -255,7 +257,7 @@ static int run_row(wan_attn_params *p, int32_t row, int *runs) {
 }
 
 static int test_random_calls(int calls) {
-    int runs = 0;
+    int runs = 0, gradients = 0;
     for (int n = 0; n < calls; n++) {
         wan_attn_params p = random_call();
         for (int32_t row = 0; row < wan_attn_kernel_count(); row++)
@@ -266,8 +268,15 @@ static int test_random_calls(int calls) {
                 free_call(&p);
                 return 1;
             }
+        if (test_backward_of(&p, &gradients)) {
+            print_call(&p, "gradients");
+            free_call(&p);
+            return 1;
+        }
         free_call(&p);
     }
+    if (gradients < calls)
+        FAIL("only %d of %d calls gave gradients", gradients, calls);
     return runs >= calls ? 0 : (fprintf(stderr, "only %d of %d calls ran\n", runs, calls), 1);
 }
 
@@ -371,8 +380,10 @@ int main(int argc, char **argv) {
     if (test_random_calls(calls) || test_broken_calls() || test_concurrent_calls() ||
         test_rope_calls(calls))
         return 1;
-    printf("%d random calls of %d kernel rows and of %d rope kernels, 20 broken calls, concurrent "
+    printf("%d random calls of %d kernel rows, %d of gradients and %d rope kernels, 20 broken "
+           "calls, concurrent "
            "calls: right\n",
-           calls, (int)wan_attn_kernel_count(), (int)wan_attn_rope_kernel_count());
+           calls, (int)wan_attn_kernel_count(), (int)wan_attn_backward_kernel_count(),
+           (int)wan_attn_rope_kernel_count());
     return 0;
 }

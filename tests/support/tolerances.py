@@ -115,7 +115,7 @@ def _rms(x: oracle.Array) -> float:
     return float(np.sqrt(np.mean(x**2))) if x.size else 0.0
 
 
-def _judge(
+def judge(
     name: str,
     got: oracle.Array,
     want: oracle.Array,
@@ -175,12 +175,12 @@ def assert_close_to_oracle(
     wrong = np.isneginf(want_lse).transpose(0, 2, 1)[..., None] & (got != 0)
     assert not wrong.any(), f"out must be 0 in a row without a key, is not at {_first(wrong)}"
     largest = _largest_value(value, call.get("k_lens"))
-    _judge("out", got, want, [o for o, _ in torchs], query.dtype, largest)
+    judge("out", got, want, [o for o, _ in torchs], query.dtype, largest)
     if lse is not None:
         assert lse.dtype == torch.float32, f"lse must be float32, got {lse.dtype}"
         got, finite = oracle.as_float64(lse), want_lse[np.isfinite(want_lse)]
         largest = max(1.0, float(np.abs(finite).max())) if finite.size else 1.0
-        _judge("lse", got, want_lse, [s for _, s in torchs], torch.float32, largest)
+        judge("lse", got, want_lse, [s for _, s in torchs], torch.float32, largest)
 
 
 def off(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""native.py - backend `sdpa`: torch.ops.wan_attn.sdpa, our own kernels; forward only."""
+"""native.py - backend `sdpa`: torch.ops.wan_attn.sdpa, our own kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from wan_attn import config
 from wan_attn.backends import torch_sdpa
 from wan_attn.backends._errors import is_device_error
-from wan_attn.native import bindings, cuda_driver, kernels, op, rope_on_cuda, shim
+from wan_attn.native import backward, bindings, cuda_driver, kernels, op, rope_on_cuda, shim
 from wan_attn.native.library import EXACT, QK8
 from wan_attn.request import Call, Request
 from wan_attn.selfcheck import first_call, proof, rope_calls
@@ -41,8 +41,10 @@ def why_not(request: Request, precision: int = EXACT) -> str | None:
     Args:
         precision: QK8 asks for the lossy ones.
     """
-    if request.needs_grad:
-        return "forward only, and a gradient is wanted"
+    if request.needs_grad and precision != EXACT:
+        return "a gradient is wanted"
+    if request.needs_grad and request.device.type != "cpu":
+        return "gradients on the CPU only, and one is wanted"
     if request.dropout_p > 0:
         return "has no dropout"
     if op.binding() == "torch":
@@ -52,7 +54,17 @@ def why_not(request: Request, precision: int = EXACT) -> str | None:
     if not any(kernel.device == request.device.type for kernel in kernels.kernels()):
         return f"no kernel for {request.device.type} in this build"  # rather than one line per row
     kernel, reasons = kernels.select(request, precision)
-    return None if kernel is not None else reasons
+    if kernel is None:
+        return reasons
+    return _why_no_gradient(request) if request.needs_grad else None
+
+
+def _why_no_gradient(request: Request) -> str | None:
+    """Why it is better left to another backend; None: a row computes it fast."""
+    row = backward.chosen(request)
+    if row is None:
+        return backward.why_not(request)
+    return "its gradients are portable C on this CPU" if row == backward.PORTABLE else None
 
 
 def kernel_name(request: Request, precision: int = EXACT) -> str | None:

@@ -18,6 +18,7 @@ import torch
 
 from wan_attn import config, console
 from wan_attn.bench import (
+    backward,
     compare,
     kernels,
     peers,
@@ -91,6 +92,34 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--qk-dtype", metavar="DTYPE", help="of query and key, if another: Wan2.2 passes fp32"
     )
+
+
+# --- backward ---------------------------------------------------------------------------------
+
+BACKWARD_SHAPES = ("1x4096x4x128", "1x8192x4x64")
+
+
+def _add_backward(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape",
+        action="append",
+        metavar="SHAPE",
+        help=f"as of `bench kernels`; default: {', '.join(BACKWARD_SHAPES)}",
+    )
+
+
+def _backward(args: argparse.Namespace) -> int:
+    if bench_options.device(args).type != "cpu":
+        raise BadOption("--device must be cpu: our kernels compute gradients there alone")
+    args.shape = args.shape or list(BACKWARD_SHAPES)
+    found = _kernels_options(args)
+    options = backward.Options(
+        found.shapes, found.dtypes, found.seconds, found.rounds, found.cpu_time
+    )
+    return _finish(args, backward.run(options))
+
+
+# --- kernels' options -------------------------------------------------------------------------
 
 
 def _kernels_options(args: argparse.Namespace) -> kernels.Options:
@@ -354,6 +383,7 @@ def _save(args: argparse.Namespace, result: report.Report, stem: Path) -> None:
 Adder = Callable[[argparse.ArgumentParser], None]
 ACTIONS: dict[str, tuple[Adder, Callable[[argparse.Namespace], int], str]] = {
     "kernels": (_add_kernels, _kernels, "our kernels beside every other that is installed"),
+    "backward": (_add_backward, _backward, "gradients by our kernels on the CPU, and by torch's"),
     "step": (_add_step, _step, "one denoising step of a stack of Wan blocks, per backend"),
     "rope": (bench_rope.add, _rope, "RMS norm and RoPE of one query, on every route"),
     "sparse": (bench_sparse.add, _sparse, "blocks of keys left out: density, error and time"),

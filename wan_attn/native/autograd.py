@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""autograd.py - the derivative of torch.ops.wan_attn.sdpa, in torch operators.
+"""autograd.py - the derivative of torch.ops.wan_attn.sdpa.
 
-The kernels are forward only. A caller of the op itself with tensors that need a gradient still
-gets the right one: the backward pass recomputes the weights a block of query rows at a time (Dao et
-al., arXiv 2205.14135, appendix B.2, without tiling over keys). It is exact and memory-bounded, not
-fast: wan_attn.sdpa and flash_attention send such calls to torch.
+On the CPU a kernel computes it (backward.py) from what forward has left: out and lse. On a GPU, and
+without the native library, torch's operators do (gradient_in_torch.py); wan_attn.sdpa and
+flash_attention send such calls to another backend.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from wan_attn.request import Call, transforms, wants_grad
+from wan_attn.native.gradient_in_torch import gradients
+from wan_attn.request import Call, empty_lse, transforms, wants_grad
 
-# Elements of one [batch, heads, rows, seqlen_k] block of weights: 256 MiB of float32.
-_BLOCK_ELEMENTS = 1 << 26
+has_kernels = False
+"""Whether the op runs on our kernels, so that gradients may: op.py says so."""
 
 
 def register(
@@ -29,22 +28,26 @@ def register(
     backward: Callable[..., Any],
     setup_context: Callable[..., Any],
     in_torch: Callable[..., Any],
+    keeps_lse: bool = False,
 ) -> None:
     """torch.library.register_autograd for an op whose first arguments are query, key and value,
     and what that kernel of torch's does not do.
 
     Args:
         in_torch: the op in torch's operators: gradients within torch.func come from there.
+        keeps_lse: the op, whose return_lse is a keyword, is to compute lse for backward's sake.
     """
-    guard: Any = _Guard(library, in_torch)
+    guard: Any = _Guard(library, in_torch, keeps_lse)
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=guard)
 
 
 class _Guard:
     """Stands for the library where torch puts the kernel of an op's derivative."""
 
-    def __init__(self, library: torch.library.Library, in_torch: Callable[..., Any]) -> None:
-        self._library, self._in_torch = library, in_torch
+    def __init__(
+        self, library: torch.library.Library, in_torch: Callable[..., Any], keeps_lse: bool
+    ) -> None:
+        self._library, self._in_torch, self._keeps_lse = library, in_torch, keeps_lse
 
     def impl(self, op: Any, kernel: Callable[..., Any], key: str, **options: Any) -> None:
         """As a library's."""
@@ -60,84 +63,76 @@ class _Guard:
             ):
                 if wants_grad(query, key, value):
                     return self._in_torch(*operands, **keywords)
+            elif self._keeps_lse and _is_for_kernels(query) and wants_grad(query, key, value):
+                if not keywords.get("return_lse", False):
+                    out, _ = kernel(keyset, *operands, **{**keywords, "return_lse": True})
+                    return out, empty_lse(query, return_lse=False)
             return kernel(keyset, *operands, **keywords)
 
         self._library.impl(op, guarded, key, **options)
 
 
-def remember(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> None:
-    """Keeps what backward needs. Tensors go where torch looks after them."""
-    ctx.save_for_backward(query, key, value, call.q_lens, call.k_lens)
+def _is_for_kernels(query: Tensor) -> bool:
+    """Whether our kernels compute the gradients."""
+    return has_kernels and query.device.type == "cpu"
+
+
+def remember(
+    ctx: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    output: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Keeps what backward needs. Tensors go where torch looks after them.
+
+    Args:
+        output: out and lse, if an exact kernel has computed them from these very operands.
+    """
+    is_kept = output is not None and call.return_lse and _is_for_kernels(query)
+    kept = output if is_kept and output is not None else (None, None)
+    ctx.save_for_backward(query, key, value, call.q_lens, call.k_lens, *kept)
+    ctx.set_materialize_grads(False)
     ctx.call = call._replace(q_lens=None, k_lens=None)
 
 
-def _visible(rows: Tensor, seqlen_q: int, seqlen_k: int, call: Call) -> Tensor:
-    """[batch or 1, 1, rows, seqlen_k] bool: the mask of csrc/wan_attn.h for these query rows."""
-    device = rows.device
-    q_lens, k_lens = call.q_lens, call.k_lens
-    len_q = torch.full((1,), seqlen_q, device=device) if q_lens is None else q_lens.to(device)
-    len_k = torch.full((1,), seqlen_k, device=device) if k_lens is None else k_lens.to(device)
-    len_q, len_k = len_q.view(-1, 1, 1, 1), len_k.view(-1, 1, 1, 1)
-    row = rows.view(1, 1, -1, 1)
-    column = torch.arange(seqlen_k, device=device).view(1, 1, 1, -1)
-    offset = column - (row + len_k - len_q)
-    visible = (row < len_q) & (column < len_k)
-    left, right = call.window
-    if call.is_causal:
-        right = 0
-    if left >= 0:
-        visible = visible & (offset >= -left)
-    if right >= 0:
-        visible = visible & (offset <= right)
-    return visible
-
-
-def _rows_or_zero(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """-> float32 [batch, heads, seqlen, dim], with padding zeroed: it may hold NaN."""
-    x = x.transpose(1, 2).float()
-    if lengths is None:
-        return x
-    row = torch.arange(x.shape[2], device=x.device).view(1, 1, -1, 1)
-    return torch.where(row < lengths.to(x.device).view(-1, 1, 1, 1), x, 0.0)
-
-
-def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """(grad_query, grad_key, grad_value, None, None), in the inputs' dtypes, from float32."""
-    query, key, value, q_lens, k_lens = ctx.saved_tensors
+def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    """(grad_query, grad_key, grad_value, None, None), in the inputs' dtypes."""
+    query, key, value, q_lens, k_lens, *results = ctx.saved_tensors
     call: Call = ctx.call._replace(q_lens=q_lens, k_lens=k_lens)
-    batch, seqlen_q, heads_q, head_dim = query.shape
-    seqlen_k, heads_k = key.shape[1], key.shape[2]
-    groups = heads_q // heads_k
-    scale = 1.0 / math.sqrt(head_dim) if call.scale is None else call.scale
-    with torch.autocast(query.device.type, enabled=False):
-        q, do = _rows_or_zero(query, q_lens), _rows_or_zero(grad_out, q_lens)
-        k = _rows_or_zero(key, k_lens).repeat_interleave(groups, dim=1)
-        v = _rows_or_zero(value, k_lens).repeat_interleave(groups, dim=1)
-        dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
-        block = max(1, _BLOCK_ELEMENTS // max(1, batch * heads_q * seqlen_k))
-        for first in range(0, seqlen_q, block):
-            rows = torch.arange(first, min(first + block, seqlen_q), device=query.device)
-            part = slice(first, first + block)
-            visible = _visible(rows, seqlen_q, seqlen_k, call)
-            scores = (q[:, :, part] @ k.transpose(2, 3)) * scale
-            # A row that sees no key has only -inf here and NaN after softmax: its weights are 0.
-            weights = torch.softmax(scores.masked_fill(~visible, -math.inf), dim=-1)
-            weights = torch.where(visible, weights, 0.0)
-            dv = dv + weights.transpose(2, 3) @ do[:, :, part]
-            dweights = do[:, :, part] @ v.transpose(2, 3)
-            dscores = dweights - (dweights * weights).sum(-1, keepdim=True)
-            if call.return_lse:
-                dscores = dscores + grad_lse[:, :, part].unsqueeze(-1)
-            dscores = dscores * weights * scale
-            dq.append(dscores @ k)
-            dk = dk + dscores.transpose(2, 3) @ q[:, :, part]
-        dq_all = torch.cat(dq, dim=2) if dq else torch.zeros_like(q)
-        dk = dk.view(batch, heads_k, groups, seqlen_k, head_dim).sum(2)
-        dv = dv.view(batch, heads_k, groups, seqlen_k, head_dim).sum(2)
-    return (
-        dq_all.transpose(1, 2).to(query.dtype),
-        dk.transpose(1, 2).to(key.dtype),
-        dv.transpose(1, 2).to(value.dtype),
-        None,
-        None,
+    if not call.return_lse:
+        grad_lse = None  # it is of what stands in lse's place
+    if grad_out is None:
+        grad_out = torch.zeros_like(query)
+    if _is_for_kernels(query):
+        grads = _by_kernel(grad_out, grad_lse, (query, key, value), call, results)
+    else:
+        with torch.autocast(query.device.type, enabled=False):
+            grads = gradients(grad_out, grad_lse, query, key, value, call)
+    return *grads, None, None
+
+
+def _by_kernel(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    operands: tuple[Tensor, Tensor, Tensor],
+    call: Call,
+    results: list[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """Where no results are kept, they are computed again, exactly, in what the call computes in."""
+    query, key, value = operands
+    if call.dtype is not None:
+        is_half = value.dtype in (torch.float16, torch.bfloat16)
+        operands_dtype = value.dtype if is_half else call.dtype
+        query, key, value = (x.to(operands_dtype) for x in operands)
+    options = {"scale": call.scale, "is_causal": call.is_causal}
+    options |= {"window_left": call.window[0], "window_right": call.window[1]}
+    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+    lens = (call.q_lens, call.k_lens)
+    if results[0] is None:
+        results = torch.ops.wan_attn.sdpa(*inputs, *lens, return_lse=True, **options)
+    grads = torch.ops.wan_attn.sdpa_backward(
+        grad_out, grad_lse, *inputs, *results, *lens, **options
     )
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, operands, strict=True))

@@ -77,7 +77,7 @@ def _check(status: int, error: native.Error) -> None:
         raise RuntimeError(f"wan_attn: {error.text()}")
 
 
-def _params(
+def describe_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -145,7 +145,7 @@ def ctypes_sdpa(
             derivative in torch.
     """
     lib, error = native.lib(), native.Error()
-    params = _params(query, key, value, q_lens, k_lens, kernel, precision)
+    params = describe_call(query, key, value, q_lens, k_lens, kernel, precision)
     params.softmax_scale = 0.0 if scale is None else scale
     params.has_softmax_scale, params.is_causal = scale is not None, is_causal
     params.window_size_left, params.window_size_right = window_left, window_right

@@ -45,6 +45,12 @@ def rope_kernels() -> tuple[KernelInfo, ...]:
     return _table("rope_kernel")
 
 
+@functools.cache
+def backward_kernels() -> tuple[KernelInfo, ...]:
+    """The same of gradients."""
+    return _table("backward_kernel")
+
+
 def _table(name: str) -> tuple[KernelInfo, ...]:
     lib = library.load()
     if lib is None:
@@ -100,7 +106,10 @@ def _describe(request: Request, dtype: torch.dtype, shape: tuple[int, ...]) -> l
     return described
 
 
-def _params(request: Request, kernel: int = -1, precision: int = library.EXACT) -> library.Params:
+def call_params(
+    request: Request, kernel: int = -1, precision: int = library.EXACT
+) -> library.Params:
+    """The call as C is asked about it: of contiguous tensors that need not exist."""
     r = request
     q_shape = (r.batch, r.seqlen_q, r.num_heads_q, r.head_dim)
     k_shape = (r.batch, r.seqlen_k, r.num_heads_k, r.head_dim)
@@ -128,7 +137,7 @@ def why_not(request: Request, row: int) -> str | None:
     """Why this row of the table cannot take the call; None: it can."""
     error = library.Error()
     with cuda_driver.question():
-        status = library.lib().wan_attn_why_not(_params(request), row, ctypes.byref(error))
+        status = library.lib().wan_attn_why_not(call_params(request), row, ctypes.byref(error))
     return None if status == library.OK else error.text()
 
 
@@ -146,7 +155,7 @@ def select(request: Request, precision: int = library.EXACT) -> tuple[KernelInfo
     error, row = library.Error(), c_int32(-1)
     with cuda_driver.question():
         status = library.lib().wan_attn_select(
-            _params(request, precision=precision), ctypes.byref(row), ctypes.byref(error)
+            call_params(request, precision=precision), ctypes.byref(row), ctypes.byref(error)
         )
     if status == library.OK:
         return kernels()[row.value], ""
@@ -167,7 +176,7 @@ def workspace_bytes(request: Request, row: str = "") -> int | None:
     if library.load() is None:
         return None
     index = next((kernel.index for kernel in kernels() if kernel.name == row), -1)
-    params, size = _params(request, index), ctypes.c_size_t(0)
+    params, size = call_params(request, index), ctypes.c_size_t(0)
     if request.device.type == "cpu":
         params.num_threads = torch.get_num_threads()
     with cuda_driver.question():

@@ -99,6 +99,21 @@ class Guard(ctypes.Structure):
     ]
 
 
+class BackwardParams(ctypes.Structure):
+    """wan_attn_backward_params."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("kernel", c_int32),
+        ("forward", ctypes.POINTER(Params)),
+        ("dout", Tensor),
+        ("dlse", Tensor),
+        ("dq", Tensor),
+        ("dk", Tensor),
+        ("dv", Tensor),
+    ]
+
+
 class RopeParams(ctypes.Structure):
     """wan_attn_rope_params."""
 
@@ -203,6 +218,7 @@ class CudaDevice(ctypes.Structure):
 
 
 _R, _ROW = ctypes.POINTER(RopeParams), ctypes.POINTER(c_int32)
+_B, _SIZE = ctypes.POINTER(BackwardParams), ctypes.POINTER(c_size_t)
 _P, _C, _E = ctypes.POINTER(Params), ctypes.POINTER(Call), ctypes.POINTER(Error)
 _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "wan_attn_abi_version": (c_int32, []),
@@ -221,6 +237,10 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "wan_attn_prepare": (c_int32, [_P, _C, _E]),
     "wan_attn_run": (c_int32, [_P, _C, _E]),
     "wan_attn_forward": (c_int32, [_P, _E]),
+    "wan_attn_backward_kernel_count": (c_int32, []),
+    "wan_attn_backward_kernel_at": (c_int32, [c_int32, ctypes.POINTER(KernelInfo)]),
+    "wan_attn_backward_select": (c_int32, [_B, _ROW, _SIZE, _E]),
+    "wan_attn_backward": (c_int32, [_B, _ROW, _E]),
     "wan_attn_rope_kernel_count": (c_int32, []),
     "wan_attn_rope_kernel_at": (c_int32, [c_int32, ctypes.POINTER(KernelInfo)]),
     "wan_attn_rope_select": (c_int32, [_R, _ROW, _E]),

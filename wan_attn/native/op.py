@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from wan_attn.config import current
-from wan_attn.native import autograd, cuda_driver, library, rope, shim
+from wan_attn.native import autograd, backward, cuda_driver, library, rope, shim
 from wan_attn.native.bindings import ctypes_sdpa
 from wan_attn.native.kernels import KernelInfo, build_info, cpu_features, kernels, select, why_not
 from wan_attn.request import Blocks, Call, check, check_blocks, empty_lse, gate, refuse
@@ -164,7 +164,10 @@ def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any)
     given = _arguments(*others, **keyword_only_inputs)
     if not given.blocks.is_dense:
         _refuse_blocks(given.blocks, "where a gradient is wanted: such calls are forward only")
-    autograd.remember(ctx, query, key, value, given.call)
+    row = given.kernel
+    is_forced_lossy = 0 <= row < len(kernels()) and kernels()[row].is_lossy
+    is_exact = keyword_only_inputs["precision"] == library.EXACT and not is_forced_lossy
+    autograd.remember(ctx, query, key, value, given.call, output if is_exact else None)
 
 
 def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -179,7 +182,8 @@ def _define(fallback: Fallback) -> None:
     torch.library.register_fake("wan_attn::sdpa", _sdpa_fake, lib=_LIBRARY)
     _LIBRARY.impl("sdpa", _sdpa_elsewhere, "CompositeExplicitAutograd")
     by_torch = _by_torch(fallback)
-    autograd.register(_LIBRARY, "wan_attn::sdpa", _backward, _setup_context, by_torch)
+    autograd.register(_LIBRARY, "wan_attn::sdpa", _backward, _setup_context, by_torch, True)
+    backward.define(_LIBRARY)
     rope.define(_LIBRARY)
 
 
@@ -212,5 +216,7 @@ def register(fallback: Fallback) -> None:
         function = ctypes_sdpa if _binding == "ctypes" else _by_torch(fallback)
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl("sdpa", function, key)
+    autograd.has_kernels = _binding != "torch"
+    backward.register(_LIBRARY, _binding)
     rope.register(_LIBRARY, _binding)
     _is_registered = True

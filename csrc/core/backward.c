@@ -1,0 +1,158 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * backward.c - the table of backward kernels, the choice of a row with its reasons, and their
+ * functions of the C ABI. Knows rows only through backward.h.
+ */
+#include "core/backward.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "core/cpuid.h"
+#include "core/util.h"
+
+#define DT(dtype) (1u << WAN_ATTN_##dtype)
+
+/* First reading of the list: declare the rows. */
+#define BACKWARD(row, ...)                                                                         \
+    void wan_attn_##row##_plan(wan_attn_backward_problem *);                                       \
+    void wan_attn_##row(const wan_attn_backward_problem *);
+#define BACKWARD_ELSEWHERE(...)
+
+/* Rows of another architecture are in the table, so that it reads the same everywhere; what they
+ * need is never detected here, so they always refuse. */
+#if defined(__x86_64__) || defined(_M_X64)
+#define BACKWARD_X86(...) BACKWARD(__VA_ARGS__)
+#else
+#define BACKWARD_X86(...) BACKWARD_ELSEWHERE(__VA_ARGS__)
+#endif
+#include "core/backward_rows.def"
+#undef BACKWARD
+#undef BACKWARD_ELSEWHERE
+
+/* Second reading: the table. */
+/* NOLINTBEGIN(bugprone-macro-parentheses): each argument is a whole initialiser */
+#define CPU_ROW(row, dtype_bits, needs, text, ...)                                                 \
+    {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
+              .device_type = WAN_ATTN_CPU,                                                         \
+              .name = #row,                                                                        \
+              .description = text,                                                                 \
+              .dtypes = dtype_bits,                                                                \
+              .head_dim_min = 1,                                                                   \
+              .head_dim_max = 256,                                                                 \
+              .head_dim_multiple = 1,                                                              \
+              .cpu_features = needs},                                                              \
+     __VA_ARGS__},
+#define BACKWARD(row, dtypes, needs, text)                                                         \
+    CPU_ROW(row, dtypes, needs, text, .plan = wan_attn_##row##_plan, .run = wan_attn_##row)
+#define BACKWARD_ELSEWHERE(row, dtypes, needs, text)                                               \
+    CPU_ROW(row, dtypes, needs, text, .plan = NULL, .run = NULL)
+/* NOLINTEND(bugprone-macro-parentheses) */
+static const wan_attn_backward_kernel ROWS[] = {
+#include "core/backward_rows.def"
+};
+
+enum { ROW_COUNT = sizeof(ROWS) / sizeof(ROWS[0]) };
+
+int32_t wan_attn_backward_kernel_count(void) { return ROW_COUNT; }
+
+wan_attn_status wan_attn_backward_kernel_at(int32_t row, wan_attn_kernel_info *info) {
+    if (row < 0 || row >= ROW_COUNT || !info || info->struct_size < sizeof(uint32_t))
+        return WAN_ATTN_INVALID_ARGUMENT;
+    uint32_t size = info->struct_size;
+    memcpy(info, &ROWS[row].info, size < sizeof(*info) ? size : sizeof(*info));
+    info->struct_size = size;
+    return WAN_ATTN_OK;
+}
+
+/* Whether this row takes the call, which has its plan then; else why not. */
+static int takes(wan_attn_backward_problem *p, int32_t row, char *reason, size_t size) {
+    const wan_attn_kernel_info *info = &ROWS[row].info;
+    wan_attn_problem *call = &p->call;
+    uint32_t detected = wan_attn_cpu_features(), allowed = call->params->cpu_features;
+    uint32_t missing = info->cpu_features & ~(allowed ? detected & allowed : detected);
+    if (call->device_type != WAN_ATTN_CPU)
+        snprintf(reason, size, "runs on cpu, the call is on %s",
+                 call->device_type == WAN_ATTN_CUDA ? "cuda" : "this device");
+    else if (!(info->dtypes & 1u << call->dtype))
+        snprintf(reason, size, "does not take %s", wan_attn_dtype_name(call->dtype));
+    else if (call->head_dim < info->head_dim_min || call->head_dim > info->head_dim_max)
+        snprintf(reason, size, "takes head_dim %d to %d, got %lld", (int)info->head_dim_min,
+                 (int)info->head_dim_max, (long long)call->head_dim);
+    else if (missing)
+        snprintf(reason, size, "needs %s, which this CPU %s", wan_attn_cpu_feature_words(missing),
+                 missing & ~detected ? "does not have" : "has but the caller has masked");
+    else {
+        call->kernel = row;
+        call->kernel_name = info->name;
+        call->workspace_size = 0;
+        ROWS[row].plan(p);
+        return 1;
+    }
+    return 0;
+}
+
+/* UNSUPPORTED, with the reason of every row. */
+static wan_attn_status no_row(wan_attn_backward_problem *p, wan_attn_error *err) {
+    char reasons[900] = "", reason[200];
+    size_t used = 0;
+    for (int32_t row = 0; row < ROW_COUNT; row++) {
+        if (takes(p, row, reason, sizeof(reason)))
+            continue;
+        int n = snprintf(reasons + used, sizeof(reasons) - used, "%s%s: %s", used ? "; " : "",
+                         ROWS[row].info.name, reason);
+        used = n > 0 && used + (size_t)n < sizeof(reasons) ? used + (size_t)n : used;
+    }
+    return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "no kernel computes this call's gradients: %s",
+                         reasons);
+}
+
+/* The forced row if it can, else the first that can. */
+static wan_attn_status choose(wan_attn_backward_problem *p, wan_attn_error *err) {
+    char reason[200];
+    int32_t forced = p->params->kernel;
+    if (forced != -1 && (forced < 0 || forced >= ROW_COUNT))
+        return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT,
+                             "kernel must be -1 (the best) or a row from 0 to %d, got %d",
+                             ROW_COUNT - 1, (int)forced);
+    if (forced != -1)
+        return takes(p, forced, reason, sizeof(reason))
+                   ? WAN_ATTN_OK
+                   : wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", ROWS[forced].info.name,
+                                   reason);
+    for (int32_t row = 0; row < ROW_COUNT; row++)
+        if (takes(p, row, reason, sizeof(reason)))
+            return WAN_ATTN_OK;
+    return no_row(p, err);
+}
+
+wan_attn_status wan_attn_backward_select(const wan_attn_backward_params *params, int32_t *row,
+                                         size_t *workspace_size, wan_attn_error *err) {
+    wan_attn_backward_problem problem;
+    wan_attn_status status = wan_attn_backward_check(params, &problem, err);
+    if (status == WAN_ATTN_OK)
+        status = choose(&problem, err);
+    if (status != WAN_ATTN_OK)
+        return status;
+    if (row)
+        *row = problem.call.kernel;
+    if (workspace_size)
+        *workspace_size = problem.call.workspace_size;
+    return wan_attn_ok(err);
+}
+
+wan_attn_status wan_attn_backward(const wan_attn_backward_params *params, int32_t *row,
+                                  wan_attn_error *err) {
+    wan_attn_backward_problem problem;
+    wan_attn_status status = wan_attn_backward_check(params, &problem, err);
+    if (status == WAN_ATTN_OK)
+        status = choose(&problem, err);
+    if (status == WAN_ATTN_OK)
+        status = wan_attn_backward_check_memory(&problem, err);
+    if (status != WAN_ATTN_OK)
+        return status;
+    if (row)
+        *row = problem.call.kernel;
+    if (problem.call.batch)
+        ROWS[problem.call.kernel].run(&problem);
+    return wan_attn_ok(err);
+}

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""test_backward_op.py - the op sdpa_backward and what uses it: autograd, compilers, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import wan_attn
+from calls import BF16, F32, operands
+from wan_attn.backends import native as backend
+from wan_attn.native import backward
+from wan_attn.request import Call, Request
+from wan_attn.workloads import parse_shape
+
+OP = torch.ops.wan_attn.sdpa_backward
+pytestmark = pytest.mark.usefixtures("native")
+
+
+def inputs(dtype: Any = F32, **shape: Any) -> tuple[Any, ...]:
+    """(grad_out, None, query, key, value, out, lse)"""
+    query, key, value = operands(dtype=dtype, **shape)
+    out, lse = torch.ops.wan_attn.sdpa(query, key, value, return_lse=True)
+    return torch.randn_like(out), None, query, key, value, out, lse
+
+
+def loss_of(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    out: Any = wan_attn.sdpa(query, key, value, is_causal=True)
+    result: Tensor = out.float().square().sum()
+    return result
+
+
+def gradients(function: Any, *leaves: Tensor) -> list[Tensor]:
+    leaves = tuple(x.detach().clone().requires_grad_() for x in leaves)
+    function(*leaves).backward()
+    return [x.grad for x in leaves if x.grad is not None]
+
+
+@pytest.mark.parametrize("with_lse", (False, True))
+def test_opcheck(with_lse: bool) -> None:
+    args = list(inputs(batch=2, head_dim=16))
+    if with_lse:
+        args[1] = torch.randn_like(args[6])
+    lens = (torch.tensor([17, 3]), torch.tensor([5, 33]))
+    torch.library.opcheck(OP, (*args, *lens), {"is_causal": True})
+
+
+def test_our_kernels_are_chosen_where_they_are_fast() -> None:
+    _, _, query, key, value, *_ = inputs()
+    request = Request.from_tensors(query, key, value, Call(), needs_grad=True)
+    name = backward.chosen(request)
+    is_fast = name != backward.PORTABLE
+    assert (backend.why_not(request) is None) == is_fast
+    loss_of(query.requires_grad_(), key, value).backward()
+    if is_fast:
+        assert backward.last_kernel() == name
+
+
+def test_a_gradient_of_a_gradient_is_refused() -> None:
+    query, key, value = (x.requires_grad_() for x in operands(head_dim=16))
+    out, _ = torch.ops.wan_attn.sdpa(query, key, value)
+    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="sdpa must be differentiated once"):
+        grad.sum().backward()
+
+
+def test_what_is_wrong_is_said() -> None:
+    args = inputs()
+    with pytest.raises(RuntimeError, match="wan_attn: grad_out must be shaped like query"):
+        OP(args[0][:, 1:], *args[1:])
+    with pytest.raises(RuntimeError, match="wan_attn: lse must be float32"):
+        OP(*args[:6], args[6][:0])
+    with pytest.raises(RuntimeError, match="wan_attn: kernel must be -1"):
+        OP(*args, kernel=99)
+    with pytest.raises(RuntimeError, match="wan_attn: grad_lse must be float32"):
+        OP(args[0], args[6].double(), *args[2:])
+    with pytest.raises(RuntimeError, match="k_lens must be between 0 and"):
+        OP(*args, None, torch.tensor([34]))
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpoints_change_nothing(reentrant: bool) -> None:
+    x = operands(seqlen_q=33)
+    plain = gradients(loss_of, *x)
+    again = gradients(lambda *t: checkpoint(loss_of, *t, use_reentrant=reentrant), *x)
+    # Reentrant, forward runs once more; the same kernels, so the same bits.
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+def test_a_compiled_training_step(dtype: torch.dtype) -> None:
+    x = operands(batch=2, dtype=dtype)
+    plain = gradients(loss_of, *x)
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    for a, b in zip(plain, gradients(compiled, *x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_leaves_gradients_in_the_leaves_dtype() -> None:
+    x = operands(batch=2)
+    weight = torch.randn(64, 64) / 8
+
+    def through_a_layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=BF16):
+            return loss_of(query @ weight, key @ weight, value @ weight)
+
+    found = gradients(through_a_layer, *x)
+    assert all(grad.dtype == F32 and grad.isfinite().all() for grad in found)
+    exact = gradients(lambda q, k, v: loss_of(q @ weight, k @ weight, v @ weight), *x)
+    for a, b in zip(found, exact, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.03
+
+
+def test_func_vjp_gives_the_same() -> None:
+    x = operands(seqlen_q=33)
+    plain = gradients(loss_of, *x)
+    _, pull = torch.func.vjp(loss_of, *x)
+    for a, b in zip(plain, pull(torch.ones(())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_grows_with_the_lengths() -> None:
+    """Four times as long: at most four times the workspace, and a constant."""
+
+    def needed(length: int) -> int:
+        call = parse_shape(f"1x{length}x1x64")
+        size = backward.workspace_bytes(Request.of(call, F32, "cpu", needs_grad=True))
+        assert size is not None
+        return size
+
+    assert needed(1 << 18) < 4.2 * needed(1 << 16)
