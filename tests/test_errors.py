@@ -294,7 +294,7 @@ def test_all_of_them_in_a_row_leave_the_process_usable() -> None:
 def test_positional_arguments_are_limited_to_the_tensors() -> None:
     call = good()
     with pytest.raises(RuntimeError, match="positional"):
-        OP(call["query"], call["key"], call["value"], None, None, 0.5)
+        OP(call["query"], call["key"], call["value"], None, None, None, None, 0.5)
     with pytest.raises(RuntimeError, match="query|positional|argument"):
         OP()
 

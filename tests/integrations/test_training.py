@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan_attn import log
 from wan_attn.integrations import diffusers as wan_diffusers
 from wan_attn.integrations import transformers as wan_transformers
 from wan_attn.native import backward
@@ -122,6 +123,7 @@ def registered() -> Iterator[None]:
     wan_transformers.register()
     yield
     wan_transformers.unregister()
+    log.disable("diffusers")
 
 
 @pytest.mark.usefixtures("registered", "native")

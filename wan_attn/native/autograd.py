@@ -63,10 +63,20 @@ class _Guard:
             ):
                 if wants_grad(query, key, value):
                     return self._in_torch(*operands, **keywords)
-            elif self._keeps_lse and _is_for_kernels(query) and wants_grad(query, key, value):
-                if not keywords.get("return_lse", False):
-                    out, _ = kernel(keyset, *operands, **{**keywords, "return_lse": True})
-                    return out, empty_lse(query, return_lse=False)
+            # wants_grad(), too, without a call; what is no tensor is the op's to refuse.
+            elif (
+                self._keeps_lse
+                and has_kernels
+                and not keywords.get("return_lse", False)
+                and torch.is_grad_enabled()
+                and isinstance(query, Tensor)
+                and isinstance(key, Tensor)
+                and isinstance(value, Tensor)
+                and (query.requires_grad or key.requires_grad or value.requires_grad)
+                and query.device.type == "cpu"
+            ):
+                out, _ = kernel(keyset, *operands, **{**keywords, "return_lse": True})
+                return out, empty_lse(query, return_lse=False)
             return kernel(keyset, *operands, **keywords)
 
         self._library.impl(op, guarded, key, **options)

@@ -14,11 +14,6 @@ from wan_attn.sparse.state import uses as sparse
 Run = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def is_asked_for() -> bool:
-    """Whether anybody wants to decide about calls."""
-    return precision.active is not None or sparse.active is not None
-
-
 def run(
     exact: Run,
     backend: str,

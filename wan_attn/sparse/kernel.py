@@ -25,6 +25,8 @@ def why_not(request: Request, threshold: float = 0.0) -> str | None:
     Args:
         threshold: as of by_threshold(); 0: the call comes with lists.
     """
+    if request.needs_grad:
+        return "forward only, and a gradient is wanted"
     asked = replace(request, has_block_lists=not threshold, skip_threshold=threshold)
     return native.why_not(asked)
 
