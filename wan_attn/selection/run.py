@@ -121,7 +121,7 @@ def attend(operands: list[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
         if not plan.reads[1] and key.dtype != value.dtype:
             key = _converted(key, value.dtype)
         try:
-            if watched.precision.active is None and watched.sparse.active is None:
+            if watched.IN_BITS.active is None and watched.BLOCKS.active is None:
                 out, lse = plan.run(query, key, value, call)
             else:
                 by = (plan.run, plan.choice.backend, plan.request)

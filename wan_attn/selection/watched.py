@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from wan_attn.precision.state import uses as precision
+from wan_attn.precision.state import uses as IN_BITS
 from wan_attn.request import Call, Request
-from wan_attn.sparse.state import uses as sparse
+from wan_attn.sparse.state import uses as BLOCKS
+
+__all__ = ["BLOCKS", "IN_BITS", "run"]  # whose `active` is looked at by every call
 
 Run = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -30,7 +32,7 @@ def run(
     Returns:
         out, lse, and what ran as the log calls it; "" if `exact` did.
     """
-    in_bits, leaves_out = precision.active, sparse.active
+    in_bits, leaves_out = IN_BITS.active, BLOCKS.active
     ran = ""
 
     def dense(
