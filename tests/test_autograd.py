@@ -142,20 +142,22 @@ ROUTES = (raw_op, raw_op_without_lse, public, public_without_lse)
 @pytest.mark.parametrize("route", ROUTES, ids=lambda f: f.__name__)
 def test_gradients(route: Any, kind: str) -> None:
     shape, call = KINDS[kind]
-    assert_gradients_close(route, operands(head_dim=16, **shape), **call)
+    assert_gradients_close(route, operands(**({"seqlen_q": 37, "head_dim": 16} | shape)), **call)
 
 
 @pytest.mark.parametrize("route", (raw_op, public), ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", ("plain", "causal", "rows_without_a_key", "lengths", "scale"))
 def test_gradients_of_lse(route: Any, kind: str) -> None:
     shape, call = KINDS[kind]
-    assert_gradients_close(route, operands(head_dim=16, **shape), grad_lse=True, **call)
+    assert_gradients_close(
+        route, operands(**({"seqlen_q": 37, "head_dim": 16} | shape)), grad_lse=True, **call
+    )
 
 
 @pytest.mark.parametrize("route", (raw_op, public), ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", (BF16, F16, (F32, F32, BF16)), ids=str)
 def test_gradients_in_half_precision(route: Any, dtype: Any) -> None:
-    inputs = operands(batch=2, heads_q=4, heads_k=2, head_dim=16, dtype=dtype)
+    inputs = operands(batch=2, seqlen_q=37, heads_q=4, heads_k=2, head_dim=16, dtype=dtype)
     assert_gradients_close(route, inputs, k_lens=[33, 12], is_causal=True)
 
 

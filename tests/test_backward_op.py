@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import wan_attn
 from calls import BF16, F32, operands
+from source_tree import ROOT
 from wan_attn.backends import native as backend
-from wan_attn.native import backward
+from wan_attn.native import autograd, backward
 from wan_attn.request import Call, Request
 from wan_attn.workloads import parse_shape
 
@@ -50,7 +51,8 @@ def test_opcheck(with_lse: bool) -> None:
 
 
 def test_our_kernels_are_chosen_where_they_are_fast() -> None:
-    _, _, query, key, value, *_ = inputs()
+    _, _, query, key, value, *_ = inputs(seqlen_q=33)
+    vars(backward._here).clear()
     request = Request.from_tensors(query, key, value, Call(), needs_grad=True)
     name = backward.chosen(request)
     is_fast = name != backward.PORTABLE
@@ -60,8 +62,18 @@ def test_our_kernels_are_chosen_where_they_are_fast() -> None:
         assert backward.last_kernel() == name
 
 
+def test_few_rows_are_left_to_torch() -> None:
+    """Their scores are summed in an order that no kernel of gradients has."""
+    header = (ROOT / "csrc/cpu/blocked.h").read_text(encoding="utf-8")
+    assert f"WAN_ATTN_MAX_FEW = {autograd.FEW_ROWS} " in header
+    for rows in (autograd.FEW_ROWS, autograd.FEW_ROWS + 1):
+        vars(backward._here).clear()
+        gradients(loss_of, *operands(seqlen_q=rows))
+        assert (backward.last_kernel() is None) == (rows == autograd.FEW_ROWS)
+
+
 def test_a_gradient_of_a_gradient_is_refused() -> None:
-    query, key, value = (x.requires_grad_() for x in operands(head_dim=16))
+    query, key, value = (x.requires_grad_() for x in operands(seqlen_q=33, head_dim=16))
     out, _ = torch.ops.wan_attn.sdpa(query, key, value)
     (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="sdpa must be differentiated once"):
@@ -94,7 +106,7 @@ def test_checkpoints_change_nothing(reentrant: bool) -> None:
 @pytest.mark.compile
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
 def test_a_compiled_training_step(dtype: torch.dtype) -> None:
-    x = operands(batch=2, dtype=dtype)
+    x = operands(batch=2, seqlen_q=33, dtype=dtype)
     plain = gradients(loss_of, *x)
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     for a, b in zip(plain, gradients(compiled, *x), strict=True):
@@ -102,7 +114,7 @@ def test_a_compiled_training_step(dtype: torch.dtype) -> None:
 
 
 def test_autocast_leaves_gradients_in_the_leaves_dtype() -> None:
-    x = operands(batch=2)
+    x = operands(batch=2, seqlen_q=33)
     weight = torch.randn(64, 64) / 8
 
     def through_a_layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
