@@ -5,9 +5,8 @@
 #include "core/backward.h"
 
 #include <stdio.h>
-#include <string.h>
 
-#include "core/cpuid.h"
+#include "core/rows.h"
 #include "core/util.h"
 
 #define DT(dtype) (1u << WAN_ATTN_##dtype)
@@ -56,31 +55,23 @@ enum { ROW_COUNT = sizeof(ROWS) / sizeof(ROWS[0]) };
 int32_t wan_attn_backward_kernel_count(void) { return ROW_COUNT; }
 
 wan_attn_status wan_attn_backward_kernel_at(int32_t row, wan_attn_kernel_info *info) {
-    if (row < 0 || row >= ROW_COUNT || !info || info->struct_size < sizeof(uint32_t))
-        return WAN_ATTN_INVALID_ARGUMENT;
-    uint32_t size = info->struct_size;
-    memcpy(info, &ROWS[row].info, size < sizeof(*info) ? size : sizeof(*info));
-    info->struct_size = size;
-    return WAN_ATTN_OK;
+    return wan_attn_describe_row(row >= 0 && row < ROW_COUNT ? &ROWS[row].info : NULL, info);
 }
 
 /* Whether this row takes the call, which has its plan then; else why not. */
 static int takes(wan_attn_backward_problem *p, int32_t row, char *reason, size_t size) {
     const wan_attn_kernel_info *info = &ROWS[row].info;
     wan_attn_problem *call = &p->call;
-    uint32_t detected = wan_attn_cpu_features(), allowed = call->params->cpu_features;
-    uint32_t missing = info->cpu_features & ~(allowed ? detected & allowed : detected);
     if (call->device_type != WAN_ATTN_CPU)
         snprintf(reason, size, "runs on cpu, the call is on %s",
-                 call->device_type == WAN_ATTN_CUDA ? "cuda" : "this device");
+                 wan_attn_device_word((int32_t)call->device_type));
     else if (!(info->dtypes & 1u << call->dtype))
         snprintf(reason, size, "does not take %s", wan_attn_dtype_name(call->dtype));
     else if (call->head_dim < info->head_dim_min || call->head_dim > info->head_dim_max)
         snprintf(reason, size, "takes head_dim %d to %d, got %lld", (int)info->head_dim_min,
                  (int)info->head_dim_max, (long long)call->head_dim);
-    else if (missing)
-        snprintf(reason, size, "needs %s, which this CPU %s", wan_attn_cpu_feature_words(missing),
-                 missing & ~detected ? "does not have" : "has but the caller has masked");
+    else if (wan_attn_lacks_features(info->cpu_features, call->params->cpu_features, reason, size))
+        return 0;
     else {
         call->kernel = row;
         call->kernel_name = info->name;
@@ -98,9 +89,8 @@ static wan_attn_status no_row(wan_attn_backward_problem *p, wan_attn_error *err)
     for (int32_t row = 0; row < ROW_COUNT; row++) {
         if (takes(p, row, reason, sizeof(reason)))
             continue;
-        int n = snprintf(reasons + used, sizeof(reasons) - used, "%s%s: %s", used ? "; " : "",
-                         ROWS[row].info.name, reason);
-        used = n > 0 && used + (size_t)n < sizeof(reasons) ? used + (size_t)n : used;
+        wan_attn_append(reasons, sizeof(reasons), &used, used ? "; %s" : "%s", ROWS[row].info.name);
+        wan_attn_append(reasons, sizeof(reasons), &used, ": %s", reason);
     }
     return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "no kernel computes this call's gradients: %s",
                          reasons);
@@ -111,9 +101,7 @@ static wan_attn_status choose(wan_attn_backward_problem *p, wan_attn_error *err)
     char reason[200];
     int32_t forced = p->params->kernel;
     if (forced != -1 && (forced < 0 || forced >= ROW_COUNT))
-        return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT,
-                             "kernel must be -1 (the best) or a row from 0 to %d, got %d",
-                             ROW_COUNT - 1, (int)forced);
+        return wan_attn_no_such_row(forced, ROW_COUNT, err);
     if (forced != -1)
         return takes(p, forced, reason, sizeof(reason))
                    ? WAN_ATTN_OK

@@ -6,7 +6,6 @@
 
 #include "core/backward.h"
 #include "core/operand.h"
-#include "core/overlap.h"
 #include "core/util.h"
 
 #define INVALID(err, ...) wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, __VA_ARGS__)
@@ -106,27 +105,10 @@ static const char *const NAMES[ALL] = {"query",    "key",        "value",    "ou
                                        "grad_out", "grad_lse",   "q_lens",   "k_lens", "grad_query",
                                        "grad_key", "grad_value", "workspace"};
 
-/* What is written must be where nothing else is that the call needs. */
-static wan_attn_status check_sharing(const wan_attn_tensor *const tensors[ALL],
-                                     wan_attn_error *err) {
-    wan_attn_extent extents[ALL];
-    for (int n = 0; n < ALL; n++)
-        (void)wan_attn_find_extent(tensors[n], &extents[n]); /* they have been looked at */
-    for (int n = FIRST_WRITTEN; n < ALL; n++)
-        for (int other = 0; other < n; other++)
-            if (tensors[n]->device_type == tensors[other]->device_type &&
-                wan_attn_share_memory(&extents[n], &extents[other]))
-                return INVALID(err, "%s must share no memory with %s, got addresses %p and %p",
-                               NAMES[n], NAMES[other], tensors[n]->data, tensors[other]->data);
-    return WAN_ATTN_OK;
-}
-
 wan_attn_status wan_attn_backward_check_memory(wan_attn_backward_problem *p, wan_attn_error *err) {
     const wan_attn_backward_params *a = p->params;
     const wan_attn_params *f = a->forward;
-    wan_attn_tensor workspace = {f->workspace, WAN_ATTN_I32, f->q.device_type, f->q.device_index, 1,
-                                 {0},          {1}};
-    workspace.shape[0] = wan_attn_divide_up((int64_t)p->call.workspace_size, 4);
+    const wan_attn_tensor workspace = wan_attn_workspace_of(&p->call);
     const wan_attn_tensor *const tensors[ALL] = {
         &f->q,         &f->k,         &f->v,  &f->out, &f->lse, &a->dout,  &a->dlse,
         &f->seqused_q, &f->seqused_k, &a->dq, &a->dk,  &a->dv,  &workspace};
@@ -144,5 +126,6 @@ wan_attn_status wan_attn_backward_check_memory(wan_attn_backward_problem *p, wan
     wan_attn_status status = wan_attn_check_lengths(&p->call, err);
     if (status == WAN_ATTN_OK)
         status = wan_attn_check_workspace(&p->call, err);
-    return status == WAN_ATTN_OK ? check_sharing(tensors, err) : status;
+    return status == WAN_ATTN_OK ? wan_attn_check_written(NAMES, tensors, FIRST_WRITTEN, ALL, err)
+                                 : status;
 }

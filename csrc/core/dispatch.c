@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "core/cpuid.h"
+#include "core/rows.h"
 #include "core/util.h"
 
 #define DT(dtype) (1u << WAN_ATTN_##dtype)
@@ -79,23 +79,7 @@ enum { KERNEL_COUNT = sizeof(KERNELS) / sizeof(KERNELS[0]) };
 int32_t wan_attn_kernel_count(void) { return KERNEL_COUNT; }
 
 wan_attn_status wan_attn_kernel_at(int32_t row, wan_attn_kernel_info *info) {
-    if (row < 0 || row >= KERNEL_COUNT || !info || info->struct_size < sizeof(uint32_t))
-        return WAN_ATTN_INVALID_ARGUMENT;
-    uint32_t size = info->struct_size;
-    memcpy(info, &KERNELS[row].info, size < sizeof(*info) ? size : sizeof(*info));
-    info->struct_size = size;
-    return WAN_ATTN_OK;
-}
-
-static const char *device_name(int32_t device_type) {
-    return device_type == WAN_ATTN_CPU    ? "cpu"
-           : device_type == WAN_ATTN_CUDA ? "cuda"
-                                          : "this device";
-}
-
-static uint32_t allowed_cpu_features(const wan_attn_params *params) {
-    uint32_t detected = wan_attn_cpu_features();
-    return params->cpu_features ? detected & params->cpu_features : detected;
+    return wan_attn_describe_row(row >= 0 && row < KERNEL_COUNT ? &KERNELS[row].info : NULL, info);
 }
 
 /* Whether a CUDA row was not made for the call's GPU; then reason says so. */
@@ -134,8 +118,9 @@ static fit kind_of(const wan_attn_kernel_info *info, const wan_attn_problem *p) 
 static void tell_kind(fit found, const wan_attn_kernel_info *info, const wan_attn_problem *p,
                       char *reason, size_t size) {
     if (found == OTHER_DEVICE)
-        snprintf(reason, size, "runs on %s, the call is on %s", device_name(info->device_type),
-                 device_name((int32_t)p->device_type));
+        snprintf(reason, size, "runs on %s, the call is on %s",
+                 wan_attn_device_word(info->device_type),
+                 wan_attn_device_word((int32_t)p->device_type));
     else if (found == OTHER_DTYPE)
         snprintf(reason, size, "does not take %s", wan_attn_dtype_name(p->dtype));
     else if (info->head_dim_min == info->head_dim_max)
@@ -165,13 +150,8 @@ static fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
         tell_kind(found, info, p, reason, size);
         return found;
     }
-    uint32_t missing = info->cpu_features & ~allowed_cpu_features(p->params);
-    if (missing) {
-        snprintf(reason, size, "needs %s, which this CPU %s", wan_attn_cpu_feature_words(missing),
-                 missing & ~wan_attn_cpu_features() ? "does not have"
-                                                    : "has but the caller has masked");
+    if (wan_attn_lacks_features(info->cpu_features, p->params->cpu_features, reason, size))
         return CANNOT;
-    }
     if (info->device_type == WAN_ATTN_CUDA && refused_by_arch(info, p, reason, size))
         return CANNOT;
     if ((p->has_lists || p->skip_threshold > 0.0f) && !info->takes_block_lists) {
@@ -192,12 +172,6 @@ static fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
 
 static int is_row(int32_t row) { return row >= 0 && row < KERNEL_COUNT; }
 
-static wan_attn_status no_such_row(int32_t row, wan_attn_error *err) {
-    return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT,
-                         "kernel must be -1 (the best) or a row from 0 to %d, got %d",
-                         KERNEL_COUNT - 1, (int)row);
-}
-
 static wan_attn_status take(wan_attn_problem *p, int32_t row, wan_attn_error *err) {
     char reason[200];
     if (kind_of(&KERNELS[row].info, p) == TAKES) {
@@ -208,13 +182,6 @@ static wan_attn_status take(wan_attn_problem *p, int32_t row, wan_attn_error *er
     if (ask(row, p, reason, sizeof(reason)) != TAKES)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", KERNELS[row].info.name, reason);
     return wan_attn_ok(err);
-}
-
-/* Appends to a text that is cut where the space ends. */
-static void append(char *text, size_t size, size_t *used, const char *format, const char *word) {
-    int n = snprintf(text + *used, size - *used, format, word);
-    if (n > 0)
-        *used = *used + (size_t)n < size ? *used + (size_t)n : size - 1;
 }
 
 /* Whether an earlier row, for calls of the same device and dtype, takes this one's head_dim. */
@@ -240,7 +207,7 @@ static wan_attn_status no_cuda_row_of_the_kind(wan_attn_problem *p, fit best, wa
         if (!KERNELS[r].info.is_lossy && !head_dim_was_before(r, p) &&
             ask(r, p, reason, sizeof(reason)) == best) {
             snprintf(size, sizeof(size), "%d", (int)KERNELS[r].info.head_dim_max);
-            append(sizes, sizeof(sizes), &used, used ? ", %s" : "%s", size);
+            wan_attn_append(sizes, sizeof(sizes), &used, used ? ", %s" : "%s", size);
         }
     return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
                          "no kernel takes this call: those for cuda take head_dim %s, got %lld",
@@ -261,22 +228,22 @@ static wan_attn_status no_row(wan_attn_problem *p, fit best, wan_attn_error *err
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
                              "no kernel takes this call: none for %s computes 8-bit scores of "
                              "%s with head_dim %lld",
-                             device_name((int32_t)p->device_type), wan_attn_dtype_name(p->dtype),
-                             (long long)p->head_dim);
+                             wan_attn_device_word((int32_t)p->device_type),
+                             wan_attn_dtype_name(p->dtype), (long long)p->head_dim);
     if (p->device_type == WAN_ATTN_CUDA && (best == OTHER_DTYPE || best == OTHER_HEAD_DIM))
         return no_cuda_row_of_the_kind(p, best, err);
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
         if (!is_asked(&KERNELS[r].info, p) || ask(r, p, reason, sizeof(reason)) != best)
             continue;
         if (strcmp(reason, before) != 0) {
-            append(reasons, sizeof(reasons), &used, used ? ": %s; " : "%s", before);
+            wan_attn_append(reasons, sizeof(reasons), &used, used ? ": %s; " : "%s", before);
             snprintf(before, sizeof(before), "%s", reason);
-            append(reasons, sizeof(reasons), &used, "%s", KERNELS[r].info.name);
+            wan_attn_append(reasons, sizeof(reasons), &used, "%s", KERNELS[r].info.name);
         } else {
-            append(reasons, sizeof(reasons), &used, ", %s", KERNELS[r].info.name);
+            wan_attn_append(reasons, sizeof(reasons), &used, ", %s", KERNELS[r].info.name);
         }
     }
-    append(reasons, sizeof(reasons), &used, ": %s", before);
+    wan_attn_append(reasons, sizeof(reasons), &used, ": %s", before);
     return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "no kernel takes this call: %s", reasons);
 }
 
@@ -284,7 +251,8 @@ static wan_attn_status no_row(wan_attn_problem *p, fit best, wan_attn_error *err
 wan_attn_status wan_attn_choose(wan_attn_problem *p, wan_attn_error *err) {
     int32_t forced = p->params->kernel;
     if (forced != -1)
-        return is_row(forced) ? take(p, forced, err) : no_such_row(forced, err);
+        return is_row(forced) ? take(p, forced, err)
+                              : wan_attn_no_such_row(forced, KERNEL_COUNT, err);
     char reason[200];
     fit best = OTHER_DEVICE;
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
@@ -309,7 +277,7 @@ wan_attn_status wan_attn_ask_row(const wan_attn_problem *p, int32_t row, wan_att
     if (row < 0)
         return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, "row must be at least 0, got %d",
                              (int)row);
-    return is_row(row) ? take(&asked, row, err) : no_such_row(row, err);
+    return is_row(row) ? take(&asked, row, err) : wan_attn_no_such_row(row, KERNEL_COUNT, err);
 }
 
 const wan_attn_kernel *wan_attn_kernel_of(int32_t row) { return &KERNELS[row]; }

@@ -123,6 +123,8 @@ wan_attn_status wan_attn_check_input_memory(const wan_attn_problem *problem, wan
 wan_attn_status wan_attn_check_output_memory(const wan_attn_problem *problem, wan_attn_error *err);
 wan_attn_status wan_attn_check_workspace(const wan_attn_problem *problem, wan_attn_error *err);
 wan_attn_status wan_attn_check_sharing(const wan_attn_problem *problem, wan_attn_error *err);
+/* The workspace as an operand. */
+wan_attn_tensor wan_attn_workspace_of(const wan_attn_problem *problem);
 
 /* dispatch.c: the choice. Fills the problem's kernel, kernel_name, plan and workspace_size; or
  * UNSUPPORTED, with reasons. */

@@ -3,7 +3,6 @@
  * kernel.
  */
 #include "core/operand.h"
-#include "core/overlap.h"
 #include "core/util.h"
 
 #define INVALID(err, ...) wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT, __VA_ARGS__)
@@ -65,13 +64,18 @@ wan_attn_status wan_attn_check_workspace(const wan_attn_problem *p, wan_attn_err
     return WAN_ATTN_OK;
 }
 
-/* What is written must be where nothing else is that the call needs. */
-wan_attn_status wan_attn_check_sharing(const wan_attn_problem *p, wan_attn_error *err) {
-    enum { FIRST_WRITTEN = 7, ALL = 10 };
+wan_attn_tensor wan_attn_workspace_of(const wan_attn_problem *p) {
     const wan_attn_params *a = p->params;
     wan_attn_tensor workspace = {a->workspace, WAN_ATTN_I32, a->q.device_type, a->q.device_index, 1,
                                  {0},          {1}};
     workspace.shape[0] = wan_attn_divide_up((int64_t)p->workspace_size, 4);
+    return workspace;
+}
+
+wan_attn_status wan_attn_check_sharing(const wan_attn_problem *p, wan_attn_error *err) {
+    enum { FIRST_WRITTEN = 7, ALL = 10 };
+    const wan_attn_params *a = p->params;
+    const wan_attn_tensor workspace = wan_attn_workspace_of(p);
     const wan_attn_tensor none = {.data = NULL};
     const wan_attn_tensor *counts = p->has_lists ? &a->block_counts : &none;
     const wan_attn_tensor *indices = p->has_lists ? &a->block_indices : &none;
@@ -81,14 +85,5 @@ wan_attn_status wan_attn_check_sharing(const wan_attn_problem *p, wan_attn_error
     static const char *const NAMES[ALL] = {"query",  "key",          "value",         "q_lens",
                                            "k_lens", "block_counts", "block_indices", "out",
                                            "lse",    "workspace"};
-    wan_attn_extent extents[ALL];
-    for (int n = 0; n < ALL; n++)
-        (void)wan_attn_find_extent(tensors[n], &extents[n]); /* they have been looked at */
-    for (int n = FIRST_WRITTEN; n < ALL; n++)
-        for (int other = 0; other < n; other++)
-            if (tensors[n]->device_type == tensors[other]->device_type &&
-                wan_attn_share_memory(&extents[n], &extents[other]))
-                return INVALID(err, "%s must share no memory with %s, got addresses %p and %p",
-                               NAMES[n], NAMES[other], tensors[n]->data, tensors[other]->data);
-    return WAN_ATTN_OK;
+    return wan_attn_check_written(NAMES, tensors, FIRST_WRITTEN, ALL, err);
 }

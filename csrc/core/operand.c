@@ -103,6 +103,21 @@ wan_attn_status wan_attn_check_device(const char *name, const wan_attn_tensor *t
 
 /* 0 for a dimension that is never walked along: its stride may be any number, also one that no
  * address could be computed with. */
+wan_attn_status wan_attn_check_written(const char *const *names,
+                                       const wan_attn_tensor *const *tensors, int first_written,
+                                       int count, wan_attn_error *err) {
+    wan_attn_extent extents[WAN_ATTN_MAX_OPERANDS];
+    for (int n = 0; n < count; n++)
+        (void)wan_attn_find_extent(tensors[n], &extents[n]);
+    for (int n = first_written; n < count; n++)
+        for (int other = 0; other < n; other++)
+            if (tensors[n]->device_type == tensors[other]->device_type &&
+                wan_attn_share_memory(&extents[n], &extents[other]))
+                return INVALID(err, "%s must share no memory with %s, got addresses %p and %p",
+                               names[n], names[other], tensors[n]->data, tensors[other]->data);
+    return WAN_ATTN_OK;
+}
+
 int64_t wan_attn_stride_of(const wan_attn_tensor *t, int dim) {
     for (int32_t d = 0; d < t->ndim; d++)
         if (t->shape[d] == 0)

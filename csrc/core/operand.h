@@ -56,6 +56,12 @@ wan_attn_status wan_attn_check_overlap(const char *name, const wan_attn_tensor *
 wan_attn_status wan_attn_check_memory(const char *name, const wan_attn_tensor *t,
                                       wan_attn_error *err);
 
+/* Those from first_written on are where no other one is. All have passed the checks above. */
+enum { WAN_ATTN_MAX_OPERANDS = 13 };
+wan_attn_status wan_attn_check_written(const char *const *names,
+                                       const wan_attn_tensor *const *tensors, int first_written,
+                                       int count, wan_attn_error *err);
+
 int64_t wan_attn_stride_of(const wan_attn_tensor *t, int dim);
 wan_attn_view wan_attn_view_of(const wan_attn_tensor *t);
 

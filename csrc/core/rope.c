@@ -5,9 +5,8 @@
 #include "core/rope.h"
 
 #include <stdio.h>
-#include <string.h>
 
-#include "core/cpuid.h"
+#include "core/rows.h"
 #include "core/util.h"
 
 /* First reading of the list: declare the rows. */
@@ -64,33 +63,20 @@ enum { ROW_COUNT = sizeof(ROWS) / sizeof(ROWS[0]) };
 int32_t wan_attn_rope_kernel_count(void) { return ROW_COUNT; }
 
 wan_attn_status wan_attn_rope_kernel_at(int32_t row, wan_attn_kernel_info *info) {
-    if (row < 0 || row >= ROW_COUNT || !info || info->struct_size < sizeof(uint32_t))
-        return WAN_ATTN_INVALID_ARGUMENT;
-    uint32_t size = info->struct_size;
-    memcpy(info, &ROWS[row].info, size < sizeof(*info) ? size : sizeof(*info));
-    info->struct_size = size;
-    return WAN_ATTN_OK;
-}
-
-static const char *device_name(wan_attn_device device_type) {
-    return device_type == WAN_ATTN_CPU    ? "cpu"
-           : device_type == WAN_ATTN_CUDA ? "cuda"
-                                          : "this device";
+    return wan_attn_describe_row(row >= 0 && row < ROW_COUNT ? &ROWS[row].info : NULL, info);
 }
 
 /* Whether this row takes the call; else why not. arch: of the call's device, if it is a GPU. */
 static int takes(wan_attn_rope_problem *p, int32_t row, int32_t arch, char *reason, size_t size) {
     const wan_attn_kernel_info *info = &ROWS[row].info;
-    uint32_t detected = wan_attn_cpu_features(), allowed = p->params->cpu_features;
-    uint32_t missing = info->cpu_features & ~(allowed ? detected & allowed : detected);
     p->kernel = row;
     p->kernel_name = info->name;
     if ((int32_t)p->device_type != info->device_type)
         snprintf(reason, size, "runs on %s, the call is on %s",
-                 device_name((wan_attn_device)info->device_type), device_name(p->device_type));
-    else if (missing)
-        snprintf(reason, size, "needs %s, which this CPU %s", wan_attn_cpu_feature_words(missing),
-                 missing & ~detected ? "does not have" : "has but the caller has masked");
+                 wan_attn_device_word(info->device_type),
+                 wan_attn_device_word((int32_t)p->device_type));
+    else if (wan_attn_lacks_features(info->cpu_features, p->params->cpu_features, reason, size))
+        return 0;
     else if (arch < info->arch_min)
         snprintf(reason, size, "needs compute capability %d.%d or newer, cuda:%d has %d.%d",
                  (int)info->arch_min / 10, (int)info->arch_min % 10, (int)p->params->x.device_index,
@@ -111,9 +97,8 @@ static wan_attn_status no_row(wan_attn_rope_problem *p, int32_t arch, wan_attn_e
         if ((int32_t)p->device_type != ROWS[row].info.device_type ||
             takes(p, row, arch, reason, sizeof(reason)))
             continue;
-        int n = snprintf(reasons + used, sizeof(reasons) - used, "%s%s: %s", used ? "; " : "",
-                         ROWS[row].info.name, reason);
-        used = n > 0 && used + (size_t)n < sizeof(reasons) ? used + (size_t)n : used;
+        wan_attn_append(reasons, sizeof(reasons), &used, used ? "; %s" : "%s", ROWS[row].info.name);
+        wan_attn_append(reasons, sizeof(reasons), &used, ": %s", reason);
     }
     return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "no kernel takes this call: %s",
                          used ? reasons : "they run on cpu and cuda, the call is on this device");
@@ -134,9 +119,7 @@ static wan_attn_status force(wan_attn_rope_problem *p, int32_t row, wan_attn_err
     char reason[200];
     int32_t arch = 0;
     if (row < 0 || row >= ROW_COUNT)
-        return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT,
-                             "kernel must be -1 (the best) or a row from 0 to %d, got %d",
-                             ROW_COUNT - 1, (int)row);
+        return wan_attn_no_such_row(row, ROW_COUNT, err);
     if ((int32_t)p->device_type == ROWS[row].info.device_type) {
         wan_attn_status status = find_arch(p, ROWS[row].info.name, &arch, err);
         if (status != WAN_ATTN_OK)

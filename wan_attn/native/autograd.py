@@ -23,8 +23,8 @@ has_kernels = False
 
 
 FEW_ROWS = 32
-"""WAN_ATTN_MAX_FEW of csrc/cpu/blocked.h: forward sums the scores of so few queries in an order that
-no kernel of gradients has, and weights made again from its lse would be off by that."""
+"""WAN_ATTN_MAX_FEW of csrc/cpu/blocked.h: forward sums the scores of so few queries in an order
+that no kernel of gradients has, and weights made again from its lse would be off by that."""
 
 
 def register(
