@@ -97,3 +97,13 @@ def default_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
     config.refresh()
+
+
+@pytest.fixture
+def as_in_a_new_process() -> Iterator[None]:
+    """Nothing is known of earlier calls, and nothing is left behind: choices, layers, reports."""
+    from wan_attn import config
+
+    config.forget()
+    yield
+    config.forget()

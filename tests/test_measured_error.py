@@ -9,7 +9,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import wan_attn
 from calls import BF16, F32, operands
-from wan_attn import config, precision
+from wan_attn import precision
 from wan_attn.__main__ import main
 from wan_attn.observe import later, place, sampling
 from wan_attn.observe.place import Place
@@ -27,14 +26,7 @@ from wan_attn.precision import record, report, verdict
 from wan_attn.request import PLAIN
 from wan_attn.store import processes
 
-pytestmark = pytest.mark.usefixtures("native")
-
-
-@pytest.fixture(autouse=True)
-def _as_new() -> Iterator[None]:
-    config.forget()
-    yield
-    config.forget()
+pytestmark = pytest.mark.usefixtures("native", "as_in_a_new_process")
 
 
 def inner(layer: int = 3, step: int = 4) -> Any:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,18 +23,7 @@ from wan_attn.selection import watched
 from wan_attn.sparse import kernel, record, state, steer, verdict
 from wan_attn.sparse.routing import DENSE, Routing
 
-pytestmark = pytest.mark.usefixtures("native")
-
-
-@pytest.fixture(autouse=True)
-def _as_new(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The specification's row is slower than others densely: nothing is compared here."""
-    config.forget()
-    monkeypatch.setenv("WAN_ATTN_TUNE", "off")
-    config.refresh()
-    yield
-    monkeypatch.undo()
-    config.forget()
+pytestmark = pytest.mark.usefixtures("native", "as_in_a_new_process")
 
 
 # --- what is left out ----------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,7 @@ from wan_attn.request import Request
 from wan_attn.sparse import report, state, steer
 from wan_attn.workloads import WORKLOADS
 
-pytestmark = pytest.mark.usefixtures("native")
-
-
-@pytest.fixture(autouse=True)
-def _as_new(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The specification's row is slower than others densely: nothing is compared here."""
-    config.forget()
-    monkeypatch.setenv("WAN_ATTN_TUNE", "off")
-    config.refresh()
-    yield
-    monkeypatch.undo()
-    config.forget()
+pytestmark = pytest.mark.usefixtures("native", "as_in_a_new_process")
 
 
 # --- who asks ------------------------------------------------------------------------------------

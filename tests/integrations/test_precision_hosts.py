@@ -21,22 +21,15 @@ from torch import Tensor
 
 import dense_error
 import lossy_faults
-from wan_attn import config, precision
+from wan_attn import precision
 from wan_attn.integrations import _places
 from wan_attn.integrations import diffusers as host
 from wan_attn.observe import place
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = pytest.mark.usefixtures("native", "as_in_a_new_process")
 
 STEPS, LAYERS = 8, 4
 INNER = LAYERS - 2
-
-
-@pytest.fixture(autouse=True)
-def _as_new() -> Iterator[None]:
-    config.forget()
-    yield
-    config.forget()
 
 
 @pytest.fixture

@@ -14,26 +14,16 @@ import torch
 from torch import Tensor
 
 import wan_attn
-from wan_attn import config, sparse
+from wan_attn import sparse
 from wan_attn.integrations import _places
 from wan_attn.integrations import diffusers as host
 from wan_attn.observe import place
 from wan_attn.sparse import state
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = pytest.mark.usefixtures("native", "as_in_a_new_process")
 
 GRID = (5, 12, 16)
 STEPS, LAYERS, BUDGET = 10, 4, 0.05
-
-
-@pytest.fixture(autouse=True)
-def _as_new(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    config.forget()
-    monkeypatch.setenv("WAN_ATTN_TUNE", "off")  # what is measured is error, not time
-    config.refresh()
-    yield
-    monkeypatch.undo()
-    config.forget()
 
 
 @pytest.fixture

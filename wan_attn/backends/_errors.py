@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from wan_attn.transient import is_out_of_memory
+from wan_attn.transient import is_interruption, is_out_of_memory
 
 # After one of these the device is the problem: another backend would fail too, or hide the cause.
 # torch >= 2.8 has a type for it.
@@ -23,6 +23,17 @@ _NO_DEVICE_ERROR_WORDS = (
     "no kernel image",  # a library built for other cards; this one is well
     "there is no usable nvidia driver",  # it does not start: no context of the caller's is lost
 )
+
+
+def why_it_failed(error: BaseException) -> str:
+    """Its words, in one line, where something else may stand in for what has failed.
+
+    Raises:
+        the error itself: where nothing may, of a device in trouble or an interruption.
+    """
+    if is_device_error(error) or is_interruption(error):
+        raise error
+    return " ".join(str(error).split())[:300]
 
 
 def is_device_error(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ from wan_attn.bench.timing import CPU_TIME_NOTE, Clock, clock_for, interleave
 from wan_attn.bench.timing import percentile as pct
 from wan_attn.log import dtype_name
 from wan_attn.observe import sampling
+from wan_attn.observe.heads import Operands
 from wan_attn.observe.place import Grid
 from wan_attn.request import BLOCK, PLAIN, Request
 from wan_attn.sparse import kernel, order, steer
@@ -79,8 +80,8 @@ class Head:
     """
 
     name: str
-    operands: kernel.Operands
-    exact: kernel.Operands
+    operands: Operands
+    exact: Operands
     grid: Grid
 
 
@@ -122,7 +123,7 @@ class Judge:
         return tau
 
 
-def tuple_of(three: list[Tensor]) -> kernel.Operands:
+def tuple_of(three: list[Tensor]) -> Operands:
     query, key, value = three
     return query, key, value
 

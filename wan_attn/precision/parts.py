@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,14 +10,9 @@ from torch import Tensor
 
 from wan_attn.backends import native
 from wan_attn.native.library import QK8
+from wan_attn.observe.heads import Operands, Result, Run, of_heads
 from wan_attn.precision.schedule import Heads
 from wan_attn.request import Call
-
-Operands = tuple[Tensor, Tensor, Tensor]
-"""query, key, value."""
-
-Result = tuple[Tensor, Tensor | None]
-Run = Callable[..., Result]
 
 
 def without(heads: Heads, gone: tuple[int, int]) -> Heads:
@@ -29,12 +23,6 @@ def without(heads: Heads, gone: tuple[int, int]) -> Heads:
             if a < b:
                 left.append((a, b))
     return tuple(left)
-
-
-def of_heads(operands: Operands, first: int, last: int) -> Operands:
-    """Views of these heads."""
-    query, key, value = operands
-    return query[:, :, first:last], key[:, :, first:last], value[:, :, first:last]
 
 
 def attend(

@@ -6,17 +6,18 @@ The picture of it is bench's, which draws from the same JSON (`wan-attn precisio
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from wan_attn.observe import table
+from wan_attn.observe.report import AnyReport
+from wan_attn.observe.report import finish as at_exit
 from wan_attn.precision.watch import Watch
 from wan_attn.version import __version__
 
 KIND, FORMAT = "precision", 1
 
 
-class Report:
+class Report(AnyReport):
     """What a Watch knows, as plain values.
 
     Args:
@@ -27,7 +28,7 @@ class Report:
         watch.finish()
         wishes = watch.wishes
         layers = sorted(watch.layers.values(), key=table.order)
-        self.found: dict[str, Any] = {
+        found: dict[str, Any] = {
             "format": FORMAT,
             "kind": KIND,
             "wan_attn": __version__,
@@ -36,25 +37,7 @@ class Report:
             "budget": wishes.budget,
             "layers": [table.plain(layer) for layer in layers],
         }
-
-    @property
-    def layers(self) -> list[dict[str, Any]]:
-        """One for each layer and kind of call; see docs/precision.md for the names."""
-        found: list[dict[str, Any]] = self.found["layers"]
-        return found
-
-    @property
-    def is_lossy(self) -> bool:
-        """Whether anything was computed in 8 bits."""
-        return any(layer["lossy_calls"] for layer in self.layers)
-
-    def as_text(self) -> str:
-        """The table."""
-        return text(self.found)
-
-    def as_json(self) -> str:
-        """What `wan-attn precision` reads."""
-        return json.dumps(self.found, indent=1) + "\n"
+        super().__init__(found, text)
 
 
 HEAD = ("layer", "calls", "8-bit", "ms/call", "8-bit ms", "error", "largest")
@@ -92,8 +75,4 @@ def _summary(found: dict[str, Any]) -> str:
 
 def finish(watch: Watch, path: str | None) -> None:
     """At exit: the table in the log, if anything was lossy, and the file, if one is named."""
-    report = Report(watch)
-    if report.is_lossy:
-        table.tell(report.as_text())
-    if path is not None and report.layers:
-        table.write(path, watch.rank, report.as_json(), "precision report")
+    at_exit(Report(watch), watch.rank, path, "precision report")

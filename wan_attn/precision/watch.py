@@ -16,20 +16,19 @@ from torch import Tensor
 
 from wan_attn import config, log
 from wan_attn.backends import native
-from wan_attn.backends._errors import is_device_error
+from wan_attn.backends._errors import why_it_failed
 from wan_attn.native.library import QK8
 from wan_attn.observe import place, sampling
+from wan_attn.observe.heads import Operands, Result, Run, compute_again
 from wan_attn.observe.later import Later
 from wan_attn.observe.names import title
 from wan_attn.observe.pace import Pace
 from wan_attn.observe.place import Place
 from wan_attn.precision import guard, parts, say, schedule, verdict
-from wan_attn.precision.parts import Operands, Result, Run
 from wan_attn.precision.record import Layer, Note
 from wan_attn.precision.schedule import Heads, Rule
 from wan_attn.request import Call, Refusal, Request, transforms
 from wan_attn.store import processes
-from wan_attn.transient import is_interruption
 from wan_attn.tuning import clocks
 
 
@@ -201,9 +200,7 @@ class Watch:
         except Refusal:
             raise
         except RuntimeError as error:
-            if is_device_error(error) or is_interruption(error):
-                raise
-            say.not_watched(f"a call is ({' '.join(str(error).split())[:300]})")
+            say.not_watched(f"a call is ({why_it_failed(error)})")
             return exact(*operands, call)
         hit = guard.Words.of(watched.tolist()).hit()
         if hit is not None:
@@ -229,9 +226,7 @@ class Watch:
         except Refusal:
             raise
         except RuntimeError as error:
-            if is_device_error(error) or is_interruption(error):
-                raise
-            said = " ".join(str(error).split())[:300]
+            said = why_it_failed(error)
             reason = f"{self._title(request)} failed at run time ({said})"
             self._why_not[request] = reason
             say.why_not(reason)
@@ -266,14 +261,8 @@ class Watch:
             return result
         if len(layer.groups) == 1:
             return None
-        out, lse = result
-        for group in over:
-            first, last = layer.groups[group or 0]
-            part, part_lse = exact(*parts.of_heads(operands, first, last), call)
-            out[:, :, first:last] = part
-            if lse is not None and part_lse is not None:
-                lse[:, first:last] = part_lse
-        return out, lse
+        groups = [layer.groups[group or 0] for group in over]
+        return compute_again(exact, groups, operands, call, result)
 
     def _measure(
         self, request: Request, layer: Layer, operands: Operands, out: Tensor, call: Call

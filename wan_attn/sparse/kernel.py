@@ -10,13 +10,9 @@ import torch
 from torch import Tensor
 
 from wan_attn.backends import native
+from wan_attn.observe.heads import Operands, Result
 from wan_attn.request import Call, Request
 from wan_attn.sparse.lists import BlockLists
-
-Operands = tuple[Tensor, Tensor, Tensor]
-"""query, key, value."""
-
-Result = tuple[Tensor, Tensor | None]
 
 
 def why_not(request: Request, threshold: float = 0.0) -> str | None:

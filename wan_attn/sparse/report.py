@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from wan_attn.observe import table
+from wan_attn.observe.report import AnyReport
+from wan_attn.observe.report import finish as at_exit
 from wan_attn.request import gate
 from wan_attn.sparse.record import Layer
 from wan_attn.sparse.routing import DENSE
@@ -24,7 +26,7 @@ KIND, FORMAT = "sparse", 1
 Profile = tuple[tuple[tuple[int | None, int | None, str], tuple[float, ...]], ...]
 
 
-class Report:
+class Report(AnyReport):
     """What a Watch knows, as plain values.
 
     Args:
@@ -35,7 +37,7 @@ class Report:
         watch.finish()
         wishes = watch.wishes
         layers = sorted(watch.layers.values(), key=table.order)
-        self.found: dict[str, Any] = {
+        found: dict[str, Any] = {
             "format": FORMAT,
             "kind": KIND,
             "wan_attn": __version__,
@@ -43,25 +45,7 @@ class Report:
             "budget": wishes.budget,
             "layers": [_layer(layer) for layer in layers],
         }
-
-    @property
-    def layers(self) -> list[dict[str, Any]]:
-        """One for each layer; see docs/sparse.md for the names."""
-        found: list[dict[str, Any]] = self.found["layers"]
-        return found
-
-    @property
-    def is_lossy(self) -> bool:
-        """Whether anything was left out."""
-        return any(layer["lossy_calls"] for layer in self.layers)
-
-    def as_text(self) -> str:
-        """The table."""
-        return text(self.found)
-
-    def as_json(self) -> str:
-        """What `wan-attn precision` and `use(profile=...)` read."""
-        return json.dumps(self.found, indent=1) + "\n"
+        super().__init__(found, text)
 
 
 def _layer(layer: Layer) -> dict[str, Any]:
@@ -141,11 +125,7 @@ def _summary(found: dict[str, Any]) -> str:
 
 def finish(watch: Watch, path: str | None) -> None:
     """At exit: the table in the log, if anything was left out, and the file, if one is named."""
-    report = Report(watch)
-    if report.is_lossy:
-        table.tell(report.as_text())
-    if path is not None and report.layers:
-        table.write(path, watch.rank, report.as_json(), "sparse report")
+    at_exit(Report(watch), watch.rank, path, "sparse report")
 
 
 def profile(named: Any, name: str, budget: float) -> Profile:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from wan_attn.observe import sampling
+from wan_attn.observe.heads import Operands, Result
 from wan_attn.request import Call
-from wan_attn.sparse.kernel import Operands, Result
 from wan_attn.sparse.lists import BLOCK, BlockLists
 from wan_attn.sparse.routing import DENSE, Routing
 

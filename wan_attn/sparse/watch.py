@@ -7,29 +7,24 @@ that can still be told in time (on the CPU always), and less is left out of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from wan_attn import config
 from wan_attn.backends import native
-from wan_attn.backends._errors import is_device_error
+from wan_attn.backends._errors import why_it_failed
 from wan_attn.observe import place, sampling
+from wan_attn.observe.heads import Operands, Result, Run, compute_again
 from wan_attn.observe.later import Later
 from wan_attn.observe.pace import Pace
 from wan_attn.observe.place import Place
 from wan_attn.request import Call, Refusal, Request, host_lengths, transforms
 from wan_attn.sparse import kernel, order, say, steer, verdict
-from wan_attn.sparse.kernel import Operands, Result
 from wan_attn.sparse.record import Layer, Note
 from wan_attn.sparse.routing import DENSE, Routing
 from wan_attn.sparse.wishes import Wishes
 from wan_attn.store import processes
-from wan_attn.transient import is_interruption
 from wan_attn.tuning import clocks
-
-Run = Callable[..., Result]
 
 ENOUGH = 6  # calls of each sort before they are compared: densities of layers differ
 
@@ -155,9 +150,7 @@ class Watch:
         except Refusal:
             raise
         except RuntimeError as error:
-            if is_device_error(error) or is_interruption(error):
-                raise
-            said = " ".join(str(error).split())[:300]
+            said = why_it_failed(error)
             self._why_not[request] = f"leaving blocks out failed at run time ({said})"
             return None, ""
         if made is None:
@@ -232,14 +225,7 @@ class Watch:
             return result
         if len(over) == len(layer.groups) or self.wishes.mode == "near_exact":
             return None
-        out, lse = result
-        for group in over:
-            first, last = layer.groups[group]
-            part, part_lse = exact(*(x[:, :, first:last] for x in operands), call)
-            out[:, :, first:last] = part
-            if lse is not None and part_lse is not None:
-                lse[:, first:last] = part_lse
-        return out, lse
+        return compute_again(exact, [layer.groups[group] for group in over], operands, call, result)
 
     def finish(self) -> None:
         """Wait for what GPUs have still to tell, for the report."""
