@@ -109,6 +109,7 @@ def _add_backward(parser: argparse.ArgumentParser) -> None:
 
 
 def _backward(args: argparse.Namespace) -> int:
+    args.device = args.device or "cpu"
     if bench_options.device(args).type != "cpu":
         raise BadOption("--device must be cpu: our kernels compute gradients there alone")
     args.shape = args.shape or list(BACKWARD_SHAPES)
