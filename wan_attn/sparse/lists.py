@@ -11,9 +11,9 @@ from torch import Tensor
 
 from wan_attn.request import BLOCK, gate, refuse
 
-__all__ = ["BLOCK", "BlockLists", "block_lists", "blocks", "compact"]
+__all__ = ["BLOCK", "BlockLists", "block_lists", "blocks", "compact", "heads_at_once"]
 
-ROOM = 1 << 22  # pairs of blocks that are looked at together
+ROOM = 1 << 22  # numbers that are computed at once: heads that are few or short go together
 
 
 class BlockLists(NamedTuple):
@@ -32,6 +32,12 @@ class BlockLists(NamedTuple):
 def blocks(tokens: int) -> int:
     """How many blocks so many tokens are."""
     return -(-tokens // BLOCK)
+
+
+def heads_at_once(heads: int, each: int) -> list[slice]:
+    """Heads in parts of at most ROOM numbers, if each has so many."""
+    step = max(ROOM // max(each, 1), 1)
+    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
 
 
 def block_lists(mask: Tensor) -> BlockLists:
@@ -60,12 +66,11 @@ def compact(mask: Tensor) -> BlockLists:
         capacity = int(counts.max())
     indices = torch.zeros((batch, heads, rows, capacity), dtype=torch.int32, device=mask.device)
     numbers = torch.arange(columns, dtype=torch.int32, device=mask.device)
-    step = max(ROOM // max(rows * columns, 1), 1)
-    for first in range(0, batch * heads, step):
-        listed = mask.flatten(0, 1)[first : first + step]
+    for part in heads_at_once(batch * heads, rows * columns):
+        listed = mask.flatten(0, 1)[part]
         # Blocks that are not listed share one more slot, which is cut off.
         slot = torch.where(listed, listed.cumsum(-1) - 1, capacity)
         made = torch.zeros((len(listed), rows, capacity + 1), dtype=torch.int32, device=mask.device)
         made.scatter_(2, slot, numbers.expand(listed.shape))
-        indices.view(batch * heads, rows, capacity)[first : first + step] = made[..., :capacity]
+        indices.view(batch * heads, rows, capacity)[part] = made[..., :capacity]
     return BlockLists(counts, indices)

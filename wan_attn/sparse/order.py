@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Grid = tuple[int, int, int]
-"""Frames, rows and columns of tokens."""
+from wan_attn.observe.place import Grid
 
 Ranges = tuple[tuple[int, int], ...]
 """Of tokens, each (first, behind the last)."""

@@ -14,19 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wan_attn.sparse.lists import BLOCK, BlockLists, blocks, compact
+from wan_attn.sparse.lists import BLOCK, BlockLists, blocks, compact, heads_at_once
 
 DENSE = float("-inf")
 """The tau with which everything is computed."""
-
-
-ROOM = 1 << 22  # numbers that are computed at once: heads that are few or short go together
-
-
-def heads_at_once(heads: int, each: int) -> list[slice]:
-    """Heads in parts of at most ROOM numbers, if each has so many."""
-    step = max(ROOM // max(each, 1), 1)
-    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
 
 
 def means(x: Tensor, real: Sequence[int]) -> Tensor:
