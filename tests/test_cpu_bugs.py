@@ -104,12 +104,12 @@ BUGS = (
         *(" * heads_per_pair + head % heads_per_pair", " * heads_per_pair", BLOCKED),
     ),
     Bug(
-        *("lists: a part has the keys of its packed block's first", LISTS),
-        *("part.k += first * plan->depth", "part.k += 0", LISTED),
+        *("lists: a part begins with its packed block", LISTS),
+        *("part.first = part.first > 0 ? part.first : 0;", "part.first = 0;", LISTED),
     ),
     Bug(
-        *("lists: a part has the values of its packed block's first", LISTS),
-        *("part.v += first * VALUES_OF_KEY", "part.v += 0", LISTED),
+        *("lists: a part ends with its packed block", LISTS),
+        *("part.last < keys.count ? part.last : keys.count", "keys.count", LISTED),
     ),
     Bug(
         *("lists: a short block's mean weighs as a whole one's", LISTS),
