@@ -52,7 +52,8 @@ def check(row: op.KernelInfo, qkv: Any, lists: Lists, **call: Any) -> None:
     assert (np.isfinite(lse.numpy()) == sees).all(), "a row sees nothing, or should not"
     error = np.abs(oracle.as_float64(lse)[sees] - want_lse[sees]).max(initial=0)
     assert error <= 2e-6 * max(1.0, float(np.abs(want_lse[sees]).max(initial=0)))
-    largest, peak = float(np.abs(want).max(initial=0)), score_range(*qkv[:2], call.get("scale"))
+    peak = score_range(qkv[0], qkv[1], call.get("scale"))
+    largest = float(np.abs(want).max(initial=0))
     allowed = 2e-6 * (1.0 + peak) * max(largest, 1e-30) + ulp(out.dtype, largest)
     off = np.abs(oracle.as_float64(out) - want)
     if in_integers(row):
