@@ -3,8 +3,8 @@
  * Knows no kernel.
  *
  * Of a block of keys that is left out the weights are summed, as softmax would: beside the scores,
- * which are known, that is little. With `lost`, the sum over all of them, in the unit of row_sum (so
- * that both shrink as the maximum rises), the row lacks lost / (row_sum + lost) of all it should
+ * which are known, that is little. With `lost`, the sum over all of them in the unit of row_sum, so
+ * that both shrink as the maximum rises, the row lacks lost / (row_sum + lost) of all it should
  * have, but for rounding, which is counted in.
  */
 #ifndef WAN_ATTN_CPU_LOST_H
