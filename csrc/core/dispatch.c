@@ -38,7 +38,7 @@
  * three arguments, hence the detour. */
 /* NOLINTBEGIN(bugprone-macro-parentheses): each argument is a whole initialiser */
 #define ROW(...) CUDA_ROW(__VA_ARGS__)
-#define CUDA_ROW(row, min_arch, max_arch, lossy, text, dtype_bits, size)                           \
+#define CUDA_ROW(row, min_arch, max_arch, lossy, lists, text, dtype_bits, size)                    \
     {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
               .device_type = WAN_ATTN_CUDA,                                                        \
               .name = #row,                                                                        \
@@ -49,7 +49,8 @@
               .head_dim_multiple = 1,                                                              \
               .arch_min = min_arch,                                                                \
               .arch_max = max_arch,                                                                \
-              .is_lossy = lossy},                                                                  \
+              .is_lossy = lossy,                                                                   \
+              .takes_block_lists = lists},                                                         \
      .plan = wan_attn_cuda_plan_call,                                                              \
      .run = wan_attn_cuda_run_call},
 #define CPU_ROW(row, dtype_bits, needs, lossy, text, ...)                                          \

@@ -26,7 +26,8 @@ static const gpu GPUS[] = {
 /* ROW_HEAD_DIM_<row>. */
 enum {
 #define ROW(...) HEAD_DIM_OF(__VA_ARGS__)
-#define HEAD_DIM_OF(row, arch_min, arch_max, lossy, text, dtypes, size) ROW_HEAD_DIM_##row = (size),
+#define HEAD_DIM_OF(row, arch_min, arch_max, lossy, lists, text, dtypes, size)                     \
+    ROW_HEAD_DIM_##row = (size),
 #include "cuda/sdpa_rows.def"
 };
 
