@@ -124,6 +124,7 @@ def call_params(
         window_size_right=r.window[1],
         cpu_features=allowed_cpu_features(),
         precision=precision,
+        pools_others=r.pools_others,
         skip_threshold=r.skip_threshold,
     )
     if r.has_block_lists:
