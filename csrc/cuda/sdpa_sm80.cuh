@@ -53,6 +53,9 @@
 #ifndef QK_INT8 /* rows qk8 set it */
 #define QK_INT8 0
 #endif
+#ifndef LISTED /* rows listed set it */
+#define LISTED 0
+#endif
 #define NUM_THREADS (32 * NUM_WARPS)
 #if IS_BF16 /* of q and out */
 #define PACK pack_bf16
@@ -78,6 +81,11 @@
 #endif
 
 #include "cuda/tile/swizzle.cuh"
+#if LISTED
+#include "cuda/tile/walk_listed.cuh"
+#else
+#include "cuda/tile/walk_all.cuh"
+#endif
 #include "cuda/tile/softmax.cuh"
 #include "cuda/tile/output.cuh"
 #include "cuda/tile/multiply_pv.cuh"
@@ -128,8 +136,8 @@ DEVICE mask_bounds load_bounds() {
     return {(int)words[0], (int)words[1], (int)words[2]};
 }
 
-/* Where K(n) is, in shared memory. */
-DEVICE u32 k_stage(int n) { return K_SMEM + (u32)n % STAGES * K_TILE_BYTES; }
+/* Where a tile of K is in shared memory. */
+DEVICE u32 k_stage(int turn) { return K_SMEM + (u32)turn % STAGES * K_TILE_BYTES; }
 
 DEVICE key_tiles find_tiles(const wan_attn_cuda_args &args, const block_place &place,
                             int first_key) {
@@ -147,11 +155,15 @@ DEVICE key_tiles find_tiles(const wan_attn_cuda_args &args, const block_place &p
     return tiles;
 }
 
-/* Tile n: the pipeline of this file's head. is_masked is a constant in each of its two copies. */
-DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked,
-                         const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
+/* Tile n: the pipeline of this file's head; n - 1 stands there for the walk's next tile. is_masked
+ * is a constant in each of the two copies. */
+DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked, tile_walk &walk,
+                        const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
     float s[M_TILES][S_TILES][4];
-    u32 k_smem = k_stage(n), k_smem_next = k_stage(n + 1); /* the same as n - 1 */
+    u32 k_smem = k_stage(turn_of(walk, n)), k_smem_next = k_stage(turn_of(walk, n) + 1);
+    bool is_mine = is_of_warp(walk, n);
+    look_ahead(walk, n);
+    int next = next_tile(walk, n);
 
     cp_async_wait<0>();
     block_barrier();
@@ -160,16 +172,19 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked,
         bounds = load_bounds();
     copy_tile(tiles.copied_to + V_SMEM, tiles.v, is_masked, bounds.num_keys - n * BLOCK_N);
     cp_async_commit();
-    if (STAGES == 2 && n > 0)
+    skip_tiles(tiles.v, n - 1 - next);
+    skip_tiles(tiles.k, n - 1 - next);
+    if (STAGES == 2 && next >= 0)
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
     if (STAGES == 2)
         cp_async_commit();
 
-    multiply_qk(s, q, k_smem, tiles.k_read);
+    if (is_mine)
+        multiply_qk(s, q, k_smem, tiles.k_read);
     float scale[M_TILES][2];
     score_scales(scale, args, q);
 #pragma unroll
-    for (int m = 0; m < M_TILES; m++) {
+    for (int m = 0; m < M_TILES && is_mine; m++) {
 #pragma unroll
         for (int r = 0; r < 2 && is_masked; r++)
             mask_scores(
@@ -181,11 +196,12 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked,
 
     cp_async_wait<STAGES - 1>();
     block_barrier();
-    if (STAGES == 1 && n > 0)
+    if (STAGES == 1 && next >= 0)
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
     if (STAGES == 1)
         cp_async_commit();
-    multiply_pv(rows.o, s, tiles.v_read + V_SMEM);
+    if (is_mine)
+        multiply_pv(rows.o, s, tiles.v_read + V_SMEM);
 }
 
 DEVICE void clear(warp_rows &rows) {
@@ -202,13 +218,25 @@ DEVICE void clear(warp_rows &rows) {
     }
 }
 
+/* Brings tile n of K on its way, from where the others follow. */
+DEVICE key_tiles start_tiles(const wan_attn_cuda_args &args, const block_place &place,
+                             const block_work &work, const tile_walk &walk, int n) {
+    key_tiles tiles = find_tiles(args, place, work.first_key + n * BLOCK_N);
+    copy_k(k_stage(turn_of(walk, n)), tiles.copied_to, tiles.k, true, work.num_keys - n * BLOCK_N);
+    cp_async_commit();
+    return tiles;
+}
+
 /* From the last tile to the first; clean ones in a loop of their own. */
 DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &place,
-                          const block_work &work, warp_rows &rows) {
-    int n = work.num_tiles - 1;
-    key_tiles tiles = find_tiles(args, place, work.first_key + n * BLOCK_N);
-    copy_k(k_stage(n), tiles.copied_to, tiles.k, true, work.num_keys - n * BLOCK_N);
-    cp_async_commit();
+                          block_work &work, warp_rows &rows) {
+    tile_walk walk;
+    int n = begin_walk(walk, args, work);
+    if (LISTED && n < 0) {
+        clear(rows);
+        return;
+    }
+    key_tiles tiles = start_tiles(args, place, work, walk, n);
     q_fragments q;
     load_q(args, place, work.used_q, q);
     store_bounds(work);
@@ -217,19 +245,30 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
     while (n >= 0) {
         if (is_clean) {
             do {
-                process_tile(args, n, false, q, tiles, rows);
-                n--;
+                process_tile(args, n, false, walk, q, tiles, rows);
+                n = next_tile(walk, n);
             } while (n >= work.clean_begin);
             is_clean = false;
         } else {
-            process_tile(args, n, true, q, tiles, rows);
-            n--;
+            process_tile(args, n, true, walk, q, tiles, rows);
+            n = next_tile(walk, n);
             is_clean = n >= work.clean_begin && n < load_bounds().clean_end;
+        }
+        if (LISTED && n < 0) {
+            n = resume_walk(walk, args, n);
+            if (n >= 0)
+                tiles = start_tiles(args, find_place(args, BLOCK_M), work, walk, n);
+            is_clean = n >= work.clean_begin && n < work.clean_end;
         }
     }
 }
 
+#if LISTED
+WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_listed_args, listed) {
+    const wan_attn_cuda_args &args = listed.call;
+#else
 WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_args, args) {
+#endif
     block_place place = find_place(args, BLOCK_M);
     block_work work = find_work(args, place, BLOCK_M, BLOCK_N);
     warp_rows rows;
