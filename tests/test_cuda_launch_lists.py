@@ -9,10 +9,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import blocks_oracle
+import oracle
 from blocks_oracle import Lists, random_lists
 from cuda_mock.gpu import CARDS, STREAM, Gpu, _decode
 from emu.args import ListedArgs, PoolArgs
@@ -102,9 +105,9 @@ def test_lists_are_passed_as_they_lie(gpu: Recorder) -> None:
     _, args, blocks = gpu.passes[-1]
     assert isinstance(args, ListedArgs)
     counts, indices = given["block_counts"], given["block_indices"]
-    assert args.counts == counts.data_ptr() and args.indices == indices.data_ptr()
-    assert tuple(args.count_strides) == counts.stride()
-    assert tuple(args.index_strides) == indices.stride() and args.capacity == indices.shape[3]
+    assert args.lists.counts == counts.data_ptr() and args.lists.indices == indices.data_ptr()
+    assert tuple(args.lists.count_strides) == counts.stride()
+    assert tuple(args.lists.strides) == indices.stride() and args.lists.capacity == indices.shape[3]
     assert not (args.pooled_k or args.pooled_v or args.nonfinite or args.lost_mass)
     assert args.log2_threshold == -math.inf
     call = args.call
@@ -124,12 +127,17 @@ def test_strides_of_lists(gpu: Recorder) -> None:
     given = {"block_counts": apart.copy_(counts), "block_indices": every_other.copy_(indices)}
     gpu.ran(*operands(), **given)
     args = gpu.passes[-1][1]
-    assert tuple(args.count_strides) == (24, 3, 48) == apart.stride()
-    assert tuple(args.index_strides) == every_other.stride() and args.index_strides[3] == 2
+    assert tuple(args.lists.count_strides) == (24, 3, 48) == apart.stride()
+    assert tuple(args.lists.strides) == every_other.stride() and args.lists.strides[3] == 2
     same = counts[:1, :1].expand(2, 4, 3), indices[:1, :1].expand(2, 4, 3, 5)
     gpu.ran(*operands(), block_counts=same[0], block_indices=same[1])
     args = gpu.passes[-1][1]
-    assert tuple(args.count_strides) == (0, 0, 1) and tuple(args.index_strides) == (0, 0, 5, 1)
+    assert tuple(args.lists.count_strides) == (0, 0, 1) and tuple(args.lists.strides) == (
+        0,
+        0,
+        5,
+        1,
+    )
 
 
 @pytest.mark.parametrize("capacity, passed", ((0, 0), (3, 3), (5, 5), (70, 5)))
@@ -138,7 +146,7 @@ def test_no_more_room_than_there_are_blocks(capacity: int, passed: int, gpu: Rec
     none = Lists(random_lists(0, 2, 4, 130, KEYS, 0.5).named & False)
     counts, indices = none.as_tensors(capacity)
     gpu.ran(*operands(), block_counts=counts, block_indices=indices)
-    assert gpu.passes[-1][1].capacity == passed
+    assert gpu.passes[-1][1].lists.capacity == passed
 
 
 def test_few_queries_over_many_keys_are_not_split(tmp_path: Path) -> None:
@@ -212,7 +220,7 @@ def test_a_threshold(gpu: Recorder) -> None:
     x, row = operands(), "sdpa_sm80_listed_bf16_d64"
     assert gpu.ran(*x, skip_threshold=0.05) == ["find_nonfinite", row]
     (_, found, warps), (_, args, _) = gpu.passes
-    assert not args.counts and args.capacity == 0 and not args.lost_mass
+    assert not args.lists.counts and args.lists.capacity == 0 and not args.lost_mass
     assert args.log2_threshold == pytest.approx(math.log2(0.05), abs=1e-6)
     assert args.nonfinite == found.to and gpu.at(found.to) == 0 and warps == 5
     assert found.source.data == x[2].data_ptr() and not found.scale
@@ -220,7 +228,7 @@ def test_a_threshold(gpu: Recorder) -> None:
     names = gpu.ran(*x, skip_threshold=1.0, pools_others=True, guard=words, **lists())
     assert names == ["pool", "pool", "find_nonfinite", row, "watch"]
     args = gpu.passes[-2][1]
-    assert args.counts and args.log2_threshold == 0.0 and args.pooled_k and args.nonfinite
+    assert args.lists.counts and args.log2_threshold == 0.0 and args.pooled_k and args.nonfinite
     assert args.lost_mass == words.data_ptr() + 16
     gpu.ran(*x, skip_threshold=0.5, guard=words[:4])
     assert not gpu.passes[-2][1].lost_mass
@@ -232,7 +240,7 @@ def test_no_keys(gpu: Recorder) -> None:
     """There are no blocks to look at: no pass has nothing to do."""
     x, given = operands(seqlen_k=0), lists(seqlen_k=0)
     assert gpu.ran(*x, pools_others=True, **given) == ["sdpa_sm80_listed_bf16_d64"]
-    assert gpu.passes[-1][1].capacity == 0
+    assert gpu.passes[-1][1].lists.capacity == 0
 
 
 def refused(gpu: Gpu, *x: Tensor, **call: Any) -> str:
@@ -277,3 +285,24 @@ def test_what_is_counted_fits_31_bits(gpu: Recorder) -> None:
         gpu, many, many, many, out=many, lse=many, block_counts=counts, block_indices=indices
     )
     assert "batch * num_heads_q * seqlen below 2^31" in said
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_emulated_kernels_compute_it(arch: int, tmp_path: Path) -> None:
+    """From the C ABI to the result, by every row; a full list has a dense call's bits."""
+    gpu, lens = Gpu(tmp_path, CARDS[arch]), torch.tensor([KEYS, 65])
+    for head_dim, dtype in ((64, F16), (64, BF16), (128, BF16)):
+        x, named = operands(head_dim, dtype), random_lists(3, 2, 4, 130, KEYS, 0.4)
+        counts, indices = named.as_tensors()
+        out, lse = gpu.sdpa(*x, k_lens=lens, block_counts=counts, block_indices=indices)
+        assert gpu.asked[-1][0] == row_of(arch, head_dim, dtype)
+        want, want_lse = blocks_oracle.attention(*x, named, k_lens=lens)
+        bound = 0.02 if dtype == BF16 else 0.002
+        assert np.abs(oracle.as_float64(out) - want).max() < bound
+        sees = np.isfinite(want_lse)
+        assert (np.isfinite(lse.numpy()) == sees).all()
+        assert np.abs(lse.numpy()[sees] - want_lse[sees]).max() < 1e-4
+        every = Lists(named.named | True).as_tensors()
+        full = gpu.sdpa(*x, k_lens=lens, block_counts=every[0], block_indices=every[1])
+        if arch != 90:  # there the dense row is another kernel
+            assert all(map(torch.equal, full, gpu.sdpa(*x, k_lens=lens)))

@@ -81,29 +81,6 @@ class Qk8Args(ctypes.Structure):
     ]
 
 
-class ListedArgs(ctypes.Structure):
-    """wan_attn_cuda_listed_args of csrc/cuda/args_lists.h; its lists are among its fields."""
-
-    _fields_ = [
-        ("call", Args),
-        *(("counts", c_void_p), ("indices", c_void_p)),
-        *(("count_strides", c_longlong * 3), ("index_strides", c_longlong * 4)),
-        *(("capacity", c_int), ("unused_lists", c_int)),
-        *((name, c_void_p) for name in ("pooled_k", "pooled_v", "nonfinite")),
-        *(("log2_threshold", c_float), ("unused", c_uint), ("lost_mass", c_void_p)),
-    ]
-
-
-class PoolArgs(ctypes.Structure):
-    """wan_attn_cuda_pool_args of csrc/cuda/args_lists.h."""
-
-    _fields_ = [
-        *(("source", View), ("seqused", Lengths), ("to", c_void_p), ("scale", c_void_p)),
-        *((name, c_int) for name in ("batch", "seqlen", "heads", "head_dim")),
-        *((name, c_int) for name in ("from_dtype", "to_bf16")),
-    ]
-
-
 class GuardArgs(ctypes.Structure):
     """wan_attn_cuda_guard_args of csrc/cuda/args_guard.h."""
 

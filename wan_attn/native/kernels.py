@@ -32,6 +32,11 @@ class KernelInfo:
     is_lossy: bool
     takes_block_lists: bool
 
+    @property
+    def is_for_lists(self) -> bool:
+        """It takes no call without lists of blocks or a skip_threshold."""
+        return self.takes_block_lists and self.device == "cuda"
+
 
 @functools.cache
 def kernels() -> tuple[KernelInfo, ...]:

@@ -22,8 +22,9 @@ def asked(request: Request, threshold: float = 0.0, pools_others: bool = True) -
         threshold: as of by_threshold(); 0: it comes with lists.
         pools_others: as of by_lists().
     """
-    lists = {"has_block_lists": not threshold, "pools_others": pools_others and not threshold}
-    return replace(request, skip_threshold=threshold, **lists)
+    if threshold:
+        return replace(request, skip_threshold=threshold)
+    return replace(request, has_block_lists=True, pools_others=pools_others)
 
 
 def why_not(request: Request) -> str | None:
