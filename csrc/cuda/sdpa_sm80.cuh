@@ -172,10 +172,11 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked, 
         bounds = load_bounds();
     copy_tile(tiles.copied_to + V_SMEM, tiles.v, is_masked, bounds.num_keys - n * BLOCK_N);
     cp_async_commit();
-    skip_tiles(tiles.v, n - 1 - next);
-    skip_tiles(tiles.k, n - 1 - next);
-    if (STAGES == 2 && next >= 0)
+    if (STAGES == 2 && next >= 0) {
+        go_back(tiles.v, n - next);
+        go_back(tiles.k, n - next);
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
+    }
     if (STAGES == 2)
         cp_async_commit();
 
@@ -218,15 +219,6 @@ DEVICE void clear(warp_rows &rows) {
     }
 }
 
-/* Brings tile n of K on its way, from where the others follow. */
-DEVICE key_tiles start_tiles(const wan_attn_cuda_args &args, const block_place &place,
-                             const block_work &work, const tile_walk &walk, int n) {
-    key_tiles tiles = find_tiles(args, place, work.first_key + n * BLOCK_N);
-    copy_k(k_stage(turn_of(walk, n)), tiles.copied_to, tiles.k, true, work.num_keys - n * BLOCK_N);
-    cp_async_commit();
-    return tiles;
-}
-
 /* From the last tile to the first; clean ones in a loop of their own. */
 DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &place,
                           block_work &work, warp_rows &rows) {
@@ -236,7 +228,9 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
         clear(rows);
         return;
     }
-    key_tiles tiles = start_tiles(args, place, work, walk, n);
+    key_tiles tiles = find_tiles(args, place, work.first_key + n * BLOCK_N);
+    copy_k(k_stage(turn_of(walk, n)), tiles.copied_to, tiles.k, true, work.num_keys - n * BLOCK_N);
+    cp_async_commit();
     q_fragments q;
     load_q(args, place, work.used_q, q);
     store_bounds(work);
@@ -255,10 +249,14 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
             is_clean = n >= work.clean_begin && n < load_bounds().clean_end;
         }
         if (LISTED && n < 0) {
+            int before = last_tile(n);
             n = resume_walk(walk, args, n);
+            go_back(tiles.v, before - n);
+            go_back(tiles.k, before - n);
             if (n >= 0)
-                tiles = start_tiles(args, find_place(args, BLOCK_M), work, walk, n);
-            is_clean = n >= work.clean_begin && n < work.clean_end;
+                copy_k(k_stage(turn_of(walk, n)), tiles.copied_to, tiles.k, false, 0);
+            cp_async_commit();
+            is_clean = n >= work.clean_begin && n < load_bounds().clean_end;
         }
     }
 }

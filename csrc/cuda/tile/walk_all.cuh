@@ -22,8 +22,9 @@ DEVICE int begin_walk(tile_walk &, const wan_attn_cuda_args &, block_work &work)
 /* Finds the tile after n: once, before it is asked for. */
 DEVICE void look_ahead(tile_walk &, int) {}
 
-/* The tile after n; below 0: none, or what resume_walk() makes the next one of. */
+/* The tile after n; below 0: none, or one that resume_walk() finds, which comes after last_tile(). */
 DEVICE int next_tile(tile_walk &, int n) { return n - 1; }
+DEVICE int last_tile(int n) { return n; }
 DEVICE int resume_walk(tile_walk &, const wan_attn_cuda_args &, int n) { return n; }
 
 /* Whether the warp's rows see tile n at all. */
@@ -32,8 +33,9 @@ DEVICE bool is_of_warp(const tile_walk &, int) { return true; }
 /* A number that is odd for every second tile: which buffer of two it has. */
 DEVICE int turn_of(const tile_walk &, int n) { return n; }
 
-/* A source is at the tile before the one that has been copied: nothing to skip. */
-template <typename Source> DEVICE void skip_tiles(Source &, int) {}
+/* Turns a source from the tile that has been copied to the one `tiles` before it: copying has done
+ * that. */
+template <typename Source> DEVICE void go_back(Source &, int) {}
 
 /* Whether a row that sees keys at all also sees one in the tiles of the walk. */
 DEVICE bool sees_walk(const wan_attn_cuda_args &, const block_place &, int, int, float) {

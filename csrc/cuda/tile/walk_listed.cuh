@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * walk_listed.cuh - the order in which a block's tiles are computed, for calls with lists of blocks
  * (args_lists.h): what a list of one of its blocks of queries names, from the last to the first.
- * The same names as walk_all.cuh. Includer sets BLOCK_M, BLOCK_N, NUM_WARPS.
+ * The same names as walk_all.cuh. Includer sets BLOCK_M, BLOCK_N, NUM_WARPS, STAGES.
  *
  * A list becomes a set of bits, of which each lane holds 32:
  *
@@ -26,6 +26,7 @@
 enum { LISTS = BLOCK_M / WAN_ATTN_CUDA_LIST_BLOCK, GROUP_TILES = 1024 };
 static_assert(BLOCK_N == WAN_ATTN_CUDA_LIST_BLOCK, "a tile is a block of keys");
 static_assert(LISTS * WAN_ATTN_CUDA_LIST_BLOCK == BLOCK_M, "a block has whole blocks of queries");
+static_assert(STAGES == 2, "sources go on where K's next tile is copied");
 static_assert(NUM_WARPS % LISTS == 0, "no warp has rows of two blocks of queries");
 
 typedef struct tile_walk {
@@ -113,10 +114,10 @@ DEVICE void fill(tile_walk &walk, const wan_attn_cuda_args &args, int group) {
 
 /* The last tile of the group that is left, which then no longer is; below 0: none. */
 DEVICE int take_tile(tile_walk &walk) {
-    int lane = thread_index() % 32;
-    int n = largest_of_warp(walk.left ? 32 * lane + highest_bit(walk.left) : -1);
-    if (n >> 5 == lane)
-        walk.left ^= 1u << (n & 31);
+    int mine = (thread_index() * 32 & (GROUP_TILES - 1)) | highest_bit(walk.left); /* none: -1 */
+    int n = largest_of_warp(mine);
+    if (mine == n)
+        walk.left &= ~(1u << (n & 31));
     return n;
 }
 
@@ -142,32 +143,33 @@ DEVICE int begin_walk(tile_walk &walk, const wan_attn_cuda_args &args, block_wor
     return enter_group(walk, args, last / GROUP_TILES + 1);
 }
 
-/* At the end of a group `next` is the complement of its number. The next group is looked at only
+/* At the end of a group `next` is the complement of its last tile. The next group is looked at only
  * when all tiles of this one are over: a copy of K that comes late once in 1,024 tiles, against a
  * main loop without all that. */
 DEVICE void look_ahead(tile_walk &walk, int n) {
-    int group = n / GROUP_TILES, next = take_tile(walk);
+    int next = take_tile(walk);
     walk.turn++;
-    walk.next = next < 0 ? ~group : group * GROUP_TILES + next;
+    walk.next = next < 0 ? ~n : (n & -GROUP_TILES) + next;
 }
 
 DEVICE int next_tile(const tile_walk &walk, int) { return walk.next; }
 
 /* n: what next_tile() has said. */
+DEVICE int last_tile(int n) { return ~n; }
 DEVICE int resume_walk(tile_walk &walk, const wan_attn_cuda_args &args, int n) {
-    return enter_group(walk, args, ~n);
+    return enter_group(walk, args, last_tile(n) / GROUP_TILES);
 }
 
 DEVICE bool is_of_warp(const tile_walk &walk, int n) {
-    return LISTS == 1 ||
-           any_lane(n / 32 % 32 == thread_index() % 32 && (walk.own >> n % 32 & 1) != 0);
+    bool is_of_lane = ((n >> 5 ^ thread_index()) & 31) == 0;
+    return LISTS == 1 || any_lane(is_of_lane && (walk.own >> (n & 31) & 1) != 0);
 }
 
 DEVICE int turn_of(const tile_walk &walk, int) { return walk.turn; }
 
-/* A source is at the tile before the one that has been copied; `count` more are skipped. */
-DEVICE void skip_tiles(tile_source &source, int count) {
-    source.from -= count * (source.pass_bytes * PASSES);
+/* A source stays at the tile that has been copied. */
+DEVICE void go_back(tile_source &source, int tiles) {
+    source.from = stepped_back(source.from, (u32)tiles * (source.pass_bytes * PASSES));
 }
 
 /* Weights that add up to nothing: those of no key, or of keys whose scores all are -inf. The list
