@@ -87,6 +87,9 @@
 #include "cuda/tile/walk_all.cuh"
 #endif
 #include "cuda/tile/softmax.cuh"
+#if LISTED
+#include "cuda/tile/means.cuh"
+#endif
 #include "cuda/tile/output.cuh"
 #include "cuda/tile/multiply_pv.cuh"
 #if QK_INT8
@@ -155,22 +158,54 @@ DEVICE key_tiles find_tiles(const wan_attn_cuda_args &args, const block_place &p
     return tiles;
 }
 
-/* Tile n: the pipeline of this file's head; n - 1 stands there for the walk's next tile. is_masked
- * is a constant in each of the two copies. */
-DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked, tile_walk &walk,
+/* Which copy of the loop body: no row needs a mask, or some do; or, with lists of blocks, a tile of
+ * means (means.cuh). */
+typedef enum tile_kind { CLEAN, MASKED, MEANS } tile_kind;
+
+DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const mask_bounds &bounds,
+                  const tile_walk &walk, const q_fragments &q, float s[M_TILES][S_TILES][4],
+                  warp_rows &rows) {
+    float scale[M_TILES][2];
+    score_scales(scale, args, q);
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) {
+#pragma unroll
+        for (int r = 0; r < 2 && kind != CLEAN; r++) {
+            key_range keys =
+                visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r, bounds.num_keys);
+            if (kind == MASKED)
+                mask_scores(s[m], r, keys, n * BLOCK_N + thread_index() % 4 * 2);
+#if LISTED
+            if (kind == MEANS) {
+                score_means(s[m], r, scale[m][r], keys, walk, bounds.num_keys, n);
+                scale[m][r] = 1.0f;
+            }
+#endif
+        }
+        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m]);
+    }
+}
+
+/* Tile n: the pipeline of this file's head; n - 1 stands there for the walk's next tile. kind is a
+ * constant in each of the copies. */
+DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, tile_walk &walk,
                         const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
     float s[M_TILES][S_TILES][4];
     u32 k_smem = k_stage(turn_of(walk, n)), k_smem_next = k_stage(turn_of(walk, n) + 1);
-    bool is_mine = is_of_warp(walk, n);
-    look_ahead(walk, n);
+    bool is_mine = kind == MEANS || is_of_warp(walk, n);
+    if (kind == MEANS)
+        step_back(walk, n);
+    else
+        look_ahead(walk, n);
     int next = next_tile(walk, n);
 
     cp_async_wait<0>();
     block_barrier();
     mask_bounds bounds = {0, 0, 0};
-    if (is_masked)
+    if (kind != CLEAN)
         bounds = load_bounds();
-    copy_tile(tiles.copied_to + V_SMEM, tiles.v, is_masked, bounds.num_keys - n * BLOCK_N);
+    int num_rows = kind == MEANS ? blocks_of(bounds.num_keys) : bounds.num_keys;
+    copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, num_rows - n * BLOCK_N);
     cp_async_commit();
     if (STAGES == 2 && next >= 0) {
         go_back(tiles.v, n - next);
@@ -182,18 +217,8 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked, 
 
     if (is_mine)
         multiply_qk(s, q, k_smem, tiles.k_read);
-    float scale[M_TILES][2];
-    score_scales(scale, args, q);
-#pragma unroll
-    for (int m = 0; m < M_TILES && is_mine; m++) {
-#pragma unroll
-        for (int r = 0; r < 2 && is_masked; r++)
-            mask_scores(
-                s[m], r,
-                visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r, bounds.num_keys),
-                n * BLOCK_N + thread_index() % 4 * 2);
-        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m]);
-    }
+    if (is_mine)
+        weigh(args, n, kind, bounds, walk, q, s, rows);
 
     cp_async_wait<STAGES - 1>();
     block_barrier();
@@ -219,17 +244,32 @@ DEVICE void clear(warp_rows &rows) {
     }
 }
 
+#if LISTED
+/* Blocks that are not listed, from the last tile of their means to the first. */
+DEVICE void process_means(const wan_attn_cuda_args &args, tile_walk &walk, const q_fragments &q,
+                          key_tiles &tiles, warp_rows &rows) {
+    block_barrier(); /* if there was no tile so far: bounds */
+    int blocks = blocks_of(load_bounds().num_keys), last = (blocks - 1) / BLOCK_N;
+    find_means(tiles.k, tiles.v, args, find_place(args, BLOCK_M), last);
+    copy_k(k_stage(walk.turn), tiles.copied_to, tiles.k, true, blocks - last * BLOCK_N);
+    cp_async_commit();
+    for (int m = last; m >= 0; m--) {
+        if (m == last || m % GROUP_MEANS == GROUP_MEANS - 1)
+            fill(walk, args, m / GROUP_MEANS);
+        process_tile(args, m, MEANS, walk, q, tiles, rows);
+    }
+}
+#endif
+
 /* From the last tile to the first; clean ones in a loop of their own. */
 DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &place,
                           block_work &work, warp_rows &rows) {
     tile_walk walk;
     int n = begin_walk(walk, args, work);
-    if (LISTED && n < 0) {
-        clear(rows);
-        return;
-    }
     key_tiles tiles = find_tiles(args, place, work.first_key + n * BLOCK_N);
-    copy_k(k_stage(turn_of(walk, n)), tiles.copied_to, tiles.k, true, work.num_keys - n * BLOCK_N);
+    if (!LISTED || n >= 0)
+        copy_k(k_stage(turn_of(walk, n)), tiles.copied_to, tiles.k, true,
+               work.num_keys - n * BLOCK_N);
     cp_async_commit();
     q_fragments q;
     load_q(args, place, work.used_q, q);
@@ -239,12 +279,12 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
     while (n >= 0) {
         if (is_clean) {
             do {
-                process_tile(args, n, false, walk, q, tiles, rows);
+                process_tile(args, n, CLEAN, walk, q, tiles, rows);
                 n = next_tile(walk, n);
             } while (n >= work.clean_begin);
             is_clean = false;
         } else {
-            process_tile(args, n, true, walk, q, tiles, rows);
+            process_tile(args, n, MASKED, walk, q, tiles, rows);
             n = next_tile(walk, n);
             is_clean = n >= work.clean_begin && n < load_bounds().clean_end;
         }
@@ -259,6 +299,10 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
             is_clean = n >= work.clean_begin && n < load_bounds().clean_end;
         }
     }
+#if LISTED
+    if (listed_of(args).pooled_k)
+        process_means(args, walk, q, tiles, rows);
+#endif
 }
 
 #if LISTED

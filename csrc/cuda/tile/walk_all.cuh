@@ -14,6 +14,8 @@
 typedef struct tile_walk {
 } tile_walk;
 
+DEVICE int blocks_of(int keys) { return (keys + BLOCK_N - 1) / BLOCK_N; }
+
 /* The first tile to be computed; below 0: none. Changes `work` to what the walk counts in. */
 DEVICE int begin_walk(tile_walk &, const wan_attn_cuda_args &, block_work &work) {
     return work.num_tiles - 1;
@@ -21,6 +23,9 @@ DEVICE int begin_walk(tile_walk &, const wan_attn_cuda_args &, block_work &work)
 
 /* Finds the tile after n: once, before it is asked for. */
 DEVICE void look_ahead(tile_walk &, int) {}
+
+/* The tile before n is the next one, whatever the walk. */
+DEVICE void step_back(tile_walk &, int) {}
 
 /* The tile after n; below 0: none, or one that resume_walk() finds, which comes after last_tile(). */
 DEVICE int next_tile(tile_walk &, int n) { return n - 1; }

@@ -36,6 +36,8 @@ typedef struct tile_walk {
     int turn; /* tiles so far */
 } tile_walk;
 
+DEVICE int blocks_of(int keys) { return (keys + BLOCK_N - 1) / BLOCK_N; }
+
 /* The launch's parameter begins with `call`. */
 DEVICE const wan_attn_cuda_listed_args &listed_of(const wan_attn_cuda_args &call) {
     return reinterpret_cast<const wan_attn_cuda_listed_args &>(call);
@@ -98,7 +100,7 @@ DEVICE void fill(tile_walk &walk, const wan_attn_cuda_args &args, int group) {
     walk.left = walk.own = bits_of_range(range.begin - base, range.end - base);
     if (!lists.counts)
         return;
-    walk.left = 0;
+    walk.left = walk.own = 0;
 #pragma unroll 1
     for (int i = 0; i < LISTS; i++) {
         int row = place.row_begin + i * WAN_ATTN_CUDA_LIST_BLOCK;
@@ -152,6 +154,11 @@ DEVICE void look_ahead(tile_walk &walk, int n) {
     walk.next = next < 0 ? ~n : (n & -GROUP_TILES) + next;
 }
 
+DEVICE void step_back(tile_walk &walk, int n) {
+    walk.turn++;
+    walk.next = n - 1;
+}
+
 DEVICE int next_tile(const tile_walk &walk, int) { return walk.next; }
 
 /* n: what next_tile() has said. */
@@ -170,25 +177,6 @@ DEVICE int turn_of(const tile_walk &walk, int) { return walk.turn; }
 /* A source stays at the tile that has been copied. */
 DEVICE void go_back(tile_source &source, int tiles) {
     source.from = stepped_back(source.from, (u32)tiles * (source.pass_bytes * PASSES));
-}
-
-/* Weights that add up to nothing: those of no key, or of keys whose scores all are -inf. The list
- * tells which; few rows ask. */
-DEVICE bool sees_walk(const wan_attn_cuda_args &args, const block_place &place, int row, int used_q,
-                      float row_sum) {
-    const wan_attn_cuda_lists &lists = listed_of(args).lists;
-    if (row_sum != 0.0f || !lists.counts || row >= used_q)
-        return true;
-    int used_k = length_at(args.seqused_k, place.sample, args.seqlen_k);
-    key_range keys = visible_keys(args, row + used_k - used_q, used_k);
-    block_list list = find_list(lists, place, row / WAN_ATTN_CUDA_LIST_BLOCK);
-    int begin = larger_int(keys.begin, 0) / BLOCK_N, end = (keys.end + BLOCK_N - 1) / BLOCK_N;
-    bool sees = false;
-    for (int i = 0; i < list.count && !sees; i++) {
-        int n = load_global_i32(list.at + i * lists.index_stride);
-        sees = n >= begin && n < end;
-    }
-    return sees;
 }
 
 #endif /* WAN_ATTN_CUDA_TILE_WALK_LISTED_H */
