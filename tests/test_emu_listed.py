@@ -50,9 +50,9 @@ def dense_of(tile: TileListed) -> Tile:
 
 @each_tile
 def test_cases_by_hand(tile: TileListed) -> None:
-    for number, (case, density, form) in enumerate(cases_listed.by_hand(tile)):
+    for number, (case, density, form, pools) in enumerate(cases_listed.by_hand(tile)):
         case = replace(case, schedule=Schedule(number % 3, number))
-        cases_listed.check(case, tile, density, form)
+        cases_listed.check(case, tile, density, form, pools)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def test_cases_by_hand(tile: TileListed) -> None:
     ids=lambda x: getattr(x, "name", str(x)),
 )
 def test_cases_by_chance(tile: TileListed, part: int) -> None:
-    for case, density, form in cases_listed.by_chance(tile, CHANCES // PARTS, seed=part):
-        cases_listed.check(case, tile, density, form)
+    for case, density, form, pools in cases_listed.by_chance(tile, CHANCES // PARTS, seed=part):
+        cases_listed.check(case, tile, density, form, pools)
 
 
 def test_there_are_enough_cases() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 import blocks_oracle
 import oracle
@@ -27,7 +28,7 @@ from emu.rows import TileListed
 from emu.run import Result
 from emu.run_listed import run
 from oracle import Array
-from tolerances import ORDERS, _largest_value, _shuffled, _torch_sample, judge
+from tolerances import ORDERS, _largest_value, _shuffled, judge
 
 FORMS = ("plain", "roomy", "strided", "shuffled", "garbage", "counts")
 DENSITIES = (0.0, 0.2, 0.5, 0.5, 0.9, 1.1)
@@ -71,26 +72,57 @@ def hide_others(lists: Lists, key: Tensor, value: Tensor) -> None:
     value[hidden] = torch.nan
 
 
+def _with_means(
+    k: Array, v: Array, seen: Any, named: Any, pools_others: bool
+) -> tuple[Array, Array, Array]:
+    """Keys, values, and what is added to the scores of each row: -inf where it does not see them.
+    The others' means follow the keys, with the logarithm of what they stand for."""
+    of_row = np.arange(len(seen)) // BLOCK
+    bias = np.where(seen & named[of_row][:, np.arange(len(k)) // BLOCK], 0.0, -np.inf)
+    means: list[Any] = [[], [], []]
+    for n in range(blocks_of(len(k)) if pools_others else 0):
+        mine = slice(n * BLOCK, min((n + 1) * BLOCK, len(k)))
+        whole = seen[:, mine].all(axis=1) & ~named[of_row, n]
+        counted = np.where(whole, np.log(mine.stop - mine.start), -np.inf)
+        for to, one in zip(means, (k[mine].mean(0), v[mine].mean(0), counted), strict=True):
+            to.append(one)
+    if not means[0]:
+        return k, v, bias
+    bias = np.concatenate([bias, np.stack(means[2], axis=1)], axis=1)
+    return np.concatenate([k, means[0]]), np.concatenate([v, means[1]]), bias
+
+
 def by_torch(
-    query: Tensor, key: Tensor, value: Tensor, lists: Lists, order: int, **call: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: Lists,
+    order: int,
+    pools_others: bool = False,
+    **call: Any,
 ) -> tuple[Array, Array]:
     """Torch's own attention, head by head, with the lists in its mask."""
     dtype, places = value.dtype, iter(np.ndindex(query.shape[0], query.shape[2]))
 
     def head(q: Array, k: Array, v: Array, scale: float, seen: Any) -> tuple[Array, Array]:
         named = lists.named[next(places)]
-        seen = seen & named[np.arange(len(q)) // BLOCK][:, np.arange(len(k)) // BLOCK]
-        rows = seen.any(axis=1)
         out, lse = np.zeros((len(q), v.shape[1])), np.full(len(q), -np.inf)
+        k, v, bias = _with_means(k, v, seen, named, pools_others)
+        rows = np.isfinite(bias).any(axis=1)
         if rows.any():
-            x = [torch.from_numpy(a).to(dtype) for a in (q[rows], k, v)]
-            mask = torch.from_numpy(seen[rows])
+            x = [torch.from_numpy(np.nan_to_num(a)).to(dtype) for a in (q[rows], k, v)]
+            mask = torch.from_numpy(bias[rows])
             if order:
                 dims, keys = (_shuffled(n, order) for n in (q.shape[1], len(k)))
                 x = [x[0][:, dims], x[1][keys][:, dims], x[2][keys]]
                 mask = mask[:, keys]
-            o, s = _torch_sample(*(a[None, None] for a in x), mask, scale)
-            out[rows], lse[rows] = oracle.as_float64(o[0, 0]), oracle.as_float64(s[0, 0])
+            if scale < 0:
+                x[0], scale = -x[0], -scale
+            o = scaled_dot_product_attention(
+                *(a[None, None] for a in x), attn_mask=mask.to(dtype)[None, None], scale=scale
+            )
+            s = torch.logsumexp(x[0].float() @ x[1].float().T * scale + mask.float(), dim=1)
+            out[rows], lse[rows] = oracle.as_float64(o[0, 0]), oracle.as_float64(s)
         return out, lse
 
     return oracle.attention(query, key, value, head=head, **call)
@@ -118,17 +150,18 @@ def check(
     tile: TileListed,
     density: float,
     form: str = "plain",
+    pools_others: bool = False,
     runner: Callable[..., Result] = run,
     **how: Any,
 ) -> None:
     """Runs the case and holds it against the oracle; an exception names it."""
     query, key, value = cases.operands(case, tile)
     lists = lists_of(case, density)
-    if case.layout != "one sample":
+    if case.layout != "one sample" and not pools_others:
         hide_others(lists, key, value)
     counts, indices = as_tensors(lists, form)
     options = {**case.call(), "schedule": case.schedule, "return_lse": case.return_lse, **how}
-    options |= {"counts": counts, "indices": indices}
+    options |= {"counts": counts, "indices": indices, "pools_others": pools_others}
     try:
         result = runner(tile, query, key, value, **options)
         if case.q_is_f32:  # judge the 16-bit call, as cases.check does
@@ -138,21 +171,26 @@ def check(
                 result.out.to(rounded.out.dtype), rounded.out, rtol=0, atol=0, equal_nan=True
             )
             result = rounded
-        assert_close(result, query, key, value, lists, **case.call())
+        more = {"pools_others": pools_others}
+        assert_close(result, query, key, value, lists, **more, **case.call())
         assert result.bank_conflicts == 0, f"{result.bank_conflicts} bank conflicts"
     except AssertionError as error:
-        raise AssertionError(f"{tile.name} {case} {density} {form}: {error}") from error
+        raise AssertionError(f"{tile.name} {case} {density} {form} {pools_others}: {error}") from error
 
 
-def _with_lists(found: Iterator[Case], seed: str) -> Iterator[tuple[Case, float, str]]:
+Listed = tuple[Case, float, str, bool]
+
+
+def _with_lists(found: Iterator[Case], seed: str) -> Iterator[Listed]:
     dice = random.Random(seed)
     for case in found:
-        yield replace(case, split_tiles=0), dice.choice(DENSITIES), dice.choice(FORMS)
+        density, form, pools = dice.choice(DENSITIES), dice.choice(FORMS), dice.random() < 0.4
+        yield replace(case, split_tiles=0), density, form, pools
 
 
-def by_hand(tile: TileListed) -> Iterator[tuple[Case, float, str]]:
+def by_hand(tile: TileListed) -> Iterator[Listed]:
     return _with_lists(cases.by_hand(tile), f"hand {tile.name}")
 
 
-def by_chance(tile: TileListed, count: int, seed: int = 0) -> Iterator[tuple[Case, float, str]]:
+def by_chance(tile: TileListed, count: int, seed: int = 0) -> Iterator[Listed]:
     return _with_lists(cases.by_chance(tile, count, seed), f"chance {tile.name} {seed}")

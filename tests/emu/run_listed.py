@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emu.args import Args, ListedArgs, Lists
+from emu.args import Args, ListedArgs, Lists, PoolArgs
 from emu.build import library
-from emu.rows import CSRC, TileListed
+from emu.rows import CSRC, TileListed, helpers
 from emu.run import (
     LIMIT_F16,
     LIMIT_SUM_F16,
@@ -31,6 +31,7 @@ from emu.run import (
 )
 
 AT_RANDOM = Schedule()
+BLOCK = 64
 Launcher = Callable[[ListedArgs, int, list[Any]], int]
 
 
@@ -45,6 +46,33 @@ def _lists(memory: Memory, counts: Tensor | None, indices: Tensor | None) -> Lis
     )
 
 
+def pooled(
+    x: Tensor,
+    lens: Tensor | None,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    csrc: Path = CSRC,
+) -> Tensor:
+    """What wan_attn_pool makes of K or V: [batch, heads, blocks, head_dim]. Blocks without a real
+    key stay NaN, which is not to be read."""
+    batch, seqlen, heads, head_dim = x.shape
+    helper, blocks = helpers()["wan_attn_pool"], -(-seqlen // BLOCK)
+    to = torch.full((batch, heads, blocks, head_dim), math.nan, dtype=dtype)
+    memory = Memory()
+    x, to = memory.add("x", x), memory.add("means", to, True)
+    lens, scale = memory.maybe("lens", lens), memory.maybe("scale", scale)
+    args = PoolArgs(
+        *(_view(x), _lengths(lens), to.data_ptr()),
+        scale.data_ptr() if scale is not None else None,
+        *(batch, seqlen, heads, head_dim),
+        (torch.float32, torch.float16, torch.bfloat16).index(x.dtype),
+        int(dtype == torch.bfloat16),
+    )
+    warps = helper.num_threads // 32
+    launch(library(helper, csrc), args, -(-batch * heads * blocks // warps), memory.tensors)
+    return to
+
+
 def run(
     tile: TileListed,
     query: Tensor,
@@ -53,6 +81,7 @@ def run(
     *,
     counts: Tensor | None = None,
     indices: Tensor | None = None,
+    pools_others: bool = False,
     q_lens: Tensor | None = None,
     k_lens: Tensor | None = None,
     scale: float | None = None,
@@ -66,11 +95,15 @@ def run(
     """As emu.run.run. launcher: runs the kernel; None: emulated."""
     batch, seqlen_q, heads_q, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
-    v_scale = k_scale = None
+    v_scale = k_scale = pooled_k = pooled_v = None
+    keys, values = key, value
     if tile.pv_sum_f16:
         value, v_scale = scaled(value, LIMIT_SUM_F16)
     if tile.bf16_as_f16:
         (key, k_scale), (value, v_scale) = scaled(key, LIMIT_F16), scaled(value, LIMIT_F16)
+    if pools_others:
+        pooled_k = pooled(keys, k_lens, k_scale, key.dtype, csrc)
+        pooled_v = pooled(values, k_lens, v_scale, value.dtype, csrc)
     out = torch.full(query.shape, math.nan, dtype=query.dtype)
     lse = torch.full((batch, heads_q, seqlen_q), math.nan) if return_lse else None
     memory = Memory()
@@ -78,6 +111,7 @@ def run(
     out, lse = memory.add("out", out, True), memory.maybe("lse", lse, True)
     q_lens, k_lens = memory.maybe("q_lens", q_lens), memory.maybe("k_lens", k_lens)
     v_scale, k_scale = memory.maybe("v_scale", v_scale), memory.maybe("k_scale", k_scale)
+    pooled_k, pooled_v = memory.maybe("pooled_k", pooled_k), memory.maybe("pooled_v", pooled_v)
     call = Args(
         *(_view(query), _view(key), _view(value), _view(out)),
         lse.data_ptr() if lse is not None else None,
@@ -93,6 +127,8 @@ def run(
         0x80008000 if scale < 0 else 0,
     )
     args = ListedArgs(call, _lists(memory, counts, indices), log2_threshold=-math.inf)
+    if pooled_k is not None and pooled_v is not None:
+        args.pooled_k, args.pooled_v = pooled_k.data_ptr(), pooled_v.data_ptr()
     grid = call.m_blocks * heads_q * batch
     if launcher is not None:
         return Result(out, lse, launcher(args, grid, memory.tensors))
