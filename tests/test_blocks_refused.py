@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import calls
 from blocks_oracle import random_lists
+from calls import BF16, F32
 from cuda_mock.gpu import CARDS, Gpu
 from emu.build import compiler
 from wan_attn.native import bindings, kernels, library, op
@@ -166,16 +168,38 @@ def test_what_lossy_rows_refuse(native: str) -> None:
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 @pytest.mark.parametrize("wishes", ({"has_block_lists": True}, {"skip_threshold": 0.05}), ids=str)
-def test_no_cuda_row_takes_lists(wishes: dict[str, Any], tmp_path: Path, native: str) -> None:
+def test_which_cuda_rows_take_lists(wishes: dict[str, Any], tmp_path: Path, native: str) -> None:
+    """On a GPU a row is for lists or for dense calls, and neither takes the other's."""
     gpu, error, row = Gpu(tmp_path, CARDS[80]), library.Error(), ctypes.c_int32()
-    call = parse_shape("1x200x2x64")
-    for precision in (library.EXACT, library.QK8):
-        request = Request.of(call, torch.bfloat16, "cuda", **wishes)
+
+    def asked(
+        shape: str, dtype: torch.dtype = BF16, precision: int = library.EXACT, **how: Any
+    ) -> str:
+        request = Request.of(parse_shape(shape), dtype, "cuda", **how)
         params = kernels.call_params(request, precision=precision)
-        assert gpu.lib.wan_attn_select(params, row, error) == library.UNSUPPORTED
-        assert "no kernel takes block lists on this device yet" in error.text()
-        plain = kernels.call_params(Request.of(call, torch.bfloat16, "cuda"), precision=precision)
-        assert gpu.lib.wan_attn_select(plain, row, error) == library.OK, error.text()
+        if gpu.lib.wan_attn_select(params, row, error) == library.OK:
+            return op.kernels()[row.value].name
+        return error.text().removeprefix("no kernel takes this call: ")
+
+    neither = "takes neither block lists nor a skip_threshold"
+    for head_dim in (64, 128):
+        shape = f"1x200x2x{head_dim}"
+        assert asked(shape, **wishes) == f"sdpa_sm80_listed_d{head_dim}"
+        assert asked(shape) == f"sdpa_sm80_d{head_dim}"
+        assert neither in asked(shape, precision=library.QK8, **wishes)
+    takes = "those for cuda with block lists take head_dim 128, 64, got"
+    assert asked("1x200x2x80", **wishes) == f"{takes} 80"
+    assert asked("1x200x2x96", **wishes) == f"{takes} 96"
+    assert asked("1x200x2x96").startswith("those for cuda take head_dim 64, 128, 256, 80, got")
+    assert asked("1x200x2x64", F32, **wishes) == "none for cuda with block lists takes float32"
+    for k in op.kernels():
+        plain = Request.of(parse_shape("1x200x2x64"), BF16, "cuda")
+        for request in (plain, replace(plain, **wishes)):
+            status = gpu.lib.wan_attn_why_not(kernels.call_params(request), k.index, error)
+            said = "is for block lists or a skip_threshold alone"
+            if k.device == "cuda" and k.takes_block_lists == (request is plain):
+                assert status == library.UNSUPPORTED
+                assert error.text() == f"{k.name}: {said if request is plain else neither}"
 
 
 def test_select_knows_who_takes_lists(native: str) -> None:

@@ -223,7 +223,7 @@ def test_forget_reaches_every_memory_of_the_engine() -> None:
     fa2._load()
     fa3._load()
     _common.capability(x.device)
-    first_call._verdicts[x.device, x.dtype, 16, False] = "wrong"
+    first_call._verdicts[x.device, x.dtype, 16, False, False] = "wrong"
     caches = (fa2._load, fa3._load, _common.capability)
     assert run._plans and log._described and all(c.cache_info().currsize for c in caches)
     config.forget()

@@ -38,6 +38,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "proofs": list,
     "choices": list,
     "precision": list,
+    "sparse": list,
     "selftest": list,
     "selftest_error": (str, type(None)),
     "known": list,
@@ -113,6 +114,38 @@ def test_8_bit_scores(
     monkeypatch.setenv("WAN_ATTN_SCHEDULE", str(tmp_path / "missing.json"))
     code, found = report(capsys, "--no-selftest")
     assert code == 1 and found["verdict"].startswith("WAN_ATTN_SCHEDULE must be a JSON file")
+
+
+def test_blocks_left_out(
+    native: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is asked for, what computes it, from which length on; a wrong profile is the finding."""
+
+    def told() -> tuple[dict[str, Any], str]:
+        _, found = report(capsys, "--no-selftest")
+        main(["doctor", "--in-process", "--no-selftest"])
+        (cpu,) = [p for p in found["sparse"] if p["device"] == "cpu"]
+        return cpu, " ".join(capsys.readouterr().out.split())
+
+    cpu, text = told()
+    assert cpu["mode"] == "off" and cpu["kernel"] and cpu["reason"] is None
+    assert f"nothing (WAN_ATTN_SPARSE=off); if asked for: {cpu['kernel']}" in text
+    profile = tmp_path / "profile.json"
+    kept = {"kind": "sparse", "format": 1, "budget": 0.03, "mode": "sparse", "layers": []}
+    profile.write_text(json.dumps(kept))
+    for mode in ("near_exact", "sparse"):
+        monkeypatch.setenv("WAN_ATTN_SPARSE", mode)
+        monkeypatch.setenv("WAN_ATTN_ERROR_BUDGET", "0.03")
+        monkeypatch.setenv("WAN_ATTN_SPARSE_PROFILE", str(profile))
+        cpu, text = told()
+        assert (cpu["mode"], cpu["budget"], cpu["error"]) == (mode, 0.03, None)
+        assert f"{cpu['kernel']} leaves out blocks whose" in text
+        assert "in self-attention of 12000 tokens and more, within 3 %" in text
+    assert f"which begins as {profile}"[:30] in text
+    monkeypatch.setenv("WAN_ATTN_ERROR_BUDGET", "0.04")
+    code, found = report(capsys, "--no-selftest")
+    said = "WAN_ATTN_SPARSE_PROFILE must be of mode sparse and a budget of 0.04, got 0.03"
+    assert code == 1 and found["verdict"] == f"{said}: nothing can run until it is changed"
 
 
 @pytest.mark.usefixtures("one_case")

@@ -19,6 +19,7 @@ from cuda_mock.user import (  # noqa: F401 - some are fixtures
     BF16,
     CUDA,
     F16,
+    LISTED_ROWS,
     QK8_ROWS,
     ROPE_ROWS,
     ROWS,
@@ -32,8 +33,18 @@ from cuda_mock.user import (  # noqa: F401 - some are fixtures
 from emu.build import compiler
 from wan_attn.cuda.rows import kernels_for
 from wan_attn.native import bindings, cuda_driver, kernels, library
-from wan_attn.selfcheck import child, proof, proof_calls, proof_child, rope_calls, verdicts
-from wan_attn.selfcheck.reference import MASKS, make_inputs
+from wan_attn.request.blocks import DENSE
+from wan_attn.selfcheck import (
+    child,
+    list_reference,
+    proof,
+    proof_calls,
+    proof_child,
+    rope_calls,
+    verdicts,
+)
+from wan_attn.selfcheck.proof_calls import Known, ProofCall
+from wan_attn.selfcheck.reference import MASKS, Case, make_inputs
 from wan_attn.selfcheck.verdicts import FAILED, PASSED, UNTRIED, Verdict
 
 pytestmark = [
@@ -66,14 +77,15 @@ def test_faults_end_a_child_and_not_the_users_process(
     # float16 of d64 is deadly: torch computes, and the call is right.
     assert not user_calls(machine, monkeypatch, 64, F16)
     verdict = verdicts.read(verdicts.key_of(0))  # type: ignore[arg-type]
-    assert verdict is not None and list(verdict.rows) == [*ROWS[:6], *QK8_ROWS, *ROPE_ROWS]
+    tried = [*ROWS[:6], *LISTED_ROWS, *QK8_ROWS, *ROPE_ROWS]
+    assert verdict is not None and list(verdict.rows) == tried
     for name, row in verdict.rows.items():
         assert row.state == (FAILED if name in WORDS else PASSED), name
         assert WORDS.get(name, "") in row.said and row.at > 0
     assert len(machine.children) == 5, "four rows each ended theirs"
     text = said(spoken)
     assert "in a process of its own, once for this driver, torch and build: about 10 s" in text
-    assert "11 of 16 CUDA kernels are right on NVIDIA A100" in text
+    assert "15 of 20 CUDA kernels are right on NVIDIA A100" in text
     for name, words in WORDS.items():
         assert f"{name} is not used on NVIDIA A100-SXM4-80GB: " in text and words in text
     # The next start tries nothing again, and each row is used or left as the verdict says.
@@ -89,6 +101,15 @@ def test_faults_end_a_child_and_not_the_users_process(
 # --- what is proven ---------------------------------------------------------------------------
 
 
+def unknown(row: Any, dtype: torch.dtype, call: ProofCall, case: Case) -> Known:
+    """A call whose result nobody asks for."""
+    if not row.is_for_lists:
+        return Known(make_inputs(case), None)  # type: ignore[arg-type]
+    mask = list_reference.listed(case, call.density)
+    blocks = list_reference.as_blocks(mask, call.pools_others, torch.device("cpu"))
+    return Known(make_inputs(case), None, blocks)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("arch", CARDS)
 def test_every_tile_and_every_pass_that_a_card_can_run_is_tried(
     arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Machine
@@ -97,8 +118,10 @@ def test_every_tile_and_every_pass_that_a_card_can_run_is_tried(
     gpu = RopeGpu(tmp_path, CARDS[arch])
     monkeypatch.setattr(library, "load", lambda: gpu.lib)
     monkeypatch.setattr(library, "lib", lambda: gpu.lib)
-    monkeypatch.setattr(proof_calls, "_known", lambda case, _: (make_inputs(case), None))
+    monkeypatch.setattr(proof_calls, "_known", unknown)
+    monkeypatch.setattr(proof_calls.Known, "difference", lambda *_: None)
     monkeypatch.setattr(proof_calls, "difference", lambda *_: None)
+    monkeypatch.setattr(list_reference, "wrong_certificate", lambda *_: None)
     card = prove.MockCard(0, gpu, {})
     monkeypatch.setattr(card, "_compute", lambda: None)
     monkeypatch.setattr(torch, "equal", lambda *_: True)
@@ -123,7 +146,7 @@ def test_every_tile_and_every_pass_that_a_card_can_run_is_tried(
 def test_every_kind_of_call_is_tried() -> None:
     calls = proof_calls.CALLS
     assert {call.mask for call in calls} == set(MASKS)
-    for kind in ("qk_is_f32", "is_unaligned", "lens_on_device"):
+    for kind in ("qk_is_f32", "is_unaligned", "lens_on_device", "pools_others"):
         assert any(getattr(call, kind) for call in calls)
     assert any(call.seqlen_q <= 256 and call.seqlen_k > 4096 for call in calls), "split and merged"
     for call in calls:
@@ -217,12 +240,19 @@ class Captured:
         return None
 
     def run(
-        self, row: Any, operands: Any, q_lens: Any, k_lens: Any, case: Any, guard: Any = None
+        self,
+        row: Any,
+        operands: Any,
+        q_lens: Any,
+        k_lens: Any,
+        case: Any,
+        guard: Any = None,
+        blocks: Any = DENSE,
     ) -> Any:
         is_causal, (left, right) = MASKS[case.mask]
         options: dict[str, Any] = {"is_causal": is_causal}
         options |= {"window_left": left, "window_right": right}
-        options |= {"return_lse": True, "guard": guard}
+        options |= {"return_lse": True, "guard": guard, **blocks._asdict()}
         query, key, value = operands
         return bindings.ctypes_sdpa(query, key, value, q_lens, k_lens, **options)
 
@@ -232,7 +262,8 @@ class Captured:
 
 
 @pytest.mark.parametrize("is_right", (True, False))
-def test_a_graph_is_replayed_with_other_contents(is_right: bool) -> None:
-    row = next(row for row in kernels.kernels() if row.name == "sdpa_sm80_d64")
+@pytest.mark.parametrize("name", ("sdpa_sm80_d64", "sdpa_sm80_listed_d64"))
+def test_a_graph_is_replayed_with_other_contents(name: str, is_right: bool) -> None:
+    row = next(row for row in kernels.kernels() if row.name == name)
     found = proof_calls.wrong(Captured(is_right), row, BF16)  # type: ignore[arg-type]
     assert found is None if is_right else found is not None and found.startswith("graph: out[")

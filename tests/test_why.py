@@ -224,3 +224,29 @@ def test_8_bit_scores(
         assert f"8-bit scores {told[mode]}" in text
     found = answer(capsys, "--grad")["precision"]
     assert found["kernel"] is None and "a gradient is wanted" in found["reason"]
+
+
+def test_blocks_left_out(
+    native: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which row would leave them out, and why a call is dense."""
+    long = ["--shape", "1x12000x2x64"]
+    for mode, told in (("off", "if asked for: "), ("sparse", ""), ("near_exact", "")):
+        monkeypatch.setenv("WAN_ATTN_SPARSE", mode)
+        found = answer(capsys, *long)["sparse"]
+        row = next(k for k in op.kernels() if k.name == found["kernel"])
+        assert found["mode"] == mode and row.takes_block_lists and found["reason"] is None
+        assert main([*CALL, *long]) == 0
+        assert f"{told}{row.name}" in " ".join(capsys.readouterr().out.split())
+    for asked, reason in (
+        (["--shape", "1x11999x2x64"], "it has 11999 tokens, fewer than 12000"),
+        (["--shape", "1x12000:512x2x64"], "self-attention alone leaves blocks out"),
+        ([*long, "--causal"], "a causal mask or a window"),
+        ([*long, "--grad"], "a gradient is wanted"),
+    ):
+        found = answer(capsys, *asked)["sparse"]
+        assert found["kernel"] is None and reason in found["reason"]
+        assert main([*CALL, *asked]) == 0
+        assert f"blocks left out dense: {found['reason']}" in " ".join(
+            capsys.readouterr().out.split()
+        )

@@ -38,7 +38,7 @@
  * three arguments, hence the detour. */
 /* NOLINTBEGIN(bugprone-macro-parentheses): each argument is a whole initialiser */
 #define ROW(...) CUDA_ROW(__VA_ARGS__)
-#define CUDA_ROW(row, min_arch, max_arch, lossy, text, dtype_bits, size)                           \
+#define CUDA_ROW(row, min_arch, max_arch, lossy, lists, text, dtype_bits, size)                    \
     {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
               .device_type = WAN_ATTN_CUDA,                                                        \
               .name = #row,                                                                        \
@@ -49,7 +49,9 @@
               .head_dim_multiple = 1,                                                              \
               .arch_min = min_arch,                                                                \
               .arch_max = max_arch,                                                                \
-              .is_lossy = lossy},                                                                  \
+              .is_lossy = lossy,                                                                   \
+              .takes_block_lists = lists},                                                         \
+     .is_for_lists = lists,                                                                        \
      .plan = wan_attn_cuda_plan_call,                                                              \
      .run = wan_attn_cuda_run_call},
 #define CPU_ROW(row, dtype_bits, needs, lossy, text, ...)                                          \
@@ -102,12 +104,20 @@ static int refused_by_arch(const wan_attn_kernel_info *info, const wan_attn_prob
 }
 
 /* How well a row fits a call; the further to the right, the better. */
-typedef enum fit { OTHER_DEVICE, OTHER_DTYPE, OTHER_HEAD_DIM, CANNOT, TAKES } fit;
+typedef enum fit { OTHER_DEVICE, OTHER_LISTS, OTHER_DTYPE, OTHER_HEAD_DIM, CANNOT, TAKES } fit;
+
+/* Whether the call may leave blocks of keys out. */
+static int leaves_out(const wan_attn_problem *p) {
+    return p->has_lists || p->skip_threshold > 0.0f;
+}
 
 /* Whether the row is for such calls at all. No words yet: most rows are not, in every call. */
-static fit kind_of(const wan_attn_kernel_info *info, const wan_attn_problem *p) {
+static fit kind_of(const wan_attn_kernel *kernel, const wan_attn_problem *p) {
+    const wan_attn_kernel_info *info = &kernel->info;
     if ((int32_t)p->device_type != info->device_type)
         return OTHER_DEVICE;
+    if (leaves_out(p) ? !info->takes_block_lists : kernel->is_for_lists)
+        return OTHER_LISTS;
     if (!(info->dtypes & 1u << p->dtype))
         return OTHER_DTYPE;
     if (p->head_dim < info->head_dim_min || p->head_dim > info->head_dim_max)
@@ -123,6 +133,10 @@ static void tell_kind(fit found, const wan_attn_kernel_info *info, const wan_att
                  wan_attn_device_word((int32_t)p->device_type));
     else if (found == OTHER_DTYPE)
         snprintf(reason, size, "does not take %s", wan_attn_dtype_name(p->dtype));
+    else if (found == OTHER_LISTS)
+        snprintf(reason, size, "%s",
+                 info->takes_block_lists ? "is for block lists or a skip_threshold alone"
+                                         : "takes neither block lists nor a skip_threshold");
     else if (info->head_dim_min == info->head_dim_max)
         snprintf(reason, size, "takes head_dim %d, got %lld", (int)info->head_dim_min,
                  (long long)p->head_dim);
@@ -145,7 +159,7 @@ static fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
     /* NOLINTNEXTLINE(clang-analyzer-security.ArrayBound): callers have checked the row */
     const wan_attn_kernel *kernel = &KERNELS[row];
     const wan_attn_kernel_info *info = &kernel->info;
-    fit found = kind_of(info, p);
+    fit found = kind_of(kernel, p);
     if (found != TAKES) {
         tell_kind(found, info, p, reason, size);
         return found;
@@ -154,13 +168,6 @@ static fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
         return CANNOT;
     if (info->device_type == WAN_ATTN_CUDA && refused_by_arch(info, p, reason, size))
         return CANNOT;
-    if ((p->has_lists || p->skip_threshold > 0.0f) && !info->takes_block_lists) {
-        snprintf(reason, size, "%s",
-                 info->device_type == WAN_ATTN_CUDA
-                     ? "no kernel takes block lists on this device yet"
-                     : "takes neither block lists nor a skip_threshold");
-        return CANNOT;
-    }
     if ((p->pools_others || p->skip_threshold > 0.0f) && info->is_lossy) {
         snprintf(reason, size, "takes block lists, but neither pools_others nor a skip_threshold");
         return CANNOT;
@@ -178,7 +185,7 @@ static int is_row(int32_t row) { return row >= 0 && row < KERNEL_COUNT; }
 
 static wan_attn_status take(wan_attn_problem *p, int32_t row, wan_attn_error *err) {
     char reason[200];
-    if (kind_of(&KERNELS[row].info, p) == TAKES) {
+    if (kind_of(&KERNELS[row], p) == TAKES) {
         wan_attn_status status = find_arch(p, KERNELS[row].info.name, err);
         if (status != WAN_ATTN_OK)
             return status;
@@ -188,11 +195,10 @@ static wan_attn_status take(wan_attn_problem *p, int32_t row, wan_attn_error *er
     return wan_attn_ok(err);
 }
 
-/* Whether an earlier row, for calls of the same device and dtype, takes this one's head_dim. */
+/* Whether an earlier row, which lacks nothing but the call's head_dim either, takes this one's. */
 static int head_dim_was_before(int32_t row, const wan_attn_problem *p) {
     for (int32_t r = 0; r < row; r++)
-        if (KERNELS[r].info.device_type == (int32_t)p->device_type && !KERNELS[r].info.is_lossy &&
-            KERNELS[r].info.dtypes & 1u << p->dtype &&
+        if (kind_of(&KERNELS[r], p) == OTHER_HEAD_DIM && !KERNELS[r].info.is_lossy &&
             KERNELS[r].info.head_dim_max == KERNELS[row].info.head_dim_max)
             return 1;
     return 0;
@@ -202,10 +208,11 @@ static int head_dim_was_before(int32_t row, const wan_attn_problem *p) {
  * head_dim each: a line for every row would be a page. */
 static wan_attn_status no_cuda_row_of_the_kind(wan_attn_problem *p, fit best, wan_attn_error *err) {
     char sizes[100] = "", size[16], reason[200];
+    const char *those = leaves_out(p) ? "cuda with block lists" : "cuda";
     size_t used = 0;
     if (best == OTHER_DTYPE)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
-                             "no kernel takes this call: none for cuda takes %s",
+                             "no kernel takes this call: none for %s takes %s", those,
                              wan_attn_dtype_name(p->dtype));
     for (int32_t r = 0; r < KERNEL_COUNT; r++)
         if (!KERNELS[r].info.is_lossy && !head_dim_was_before(r, p) &&
@@ -214,8 +221,8 @@ static wan_attn_status no_cuda_row_of_the_kind(wan_attn_problem *p, fit best, wa
             wan_attn_append(sizes, sizeof(sizes), &used, used ? ", %s" : "%s", size);
         }
     return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
-                         "no kernel takes this call: those for cuda take head_dim %s, got %lld",
-                         sizes, (long long)p->head_dim);
+                         "no kernel takes this call: those for %s take head_dim %s, got %lld",
+                         those, sizes, (long long)p->head_dim);
 }
 
 /* Whether the row is of the precision that the call asks for. */
@@ -228,7 +235,7 @@ static int is_asked(const wan_attn_kernel_info *info, const wan_attn_problem *p)
 static wan_attn_status no_row(wan_attn_problem *p, fit best, wan_attn_error *err) {
     char reasons[900] = "", reason[200], before[200] = "";
     size_t used = 0;
-    if (p->params->precision == WAN_ATTN_QK8 && best != CANNOT)
+    if (p->params->precision == WAN_ATTN_QK8 && best != CANNOT && best != OTHER_LISTS)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
                              "no kernel takes this call: none for %s computes 8-bit scores of "
                              "%s with head_dim %lld",
@@ -262,7 +269,7 @@ wan_attn_status wan_attn_choose(wan_attn_problem *p, wan_attn_error *err) {
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
         if (!is_asked(&KERNELS[r].info, p))
             continue;
-        fit found = kind_of(&KERNELS[r].info, p);
+        fit found = kind_of(&KERNELS[r], p);
         if (found == TAKES) {
             wan_attn_status status = find_arch(p, "no kernel takes this call", err);
             if (status != WAN_ATTN_OK)

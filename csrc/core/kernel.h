@@ -37,7 +37,7 @@ typedef struct wan_attn_lengths {
 
 /* What a row has worked out about a call when it took it. Only the row knows what the words mean:
  * it copies a struct of its own in, and out again when it runs. */
-enum { WAN_ATTN_PLAN_WORDS = 24 };
+enum { WAN_ATTN_PLAN_WORDS = 28 };
 typedef struct wan_attn_row_plan {
     uint64_t words[WAN_ATTN_PLAN_WORDS];
 } wan_attn_row_plan;
@@ -70,6 +70,7 @@ typedef struct wan_attn_problem {
 /* One row of the kernel table. */
 typedef struct wan_attn_kernel {
     wan_attn_kernel_info info;
+    int is_for_lists; /* takes_block_lists, and no call without lists or a skip_threshold */
     /* NULL, and the problem's plan and workspace_size are filled; or a reason why this row cannot
      * take a call that fits `info`. The whole field may be NULL: the row takes every such call, and
      * needs neither. */

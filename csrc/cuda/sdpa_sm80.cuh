@@ -53,6 +53,9 @@
 #ifndef QK_INT8 /* rows qk8 set it */
 #define QK_INT8 0
 #endif
+#ifndef LISTED /* rows listed set it */
+#define LISTED 0
+#endif
 #define NUM_THREADS (32 * NUM_WARPS)
 #if IS_BF16 /* of q and out */
 #define PACK pack_bf16
@@ -78,7 +81,15 @@
 #endif
 
 #include "cuda/tile/swizzle.cuh"
+#if LISTED
+#include "cuda/tile/walk_listed.cuh"
+#else
+#include "cuda/tile/walk_all.cuh"
+#endif
 #include "cuda/tile/softmax.cuh"
+#if LISTED
+#include "cuda/tile/means.cuh"
+#endif
 #include "cuda/tile/output.cuh"
 #include "cuda/tile/multiply_pv.cuh"
 #if QK_INT8
@@ -128,8 +139,8 @@ DEVICE mask_bounds load_bounds() {
     return {(int)words[0], (int)words[1], (int)words[2]};
 }
 
-/* Where K(n) is, in shared memory. */
-DEVICE u32 k_stage(int n) { return K_SMEM + (u32)n % STAGES * K_TILE_BYTES; }
+/* Where a tile of K is in shared memory. */
+DEVICE u32 k_stage(int turn) { return K_SMEM + (u32)turn % STAGES * K_TILE_BYTES; }
 
 DEVICE key_tiles find_tiles(const wan_attn_cuda_args &args, const block_place &place,
                             int first_key) {
@@ -147,45 +158,76 @@ DEVICE key_tiles find_tiles(const wan_attn_cuda_args &args, const block_place &p
     return tiles;
 }
 
-/* Tile n: the pipeline of this file's head. is_masked is a constant in each of its two copies. */
-DEVICE void process_tile(const wan_attn_cuda_args &args, int n, bool is_masked,
-                         const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
-    float s[M_TILES][S_TILES][4];
-    u32 k_smem = k_stage(n), k_smem_next = k_stage(n + 1); /* the same as n - 1 */
+/* Which copy of the loop body: no row needs a mask, or some do; or, with lists of blocks, a tile of
+ * means (means.cuh). */
+typedef enum tile_kind { CLEAN, MASKED, MEANS } tile_kind;
 
-    cp_async_wait<0>();
-    block_barrier();
-    mask_bounds bounds = {0, 0, 0};
-    if (is_masked)
-        bounds = load_bounds();
-    copy_tile(tiles.copied_to + V_SMEM, tiles.v, is_masked, bounds.num_keys - n * BLOCK_N);
-    cp_async_commit();
-    if (STAGES == 2 && n > 0)
-        copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
-    if (STAGES == 2)
-        cp_async_commit();
-
-    multiply_qk(s, q, k_smem, tiles.k_read);
+DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const mask_bounds &bounds,
+                  const tile_walk &walk, const q_fragments &q, float s[M_TILES][S_TILES][4],
+                  warp_rows &rows) {
     float scale[M_TILES][2];
     score_scales(scale, args, q);
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
-        for (int r = 0; r < 2 && is_masked; r++)
-            mask_scores(
-                s[m], r,
-                visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r, bounds.num_keys),
-                n * BLOCK_N + thread_index() % 4 * 2);
+        for (int r = 0; r < 2 && kind != CLEAN; r++) {
+            key_range keys =
+                visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r, bounds.num_keys);
+            if (kind == MASKED)
+                mask_scores(s[m], r, keys, n * BLOCK_N + thread_index() % 4 * 2);
+#if LISTED
+            if (kind == MEANS) {
+                score_means(s[m], r, scale[m][r], keys, walk, bounds.num_keys, n);
+                scale[m][r] = 1.0f;
+            }
+#endif
+        }
         softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m]);
     }
+}
+
+/* Tile n: the pipeline of this file's head; n - 1 stands there for the walk's next tile. kind is a
+ * constant in each of the copies. */
+DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, tile_walk &walk,
+                        const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
+    float s[M_TILES][S_TILES][4];
+    u32 k_smem = k_stage(turn_of(walk, n)), k_smem_next = k_stage(turn_of(walk, n) + 1);
+    bool is_mine = kind == MEANS || is_of_warp(walk, n);
+    if (kind == MEANS)
+        step_back(walk, n);
+    else
+        look_ahead(walk, n);
+    int next = next_tile(walk, n);
+
+    cp_async_wait<0>();
+    block_barrier();
+    mask_bounds bounds = {0, 0, 0};
+    if (kind != CLEAN)
+        bounds = load_bounds();
+    int num_rows = kind == MEANS ? blocks_of(bounds.num_keys) : bounds.num_keys;
+    copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, num_rows - n * BLOCK_N);
+    cp_async_commit();
+    if (STAGES == 2 && next >= 0) {
+        go_back(tiles.v, n - next);
+        go_back(tiles.k, n - next);
+        copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
+    }
+    if (STAGES == 2)
+        cp_async_commit();
+
+    if (is_mine)
+        multiply_qk(s, q, k_smem, tiles.k_read);
+    if (is_mine)
+        weigh(args, n, kind, bounds, walk, q, s, rows);
 
     cp_async_wait<STAGES - 1>();
     block_barrier();
-    if (STAGES == 1 && n > 0)
+    if (STAGES == 1 && next >= 0)
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
     if (STAGES == 1)
         cp_async_commit();
-    multiply_pv(rows.o, s, tiles.v_read + V_SMEM);
+    if (is_mine)
+        multiply_pv(rows.o, s, tiles.v_read + V_SMEM);
 }
 
 DEVICE void clear(warp_rows &rows) {
@@ -202,12 +244,32 @@ DEVICE void clear(warp_rows &rows) {
     }
 }
 
+#if LISTED
+/* Blocks that are not listed, from the last tile of their means to the first. */
+DEVICE void process_means(const wan_attn_cuda_args &args, tile_walk &walk, const q_fragments &q,
+                          key_tiles &tiles, warp_rows &rows) {
+    block_barrier(); /* if there was no tile so far: bounds */
+    int blocks = blocks_of(load_bounds().num_keys), last = (blocks - 1) / BLOCK_N;
+    find_means(tiles.k, tiles.v, args, find_place(args, BLOCK_M), last);
+    copy_k(k_stage(walk.turn), tiles.copied_to, tiles.k, true, blocks - last * BLOCK_N);
+    cp_async_commit();
+    for (int m = last; m >= 0; m--) {
+        if (m == last || m % GROUP_MEANS == GROUP_MEANS - 1)
+            fill(walk, args, m / GROUP_MEANS);
+        process_tile(args, m, MEANS, walk, q, tiles, rows);
+    }
+}
+#endif
+
 /* From the last tile to the first; clean ones in a loop of their own. */
 DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &place,
-                          const block_work &work, warp_rows &rows) {
-    int n = work.num_tiles - 1;
+                          block_work &work, warp_rows &rows) {
+    tile_walk walk;
+    int n = begin_walk(walk, args, work);
     key_tiles tiles = find_tiles(args, place, work.first_key + n * BLOCK_N);
-    copy_k(k_stage(n), tiles.copied_to, tiles.k, true, work.num_keys - n * BLOCK_N);
+    if (!LISTED || n >= 0)
+        copy_k(k_stage(turn_of(walk, n)), tiles.copied_to, tiles.k, true,
+               work.num_keys - n * BLOCK_N);
     cp_async_commit();
     q_fragments q;
     load_q(args, place, work.used_q, q);
@@ -217,19 +279,38 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
     while (n >= 0) {
         if (is_clean) {
             do {
-                process_tile(args, n, false, q, tiles, rows);
-                n--;
+                process_tile(args, n, CLEAN, walk, q, tiles, rows);
+                n = next_tile(walk, n);
             } while (n >= work.clean_begin);
             is_clean = false;
         } else {
-            process_tile(args, n, true, q, tiles, rows);
-            n--;
+            process_tile(args, n, MASKED, walk, q, tiles, rows);
+            n = next_tile(walk, n);
+            is_clean = n >= work.clean_begin && n < load_bounds().clean_end;
+        }
+        if (LISTED && n < 0) {
+            int before = last_tile(n);
+            n = resume_walk(walk, args, n);
+            go_back(tiles.v, before - n);
+            go_back(tiles.k, before - n);
+            if (n >= 0)
+                copy_k(k_stage(turn_of(walk, n)), tiles.copied_to, tiles.k, false, 0);
+            cp_async_commit();
             is_clean = n >= work.clean_begin && n < load_bounds().clean_end;
         }
     }
+#if LISTED
+    if (listed_of(args).pooled_k)
+        process_means(args, walk, q, tiles, rows);
+#endif
 }
 
+#if LISTED
+WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_listed_args, listed) {
+    const wan_attn_cuda_args &args = listed.call;
+#else
 WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_args, args) {
+#endif
     block_place place = find_place(args, BLOCK_M);
     block_work work = find_work(args, place, BLOCK_M, BLOCK_N);
     warp_rows rows;

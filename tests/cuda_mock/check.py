@@ -29,9 +29,10 @@ from cuda_mock.prove import MockCard
 from cuda_mock.rope import RopeGpu
 from wan_attn.bench import facts, peers
 from wan_attn.check import worker
-from wan_attn.check.target import HALF, Sizes, Target
+from wan_attn.check.target import HALF, Sizes, Target, every_block
 from wan_attn.native import cuda_driver, library, op
 from wan_attn.request import Request
+from wan_attn.request.blocks import DENSE
 from wan_attn.selfcheck.proof_calls import Answer
 from wan_attn.workloads import parse_shape
 
@@ -69,7 +70,8 @@ class MockTarget(Target):
         k_lens: Tensor | None = None,
         **options: Any,
     ) -> Answer:
-        return self.card.attend(row, operands, q_lens, k_lens, **options)
+        blocks = every_block(*operands[:2]) if row.is_for_lists else DENSE
+        return self.card.attend(row, operands, q_lens, k_lens, blocks=blocks, **options)
 
     def candidates(self) -> list[peers.Peer]:
         def no_plan(*_: Tensor) -> Tensor:

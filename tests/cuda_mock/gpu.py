@@ -31,14 +31,25 @@ import torch
 from torch import Tensor
 
 from emu import build
-from emu.args import Args, GuardArgs, MergeArgs, PackArgs, PutLengthsArgs, Qk8Args
+from emu.args import (
+    Args,
+    GuardArgs,
+    ListedArgs,
+    MergeArgs,
+    PackArgs,
+    PoolArgs,
+    PutLengthsArgs,
+    Qk8Args,
+)
 from emu.rows import (
     Helper,
     Tile,
+    TileListed,
     TileSm90,
     gpus,
     helpers,
     tiles,
+    tiles_listed,
     tiles_qk8,
     tiles_sm90,
 )
@@ -172,6 +183,10 @@ class Gpu:
         return_lse: bool = True,
         precision: int = 0,
         guard: Tensor | None = None,
+        block_counts: Tensor | None = None,
+        block_indices: Tensor | None = None,
+        pools_others: bool = False,
+        skip_threshold: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """wan_attn_prepare and wan_attn_run; `out` and `lse` are dense where bindings call them."""
         if out is None:
@@ -179,6 +194,8 @@ class Gpu:
         if lse is None:
             lse = torch.full((query.shape[0], query.shape[2], query.shape[1]), float("nan"))
         named = {"q": query, "k": key, "v": value, "out": out}
+        lists = {"block_counts": block_counts, "block_indices": block_indices}
+        named |= {name: x for name, x in lists.items() if x is not None}
         if return_lse:
             named["lse"] = lse
         params = native.Params(
@@ -193,6 +210,8 @@ class Gpu:
             precision=precision,
             guard=None if guard is None else guard.data_ptr(),
             guard_size=0 if guard is None else guard.nbytes,
+            pools_others=pools_others,
+            skip_threshold=skip_threshold,
             **{name: self._on_device(x, device) for name, x in named.items()},
         )
         for name, lens in (("seqused_q", q_lens), ("seqused_k", k_lens)):
@@ -200,6 +219,7 @@ class Gpu:
                 on_device = self._on_device(lens, device) if lens_on_device else describe(lens)
                 setattr(params, name, on_device)
         inputs = {"q": query, "k": key, "v": value}
+        inputs |= {name: x for name, x in lists.items() if x is not None}
         if lens_on_device:
             inputs |= {n: x for n, x in (("q_lens", q_lens), ("k_lens", k_lens)) if x is not None}
         outputs = {"out": out, "lse": lse} | ({} if guard is None else {"guard": guard})
@@ -265,7 +285,7 @@ class _Call:
             return helpers()[image]
         if "_sm90_" in image:
             return next(t for t in tiles_sm90() if t.key == image)
-        known = (*tiles(), *tiles_qk8())
+        known = (*tiles(), *tiles_listed(), *tiles_qk8())
         return next(t for t in known if t.symbol == image and t.gpu_class == gpus()[self.arch])
 
     def _memory(self, written: tuple[int, int], read: set[str]) -> list[Tensor_]:
@@ -341,11 +361,13 @@ def _decode(
     if isinstance(kernel, TileSm90):
         return _decode_sm90(kernel, at, library), (0, 0)
     if isinstance(kernel, Tile):
-        args = Args.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(Args)))
+        made = ListedArgs if isinstance(kernel, TileListed) else Args
+        whole = made.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(made)))
+        args = whole.call if isinstance(whole, ListedArgs) else whole
         rows = args.batch * args.num_heads_q * args.seqlen_q
         size = args.num_splits * rows * kernel.head_dim * (4 if args.out_is_f32 else 2)
         # The parts' lse lie right behind their out: both are written by the same pass.
-        return args, (args.out.data or 0, -(-size // 256) * 256 + args.num_splits * rows * 4)
+        return whole, (args.out.data or 0, -(-size // 256) * 256 + args.num_splits * rows * 4)
     if kernel.body == "merge":
         return MergeArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(MergeArgs))), (0, 0)
     if kernel.body == "put_lengths":
@@ -355,6 +377,10 @@ def _decode(
         return GuardArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(GuardArgs))), (0, 0)
     if kernel.body == "qk8":
         return _decode_qk8(kernel, at)
+    if kernel.body == "pool":
+        pool = PoolArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(PoolArgs)))
+        blocks = pool.batch * pool.heads * -(-pool.seqlen // 64)
+        return pool, (pool.to, blocks * (2 * pool.head_dim if kernel.pack_step == 1 else 4))
     pack = PackArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(PackArgs)))
     heads = pack.batch * pack.heads
     if kernel.pack_step == 1:

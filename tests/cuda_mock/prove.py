@@ -28,8 +28,10 @@ from torch import Tensor
 
 from cuda_mock.gpu import CARDS, LAUNCH
 from cuda_mock.rope import RopeGpu
-from wan_attn.native import cuda_driver, library
+from wan_attn.native import bindings, cuda_driver, library
 from wan_attn.native.kernels import KernelInfo
+from wan_attn.request import Blocks
+from wan_attn.request.blocks import DENSE
 from wan_attn.selfcheck import proof_child
 from wan_attn.selfcheck.proof_calls import CALLS, Answer, Operands
 from wan_attn.selfcheck.reference import MASKS, Case
@@ -76,10 +78,14 @@ class MockCard(proof_child.TableCard):
         k_lens: Tensor,
         case: Case,
         guard: Tensor | None = None,
+        blocks: Blocks = DENSE,
     ) -> Answer:
         is_causal, window = MASKS[case.mask]
         on_device = (case.seqlen_q, case.seqlen_k) in ON_DEVICE
-        return self.attend(row, operands, q_lens, k_lens, on_device, is_causal, window, guard=guard)
+        masks = {"is_causal": is_causal, "window": window}
+        return self.attend(
+            row, operands, q_lens, k_lens, on_device, **masks, guard=guard, blocks=blocks
+        )
 
     def attend(
         self,
@@ -92,12 +98,13 @@ class MockCard(proof_child.TableCard):
         window: tuple[int, int] = (-1, -1),
         scale: float | None = None,
         guard: Tensor | None = None,
+        blocks: Blocks = DENSE,
     ) -> Answer:
         """Any call, through the library and the mock driver."""
         call = {"is_causal": is_causal, "scale": scale}
         self._calls += 1
         self._now = {"operands": operands, "lens": (q_lens, k_lens), "window": window, **call}
-        self._now["guard"] = guard
+        self._now |= {"guard": guard, "blocks": blocks}
         return self.gpu.sdpa(
             *operands,
             q_lens=q_lens,
@@ -108,6 +115,7 @@ class MockCard(proof_child.TableCard):
             scale=scale,
             kernel=row.index,
             guard=guard,
+            **blocks._asdict(),
         )
 
     def rope(self, row: KernelInfo, given: Mapping[str, Any]) -> Tensor:
@@ -157,7 +165,8 @@ class MockCard(proof_child.TableCard):
     def _compute(self) -> None:
         assert self._now and self.gpu.call is not None
         window_left, window_right = self._now["window"]
-        out, lse = torch.ops.wan_attn.sdpa(
+        words = torch.zeros(5, dtype=torch.int32)
+        out, lse = bindings.ctypes_sdpa(
             *(x.float() for x in self._now["operands"]),
             *self._now["lens"],
             scale=self._now["scale"],
@@ -165,7 +174,12 @@ class MockCard(proof_child.TableCard):
             window_left=window_left,
             window_right=window_right,
             return_lse=True,
+            guard=words,
+            **self._now["blocks"]._asdict(),
         )
+        guard = self._now["guard"]
+        if guard is not None and len(guard) == len(words):
+            guard[4] = words[4]
         self.gpu.call.outputs["out"].copy_(out)
         self.gpu.call.outputs["lse"].copy_(lse)
 

@@ -34,6 +34,7 @@ BF16, F16 = torch.bfloat16, torch.float16
 PROGRAM = Path(prove.__file__)
 CUDA = torch.device("cuda", 0)
 ROWS = [f"sdpa_sm80_d{d}/{dtype}" for d in (64, 80, 128, 256) for dtype in ("fp16", "bf16")]
+LISTED_ROWS = [f"sdpa_sm80_listed_d{d}/{dtype}" for d in (64, 128) for dtype in ("fp16", "bf16")]
 QK8_ROWS = [f"sdpa_sm80_qk8_d{d}/{dtype}" for d in (64, 128) for dtype in ("fp16", "bf16")]
 ROPE_ROWS = [
     f"rms_norm_rope_{row}/{dtype}"

@@ -34,6 +34,32 @@ class Args(ctypes.Structure):
     ]
 
 
+class Lists(ctypes.Structure):
+    """wan_attn_cuda_lists of csrc/cuda/args_lists.h."""
+
+    _fields_ = [
+        *(("counts", c_void_p), ("indices", c_void_p)),
+        *(("count_strides", c_longlong * 3), ("strides", c_longlong * 4)),
+        *(("capacity", c_int), ("unused", c_int)),
+    ]
+
+
+class ListedArgs(ctypes.Structure):
+    _fields_ = [
+        *(("call", Args), ("lists", Lists)),
+        *(("pooled_k", c_void_p), ("pooled_v", c_void_p), ("nonfinite", c_void_p)),
+        *(("log2_threshold", c_float), ("unused", c_uint), ("lost_mass", c_void_p)),
+    ]
+
+
+class PoolArgs(ctypes.Structure):
+    _fields_ = [
+        *(("source", View), ("seqused", Lengths), ("to", c_void_p), ("scale", c_void_p)),
+        *((name, c_int) for name in ("batch", "seqlen", "heads", "head_dim")),
+        *((name, c_int) for name in ("from_dtype", "to_bf16")),
+    ]
+
+
 class PackArgs(ctypes.Structure):
     _fields_ = [
         *(("source", View), ("to", c_void_p), ("seqused", Lengths)),

@@ -71,6 +71,18 @@ int reduce_or(int x, site at) {
     return mine;
 }
 
+int reduce_max(int x, site at) {
+    int mine = x;
+    the_machine().together("redux.max", at, &mine, [](int, const std::array<void *, WARP> &lanes) {
+        int most = pack_of<int>(lanes, 0);
+        for (int l = 1; l < WARP; l++)
+            most = std::max(most, pack_of<int>(lanes, l));
+        for (int l = 0; l < WARP; l++)
+            pack_of<int>(lanes, l) = most;
+    });
+    return mine;
+}
+
 bool vote_any(bool condition, site at) {
     bool mine = condition;
     the_machine().together("vote", at, &mine, [](int, const std::array<void *, WARP> &lanes) {

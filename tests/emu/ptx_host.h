@@ -18,6 +18,7 @@ namespace emu {
 u32 shuffle(u32 x, int lane_mask, site at);
 bool vote_any(bool condition, site at);
 int reduce_or(int x, site at);
+int reduce_max(int x, site at);
 void load_global(void *to, const void *from, int bytes);
 void store_global(void *to, const void *from, int bytes);
 void load_shared(u32 x[4], u32 at, site where);
@@ -39,6 +40,8 @@ DEVICE u32 shared_base() { return emu::the_machine().shared_base(); }
 DEVICE u32 own_shared(u32 at, emu::site where) { return emu::the_machine().own_shared(at, where); }
 DEVICE void block_barrier(emu::site at = {}) { emu::the_machine().block_barrier(at); }
 DEVICE int uniform(int x, emu::site at = {}) { return emu::reduce_or(x, at); }
+DEVICE int largest_of_warp(int x, emu::site at = {}) { return emu::reduce_max(x, at); }
+DEVICE int highest_bit(u32 bits) { return bits ? 31 - __builtin_clz(bits) : -1; }
 DEVICE bool any_lane(bool condition, emu::site at = {}) { return emu::vote_any(condition, at); }
 DEVICE u32 shfl_xor_bits(u32 x, int lane_mask, emu::site at = {}) {
     return emu::shuffle(x, lane_mask, at);

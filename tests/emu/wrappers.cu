@@ -7,6 +7,8 @@
 KERNEL(k_thread_index, int *out) { *out = thread_index(); }
 KERNEL(k_block_index, int *out) { *out = block_index(); }
 KERNEL(k_uniform, int *out, int x) { *out = uniform(x); }
+KERNEL(k_largest_of_warp, int *out, int x) { *out = largest_of_warp(x); }
+KERNEL(k_highest_bit, int *out, u32 x) { *out = highest_bit(x); }
 KERNEL(k_block_barrier) { block_barrier(); }
 KERNEL(k_shfl_xor_bits, u32 *out, u32 x) { *out = shfl_xor_bits(x, 2); }
 KERNEL(k_shfl_xor, float *out, float x) { *out = shfl_xor(x, 1); }

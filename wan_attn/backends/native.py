@@ -15,7 +15,8 @@ from wan_attn.backends import torch_sdpa
 from wan_attn.backends._errors import is_device_error
 from wan_attn.native import backward, bindings, cuda_driver, kernels, op, rope_on_cuda, shim
 from wan_attn.native.library import EXACT, QK8
-from wan_attn.request import Call, Request
+from wan_attn.request import Blocks, Call, Request
+from wan_attn.request.blocks import DENSE
 from wan_attn.selfcheck import first_call, proof, rope_calls
 from wan_attn.transient import is_interruption, is_out_of_memory
 
@@ -112,12 +113,13 @@ def run(
 
     Args:
         kernel: the row of the kernel table that computes; -1: the best one that takes the call.
-        lossy: `precision`, QK8 for a lossy row; `guard`, [4] int32 on query's device, which the
-            call adds to (wan_attn_guard in csrc/wan_attn.h).
+        lossy: `precision`, QK8 for a lossy row; Blocks' fields; `guard`, [4] or [5] int32 on
+            query's device, which the call adds to (wan_attn_guard in csrc/wan_attn.h).
     """
     if query.is_cuda:
         is_lossy = lossy.get("precision", EXACT) != EXACT
-        _require_self_check(query.device, value.dtype, query.shape[3], is_lossy)
+        has_lists = lossy.get("block_counts") is not None or lossy.get("skip_threshold", 0.0) > 0.0
+        _require_self_check(query.device, value.dtype, query.shape[3], is_lossy, has_lists)
     left, right = call.window
     out, lse = _call(
         query,
@@ -138,12 +140,23 @@ def run(
 
 
 def _require_self_check(
-    device: torch.device, dtype: torch.dtype, head_dim: int, is_lossy: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    is_lossy: bool = False,
+    has_lists: bool = False,
 ) -> None:
     """Raises RuntimeError, so that the next backend is tried, for a kernel that is wrong here."""
     answer = _answer_in_8_bits if is_lossy else _answer
     wrong = first_call.verdict(
-        answer, last_kernel, device, dtype, head_dim, _is_final, is_lossy=is_lossy
+        answer,
+        last_kernel,
+        device,
+        dtype,
+        head_dim,
+        _is_final,
+        is_lossy=is_lossy,
+        has_lists=has_lists,
     )
     if wrong is not None:
         raise RuntimeError(f"wan_attn: the kernel for this call is wrong on {device}: {wrong}")
@@ -161,10 +174,11 @@ def _answer(
     q_lens: Tensor | None,
     k_lens: Tensor,
     is_causal: bool,
+    blocks: Blocks = DENSE,
     **precision: int,
 ) -> tuple[Tensor, Tensor]:
     """A call of selfcheck/first_call.py."""
-    options = {"is_causal": is_causal, "return_lse": True, **precision}
+    options = {"is_causal": is_causal, "return_lse": True, **blocks._asdict(), **precision}
     return _call(query, key, value, q_lens, k_lens, **options)
 
 

@@ -212,7 +212,8 @@ def _why_not(options: Options, dtype: torch.dtype) -> str | None:
     shape = (1, frames * rows * columns, frames * rows * columns, options.heads, options.heads, 128)
     if options.device.type != "cpu":
         return f"no kernel takes lists of blocks on {options.device} yet"
-    return kernel.why_not(Request(*shape, dtype, dtype, dtype, options.device))
+    request = Request(*shape, dtype, dtype, dtype, options.device)
+    return kernel.why_not(kernel.asked(request))
 
 
 def measure(report: Report, head: Head, options: Options, clock: Clock, seconds: float) -> None:

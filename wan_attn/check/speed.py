@@ -85,7 +85,9 @@ def _candidates(target: Target, call: Workload, dtype: torch.dtype) -> list[peer
     able = {
         kernel.row.name
         for kernel in target.kernels()
-        if kernel.dtype == dtype and target.why_not(kernel, call) is None
+        if kernel.dtype == dtype
+        and not kernel.row.is_for_lists
+        and target.why_not(kernel, call) is None
     }
     return [
         peer

@@ -16,7 +16,8 @@ from wan_attn.bench.timing import Clock, clock_for
 from wan_attn.doctor import proofs
 from wan_attn.log import dtype_name
 from wan_attn.native import op
-from wan_attn.request import Request
+from wan_attn.request import BLOCK, Blocks, Request
+from wan_attn.request.blocks import DENSE
 from wan_attn.selfcheck import proof_child
 from wan_attn.selfcheck.proof_calls import CALLS, Answer
 from wan_attn.selfcheck.proof_child import ProofCard
@@ -97,6 +98,16 @@ class Kernel:
         return sorted(d for d in wanted if max(2, row.head_dim_min) <= d <= row.head_dim_max)
 
 
+def every_block(query: Tensor, key: Tensor) -> Blocks:
+    """Lists that say nothing: they name every block of keys."""
+    batch, seqlen_q, heads, _ = query.shape
+    queries, keys = (-(-length // BLOCK) for length in (seqlen_q, key.shape[1]))
+    shape = batch, heads, queries
+    counts = torch.full(shape, keys, dtype=torch.int32, device=query.device)
+    indices = torch.arange(keys, dtype=torch.int32, device=query.device)
+    return Blocks(counts, indices.expand(*shape, keys))
+
+
 class CpuCard(proof_child.TorchCard):
     """The CPU, as the calls of a proof see a card."""
 
@@ -153,6 +164,7 @@ class Target:
 
     def why_not(self, kernel: Kernel, call: Workload, **flags: Any) -> str | None:
         """Why the kernel does not take this call by design; None: it does."""
+        flags["has_block_lists"] = kernel.row.is_for_lists
         return op.why_not(Request.of(call, kernel.dtype, self.where, **flags), kernel.row.index)
 
     def run(
@@ -166,7 +178,9 @@ class Target:
         is_causal: bool = False,
         window: tuple[int, int] = (-1, -1),
     ) -> Answer:
-        """out and lse of torch.ops.wan_attn.sdpa with this row and no other."""
+        """out and lse of torch.ops.wan_attn.sdpa with this row and no other. A row for lists of
+        blocks gets lists of all: other ones are the proof's."""
+        blocks = every_block(*operands[:2]) if row.is_for_lists else DENSE
         out, lse = torch.ops.wan_attn.sdpa(
             *operands,
             q_lens,
@@ -177,6 +191,7 @@ class Target:
             window_right=window[1],
             return_lse=True,
             kernel=row.index,
+            **blocks._asdict(),
         )
         return out, lse
 

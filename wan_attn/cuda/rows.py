@@ -17,6 +17,7 @@ from wan_attn.cuda.tiles import (
     Row,
     RowError,
     Tile,
+    TileListed,
     TileQk8,
     TileSm90,
     gpus,
@@ -26,6 +27,7 @@ from wan_attn.cuda.tiles import (
     table_rows,
     tegra,
     tiles,
+    tiles_listed,
     tiles_qk8,
     tiles_sm90,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "Row",
     "RowError",
     "Tile",
+    "TileListed",
     "TileQk8",
     "TileSm90",
     "class_of",
@@ -54,6 +57,8 @@ __all__ = [
     "tegra",
     "tiles",
     "tiles_for",
+    "tiles_listed",
+    "tiles_listed_for",
     "tiles_qk8",
     "tiles_qk8_for",
     "tiles_sm90",
@@ -155,10 +160,17 @@ def tiles_qk8_for(arch: int) -> tuple[TileQk8, ...]:
     return tuple(tile for tile in tiles_qk8() if tile.gpu_class == gpu_class)
 
 
+def tiles_listed_for(arch: int) -> tuple[TileListed, ...]:
+    """Those for lists of blocks; Hopper runs them by mma.sync."""
+    gpu_class = class_of(arch)
+    return tuple(tile for tile in tiles_listed() if tile.gpu_class == gpu_class)
+
+
 def kernels_for(arch: int) -> tuple[Kernel, ...]:
     """All that `arch` runs: attention, the passes before and after, norm and rotation."""
     sm90 = (t for t in tiles_sm90() if t.one_arch == arch)
-    tiles: tuple[Kernel, ...] = (*sm90, *tiles_for(arch), *tiles_qk8_for(arch))
+    exact: tuple[Kernel, ...] = (*sm90, *tiles_for(arch), *tiles_listed_for(arch))
+    tiles = (*exact, *tiles_qk8_for(arch))
     return (*tiles, *helpers().values(), *rope_kernels().values())
 
 

@@ -26,6 +26,7 @@ class Row:
     dtypes: tuple[str, ...]  # BF16, F16
     head_dim: int
     is_lossy: bool
+    takes_lists: bool
 
     def symbol(self, dtype: str) -> str:
         """The name of the kernel: sdpa_sm80_bf16_d128 of sdpa_sm80_d128."""
@@ -116,6 +117,17 @@ class TileQk8(Tile):
     def defines(self) -> dict[str, str]:
         """The macros that turn the body into this kernel."""
         return {**super().defines(), "QK_INT8": "1"}
+
+
+@dataclass(frozen=True)
+class TileListed(Tile):
+    """One TILE_LISTED line for one of its row's dtypes: the same body, for lists of blocks."""
+
+    args = "wan_attn_cuda_listed_args"
+
+    def defines(self) -> dict[str, str]:
+        """The macros that turn the body into this kernel."""
+        return {**super().defines(), "LISTED": "1"}
 
 
 @dataclass(frozen=True)
@@ -283,10 +295,15 @@ def _made(made: type[Made], first: tuple[object, ...], columns: list[str]) -> Ma
 @cache
 def table_rows() -> dict[str, Row]:
     """The rows of the kernel table for CUDA, best first."""
-    families = re.findall(r"^#define (\w+) +\d+, \w+, ([01]), \"", _text("sdpa_rows.def"), re.M)
-    lossy = {name for name, flag in families if flag == "1"}
+    text = _text("sdpa_rows.def")
+    families = {
+        name: (lossy == "1", lists == "1")
+        for name, lossy, lists in re.findall(
+            r"^#define (\w+) +\d+, \w+, ([01]), ([01]), \"", text, re.M
+        )
+    }
     return {
-        name: Row(name, tuple(re.findall(r"DT\((\w+)\)", dtypes)), int(head_dim), family in lossy)
+        name: Row(name, tuple(re.findall(r"DT\((\w+)\)", dtypes)), int(head_dim), *families[family])
         for name, family, dtypes, head_dim in _lines("ROW")
     }
 
@@ -311,6 +328,11 @@ def tiles() -> tuple[Tile, ...]:
 @cache
 def tiles_qk8() -> tuple[TileQk8, ...]:
     return _read_tiles("TILE_QK8", TileQk8)
+
+
+@cache
+def tiles_listed() -> tuple[TileListed, ...]:
+    return _read_tiles("TILE_LISTED", TileListed)
 
 
 @cache

@@ -43,6 +43,7 @@ def examine(selftest: bool = True, isolated: bool = True) -> dict[str, Any]:
         "kernels": [],
         "rope": [],
         "precision": [],
+        "sparse": [],
         "cuda_kernels": {},
         "proofs": [],
         "choices": [],
@@ -73,7 +74,7 @@ def _examine_package(report: dict[str, Any], guard: Guard, selftest: bool, isola
             "CUDA kernels", functools.partial(_cuda_kernels, report), {}
         )
         report["proofs"] = guard.run("proofs", functools.partial(_proofs, report), [])
-        for what in ("backends", "kernels", "rope", "precision", "choices"):
+        for what in ("backends", "kernels", "rope", "precision", "sparse", "choices"):
             report[what] = guard.run(what, functools.partial(_ask, what, devices), [])
         if selftest:
             report["selftest"], report["selftest_error"] = guard.run(
@@ -89,7 +90,7 @@ def verdict(report: dict[str, Any]) -> tuple[str, int]:
         return "a variable is set to something impossible: nothing can run until it is changed", 1
     if report["import_error"]:
         return f"wan_attn cannot be imported: {report['import_error']}", 1
-    for found in report.get("precision", ()):
+    for found in (*report.get("precision", ()), *report.get("sparse", ())):
         if found["error"]:
             return f"{found['error']}: nothing can run until it is changed", 1
     wrong = [r for r in report["selftest"] if r["failed"]]
@@ -146,10 +147,12 @@ def _devices() -> list[str]:
 
 def _ask(what: str, devices: list[str]) -> list[dict[str, Any]]:
     from wan_attn.config import current
-    from wan_attn.doctor import paths, precision, rope
+    from wan_attn.doctor import paths, precision, rope, sparse
 
     if what == "precision":
         return [precision.facts(device, current()) for device in devices]
+    if what == "sparse":
+        return [sparse.facts(device, current()) for device in devices]
     if what == "choices":
         return paths.choices(devices, current())
     if what == "rope":

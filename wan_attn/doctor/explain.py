@@ -10,7 +10,7 @@ import torch
 from wan_attn.backends import REGISTRY
 from wan_attn.config import Settings
 from wan_attn.console import heading, pairs, table, without_name, wrap
-from wan_attn.doctor import memory, precision, proofs, rope
+from wan_attn.doctor import memory, precision, proofs, rope, sparse
 from wan_attn.log import dtype_name
 from wan_attn.native import op
 from wan_attn.request import Request
@@ -71,6 +71,7 @@ def explain(request: Request, call: Workload, settings: Settings) -> dict[str, A
         "memory": needs,
         "rope": rope.facts(str(request.device), settings),
         "precision": precision.facts(str(request.device), settings, request),
+        "sparse": sparse.facts(str(request.device), settings, request),
         "error": error,
         "backends": backends,
         "kernels": kernels,
@@ -154,6 +155,7 @@ def render(answer: dict[str, Any]) -> str:
         rows.append(("measured", answer["measured"]))
     rows.append(("norm, RoPE", rope.told(answer["rope"], call["dtype"])))
     rows.append(("8-bit scores", precision.told(answer["precision"])))
+    rows.append(("blocks left out", sparse.told(answer["sparse"])))
     if answer["note"]:
         rows.append(("note", answer["note"]))
     text = pairs(rows)

@@ -30,6 +30,7 @@ def render(report: Report) -> str:
         _kernels,
         _rope,
         _precision,
+        _sparse,
         _cuda_kernels,
         _proofs,
         _selftest,
@@ -184,6 +185,15 @@ def _precision(report: Report) -> str:
 
     rows = [(found["device"], precision.told(found)) for found in report["precision"]]
     return f"{heading('8-bit scores', 'WAN_ATTN_PRECISION')}\n{table(rows)}"
+
+
+def _sparse(report: Report) -> str:
+    if not report["sparse"]:
+        return ""
+    from wan_attn.doctor import sparse  # it needs torch, and this module must not
+
+    rows = [(found["device"], sparse.told(found)) for found in report["sparse"]]
+    return f"{heading('blocks of keys left out', 'WAN_ATTN_SPARSE')}\n{table(rows)}"
 
 
 def _cuda_kernels(report: Report) -> str:

@@ -32,6 +32,11 @@ class KernelInfo:
     is_lossy: bool
     takes_block_lists: bool
 
+    @property
+    def is_for_lists(self) -> bool:
+        """It takes no call without lists of blocks or a skip_threshold."""
+        return self.takes_block_lists and self.device == "cuda"
+
 
 @functools.cache
 def kernels() -> tuple[KernelInfo, ...]:
@@ -124,6 +129,7 @@ def call_params(
         window_size_right=r.window[1],
         cpu_features=allowed_cpu_features(),
         precision=precision,
+        pools_others=r.pools_others,
         skip_threshold=r.skip_threshold,
     )
     if r.has_block_lists:

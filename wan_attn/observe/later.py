@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""later.py - what a call says of itself, on its way from a GPU to the host; nothing waits."""
+"""later.py - numbers on their way from a GPU to the host, or to it; nothing waits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def to_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """These numbers there. From pinned memory: else the copy would wait for all that runs on a
+    GPU."""
+    is_cuda = device.type == "cuda"
+    return torch.tensor(numbers, dtype=dtype, pin_memory=is_cuda).to(device, non_blocking=is_cuda)
 
 
 class Later:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from wan_attn.observe import later
 from wan_attn.request import Call, Request
 
 SHARE = 0.002
@@ -92,8 +93,7 @@ def errors(
 ) -> Tensor:
     """[groups] float32: |out - exact|^2 / |exact|^2 over these rows of each group of heads."""
     query, key, value = operands
-    # From pinned memory: else the copy to a GPU would wait for all that runs there.
-    index = torch.tensor(rows, pin_memory=query.is_cuda).to(query.device, non_blocking=True)
+    index = later.to_device(rows, torch.int64, query.device)
     wanted, _ = exact(query[:, index], key, value, call._replace(return_lse=False))
     return squares(out[:, index], wanted, groups)
 

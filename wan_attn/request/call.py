@@ -73,7 +73,7 @@ class Request:
         is_causal, window, dropout_p, return_lse: as in Call.
         has_q_lens, has_k_lens: whether real lengths come with the call.
         needs_grad: autograd will ask for a gradient.
-        has_block_lists, skip_threshold: as in Blocks.
+        has_block_lists, pools_others, skip_threshold: as in Blocks.
     """
 
     batch: int
@@ -94,6 +94,7 @@ class Request:
     dropout_p: float = 0.0
     return_lse: bool = False
     has_block_lists: bool = False
+    pools_others: bool = False
     skip_threshold: float = 0.0
 
     @classmethod
@@ -112,7 +113,7 @@ class Request:
             workload: its sizes, by name or from text (see workloads.py).
             dtype: what is computed in; qk_dtype: of query and key, None: the same.
             flags: any of is_causal, window, has_q_lens, has_k_lens, needs_grad, dropout_p,
-                return_lse, has_block_lists and skip_threshold.
+                return_lse, has_block_lists, pools_others and skip_threshold.
         """
         w, qk_dtype = workload, qk_dtype or dtype
         return cls(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from wan_attn import config
+from wan_attn.selfcheck import list_reference
 from wan_attn.selfcheck.reference import MASKS, UNIT, Case, Truth, make_inputs, reference
 
 MASKED = ("full", "causal")
@@ -24,40 +25,50 @@ MASKED = ("full", "causal")
 # More than two blocks of queries: both blocks of a cluster have rows, and one has no other.
 SEQLEN_Q, SEQLEN_K = 277, 807
 
-# run(query, key, value, q_lens, k_lens, is_causal) -> out, lse
-Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]]
+# run(query, key, value, q_lens, k_lens, is_causal) -> out, lse; `blocks` behind, where it has them
+Run = Callable[..., tuple[Tensor, Tensor]]
 
-_verdicts: dict[tuple[torch.device, torch.dtype, int, bool], str | RuntimeError | None] = {}
+_verdicts: dict[tuple[torch.device, torch.dtype, int, bool, bool], str | RuntimeError | None] = {}
 _NOT_ASKED = "not asked yet"
 _lock = threading.Lock()
 
 
 def wrong(
-    run: Run, device: torch.device, dtype: torch.dtype, head_dim: int, is_lossy: bool = False
+    run: Run,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    is_lossy: bool = False,
+    has_lists: bool = False,
 ) -> str | None:
     """What `run` gets wrong on this device, in words; None: nothing. is_lossy: it has 8-bit
-    scores."""
+    scores; has_lists: it takes lists of blocks."""
     for mask in MASKED:
         case = Case(SEQLEN_Q, SEQLEN_K, head_dim, mask)
-        operands = make_inputs(case)
-        truth = reference(case, *operands, is_lossy)
+        operands, more = make_inputs(case), []
+        if has_lists:  # once with the means of the others
+            listed, pools = list_reference.listed(case, 0.5), mask == "full"
+            truth = list_reference.attention(case, *operands, listed, pools, UNIT[dtype])
+            more = [list_reference.as_blocks(listed, pools, device)]
+        else:
+            truth = reference(case, *operands, is_lossy)
         query, key, value = (x.to(device, dtype) for x in operands)
         # The CPU by name, here and in reference.py: the program may have another default device.
         q_lens = None if case.q_lens is None else torch.tensor(case.q_lens, device="cpu")
         k_lens = torch.tensor(case.k_lens, device="cpu")
-        out, lse = run(query, key, value, q_lens, k_lens, MASKS[mask][0])
-        found = difference(case, truth, out, lse, UNIT[dtype], is_lossy)
+        out, lse = run(query, key, value, q_lens, k_lens, MASKS[mask][0], *more)
+        found = difference(case, truth, out, lse, UNIT[dtype], is_lossy or has_lists)
         if found is not None:
             return found
     return None
 
 
 def difference(
-    case: object, truth: Truth, out: Tensor, lse: Tensor, unit: float, is_lossy: bool = False
+    case: object, truth: Truth, out: Tensor, lse: Tensor, unit: float, has_moved: bool = False
 ) -> str | None:
     """What is beyond its bound, in words; None: nothing. `case`: what the words call the call;
-    `unit`, is_lossy: see reference.py."""
-    bounds = truth.bounds(unit, is_lossy)
+    `unit`, has_moved: see reference.py."""
+    bounds = truth.bounds(unit, has_moved)
     for name, got, expected, bound in (
         ("out", out, truth.out, bounds[0]),
         ("lse", lse, truth.lse, bounds[1]),
@@ -82,6 +93,7 @@ def verdict(
     head_dim: int,
     is_final: Callable[[RuntimeError], bool] = lambda error: False,
     is_lossy: bool = False,
+    has_lists: bool = False,
 ) -> str | None:
     """wrong(), asked once for each kind of call; None also while a CUDA graph is being captured,
     when the device may not be waited for, and under WAN_ATTN_SELF_CHECK=0.
@@ -90,12 +102,12 @@ def verdict(
         name: what the last run ran on, for the words of the verdict.
         is_final: whether what `run` raised would be raised by every later run as well, as where
             there is no machine code for the device. That is kept as the verdict.
-        is_lossy: `run` has 8-bit scores, a kind of its own.
+        is_lossy, has_lists: `run` has 8-bit scores, or takes lists of blocks: kinds of their own.
 
     Raises:
         RuntimeError: what `run` raised, now or at the first call of this kind.
     """
-    key = (device, dtype, head_dim, is_lossy)
+    key = (device, dtype, head_dim, is_lossy, has_lists)
     found: str | RuntimeError | None = _verdicts.get(key, _NOT_ASKED)
     if found is None:
         return None
@@ -108,7 +120,7 @@ def verdict(
     with _lock:
         if key not in _verdicts:
             try:
-                words = wrong(run, device, dtype, head_dim, is_lossy)
+                words = wrong(run, device, dtype, head_dim, is_lossy, has_lists)
             except RuntimeError as error:
                 if is_final(error):
                     _verdicts[key] = RuntimeError(str(error))

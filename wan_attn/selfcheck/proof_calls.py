@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """proof_calls.py - the calls that a row of the kernel table has to get right on a card before it
 runs there: every tile of the row, every pass beside it, every kind of mask, a guard, and a captured
-graph.
+graph. Rows for lists of blocks get lists, in all of them.
 
 Lengths are those of first_call.py: rings go round, and both blocks of a cluster have rows.
 """
@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from wan_attn.native.kernels import KernelInfo
+from wan_attn.request import Blocks
+from wan_attn.request.blocks import DENSE
+from wan_attn.selfcheck import list_reference
 from wan_attn.selfcheck.first_call import SEQLEN_K, SEQLEN_Q, difference
 from wan_attn.selfcheck.reference import UNIT, Case, Truth, make_inputs, reference
 
@@ -37,6 +40,9 @@ class ProofCall:
     qk_is_f32: bool = False  # beside a half value
     is_unaligned: bool = False  # views that begin an element behind where copies could begin
     lens_on_device: bool = False
+    # Where the row is for lists of blocks: the share of blocks that is listed, and the others.
+    density: float = 0.5
+    pools_others: bool = False
 
     def case(self, head_dim: int) -> Case:
         return Case(self.seqlen_q, self.seqlen_k, head_dim, self.mask)
@@ -53,15 +59,15 @@ class ProofCall:
 # 1: Hopper's d128 has a tile of its own for so few rows. 2: more keys than one split has; rows of
 # Hopper refuse it. Sample 1 has half the keys: none in the last split.
 CALLS = (
-    ProofCall("ragged"),
+    ProofCall("ragged", density=1.0),
     ProofCall("causal", mask="causal"),
-    ProofCall("window", mask="window"),
-    ProofCall("few rows", seqlen_q=101, lens_on_device=True),  # 1
-    ProofCall("split", seqlen_q=37, seqlen_k=4999),  # 2
-    ProofCall("float32 query and key", mask="causal", qk_is_f32=True),
-    ProofCall("unaligned", is_unaligned=True),
+    ProofCall("window", mask="window", density=0.3),
+    ProofCall("few rows", seqlen_q=101, lens_on_device=True, pools_others=True),  # 1
+    ProofCall("split", seqlen_q=37, seqlen_k=4999, density=0.2),  # 2
+    ProofCall("float32 query and key", mask="causal", qk_is_f32=True, pools_others=True),
+    ProofCall("unaligned", is_unaligned=True, density=0.1, pools_others=True),
 )
-GRAPH, GUARDED = "graph", "guarded"
+GRAPH, GUARDED, SKIPPED = "graph", "guarded", "skip_threshold"
 
 
 class Card(Protocol):
@@ -86,6 +92,7 @@ class Card(Protocol):
         k_lens: Tensor,
         case: Case,
         guard: Tensor | None = None,
+        blocks: Blocks = DENSE,
     ) -> Answer:
         """torch.ops.wan_attn.sdpa with this row and no other; guard: as native.run has it."""
 
@@ -93,10 +100,49 @@ class Card(Protocol):
         """The call as a graph, to be replayed; None: there are no graphs (see `skipped`)."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """A call's operands, what goes with them, and its result.
+
+    Attributes:
+        has_moved: the bounds of the result have Truth.moved in them.
+    """
+
+    operands: Operands
+    truth: Truth
+    blocks: Blocks = DENSE
+    has_moved: bool = False
+
+    def difference(self, case: Case, answer: Answer, dtype: torch.dtype) -> str | None:
+        """What is beyond its bound, in words; None: nothing."""
+        return difference(case, self.truth, *answer, UNIT[dtype], self.has_moved)
+
+    def blocks_on(self, device: torch.device) -> Blocks:
+        """Its lists there, in memory of their own."""
+        counts, indices, *rest = self.blocks
+        if counts is None or indices is None:
+            return self.blocks
+        return Blocks(counts.to(device, copy=True), indices.to(device, copy=True), *rest)
+
+
 @lru_cache(maxsize=2 * len(CALLS))
-def _known(case: Case, is_lossy: bool) -> tuple[Operands, Truth]:
+def _dense(case: Case, is_lossy: bool) -> Known:
     operands = make_inputs(case)
-    return operands, reference(case, *operands, is_lossy)
+    return Known(operands, reference(case, *operands, is_lossy), has_moved=is_lossy)
+
+
+@lru_cache(maxsize=2 * len(CALLS))
+def _listed(case: Case, density: float, pools_others: bool, dtype: torch.dtype) -> Known:
+    operands, mask = make_inputs(case), list_reference.listed(case, density)
+    truth = list_reference.attention(case, *operands, mask, pools_others, UNIT[dtype])
+    blocks = list_reference.as_blocks(mask, pools_others, torch.device("cpu"))
+    return Known(operands, truth, blocks, has_moved=True)
+
+
+def _known(row: KernelInfo, dtype: torch.dtype, call: ProofCall, case: Case) -> Known:
+    if row.is_for_lists:
+        return _listed(case, call.density, call.pools_others, dtype)
+    return _dense(case, row.is_lossy)
 
 
 def _lens(call: ProofCall, case: Case, device: torch.device) -> tuple[Tensor | None, Tensor]:
@@ -116,19 +162,20 @@ def wrong(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
         if card.why_not(row, dtype, call) is not None:
             continue
         case = call.case(row.head_dim_max)
-        known, truth = _known(case, row.is_lossy)
-        operands = _placed(call, known, dtype, card.device())
-        lens = _lens(call, case, card.device())
-        first = card.run(row, operands, *lens, case)
+        known = _known(row, dtype, call, case)
+        operands = _placed(call, known.operands, dtype, card.device())
+        lens, blocks = _lens(call, case, card.device()), known.blocks_on(card.device())
+        first = card.run(row, operands, *lens, case, blocks=blocks)
         # The first result is still held: the second cannot lie in its memory and look written.
-        second = card.run(row, operands, *lens, case)
-        for out, lse in (first, second):
-            found = difference(case, truth, out, lse, UNIT[dtype], row.is_lossy)
+        second = card.run(row, operands, *lens, case, blocks=blocks)
+        for answer in (first, second):
+            found = known.difference(case, answer, dtype)
             if found is not None:
                 return f"{call.name}: {found}"
         if not (torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])):
             return f"{call.name}: the same call gave other bits the second time, [{case}]"
-    return _wrong_guard(card, row, dtype) or _wrong_graph(card, row, dtype)
+    found = _wrong_guard(card, row, dtype) or _wrong_graph(card, row, dtype)
+    return found or (_wrong_skip(card, row, dtype) if row.is_for_lists else None)
 
 
 def _placed(call: ProofCall, x: Operands, dtype: torch.dtype, device: torch.device) -> Operands:
@@ -138,20 +185,19 @@ def _placed(call: ProofCall, x: Operands, dtype: torch.dtype, device: torch.devi
 
 def _wrong_guard(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
     """A guard adds what a call's v and out tell, first of a harmless call, then of a bad value."""
-    call = ProofCall(GUARDED)
+    call = ProofCall(GUARDED, density=1.0)
     case = call.case(row.head_dim_max)
-    known, truth = _known(case, row.is_lossy)
-    query, key, value = _placed(call, known, dtype, card.device())
-    lens = _lens(call, case, card.device())
+    known = _known(row, dtype, call, case)
+    query, key, value = _placed(call, known.operands, dtype, card.device())
+    lens, blocks = _lens(call, case, card.device()), known.blocks_on(card.device())
     words = torch.zeros(4, dtype=torch.int32, device=card.device())
-    real = [float(known[2][b, :used].abs().max()) for b, used in enumerate(case.k_lens)]
-    out, lse = card.run(row, (query, key, value), *lens, case, guard=words)
-    found = difference(case, truth, out, lse, UNIT[dtype], row.is_lossy)
-    found = found or _unlike(words, max(real), 0, 0)
+    real = [float(known.operands[2][b, :used].abs().max()) for b, used in enumerate(case.k_lens)]
+    answer = card.run(row, (query, key, value), *lens, case, guard=words, blocks=blocks)
+    found = known.difference(case, answer, dtype) or _unlike(words, max(real), 0, 0)
     if found is None:
         value = value.clone()
         value[0, 5, 0, 3] = math.inf
-        out, _ = card.run(row, (query, key, value), *lens, case, guard=words)
+        out, _ = card.run(row, (query, key, value), *lens, case, guard=words, blocks=blocks)
         bad = int((~torch.isfinite(out)).sum())
         found = _unlike(words, math.inf, 1, bad) if bad else "an infinity in v is not in out"
     return None if found is None else f"{GUARDED}: {found}"
@@ -169,21 +215,40 @@ def _unlike(words: Tensor, largest: float, bad_values: int, bad_results: int) ->
 
 
 def _wrong_graph(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
-    """A captured call is replayed with other contents in the same memory, and other lengths."""
+    """A captured call is replayed with other contents in the same memory, other lengths and other
+    lists."""
     call = ProofCall(GRAPH, lens_on_device=True)
     case = call.case(row.head_dim_max)
-    known, truth = _known(case, row.is_lossy)
-    operands = tuple(torch.zeros_like(x) for x in _placed(call, known, dtype, card.device()))
+    known = _known(row, dtype, call, case)
+    operands = _placed(call, known.operands, dtype, card.device())
     q_lens, k_lens = _lens(call, case, card.device())
-    real = k_lens.clone()
-    k_lens.fill_(1)
-    query, key, value = operands
-    replay = card.captured(lambda: card.run(row, (query, key, value), q_lens, k_lens, case))
+    blocks = known.blocks_on(card.device())
+    held = [x for x in (*operands, k_lens, *blocks[:2]) if x is not None]
+    real = [x.clone() for x in held]
+    for x in held:
+        x.fill_(1 if x is k_lens else 0)
+    replay = card.captured(lambda: card.run(row, operands, q_lens, k_lens, case, blocks=blocks))
     if replay is None:
         return None
-    for here, x in zip(operands, known, strict=True):
+    for here, x in zip(held, real, strict=True):
         here.copy_(x)
-    k_lens.copy_(real)
-    out, lse = replay()
-    found = difference(case, truth, out, lse, UNIT[dtype], row.is_lossy)
+    found = known.difference(case, replay(), dtype)
     return None if found is None else f"{GRAPH}: {found}"
+
+
+def _wrong_skip(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
+    """A skip_threshold leaves out what weighs next to nothing, and the guard certifies it."""
+    call = ProofCall(SKIPPED)
+    case = call.case(row.head_dim_max)
+    known = list_reference.with_weak_blocks(make_inputs(case))
+    truth = reference(case, *known)
+    operands = _placed(call, known, dtype, card.device())
+    lens = _lens(call, case, card.device())
+    words = torch.zeros(5, dtype=torch.int32, device=card.device())
+    blocks = Blocks(skip_threshold=list_reference.THRESHOLD)
+    answer = card.run(row, operands, *lens, case, guard=words, blocks=blocks)
+    found = difference(case, truth, *answer, UNIT[dtype])
+    if found is None:
+        told = float(words[4:].cpu().view(torch.float32))
+        found = list_reference.wrong_certificate(told, list_reference.lost_mass(case, known))
+    return None if found is None else f"{SKIPPED}: {found}"

@@ -19,7 +19,8 @@ from torch import Tensor
 from wan_attn.log import dtype_name
 from wan_attn.native import bindings, cuda_driver, library, rope
 from wan_attn.native.kernels import KernelInfo, kernels, rope_kernels, why_not
-from wan_attn.request import Request
+from wan_attn.request import Blocks, Request
+from wan_attn.request.blocks import DENSE
 from wan_attn.selfcheck import child, proof_calls, rope_calls, verdicts
 from wan_attn.selfcheck.proof_calls import Answer, Card, Operands, ProofCall
 from wan_attn.selfcheck.reference import BATCH, HEADS_K, HEADS_Q, MASKS, Case
@@ -52,6 +53,8 @@ def request(row: KernelInfo, dtype: torch.dtype, call: ProofCall, device: torch.
         has_q_lens=case.q_lens is not None,
         has_k_lens=True,
         return_lse=True,
+        has_block_lists=row.is_for_lists,
+        pools_others=row.is_for_lists and call.pools_others,
     )
 
 
@@ -101,10 +104,12 @@ class TorchCard(TableCard):
         k_lens: Tensor,
         case: Case,
         guard: Tensor | None = None,
+        blocks: Blocks = DENSE,
     ) -> Answer:
         is_causal, (left, right) = MASKS[case.mask]
         options: dict[str, Any] = {"window_left": left, "window_right": right}
         options |= {"is_causal": is_causal, "return_lse": True, "kernel": row.index}
+        options |= blocks._asdict()
         if guard is not None:  # which the op cannot have
             return bindings.ctypes_sdpa(*operands, q_lens, k_lens, guard=guard, **options)
         out, lse = torch.ops.wan_attn.sdpa(*operands, q_lens, k_lens, **options)

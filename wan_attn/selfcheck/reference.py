@@ -107,17 +107,17 @@ class Truth:
     lse: Tensor  # [batch, heads, seqlen_q]
     spread: Tensor  # Σ p|v|, as out
     peak: Tensor  # largest |score| of each row, [batch, seqlen_q, heads, 1]
-    # By how much 8-bit scores may move out and lse; None: nobody has asked.
+    # By how much 8-bit scores, or means of blocks, may move out and lse; None: nobody has asked.
     moved: tuple[Tensor, Tensor] | None = None
 
     def out_bound(self, unit: float, is_ours: bool) -> Tensor:
         weights = self.spread if is_ours else self.spread * (1 + self.peak)
         return 2 * unit * (weights + self.out.abs())
 
-    def bounds(self, unit: float, is_lossy: bool) -> tuple[Tensor, Tensor]:
-        """For out and lse of a kernel of ours; is_lossy: one with 8-bit scores."""
+    def bounds(self, unit: float, has_moved: bool) -> tuple[Tensor, Tensor]:
+        """For out and lse of a kernel of ours; has_moved: `moved` counts."""
         out, lse = self.out_bound(unit, is_ours=True), self.lse_bound(unit, is_ours=True)
-        if not is_lossy:
+        if not has_moved:
             return out, lse
         assert self.moved is not None, "attention() has not been asked for 8-bit scores"
         return out + self.moved[0], lse + self.moved[1]
@@ -164,7 +164,7 @@ def attention(
     for b, (used_q, used_k) in enumerate(zip(q_lens, k_lens, strict=True)):
         if not (used_q and used_k):
             continue
-        seen = _seen(used_q, used_k, is_causal, window, q.device)
+        seen = seen_keys(used_q, used_k, is_causal, window, q.device)
         for h in range(q.shape[2]):
             keys, values = k[b, :used_k, h // group].double(), v[b, :used_k, h // group].double()
             scores = q[b, :used_q, h].double() @ keys.T * factor
@@ -190,7 +190,7 @@ def attention(
     return Truth(out, lse, spread, peak, moved)
 
 
-def _seen(
+def seen_keys(
     used_q: int, used_k: int, is_causal: bool, window: tuple[int, int], device: torch.device
 ) -> Tensor:
     """[used_q, used_k]: whether the mask lets row i see key j."""

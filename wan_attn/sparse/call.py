@@ -52,7 +52,7 @@ def sdpa(
     if not isinstance(lists, tuple) or len(lists) != 2:
         refuse("lists", "BlockLists, or (counts, indices)", gate.kind_of(lists))
     check_blocks(query, Blocks(*lists, pools_others))
-    reason = kernel.why_not(request)
+    reason = kernel.why_not(kernel.asked(request, pools_others=pools_others))
     if reason is not None:
         raise RuntimeError(f"wan_attn: no kernel computes block lists for this call: {reason}")
     out, lse = kernel.by_lists((query, key, value), call, lists, pools_others)

@@ -15,22 +15,28 @@ from wan_attn.request import Call, Request
 from wan_attn.sparse.lists import BlockLists
 
 
-def why_not(request: Request, threshold: float = 0.0) -> str | None:
-    """Why no kernel of ours leaves blocks out of such a call; None: one does.
+def asked(request: Request, threshold: float = 0.0, pools_others: bool = True) -> Request:
+    """Such a call with blocks left out.
 
     Args:
-        threshold: as of by_threshold(); 0: the call comes with lists.
+        threshold: as of by_threshold(); 0: it comes with lists.
+        pools_others: as of by_lists().
     """
+    if threshold:
+        return replace(request, skip_threshold=threshold)
+    return replace(request, has_block_lists=True, pools_others=pools_others)
+
+
+def why_not(request: Request) -> str | None:
+    """Why no kernel of ours takes a call that asked() has made; None: one does."""
     if request.needs_grad:
         return "forward only, and a gradient is wanted"
-    asked = replace(request, has_block_lists=not threshold, skip_threshold=threshold)
-    return native.why_not(asked)
+    return native.why_not(request)
 
 
-def title(request: Request, threshold: float = 0.0) -> str:
-    """What leaves blocks out of such a call, as the log names it."""
-    asked = replace(request, has_block_lists=not threshold, skip_threshold=threshold)
-    return f"{native.TITLE} ({native.kernel_name(asked)}, blocks left out)"
+def title(request: Request) -> str:
+    """What computes a call that asked() has made, as the log names it."""
+    return f"{native.TITLE} ({native.kernel_name(request)}, blocks left out)"
 
 
 def by_lists(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wan_attn.observe import later
 from wan_attn.sparse.lists import BLOCK, BlockLists, blocks, compact, heads_at_once
 
 DENSE = float("-inf")
@@ -71,8 +72,10 @@ class Routing:
             rows: the blocks of queries that are asked for; None: all.
         """
         device = self._queries.device
-        wanted = torch.arange(self.count) if rows is None else torch.tensor(list(rows))
-        wanted = wanted.to(device)
+        if rows is None:
+            wanted = torch.arange(self.count, device=device)
+        else:
+            wanted = later.to_device(rows, torch.int64, device)
         batch = len(self.real)
         made = torch.empty(
             (batch, self.heads, len(wanted), self.count), dtype=torch.bool, device=device
@@ -80,7 +83,7 @@ class Routing:
         near = (wanted[:, None] - torch.arange(self.count, device=device)).abs() <= 1
         near[:, : max(self.always, 1)] = True
         near |= (wanted < self.always)[:, None]
-        of_head = torch.tensor(list(taus), dtype=torch.float32).to(device)
+        of_head = later.to_device(taus, torch.float32, device)
         for sample, length in enumerate(self.real):
             there = blocks(length)
             for part in heads_at_once(self.heads, len(wanted) * self.count):

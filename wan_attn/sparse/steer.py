@@ -17,7 +17,7 @@ from torch import Tensor
 from wan_attn.observe import sampling
 from wan_attn.observe.heads import Operands, Result
 from wan_attn.request import Call
-from wan_attn.sparse.lists import BLOCK, BlockLists
+from wan_attn.sparse.lists import BLOCK, BlockLists, blocks
 from wan_attn.sparse.routing import DENSE, Routing
 
 LEAST = -1.0  # with which 84 of 100 blocks of a normal score are computed: less is not worth it
@@ -73,11 +73,14 @@ class Search:
         """(error, density) of each group."""
         lists = self._routing.lists(of_heads(self._groups, taus), self._rows)
         out, _ = self._by_lists(self._operands, self._call, lists)
-        squares: list[float] = sampling.squares(out, self._wanted, self._groups).tolist()
-        shares: list[float] = shares_of(lists, self._routing.real).tolist()
+        squares = sampling.squares(out, self._wanted, self._groups)
+        shares = shares_of(lists, self._routing.real)
+        # In one piece: it waits for a GPU, as a search has to.
+        found: list[float] = torch.cat((squares, shares)).tolist()
+        each = found[len(squares) :]
         return [
-            (math.sqrt(square), sum(shares[first:last]) / (last - first))
-            for square, (first, last) in zip(squares, self._groups, strict=True)
+            (math.sqrt(square), sum(each[first:last]) / (last - first))
+            for square, (first, last) in zip(found, self._groups, strict=False)
         ]
 
     def taus(self, budget: float, most: float) -> list[float]:
@@ -114,5 +117,6 @@ class Search:
 
 def shares_of(lists: BlockLists, real: Sequence[int]) -> Tensor:
     """[heads] float32: the share of blocks that have keys which each head computes."""
-    there = lists.counts.new_tensor([max(-(-length // BLOCK), 1) for length in real])
-    return (lists.counts / there[:, None, None]).mean((0, 2))
+    there = [max(blocks(length), 1) for length in real]
+    shares = [counts / size for counts, size in zip(lists.counts, there, strict=True)]
+    return torch.stack(shares).mean((0, 2))

@@ -112,7 +112,9 @@ class Watch:
             return "its real lengths are on the device"
         if request not in self._why_not:
             reason = self.wishes.why_not(request) or sampling.why_not(request)
-            self._why_not[request] = reason or kernel.why_not(request, self._threshold)
+            self._why_not[request] = reason or kernel.why_not(
+                kernel.asked(request, self._threshold)
+            )
         return self._why_not[request]
 
     def _pace(self, request: Request) -> Pace | None:
@@ -156,7 +158,7 @@ class Watch:
         if made is None:
             return None, ""
         (out, lse), shares, watched = made
-        title = kernel.title(request, self._threshold)
+        title = kernel.title(kernel.asked(request, self._threshold))
         say.it_starts(title, self.wishes.mode, self.wishes.asked_by)
         rows = layer.allowance.rows(min(real))
         errors = None

@@ -4,6 +4,7 @@
 #ifndef WAN_ATTN_CUDA_HOST_CALL_H
 #define WAN_ATTN_CUDA_HOST_CALL_H
 
+#include "cuda/args_lists.h"
 #include "cuda/host/plan.h"
 
 typedef struct wan_attn_cuda_call {
@@ -27,6 +28,13 @@ static inline wan_attn_cuda_view wan_attn_cuda_view_of(const wan_attn_view *v) {
 /* launch.c: a helper pass in which each warp does one piece of the work. */
 wan_attn_status wan_attn_cuda_launch_warps(const wan_attn_cuda_call *c, wan_attn_cuda_helper helper,
                                            int64_t warps, void *args);
+
+/* lists.c: the passes over blocks of keys that a call with blocks left out needs. */
+wan_attn_status wan_attn_cuda_survey_blocks(const wan_attn_cuda_call *c,
+                                            wan_attn_cuda_lengths seqused_k);
+
+/* lists.c: what such a call's kernel is told beside `call`. */
+void wan_attn_cuda_fill_lists(const wan_attn_cuda_call *c, wan_attn_cuda_listed_args *args);
 
 /* lossy.c: makes q and k INT8, where the call's row wants that. */
 wan_attn_status wan_attn_cuda_quantise(const wan_attn_cuda_call *c, wan_attn_cuda_lengths seqused_q,

@@ -3,6 +3,7 @@
  */
 #include "cuda/host/plan.h"
 
+#include "core/lists.h"
 #include "cuda/args_qk8.h"
 
 enum {
@@ -95,6 +96,17 @@ static void plan_integers(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
     plan->qk8_rows = reserve(plan, rows * 8);
 }
 
+/* Room for what the passes of pool.cuh make. */
+static void plan_blocks(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
+    int64_t blocks = p->batch * p->num_heads_k * wan_attn_key_blocks(p->seqlen_k);
+    if (p->pools_others) {
+        plan->pooled_k = reserve(plan, blocks * p->head_dim * 2);
+        plan->pooled_v = reserve(plan, blocks * p->head_dim * 2);
+    }
+    if (p->skip_threshold > 0.0f)
+        plan->nonfinite = reserve(plan, blocks * 4);
+}
+
 int wan_attn_cuda_is_split(const wan_attn_problem *p) {
     return p->seqlen_q <= SPLIT_MAX_ROWS && p->seqlen_k > SPLIT_KEYS;
 }
@@ -106,7 +118,7 @@ static void plan_split(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
     int is_sm90 = plan->tile->body == WAN_ATTN_CUDA_SM90;
     if (is_sm90)
         plan->split_tiles = WAN_ATTN_CUDA_UNBOUNDED / plan->tile->block_n; /* as args_sm90.h asks */
-    if (is_sm90 || !wan_attn_cuda_is_split(p))
+    if (is_sm90 || plan->tile->is_listed || !wan_attn_cuda_is_split(p))
         return;
     plan->split_tiles = SPLIT_KEYS / plan->tile->block_n;
     plan->num_splits = (int)wan_attn_divide_up(k_tiles, plan->split_tiles);
@@ -121,6 +133,7 @@ wan_attn_cuda_plan wan_attn_cuda_make_plan(const wan_attn_problem *p,
     plan.seqused_q = plan.seqused_k = plan.q = plan.k = plan.v = -1;
     plan.k_largest = plan.k_scale = plan.v_largest = plan.v_scale = -1;
     plan.part_out = plan.part_lse = -1;
+    plan.pooled_k = plan.pooled_v = plan.nonfinite = -1;
     plan.qk8_sums = plan.qk8_mean = plan.qk8_keys = plan.qk8_queries = plan.qk8_rows = -1;
     plan.m_blocks = (int)wan_attn_divide_up(p->seqlen_q, tile->block_m * tile->cluster);
     plan.m_blocks *= tile->cluster;
@@ -137,6 +150,8 @@ wan_attn_cuda_plan wan_attn_cuda_make_plan(const wan_attn_problem *p,
     plan_copies(p, &plan);
     if (tile->qk_int8)
         plan_integers(p, &plan);
+    if (tile->is_listed)
+        plan_blocks(p, &plan);
     plan_split(p, &plan);
     return plan;
 }

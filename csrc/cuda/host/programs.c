@@ -26,35 +26,28 @@ static const gpu GPUS[] = {
 /* ROW_HEAD_DIM_<row>. */
 enum {
 #define ROW(...) HEAD_DIM_OF(__VA_ARGS__)
-#define HEAD_DIM_OF(row, arch_min, arch_max, lossy, text, dtypes, size) ROW_HEAD_DIM_##row = (size),
+#define HEAD_DIM_OF(row, arch_min, arch_max, lossy, lists, text, dtypes, size)                     \
+    ROW_HEAD_DIM_##row = (size),
 #include "cuda/sdpa_rows.def"
 };
 
+/* What all tiles of sdpa_sm80.cuh have. */
+#define MMA_TILE(name, class, bm, bn, num_warps, smem, pv16)                                       \
+    .row = #name, .suffix = "", .body = WAN_ATTN_CUDA_SM80, .gpu_class = CLASS_##class,            \
+    .num_threads = 32 * (num_warps), .smem_bytes = (smem), .block_m = (bm), .block_n = (bn),       \
+    .cluster = 1, .pv_sum_f16 = (pv16), .has_f16_alone = CLASS_##class == CLASS_TURING
+
 static const wan_attn_cuda_tile TILES[] = {
 #define TILE(name, class, bm, bn, num_warps, stages, q_in_regs, ctas, pv16)                        \
-    {.row = #name,                                                                                 \
-     .suffix = "",                                                                                 \
-     .body = WAN_ATTN_CUDA_SM80,                                                                   \
-     .gpu_class = CLASS_##class,                                                                   \
-     .num_threads = 32 * (num_warps),                                                              \
-     .smem_bytes = WAN_ATTN_CUDA_SMEM_SM80(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs),        \
-     .block_m = (bm),                                                                              \
-     .block_n = (bn),                                                                              \
-     .cluster = 1,                                                                                 \
-     .pv_sum_f16 = (pv16),                                                                         \
-     .has_f16_alone = CLASS_##class == CLASS_TURING},
+    {MMA_TILE(name, class, bm, bn, num_warps,                                                      \
+              WAN_ATTN_CUDA_SMEM_SM80(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs), pv16)},
+#define TILE_LISTED(name, class, bm, bn, num_warps, stages, q_in_regs, ctas, pv16)                 \
+    {MMA_TILE(name, class, bm, bn, num_warps,                                                      \
+              WAN_ATTN_CUDA_SMEM_SM80(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs), pv16),      \
+     .is_listed = 1},
 #define TILE_QK8(name, class, bm, bn, num_warps, stages, q_in_regs, ctas, pv16)                    \
-    {.row = #name,                                                                                 \
-     .suffix = "",                                                                                 \
-     .body = WAN_ATTN_CUDA_SM80,                                                                   \
-     .gpu_class = CLASS_##class,                                                                   \
-     .num_threads = 32 * (num_warps),                                                              \
-     .smem_bytes = WAN_ATTN_CUDA_SMEM_QK8(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs),         \
-     .block_m = (bm),                                                                              \
-     .block_n = (bn),                                                                              \
-     .cluster = 1,                                                                                 \
-     .pv_sum_f16 = (pv16),                                                                         \
-     .has_f16_alone = CLASS_##class == CLASS_TURING,                                               \
+    {MMA_TILE(name, class, bm, bn, num_warps,                                                      \
+              WAN_ATTN_CUDA_SMEM_QK8(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs), pv16),       \
      .qk_int8 = 1},
 #define TILE_SM90(name, use, from, bn, consumers, stages, blocks, regs_producer, regs_consumer)    \
     {.row = #name,                                                                                 \

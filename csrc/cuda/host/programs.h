@@ -25,6 +25,7 @@ typedef struct wan_attn_cuda_tile {
     int pv_sum_f16;
     int has_f16_alone; /* the products: bf16 operands must come as f16 */
     int qk_int8;       /* q and k come as args_qk8.h has them */
+    int is_listed;     /* it is launched as args_lists.h has it */
 } wan_attn_cuda_tile;
 
 /* The helper passes, named as in sdpa_rows.def. */

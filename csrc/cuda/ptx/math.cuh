@@ -16,6 +16,13 @@ DEVICE u32 bits_from_float(float x) {
     return bits;
 }
 
+/* The place of the highest bit that is set: 31 to 0; of no bits, -1. */
+DEVICE int highest_bit(u32 bits) {
+    int place;
+    asm("bfind.u32 %0, %1;" : "=r"(place) : "r"(bits));
+    return place;
+}
+
 /* 2^x within 2 ulp; results below 2^-126 are 0. Without .ftz every call costs three instructions
  * more, to save subnormal weights that no sum can notice. */
 DEVICE float exp2_approx(float x) {

@@ -35,6 +35,23 @@ DEVICE int uniform(int x) {
     return x;
 }
 
+/* The largest of the lanes' numbers, to each. */
+DEVICE int largest_of_warp(int x) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("redux.sync.max.s32 %0, %0, 0xffffffff;" : "+r"(x));
+#else
+#pragma unroll
+    for (int lane_mask = 1; lane_mask < 32; lane_mask *= 2) {
+        int other;
+        asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;"
+                     : "=r"(other)
+                     : "r"(x), "r"(lane_mask));
+        x = other > x ? other : x;
+    }
+#endif
+    return x;
+}
+
 /* All threads of the block, in convergence; orders their shared memory accesses. */
 DEVICE void block_barrier() { asm volatile("barrier.sync.aligned 0;" ::: "memory"); }
 

@@ -50,6 +50,7 @@ DEVICE row_end finish_row(const wan_attn_cuda_args &args, const block_place &pla
                  place.split * args.lse_split_stride;
     float sum = quad_sum(row_sum);
     row_end end = {!sees_keys(args, place, row, used_q, BLOCK_N), reciprocal(sum)};
+    end.sees_none = end.sees_none || !sees_walk(args, place, row, used_q, sum);
     if (args.lse && has_row && thread_index() % 4 == 0) {
         /* The largest weight is 2^P_SHIFT, whatever P_SHIFT - row_max was rounded to. */
         float unshifted = sum * (1.0f / (1 << P_SHIFT));

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  * swizzle.cuh - how a tile of K or V lies in shared memory, and how it gets there. Includer sets
- * HEAD_DIM, BLOCK_N and NUM_THREADS.
+ * HEAD_DIM, BLOCK_N, NUM_THREADS and LISTED.
  *
  * A row of C = HEAD_DIM / 8 chunks of 16 bytes lies after the row before it, without padding. Where
  * C is even, the rows that one ldmatrix reads together (8 rows, one chunk column) would fall on the
@@ -63,8 +63,8 @@ DEVICE tile_source source_of(const char *head, i64 row_stride, int first_key) {
     return source;
 }
 
-/* Starts the copy of the source's tile to `to` and turns the source to the tile before it. With a
- * tail, only the first `rows` rows are read, the others become zero: 0 * NaN would be NaN. */
+/* Starts the copy of the source's tile to `to` and turns the source to the tile before it, unless a
+ * list says which one that is. With a tail, only the first `rows` rows are read, the others become zero: 0 * NaN would be NaN. */
 DEVICE void copy_tile(u32 to, tile_source &source, bool has_tail, int rows) {
     const char *row = source.from;
 #pragma unroll
@@ -80,7 +80,8 @@ DEVICE void copy_tile(u32 to, tile_source &source, bool has_tail, int rows) {
         }
         row = stepped_back(row, source.pass_bytes);
     }
-    source.from = stepped_back(source.from, source.pass_bytes * PASSES);
+    if (!LISTED)
+        source.from = stepped_back(source.from, source.pass_bytes * PASSES);
 }
 
 #endif /* WAN_ATTN_CUDA_TILE_SWIZZLE_H */
