@@ -52,8 +52,8 @@ typedef struct wan_attn_cuda_backward_scale_args {
     int num_parts;
 } wan_attn_cuda_backward_scale_args;
 
-/* Powers of two of a key head. dP that tensor cores make of dout, times [0], is what dS is made of;
- * sums of dS times [1] are the gradient's; sums of P dout times [2] are dv. [3] is unused. */
+/* Powers of two of a key head. What tensor cores make of dP, times [0], less delta, times [1], is
+ * what dS is made of; its sums times [2] are the gradient's, and sums of P dout times [3]. */
 #define WAN_ATTN_CUDA_BACKWARD_SCALES 4
 
 /* sdpa_backward.cuh. Grid: blocks * heads * batch, heads being num_heads_k for dk and dv, else

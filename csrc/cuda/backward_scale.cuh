@@ -74,8 +74,8 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, 1, wan_attn_cuda_backward_scale_args, 
                              smaller_int(HIGHEST, divides_dout - LOWEST));
     if (lane == 0) {
         float *to = args.scales + ((i64)sample * heads_k + head) * WAN_ATTN_CUDA_BACKWARD_SCALES;
-        store_global_f32x2(to, power_of_two(divides_dout - divides_ds), power_of_two(divides_ds));
-        store_global_f32x2(to + 2, power_of_two(divides_dout), 0.0f);
+        store_global_f32x2(to, power_of_two(divides_dout - divides_ds), power_of_two(-divides_ds));
+        store_global_f32x2(to + 2, power_of_two(divides_ds), power_of_two(divides_dout));
     }
     for (int h = lane; h < share && args.dout_scale; h += 32)
         store_global_f32(args.dout_scale + (i64)sample * args.num_heads_q + head * share + h,

@@ -73,13 +73,13 @@ enum {
     Y_SMEM = 2 * OWN_BYTES, /* STAGES times Y1 and Y2 */
     STAGE_BYTES = 2 * TILE_BYTES,
     NUMBERS_SMEM = Y_SMEM + STAGES * STAGE_BYTES, /* of query rows that pass by */
-    NUMBERS_BYTES = OF_KEYS * BLOCK_N * 8,
+    NUMBERS_BYTES = OF_KEYS * 64 * 8,
     WORK_SMEM = NUMBERS_SMEM + STAGES * NUMBERS_BYTES,
     SMEM_BYTES_ASKED = WAN_ATTN_CUDA_SMEM_BACKWARD(HEAD_DIM, OF_KEYS, BLOCK_M, BLOCK_N, STAGES)
 };
 static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row tiles");
 static_assert(BLOCK_M % BLOCK_N == 0, "a block's own are copied as tiles");
-static_assert(BLOCK_N / 2 <= NUM_THREADS, "a thread copies the numbers of two rows");
+static_assert(BLOCK_N <= 64, "a warp copies the numbers of a tile, two rows a lane");
 static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two tiles");
 static_assert(WORK_SMEM + 32 == SMEM_BYTES_ASKED, "args.h must say what is used");
 
@@ -106,7 +106,7 @@ typedef struct other_tiles {
 
 /* A block's constants. */
 typedef struct own_numbers {
-    float dp_scale; /* makes dS's scale of what tensor cores make of dP */
+    float dp_scale, delta_scale; /* to that of dS */
     row_numbers of_rows[OF_KEYS ? 1 : M_TILES][2];
 } own_numbers;
 
@@ -121,8 +121,8 @@ DEVICE const char *head_of(const wan_attn_cuda_view &view, int sample, int head)
     return (const char *)view.data + (sample * view.batch_stride + head * view.head_stride) * 2;
 }
 
-DEVICE row_numbers numbers_of(float lse, float delta, float dp_scale) {
-    return {P_SHIFT - lse, -delta * dp_scale};
+DEVICE row_numbers numbers_of(float lse, float delta, float delta_scale) {
+    return {P_SHIFT - lse, -delta * delta_scale};
 }
 
 /* S = X Y^T for a warp's own. */
@@ -154,10 +154,11 @@ DEVICE void copy_others(other_tiles &tiles, int n, bool has_tail, int rows) {
     u32 stage = stage_of(n), to = tiles.copied_to + Y_SMEM + stage * STAGE_BYTES;
     copy_tile(to, tiles.y1, has_tail, rows);
     copy_tile(to + TILE_BYTES, tiles.y2, has_tail, rows);
-    if (OF_KEYS && thread_index() < BLOCK_N / 2)
-        cp_async_16_or_zero(
-            shared_base() + NUMBERS_SMEM + stage * NUMBERS_BYTES + (u32)thread_index() * 16,
-            tiles.numbers + (i64)n * (4 * BLOCK_N), has_tail && 2 * thread_index() >= rows);
+    if (OF_KEYS && thread_index() < 32)
+        cp_async_16_or_zero(shared_base() + NUMBERS_SMEM + stage * NUMBERS_BYTES +
+                                (u32)thread_index() * 16,
+                            tiles.numbers + (i64)n * (4 * BLOCK_N),
+                            2 * thread_index() >= (has_tail ? rows : BLOCK_N));
 }
 
 /* The numbers of the two query rows that a lane's elements e and e + 1 of S tile j belong to. */
@@ -168,8 +169,9 @@ DEVICE void take_numbers(row_numbers numbers[2][2], const own_numbers &own, int 
                                      (u32)(j * 64 + thread_index() % 4 * 16));
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            numbers[i / 2][i % 2] = numbers_of(float_from_bits(words[i % 2 * 2]),
-                                               float_from_bits(words[i % 2 * 2 + 1]), own.dp_scale);
+            numbers[i / 2][i % 2] =
+                numbers_of(float_from_bits(words[i % 2 * 2]), float_from_bits(words[i % 2 * 2 + 1]),
+                           own.delta_scale);
     } else {
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -304,7 +306,7 @@ DEVICE void load_own_numbers(const wan_attn_cuda_backward_args &args, const own_
         float pair[2] = {0.0f, 0.0f};
         if (row < used_q)
             load_global_f32x2(pair, args.rows + 4 * (head + row));
-        own.of_rows[OF_KEYS ? 0 : i / 2][i % 2] = numbers_of(pair[0], pair[1], own.dp_scale);
+        own.of_rows[OF_KEYS ? 0 : i / 2][i % 2] = numbers_of(pair[0], pair[1], own.delta_scale);
     }
 }
 
@@ -331,10 +333,21 @@ DEVICE void process_tiles(const wan_attn_cuda_backward_args &args, const own_wor
     }
 }
 
+/* The i-th power of two of the block's key head. */
+DEVICE float load_scale(const wan_attn_cuda_backward_args &args, const own_place &place, int i) {
+    if (IS_BF16 || !args.scales)
+        return 1.0f;
+    int share = args.heads_per_key_head;
+    int head = OF_KEYS ? place.head : place.head / share;
+    i64 number = (i64)place.sample * (args.num_heads_q / share) + head;
+    return load_global_f32(args.scales + number * WAN_ATTN_CUDA_BACKWARD_SCALES + i);
+}
+
 DEVICE void process_heads(const wan_attn_cuda_backward_args &args, const own_place &place,
-                          const own_work &work, float dp_scale, own_sums &sums) {
+                          const own_work &work, own_sums &sums) {
     own_numbers own;
-    own.dp_scale = dp_scale;
+    own.dp_scale = load_scale(args, place, 0);
+    own.delta_scale = load_scale(args, place, 1);
     other_tiles tiles;
     find_places(tiles);
     copy_own(args, place, OF_KEYS ? work.used_k : work.used_q, tiles.copied_to);
@@ -376,16 +389,6 @@ DEVICE void store_gradient(const wan_attn_cuda_view &to, bool is_f32, const own_
     }
 }
 
-/* The i-th power of two of the block's key head. */
-DEVICE float load_scale(const wan_attn_cuda_backward_args &args, const own_place &place, int i) {
-    if (IS_BF16 || !args.scales)
-        return 1.0f;
-    int share = args.heads_per_key_head;
-    int head = OF_KEYS ? place.head : place.head / share;
-    i64 number = (i64)place.sample * (args.num_heads_q / share) + head;
-    return load_global_f32(args.scales + number * WAN_ATTN_CUDA_BACKWARD_SCALES + i);
-}
-
 WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_backward_args, args) {
     own_place place = find_own(args);
     own_work work = find_own_work(args, place);
@@ -395,15 +398,15 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_backward_args,
     clear(sums.g2);
 #endif
     if (work.num_tiles > 0)
-        process_heads(args, place, work, load_scale(args, place, 0), sums);
+        process_heads(args, place, work, sums);
     place = find_own(args);
     const float unshifted = 1.0f / (1 << P_SHIFT);
-    float factor = args.softmax_scale * load_scale(args, place, 1) * unshifted;
+    float factor = args.softmax_scale * load_scale(args, place, 2) * unshifted;
 #if OF_KEYS
     int used = length_at(args.seqused_k, place.sample, args.seqlen_k);
     store_gradient(args.dk, args.dk_is_f32, place, used, args.seqlen_k, factor, sums.g1);
     store_gradient(args.dv, args.dv_is_f32, place, used, args.seqlen_k,
-                   load_scale(args, place, 2) * unshifted, sums.g2);
+                   load_scale(args, place, 3) * unshifted, sums.g2);
 #else
     int used = length_at(args.seqused_q, place.sample, args.seqlen_q);
     store_gradient(args.dq, args.dq_is_f32, place, used, args.seqlen_q, factor, sums.g1);

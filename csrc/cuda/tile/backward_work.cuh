@@ -74,6 +74,8 @@ DEVICE own_work find_own_work(const wan_attn_cuda_backward_args &args, const own
     work.first = first;
     work.num_others = end - first;
     work.num_tiles = (end - first + BLOCK_N - 1) / BLOCK_N;
+    if (OF_KEYS && bottom == top) /* a row with this key alone is a case for masked tiles */
+        clean_end = 0;
     work.clean_begin = (clean_begin + BLOCK_N - 1) / BLOCK_N;
     work.clean_end = larger_int(clean_end, 0) / BLOCK_N;
     work.diagonal = top - first;
