@@ -27,11 +27,12 @@ typedef struct wan_attn_cuda_backward_rows_args {
     wan_attn_i64 lse_batch_stride, lse_head_stride, lse_row_stride;
     wan_attn_i64 dlse_batch_stride, dlse_head_stride, dlse_row_stride;
     wan_attn_cuda_lengths seqused_q, seqused_k;
-    /* [batch, num_heads_q, seqlen_q][2], 8-byte aligned: lse in base 2, and <dout, out> - dlse. Of
-     * a row that sees one key: lse and -dlse, because there dout and out have no part in dS. Of one
-     * that sees none: infinity and 0. */
+    /* [batch, num_heads_q, seqlen_q][4], 16-byte aligned: of the row, and again of the row behind
+     * it (of the last row of a head: nothing), so that two rows can be copied from any row on. Lse
+     * in base 2, and <dout, out> - dlse. Of a row that sees one key: lse and -dlse, because there
+     * dout and out have no part in dS. Of one that sees none: infinity and 0. */
     float *rows;
-    float *sizes; /* [batch, num_heads_q, seqlen_q]: the length of dout, a vector; NULL: bf16 */
+    float *sizes; /* [batch, num_heads_q, seqlen_q]: the largest finite |dout|; NULL: bf16 */
     int batch, num_heads_q, seqlen_q, seqlen_k, head_dim;
     int window_size_left, window_size_right; /* as in wan_attn_cuda_args */
     int out_dtype, dout_dtype;               /* wan_attn_dtype */
@@ -51,8 +52,8 @@ typedef struct wan_attn_cuda_backward_scale_args {
     int num_parts;
 } wan_attn_cuda_backward_scale_args;
 
-/* Powers of two of a key head. dP that tensor cores make of dout, times [0], is what dS is made of;
- * sums of dS times [1] are the gradient's; sums of P dout times [2] are dv. [3] is unused. */
+/* Powers of two of a key head. What tensor cores make of dP, times [0], less delta, times [1], is
+ * what dS is made of; its sums times [2] are the gradient's, and sums of P dout times [3]. */
 #define WAN_ATTN_CUDA_BACKWARD_SCALES 4
 
 /* sdpa_backward.cuh. Grid: blocks * heads * batch, heads being num_heads_k for dk and dv, else

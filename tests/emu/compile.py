@@ -8,10 +8,10 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from emu.rows import CSRC, Helper, Job, RopeKernel, Tile, TileSm90
+from emu.rows import CSRC, Helper, Job, RopeKernel, Tile, TileBackward, TileSm90
 from wan_attn.cuda import nvrtc
 
-Kernel = Tile | Helper | TileSm90 | RopeKernel
+Kernel = Tile | Helper | TileBackward | TileSm90 | RopeKernel
 
 
 class CompileError(Exception):

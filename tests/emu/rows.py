@@ -9,6 +9,7 @@ from wan_attn.cuda.rows import (
     Job,
     RopeKernel,
     Tile,
+    TileBackward,
     TileQk8,
     TileSm90,
     gpus,
@@ -16,6 +17,8 @@ from wan_attn.cuda.rows import (
     helpers,
     rope_kernels,
     tiles,
+    tiles_backward,
+    tiles_backward_for,
     tiles_for,
     tiles_qk8,
     tiles_qk8_for,
@@ -28,6 +31,7 @@ __all__ = [
     "Job",
     "RopeKernel",
     "Tile",
+    "TileBackward",
     "TileQk8",
     "TileSm90",
     "emulated_arch",
@@ -36,6 +40,8 @@ __all__ = [
     "helpers",
     "rope_kernels",
     "tiles",
+    "tiles_backward",
+    "tiles_backward_for",
     "tiles_for",
     "tiles_qk8",
     "tiles_qk8_for",
@@ -45,8 +51,9 @@ __all__ = [
 CSRC = sources.root()
 
 
-def emulated_arch(kernel: Tile | Helper | TileSm90 | RopeKernel) -> int:
+def emulated_arch(kernel: Tile | Helper | TileBackward | TileSm90 | RopeKernel) -> int:
     """Whose instructions the emulator offers; all from sm_80 on are alike to most kernels."""
     if isinstance(kernel, TileSm90):
         return 90
-    return 75 if isinstance(kernel, Tile) and kernel.gpu_class == "TURING" else 80
+    has_class = isinstance(kernel, Tile | TileBackward)
+    return 75 if has_class and kernel.gpu_class == "TURING" else 80
