@@ -15,8 +15,8 @@ from wan_attn.backends import torch_sdpa
 from wan_attn.backends._errors import is_device_error
 from wan_attn.native import backward, bindings, cuda_driver, kernels, op, rope_on_cuda, shim
 from wan_attn.native.library import EXACT, QK8
-from wan_attn.request import Call, Request
-from wan_attn.selfcheck import first_call, proof, rope_calls
+from wan_attn.request import Call, Request, wants_grad
+from wan_attn.selfcheck import backward_calls, first_call, proof, rope_calls
 from wan_attn.transient import is_interruption, is_out_of_memory
 
 NAME = "sdpa"
@@ -43,8 +43,6 @@ def why_not(request: Request, precision: int = EXACT) -> str | None:
     """
     if request.needs_grad and precision != EXACT:
         return "a gradient is wanted"
-    if request.needs_grad and request.device.type != "cpu":
-        return "gradients on the CPU only, and one is wanted"
     if request.dropout_p > 0:
         return "has no dropout"
     if op.binding() == "torch":
@@ -61,9 +59,9 @@ def why_not(request: Request, precision: int = EXACT) -> str | None:
 
 def _why_no_gradient(request: Request) -> str | None:
     """Why it is better left to another backend; None: a row computes it fast."""
-    row = backward.chosen(request)
+    row, reasons = backward.select(request)
     if row is None:
-        return backward.why_not(request)
+        return reasons
     return "its gradients are portable C on this CPU" if row == backward.PORTABLE else None
 
 
@@ -118,6 +116,8 @@ def run(
     if query.is_cuda:
         is_lossy = lossy.get("precision", EXACT) != EXACT
         _require_self_check(query.device, value.dtype, query.shape[3], is_lossy)
+        if wants_grad(query, key, value) and backward.takes(query, key, value):
+            _require_gradient_check(query.device, value.dtype, query.shape[3])
     left, right = call.window
     out, lse = _call(
         query,
@@ -147,6 +147,25 @@ def _require_self_check(
     )
     if wrong is not None:
         raise RuntimeError(f"wan_attn: the kernel for this call is wrong on {device}: {wrong}")
+
+
+def _require_gradient_check(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """The same of the kernel of gradients, before forward leaves anything to it."""
+    wrong = first_call.settled(
+        (device, dtype, head_dim, "gradients"),
+        lambda: backward_calls.first_wrong(_gradients, device, dtype, head_dim),
+        backward.last_kernel,
+        _is_final,
+    )
+    if wrong is not None:
+        raise RuntimeError(f"wan_attn: the kernel of gradients is wrong on {device}: {wrong}")
+
+
+def _gradients(inputs: backward_calls.Inputs, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A call of selfcheck/backward_calls.py."""
+    op = torch.ops.wan_attn.sdpa_backward
+    query, key, value = op(*inputs.tensors, is_causal=is_causal)
+    return query, key, value
 
 
 def _is_final(error: RuntimeError) -> bool:

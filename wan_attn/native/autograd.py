@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """autograd.py - the derivative of torch.ops.wan_attn.sdpa.
 
-On the CPU a kernel computes it (backward.py) from what forward has left: out and lse. On a GPU, of
-few rows, and without the native library, torch's operators do (gradient_in_torch.py); wan_attn.sdpa
-and flash_attention send such calls, but for few rows, to another backend.
+A kernel computes it (backward.py) from what forward has left: out and lse. Where none takes the
+call, of few rows on the CPU, and without the native library, torch's operators do
+(gradient_in_torch.py); wan_attn.sdpa and flash_attention send such calls, but for few rows, to
+another backend.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from wan_attn.native import backward as kernels
 from wan_attn.native.gradient_in_torch import gradients
 from wan_attn.request import Call, empty_lse, transforms, wants_grad
 
@@ -23,8 +25,9 @@ has_kernels = False
 
 
 FEW_ROWS = 32
-"""WAN_ATTN_MAX_FEW of csrc/cpu/blocked.h: forward sums the scores of so few queries in an order
-that no kernel of gradients has, and weights made again from its lse would be off by that."""
+"""WAN_ATTN_MAX_FEW of csrc/cpu/blocked.h: the CPU's forward sums the scores of so few queries in an
+order that no kernel of gradients has, and weights made again from its lse would be off by that, as
+is seen in float32. On a GPU operands have 16 bits, beside which no order of sums is seen."""
 
 
 def register(
@@ -78,9 +81,7 @@ class _Guard:
                 and isinstance(key, Tensor)
                 and isinstance(value, Tensor)
                 and (query.requires_grad or key.requires_grad or value.requires_grad)
-                and query.device.type == "cpu"
-                and query.dim() == 4
-                and query.shape[1] > FEW_ROWS
+                and is_for_kernels(query, key, value)
             ):
                 out, _ = kernel(keyset, *operands, **{**keywords, "return_lse": True})
                 return out, empty_lse(query, return_lse=False)
@@ -89,9 +90,15 @@ class _Guard:
         self._library.impl(op, guarded, key, **options)
 
 
-def _is_for_kernels(query: Tensor) -> bool:
-    """Whether our kernels compute the gradients."""
-    return has_kernels and query.device.type == "cpu" and query.shape[1] > FEW_ROWS
+def is_for_kernels(
+    query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None
+) -> bool:
+    """Whether our kernels compute the gradients. dtype: as Call has it."""
+    if not has_kernels:
+        return False
+    if query.device.type == "cpu":
+        return query.dim() == 4 and query.shape[1] > FEW_ROWS
+    return query.device.type == "cuda" and kernels.takes(query, key, value, dtype)
 
 
 def remember(
@@ -105,9 +112,11 @@ def remember(
     """Keeps what backward needs. Tensors go where torch looks after them.
 
     Args:
-        output: out and lse, if an exact kernel has computed them from these very operands.
+        output: out and lse, if they are exact, and of these very operands.
     """
-    is_kept = output is not None and call.return_lse and _is_for_kernels(query)
+    is_kept = (
+        output is not None and call.return_lse and is_for_kernels(query, key, value, call.dtype)
+    )
     kept = output if is_kept and output is not None else (None, None)
     ctx.save_for_backward(query, key, value, call.q_lens, call.k_lens, *kept)
     ctx.set_materialize_grads(False)
@@ -122,7 +131,7 @@ def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tupl
         grad_lse = None  # it is of what stands in lse's place
     if grad_out is None:
         grad_out = torch.zeros_like(query)
-    if _is_for_kernels(query):
+    if is_for_kernels(query, key, value, call.dtype):
         grads = _by_kernel(grad_out, grad_lse, (query, key, value), call, results)
     else:
         with torch.autocast(query.device.type, enabled=False):
@@ -149,7 +158,10 @@ def _by_kernel(
     lens = (call.q_lens, call.k_lens)
     if results[0] is None:
         results = torch.ops.wan_attn.sdpa(*inputs, *lens, return_lse=True, **options)
+    out, lse = results
+    if out is not None and out.dtype not in (query.dtype, value.dtype):
+        out = out.to(query.dtype)  # what the caller has it in holds what was computed
     grads = torch.ops.wan_attn.sdpa_backward(
-        grad_out, grad_lse, *inputs, *results, *lens, **options
+        grad_out, grad_lse, *inputs, out, lse, *lens, **options
     )
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, operands, strict=True))

@@ -164,7 +164,7 @@ def attention(
     for b, (used_q, used_k) in enumerate(zip(q_lens, k_lens, strict=True)):
         if not (used_q and used_k):
             continue
-        seen = _seen(used_q, used_k, is_causal, window, q.device)
+        seen = seen_by(used_q, used_k, is_causal, window, q.device)
         for h in range(q.shape[2]):
             keys, values = k[b, :used_k, h // group].double(), v[b, :used_k, h // group].double()
             scores = q[b, :used_q, h].double() @ keys.T * factor
@@ -190,7 +190,7 @@ def attention(
     return Truth(out, lse, spread, peak, moved)
 
 
-def _seen(
+def seen_by(
     used_q: int, used_k: int, is_causal: bool, window: tuple[int, int], device: torch.device
 ) -> Tensor:
     """[used_q, used_k]: whether the mask lets row i see key j."""

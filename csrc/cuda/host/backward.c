@@ -92,7 +92,7 @@ static backward_plan make_plan(const wan_attn_backward_problem *p) {
         plan.seqused_q = wan_attn_cuda_reserve(bytes, call->batch * 4);
     if (is_put(&forward->seqused_k))
         plan.seqused_k = wan_attn_cuda_reserve(bytes, call->batch * 4);
-    plan.rows = wan_attn_cuda_reserve(bytes, call->batch * call->num_heads_q * call->seqlen_q * 8);
+    plan.rows = wan_attn_cuda_reserve(bytes, call->batch * call->num_heads_q * call->seqlen_q * 16);
     if (call->dtype == WAN_ATTN_F16)
         plan_scales(call, dout->dtype == WAN_ATTN_F16, &plan);
     plan.q = reserve_copy(call, of_queries(call, &call->q), bytes);
