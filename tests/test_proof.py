@@ -174,6 +174,8 @@ def here(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(card, "rows", lambda: rows)
         if not any(name.startswith("rms_norm_rope") for name in faults):
             monkeypatch.setattr(card, "rope_rows", list)
+        if not any("backward" in name for name in faults):
+            monkeypatch.setattr(card, "backward_rows", list)
         code = proof_child.main(["0", digest], lambda index: card)
         return code, verdicts.read(key)
 
@@ -201,6 +203,25 @@ def test_a_rope_row_that_is_wrong_is_found(here: Any) -> None:
     failed = verdict.rows["rms_norm_rope_sm75/fp16"]
     assert failed.state == FAILED and "norm and rotation: out[1, 7, 0, 5] is" in failed.said
     assert verdict.names(FAILED) == ["rms_norm_rope_sm75/fp16"]
+
+
+def test_a_row_of_gradients_that_is_wrong_is_found(here: Any) -> None:
+    code, verdict = here(
+        {
+            "sdpa_backward_sm80_dkdv_f16_d64": "wrong numbers",
+            "sdpa_backward_sm80_dq_bf16_d80": "wrong numbers",
+            "sdpa_backward_sm80_dkdv_bf16_d128": "other bits",
+        }
+    )
+    words = {
+        "sdpa_backward_sm80_d64/fp16": "ragged: grad_key[1, 17, 0, 5] is",
+        "sdpa_backward_sm80_d80/bf16": "ragged: grad_query[1, 17, 1, 5] is",
+        "sdpa_backward_sm80_d128/bf16": "ragged: the same call gave other bits the second time",
+    }
+    assert code == 0 and verdict.names(FAILED) == [*words]
+    for name, said in words.items():
+        assert said in verdict.rows[name].said
+    assert {*BACKWARD_ROWS} < {*verdict.rows}
 
 
 def test_a_guard_that_says_nothing_is_found(here: Any) -> None:

@@ -13,7 +13,16 @@ from torch import Tensor
 from wan_attn import config
 from wan_attn.backends import torch_sdpa
 from wan_attn.backends._errors import is_device_error
-from wan_attn.native import backward, bindings, cuda_driver, kernels, op, rope_on_cuda, shim
+from wan_attn.native import (
+    autograd,
+    backward,
+    bindings,
+    cuda_driver,
+    kernels,
+    op,
+    rope_on_cuda,
+    shim,
+)
 from wan_attn.native.library import EXACT, QK8
 from wan_attn.request import Call, Request, wants_grad
 from wan_attn.selfcheck import backward_calls, first_call, proof, rope_calls
@@ -63,6 +72,13 @@ def _why_no_gradient(request: Request) -> str | None:
     if row is None:
         return reasons
     return "its gradients are portable C on this CPU" if row == backward.PORTABLE else None
+
+
+def gradient_name(request: Request) -> str:
+    """The row that computes gradients of this call; "torch": PyTorch's operators do."""
+    if request.device.type == "cpu" and request.seqlen_q <= autograd.FEW_ROWS:
+        return "torch"
+    return backward.chosen(request) or "torch"
 
 
 def kernel_name(request: Request, precision: int = EXACT) -> str | None:

@@ -36,16 +36,18 @@ def register(
     backward: Callable[..., Any],
     setup_context: Callable[..., Any],
     in_torch: Callable[..., Any],
-    keeps_lse: bool = False,
+    lse_place: int | None = None,
+    keeps_lse: Callable[..., bool] = lambda *operands: True,
 ) -> None:
     """torch.library.register_autograd for an op whose first arguments are query, key and value,
     and what that kernel of torch's does not do.
 
     Args:
         in_torch: the op in torch's operators: gradients within torch.func come from there.
-        keeps_lse: the op, whose return_lse is a keyword, is to compute lse for backward's sake.
+        lse_place: where return_lse stands among the op's arguments; None: it is a keyword.
+        keeps_lse: whether the op, called with these operands, may compute lse for backward's sake.
     """
-    guard: Any = _Guard(library, in_torch, keeps_lse)
+    guard: Any = _Guard(library, in_torch, lse_place, keeps_lse)
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=guard)
 
 
@@ -53,9 +55,14 @@ class _Guard:
     """Stands for the library where torch puts the kernel of an op's derivative."""
 
     def __init__(
-        self, library: torch.library.Library, in_torch: Callable[..., Any], keeps_lse: bool
+        self,
+        library: torch.library.Library,
+        in_torch: Callable[..., Any],
+        lse_place: int | None,
+        keeps_lse: Callable[..., bool],
     ) -> None:
-        self._library, self._in_torch, self._keeps_lse = library, in_torch, keeps_lse
+        self._library, self._in_torch = library, in_torch
+        self._lse_place, self._keeps_lse = lse_place, keeps_lse
 
     def impl(self, op: Any, kernel: Callable[..., Any], key: str, **options: Any) -> None:
         """As a library's."""
@@ -73,21 +80,35 @@ class _Guard:
                     return self._in_torch(*operands, **keywords)
             # wants_grad(), too, without a call; what is no tensor is the op's to refuse.
             elif (
-                self._keeps_lse
-                and has_kernels
-                and not keywords.get("return_lse", False)
+                has_kernels
                 and torch.is_grad_enabled()
                 and isinstance(query, Tensor)
                 and isinstance(key, Tensor)
                 and isinstance(value, Tensor)
                 and (query.requires_grad or key.requires_grad or value.requires_grad)
-                and is_for_kernels(query, key, value)
+                and self._keeps_lse(*operands)
             ):
-                out, _ = kernel(keyset, *operands, **{**keywords, "return_lse": True})
-                return out, empty_lse(query, return_lse=False)
+                return self._and_lse(kernel, keyset, operands, keywords)
             return kernel(keyset, *operands, **keywords)
 
         self._library.impl(op, guarded, key, **options)
+
+    def _and_lse(
+        self, kernel: Callable[..., Any], keyset: Any, operands: Any, keywords: dict[str, Any]
+    ) -> Any:
+        """The op with a gradient, which keeps lse if a kernel can use it."""
+        place = self._lse_place
+        is_wanted = keywords.get("return_lse", False) if place is None else operands[place]
+        dtype = None if place is None else operands[place + 1]
+        query, key, value = operands[:3]
+        if is_wanted or not is_for_kernels(query, key, value, dtype):
+            return kernel(keyset, *operands, **keywords)
+        if place is None:
+            keywords = {**keywords, "return_lse": True}
+        else:
+            operands = (*operands[:place], True, *operands[place + 1 :])
+        out, _ = kernel(keyset, *operands, **keywords)
+        return out, empty_lse(query, return_lse=False)
 
 
 def is_for_kernels(
@@ -147,11 +168,8 @@ def _by_kernel(
     results: list[Tensor | None],
 ) -> tuple[Tensor, ...]:
     """Where no results are kept, they are computed again, exactly, in what the call computes in."""
-    query, key, value = operands
-    if call.dtype is not None:
-        is_half = value.dtype in (torch.float16, torch.bfloat16)
-        operands_dtype = value.dtype if is_half else call.dtype
-        query, key, value = (x.to(operands_dtype) for x in operands)
+    dtypes = kernels.computed_in(*operands, call.dtype)
+    query, key, value = (x.to(dtype) for x, dtype in zip(operands, dtypes, strict=True))
     options = {"scale": call.scale, "is_causal": call.is_causal}
     options |= {"window_left": call.window[0], "window_right": call.window[1]}
     inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]

@@ -39,32 +39,35 @@ def last_kernel() -> str | None:
     return None if row < 0 else backward_kernels()[row].name
 
 
-def select(request: Request, row: int = -1) -> tuple[str | None, str]:
-    """The row that computes gradients of such a call and "", or None and every row's reason.
+def _ask(request: Request, row: int) -> tuple[int, str]:
+    """A status, and the row's name or why none takes the call."""
+    error, found = library.Error(), ctypes.c_int32(-1)
+    params = _params(call_params(request), row)
+    with cuda_driver.question():
+        status = library.lib().wan_attn_backward_select(params, found, None, error)
+    return status, backward_kernels()[found.value].name if status == library.OK else error.text()
 
-    Args:
-        row: of the table, the only one to ask; -1: all.
+
+def select(request: Request) -> tuple[str | None, str]:
+    """The row that computes gradients of such a call and "", or None and every row's reason.
 
     Raises:
         RuntimeError: the device is in trouble: another backend would fail there, or hide it.
     """
     if library.load() is None:
         return None, library.load_error() or ""
-    error, found = library.Error(), ctypes.c_int32(-1)
-    params = _params(call_params(request), row)
-    with cuda_driver.question():
-        status = library.lib().wan_attn_backward_select(params, found, None, error)
-    if status == library.OK:
-        return backward_kernels()[found.value].name, ""
+    status, words = _ask(request, -1)
     if status == library.DEVICE_ERROR:
-        raise RuntimeError(f"wan_attn: {error.text()}")
-    return None, error.text()
+        raise RuntimeError(f"wan_attn: {words}")
+    return (words, "") if status == library.OK else (None, words)
 
 
 def why_not(request: Request, row: int = -1) -> str | None:
     """Why no kernel (or not this row) computes gradients of such a call; None: one does."""
-    name, reasons = select(request, row)
-    return None if name is not None else reasons
+    if library.load() is None:
+        return library.load_error()
+    status, words = _ask(request, row)
+    return None if status == library.OK else words
 
 
 def chosen(request: Request) -> str | None:
@@ -80,13 +83,12 @@ def takes(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None =
     """
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         return False
-    dtypes = (query.dtype, key.dtype, value.dtype)
-    if dtype is not None:
-        half = value.dtype in (torch.float16, torch.bfloat16)
-        dtypes = (value.dtype if half else dtype,) * 3
+    dtypes = computed_in(query, key, value, dtype)
     (batch, seqlen_q, heads_q, head_dim), (seqlen_k, heads_k) = query.shape, key.shape[1:3]
     sizes = (batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim)
-    request = Request(*sizes, dtypes[2], *dtypes[:2], query.device, needs_grad=True)
+    # A compiler's sizes have no value yet, and must not be given one.
+    b, m, n, h, h_k, d = (size if type(size) is int else _ANY_SIZE for size in sizes)
+    request = Request(b, m, n, h, h_k, d, dtypes[2], *dtypes[:2], query.device, needs_grad=True)
     if request in _taken:
         return True
     # No is no answer for ever: a card's proof may come yet.
@@ -98,6 +100,21 @@ def takes(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None =
     return True
 
 
+def computed_in(
+    query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """What they are converted to before kernels see them; dtype: as Call has it.
+
+    As in forward, float32 stays beside a half value.
+    """
+    if dtype is None:
+        return query.dtype, key.dtype, value.dtype
+    half = value.dtype if value.dtype in (torch.float16, torch.bfloat16) else dtype
+    query_dtype, key_dtype = (x.dtype if x.dtype == torch.float32 else half for x in (query, key))
+    return query_dtype, key_dtype, half
+
+
+_ANY_SIZE = 64  # every row takes it, as head_dim as well
 _taken: set[Request] = set()
 _TAKEN_MAX = 1024
 config.memory(_taken.clear)

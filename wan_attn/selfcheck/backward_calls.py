@@ -138,24 +138,24 @@ def _add_head(
 
 
 def inputs_for(call: ProofCall, head_dim: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """As this call has them, on this device."""
+    """As this call has them, on this device, in memory of their own."""
     made = known(call.case(head_dim)).inputs
 
     def placed(x: Tensor, is_value: bool = False) -> Tensor:
-        return call.place(x, dtype, is_value, device)
+        return call.place(x.clone(), dtype, is_value, device)
 
     # The CPU by name: the program may have another default device.
     where = device if call.lens_on_device else torch.device("cpu")
     return Inputs(
         placed(made.grad_out),
-        made.grad_lse.to(device),
+        made.grad_lse.to(device, copy=True),
         placed(made.query),
         placed(made.key),
         placed(made.value, is_value=True),
         placed(made.out),
-        made.lse.to(device),
-        None if made.q_lens is None else made.q_lens.to(where),
-        made.k_lens.to(where),
+        made.lse.to(device, copy=True),
+        None if made.q_lens is None else made.q_lens.to(where, copy=True),
+        made.k_lens.to(where, copy=True),
     )
 
 
