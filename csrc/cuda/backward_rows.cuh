@@ -4,7 +4,8 @@
  * One warp looks at one row of one head: it reads dout and out, of any dtype and alignment, and
  * writes lse in base 2, <dout, out> - dlse, and the largest |dout| where products are in f16
  * (backward_scale.cuh). Rows without keys, padding among them, are not read: they may hold NaN.
- * Numerics: f32. A row with one key has dP = <dout, out> in exact arithmetic; the difference of two
+ * Numerics: f32. dout counts as rounded to the row's dtype, as tensor cores get it: dP - delta is
+ * often small, and must be the difference of the same numbers. A row with one key has dP = <dout, out> in exact arithmetic; the difference of two
  * sums in different orders is noise, so that neither is put to use (args_backward.h).
  */
 #include "cuda/args_backward.h"
@@ -26,6 +27,14 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
+/* To nearest, ties to even, with `bits` bits less of the fraction. */
+DEVICE float rounded(float x, int bits) {
+    u32 word = bits_from_float(x), last = word >> bits & 1u;
+    u32 near = word + ((1u << (bits - 1)) - 1u + last);
+    bool is_finite = (word & 0x7f800000u) != 0x7f800000u;
+    return is_finite ? float_from_bits(near >> bits << bits) : x;
+}
+
 /* Warps run over [batch][num_heads_q][seqlen_q]. */
 WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, 1, wan_attn_cuda_backward_rows_args, args) {
     int row = warp_number() % args.seqlen_q, lane = thread_index() % 32;
@@ -45,7 +54,8 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, 1, wan_attn_cuda_backward_rows_args, a
         i64 of_out = sample * args.out.batch_stride + row * args.out.row_stride +
                      head * args.out.head_stride;
         for (int d = lane; d < args.head_dim; d += 32) {
-            float dout = load_element(args.dout.data, args.dout_dtype, of_dout + d);
+            float dout = rounded(load_element(args.dout.data, args.dout_dtype, of_dout + d),
+                                 args.sizes ? 13 : 16);
             float out = load_element(args.out.data, args.out_dtype, of_out + d);
             delta = fused_multiply_add(dout, out, delta);
             float magnitude = float_from_bits(bits_from_float(dout) & 0x7fffffffu);
