@@ -73,6 +73,14 @@ def call_of(case: Case, pair: Pair) -> Call:
     return call if case.layout == "one sample" else _poison(call)
 
 
+def exact(call: Call) -> tuple[Tensor, ...]:
+    """In float64."""
+    how: dict[str, Any] = {"q_lens": call.q_lens, "k_lens": call.k_lens, "scale": call.scale}
+    how |= {"is_causal": call.is_causal, "window": call.window}
+    inputs = (call.grad_out, call.grad_lse, call.query, call.key, call.value)
+    return tuple(map(torch.from_numpy, backward_oracle.gradients(*inputs, **how)))
+
+
 def check_call(call: Call, got: Gradients) -> None:
     how: dict[str, Any] = {"q_lens": call.q_lens, "k_lens": call.k_lens, "scale": call.scale}
     how |= {"is_causal": call.is_causal, "window": call.window}
