@@ -32,7 +32,8 @@ typedef struct wan_attn_cuda_backward_rows_args {
      * in base 2, and <dout, out> - dlse. Of a row that sees one key: lse and -dlse, because there
      * dout and out have no part in dS. Of one that sees none: infinity and 0. */
     float *rows;
-    float *sizes; /* [batch, num_heads_q, seqlen_q]: the largest finite |dout|; NULL: bf16 */
+    /* [batch, num_heads_q, seqlen_q]: the largest finite |dout|. NULL: products are in bf16. */
+    float *sizes;
     int batch, num_heads_q, seqlen_q, seqlen_k, head_dim;
     int window_size_left, window_size_right; /* as in wan_attn_cuda_args */
     int out_dtype, dout_dtype;               /* wan_attn_dtype */

@@ -55,5 +55,4 @@ def emulated_arch(kernel: Tile | Helper | TileBackward | TileSm90 | RopeKernel) 
     """Whose instructions the emulator offers; all from sm_80 on are alike to most kernels."""
     if isinstance(kernel, TileSm90):
         return 90
-    has_class = isinstance(kernel, Tile | TileBackward)
-    return 75 if has_class and kernel.gpu_class == "TURING" else 80
+    return 75 if getattr(kernel, "gpu_class", "") == "TURING" else 80

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emu.args import View
+from emu.args import Lengths, View
 from emu.args_backward import BackwardArgs, BackwardRowsArgs, BackwardScaleArgs
 from emu.build import library
 from emu.rows import CSRC, TileBackward, helpers, tiles_backward
@@ -23,6 +23,7 @@ from emu.run import DTYPES, LOG2_E, Memory, Schedule, _bound, _lengths, _view, l
 
 NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NOWHERE = View(None, (c_longlong * 3)(0, 0, 0))
+AT_RANDOM = Schedule()
 PARTS = 3  # of v, in which its largest value is sought
 
 
@@ -174,7 +175,7 @@ def _in_16_bits(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> T
     return (x.float() / scale[:, None, :, None]).to(dtype) if scale is not None else x.to(dtype)
 
 
-def run(pair: Pair, call: Call, *, schedule: Schedule = Schedule(), csrc: Path = CSRC) -> Gradients:
+def run(pair: Pair, call: Call, *, schedule: Schedule = AT_RANDOM, csrc: Path = CSRC) -> Gradients:
     """Every pass, emulated, but for those that test_emu_helpers.py tests."""
     dtype = DTYPES[pair.dtype]
     is_f16 = dtype == torch.float16
@@ -193,43 +194,35 @@ def run(pair: Pair, call: Call, *, schedule: Schedule = Schedule(), csrc: Path =
     q_lens, k_lens = memory.maybe("q_lens", call.q_lens), memory.maybe("k_lens", call.k_lens)
     conflicts = 0
     for tile, mine in ((pair.of_keys, (1, 2)), (pair.of_rows, (0,))):
-        results = [NOWHERE] * 3
         tensors = Memory()
         tensors.tensors = list(memory.tensors)
+        results = [NOWHERE] * 3
         for n in mine:
             grads[n] = tensors.add(f"gradient {n}", grads[n], True)
             results[n] = _view(grads[n])
-        conflicts += _launch(
-            *(tile, call, views, results, [x.dtype == torch.float32 for x in likes]),
-            *(_address(rows), _address(scales), (q_lens, k_lens), tensors, schedule, csrc),
-        )
+        args = _args(tile, call, views, results, (_lengths(q_lens), _lengths(k_lens)))
+        args.rows, args.scales = _address(rows), _address(scales)
+        heads = (call.key if tile.of_keys else call.query).shape[2]
+        grid = args.blocks * heads * args.batch
+        conflicts += launch(library(tile, csrc), args, grid, tensors.tensors, schedule)
     return Gradients((grads[0], grads[1], grads[2]), conflicts, scales)
 
 
-def _launch(
+def _args(
     tile: TileBackward,
     call: Call,
     operands: Sequence[Tensor],
     results: Sequence[View],
-    is_f32: Sequence[bool],
-    rows: int | None,
-    scales: int | None,
-    lens: tuple[Tensor | None, Tensor | None],
-    memory: Memory,
-    schedule: Schedule,
-    csrc: Path,
-) -> int:
+    lens: tuple[Lengths, Lengths],
+) -> BackwardArgs:
+    """All but rows and scales."""
     batch, seqlen_q, heads_q, head_dim = call.query.shape
-    seqlen_k, heads_k = call.key.shape[1:3]
+    seqlen_k = call.key.shape[1]
     blocks = -(-(seqlen_k if tile.of_keys else seqlen_q) // tile.block_m)
     scale = head_dim**-0.5 if call.scale is None else call.scale
-    args = BackwardArgs(
-        *map(_view, operands),
-        *results,
-        *(rows, scales, _lengths(lens[0]), _lengths(lens[1])),
+    return BackwardArgs(
+        *(*map(_view, operands), *results, None, None, *lens),
         *(batch, heads_q, call.share, seqlen_q, seqlen_k, blocks, *call.bounds),
-        *map(int, is_f32),
+        *(int(x.dtype == torch.float32) for x in (call.query, call.key, call.value)),
         *(scale, scale * LOG2_E),
     )
-    grid = blocks * (heads_k if tile.of_keys else heads_q) * batch
-    return launch(library(tile, csrc), args, grid, memory.tensors, schedule)
