@@ -219,8 +219,8 @@ def test_a_row_of_gradients_that_is_wrong_is_found(here: Any) -> None:
         "sdpa_backward_sm80_d128/bf16": "ragged: the same call gave other bits the second time",
     }
     assert code == 0 and verdict.names(FAILED) == [*words]
-    for name, said in words.items():
-        assert said in verdict.rows[name].said
+    for name, text in words.items():
+        assert text in verdict.rows[name].said
     assert {*BACKWARD_ROWS} < {*verdict.rows}
 
 
