@@ -39,8 +39,9 @@ def with_nvcc(tile: Kernel, arch: int, output: Path) -> str:
     return _nvcc(CSRC / tile.source, output, "-cubin", *strict, *options, "-x", "cu")
 
 
-def to_ptx(source: Path, arch: int | str, output: Path) -> None:
-    _nvcc(source, output, "-ptx", f"-arch=sm_{arch}", "-std=c++17")
+def to_ptx(source: Path, arch: int | str, output: Path, *defines: str) -> None:
+    more = ("-ptx", f"-arch=sm_{arch}", "-std=c++17", *defines, "-x", "cu")
+    _nvcc(source, output, *more)
 
 
 @cache
