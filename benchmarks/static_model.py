@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 from emu import compile as compilers
 from emu import sass
-from emu.rows import Tile, TileQk8, tiles_for, tiles_qk8_for
+from emu.rows import Tile, TileBackward, TileQk8, tiles_for, tiles_qk8_for
 
 HMMA_FLOP = 2 * 16 * 8 * 16  # m16n8k16; Turing's m16n8k8 does half of it
 IMMA_OPS = 2 * 16 * 8 * 32  # m16n8k32; Turing's m8n8k16 does a quarter of it
@@ -82,7 +82,7 @@ class Estimate:
         return max(UNITS, key=lambda unit: self.clocks[unit])
 
 
-def estimate(gpu: Gpu, tile: Tile, cubin: Path) -> Estimate:
+def estimate(gpu: Gpu, tile: Tile | TileBackward, cubin: Path) -> Estimate:
     loop = sass.read(cubin).main_loop()
     warps = tile.num_warps
     hmma_flop = HMMA_FLOP // (2 if sass.count(loop, "HMMA.1688") else 1)
@@ -118,7 +118,7 @@ def estimate(gpu: Gpu, tile: Tile, cubin: Path) -> Estimate:
     )
 
 
-def compiled(tile: Tile, arch: int, output: Path) -> None:
+def compiled(tile: Tile | TileBackward, arch: int, output: Path) -> None:
     """With nvcc if it is there, else with the newest NVRTC."""
     if compilers.nvcc():
         compilers.with_nvcc(tile, arch, output)

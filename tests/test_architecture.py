@@ -45,7 +45,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     ],
     "csrc/core/kernels.def": ["cuda/sdpa_rows.def"],
     "csrc/core/rope_rows.def": [],
-    "csrc/core/backward_rows.def": [],
+    "csrc/core/backward_rows.def": ["cuda/sdpa_rows.def"],
     "csrc/core/*": [
         *("wan_attn.h", "core/*.h", "core/kernels.def", "core/*_rows.def"),
         *C_LIBRARY,
@@ -70,6 +70,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
         *(
             "core/kernel.h",
             "core/rope.h",
+            "core/backward.h",
             "core/util.h",
             "core/platform.h",
             "core/atomic.h",
@@ -85,6 +86,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/cuda/args_rope.h": ["cuda/args.h"],
     "csrc/cuda/args_qk8.h": ["cuda/args.h"],
     "csrc/cuda/args_guard.h": ["cuda/args.h"],
+    "csrc/cuda/args_backward.h": ["cuda/args.h"],
     "csrc/cuda/sdpa_rows.def": [],
     "csrc/cuda/ptx/ptx*.cuh": ["cuda/ptx/*.cuh", "emu/*.h"],
     "csrc/cuda/ptx/*.cuh": [],

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils.checkpoint import checkpoint
 
 import wan_attn
 from calls import BF16, F32, operands
 from source_tree import ROOT
+from wan_attn import config
 from wan_attn.backends import native as backend
 from wan_attn.native import autograd, backward
 from wan_attn.request import Call, Request
@@ -111,6 +114,62 @@ def test_a_compiled_training_step(dtype: torch.dtype) -> None:
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     for a, b in zip(plain, gradients(compiled, *x), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", (None, BF16), ids=str)
+def test_a_compiled_step_computes_forward_once(dtype: torch.dtype | None) -> None:
+    """The traced op keeps out and lse: the graph of backward has the op of gradients alone, and
+    its result has eager mode's bits."""
+    graphs: list[set[str]] = []
+
+    def look(graph: Any, example: Any) -> Any:
+        graphs.append({str(n.target) for n in graph.graph.nodes if "wan_attn" in str(n.target)})
+        return make_boxed_func(graph.forward)
+
+    def loss(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if dtype is None:
+            return loss_of(query, key, value)
+        out: Tensor = wan_attn.flash_attention(query, key, value, dtype=dtype)
+        return out.float().square().sum()
+
+    x = operands(batch=2, seqlen_q=33)
+    compiled = torch.compile(
+        loss, fullgraph=True, backend=aot_autograd(fw_compiler=look, bw_compiler=look)
+    )
+    found = gradients(compiled, *x)
+    assert graphs == [{"wan_attn.attention.default"}, {"wan_attn.sdpa_backward.default"}]
+    assert all(map(torch.equal, found, gradients(loss, *x)))
+
+
+def test_a_traced_step_of_another_backend_computes_forward_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it leaves may differ from what our kernels would compute by the order of its sums."""
+    ran: list[bool] = []
+    real = autograd.remember
+
+    def remember(*call: Any) -> None:
+        ran.append(call[-1] is not None)
+        real(*call)
+
+    monkeypatch.setattr(autograd, "remember", remember)
+    arguments = (None, None, None, False, -1, -1, False, None, None)
+    for forced, kept in (("auto", True), ("sdpa", True), ("torch", False)):
+        monkeypatch.setenv("USE_ATTENTION_BACKEND", forced)
+        config.refresh()
+        x = [t.requires_grad_() for t in operands(seqlen_q=33)]
+        out, lse = torch.ops.wan_attn.attention(*x, *arguments)
+        assert ran.pop() is kept and not ran and lse.shape[0] == 0
+        out.square().sum().backward()
+    monkeypatch.delenv("USE_ATTENTION_BACKEND")
+    config.refresh()
+
+
+def test_opcheck_of_the_traced_op_with_more_than_a_few_rows() -> None:
+    x = [t.requires_grad_() for t in operands(batch=2, seqlen_q=33, head_dim=16)]
+    arguments = (None, None, None, True, -1, -1, False, None, None)
+    torch.library.opcheck(torch.ops.wan_attn.attention.default, (*x, *arguments))
 
 
 def test_autocast_leaves_gradients_in_the_leaves_dtype() -> None:

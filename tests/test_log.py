@@ -103,7 +103,9 @@ def test_training_is_said(lines: Any) -> None:
     for _ in range(2):
         sdpa(q.requires_grad_(), k, v)
     assert len(lines()) == 3
-    assert lines()[0].startswith("[Attention] Using wan_attn SDPA (sdpa_")
+    row = native.kernel_name(Request.from_tensors(q, k, v))
+    told = f"{row}; gradients: {native.gradient_name(Request.from_tensors(q, k, v))}"
+    assert lines()[0].startswith(f"[Attention] Using wan_attn SDPA ({told})")
     assert lines()[0].endswith("dropout=0 (training)")
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from cuda_mock import prove
+from cuda_mock.backward import BackwardGpu
 from cuda_mock.gpu import CARDS
-from cuda_mock.rope import RopeGpu
 from cuda_mock.user import (  # noqa: F401 - some are fixtures
+    BACKWARD_ROWS,
     BF16,
     CUDA,
     F16,
@@ -35,6 +36,7 @@ from wan_attn.cuda.rows import kernels_for
 from wan_attn.native import bindings, cuda_driver, kernels, library
 from wan_attn.request.blocks import DENSE
 from wan_attn.selfcheck import (
+    backward_calls,
     child,
     list_reference,
     proof,
@@ -58,6 +60,9 @@ FAULTS = {
     "sdpa_sm80_f16_d80": "launch timeout",
     "sdpa_sm80_bf16_d80": "hang",
     "sdpa_sm80_f16_d128": "context lost",
+    "sdpa_backward_sm80_dkdv_bf16_d64": "wrong numbers",
+    "sdpa_backward_sm80_dq_f16_d80": "illegal address",
+    "sdpa_backward_sm80_dq_bf16_d128": "other bits",
     "sdpa_sm80_d256": "absent",  # it takes longest, and has nothing to add
 }
 WORDS = {
@@ -66,6 +71,9 @@ WORDS = {
     "sdpa_sm80_d80/fp16": "CUDA_ERROR_LAUNCH_TIMEOUT",
     "sdpa_sm80_d80/bf16": "hung: no answer within",
     "sdpa_sm80_d128/fp16": "CUDA_ERROR_CONTEXT_IS_DESTROYED",
+    "sdpa_backward_sm80_d64/bf16": "ragged: grad_key[1, 17, 0, 5] is",
+    "sdpa_backward_sm80_d80/fp16": "CUDA_ERROR_ILLEGAL_ADDRESS (an illegal memory access was",
+    "sdpa_backward_sm80_d128/bf16": "ragged: the same call gave other bits the second time",
 }
 
 
@@ -77,15 +85,15 @@ def test_faults_end_a_child_and_not_the_users_process(
     # float16 of d64 is deadly: torch computes, and the call is right.
     assert not user_calls(machine, monkeypatch, 64, F16)
     verdict = verdicts.read(verdicts.key_of(0))  # type: ignore[arg-type]
-    tried = [*ROWS[:6], *LISTED_ROWS, *QK8_ROWS, *ROPE_ROWS]
+    tried = [*ROWS[:6], *LISTED_ROWS, *QK8_ROWS, *BACKWARD_ROWS, *ROPE_ROWS]
     assert verdict is not None and list(verdict.rows) == tried
     for name, row in verdict.rows.items():
         assert row.state == (FAILED if name in WORDS else PASSED), name
         assert WORDS.get(name, "") in row.said and row.at > 0
-    assert len(machine.children) == 5, "four rows each ended theirs"
+    assert len(machine.children) == 6, "five rows each ended theirs"
     text = said(spoken)
     assert "in a process of its own, once for this driver, torch and build: about 10 s" in text
-    assert "15 of 20 CUDA kernels are right on NVIDIA A100" in text
+    assert "18 of 26 CUDA kernels are right on NVIDIA A100" in text
     for name, words in WORDS.items():
         assert f"{name} is not used on NVIDIA A100-SXM4-80GB: " in text and words in text
     # The next start tries nothing again, and each row is used or left as the verdict says.
@@ -115,27 +123,32 @@ def test_every_tile_and_every_pass_that_a_card_can_run_is_tried(
     arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Machine
 ) -> None:
     """With rings that go round, and both blocks of a cluster at work: see test_first_call.py."""
-    gpu = RopeGpu(tmp_path, CARDS[arch])
+    gpu = BackwardGpu(tmp_path, CARDS[arch])
     monkeypatch.setattr(library, "load", lambda: gpu.lib)
     monkeypatch.setattr(library, "lib", lambda: gpu.lib)
     monkeypatch.setattr(proof_calls, "_known", unknown)
     monkeypatch.setattr(proof_calls.Known, "difference", lambda *_: None)
-    monkeypatch.setattr(proof_calls, "difference", lambda *_: None)
+    for calls in (proof_calls, backward_calls):
+        monkeypatch.setattr(calls, "difference", lambda *_: None)
     monkeypatch.setattr(list_reference, "wrong_certificate", lambda *_: None)
     card = prove.MockCard(0, gpu, {})
     monkeypatch.setattr(card, "_compute", lambda: None)
+    monkeypatch.setattr(card, "_compute_gradients", lambda *_: None)
     monkeypatch.setattr(torch, "equal", lambda *_: True)
     for row in card.rows():
         for dtype in row.dtypes:
             assert proof_calls.wrong(card, row, dtype) is None
+    for row in card.backward_rows():
+        for dtype in row.dtypes:
+            assert backward_calls.wrong(card, row, dtype) is None
     for row in card.rope_rows():
         for dtype in row.dtypes:
             assert rope_calls.wrong(card, row, dtype) is None
     tried = {name for name, _ in gpu.asked}
     missing = {kernel.key for kernel in kernels_for(arch)} - tried
     is_half_rate = "GeForce" in CARDS[arch].name
-    # Scales are for Turing and for sums in float16 alone.
-    allowed = {"wan_attn_measure", "wan_attn_find_scale"} if not is_half_rate else set()
+    # Such scales are for Turing and for sums in float16 alone.
+    allowed = {"wan_attn_find_scale"} if not is_half_rate else set()
     allowed |= {name for name in missing if "_pv16_" in name and not is_half_rate}
     if arch == 90:  # it refuses 8-bit scores
         allowed |= {f"wan_attn_{name}" for name in ("sum_keys", "mean_of_keys")}
@@ -145,9 +158,11 @@ def test_every_tile_and_every_pass_that_a_card_can_run_is_tried(
 
 def test_every_kind_of_call_is_tried() -> None:
     calls = proof_calls.CALLS
-    assert {call.mask for call in calls} == set(MASKS)
-    for kind in ("qk_is_f32", "is_unaligned", "lens_on_device", "pools_others"):
-        assert any(getattr(call, kind) for call in calls)
+    for each in (calls, backward_calls.CALLS):
+        assert {call.mask for call in each} == set(MASKS)
+        for kind in ("qk_is_f32", "is_unaligned", "lens_on_device"):
+            assert any(getattr(call, kind) for call in each)
+    assert any(call.pools_others for call in calls)
     assert any(call.seqlen_q <= 256 and call.seqlen_k > 4096 for call in calls), "split and merged"
     for call in calls:
         case = call.case(64)
@@ -174,6 +189,8 @@ def here(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(card, "rows", lambda: rows)
         if not any(name.startswith("rms_norm_rope") for name in faults):
             monkeypatch.setattr(card, "rope_rows", list)
+        if not any("backward" in name for name in faults):
+            monkeypatch.setattr(card, "backward_rows", list)
         code = proof_child.main(["0", digest], lambda index: card)
         return code, verdicts.read(key)
 
@@ -201,6 +218,25 @@ def test_a_rope_row_that_is_wrong_is_found(here: Any) -> None:
     failed = verdict.rows["rms_norm_rope_sm75/fp16"]
     assert failed.state == FAILED and "norm and rotation: out[1, 7, 0, 5] is" in failed.said
     assert verdict.names(FAILED) == ["rms_norm_rope_sm75/fp16"]
+
+
+def test_a_row_of_gradients_that_is_wrong_is_found(here: Any) -> None:
+    code, verdict = here(
+        {
+            "sdpa_backward_sm80_dkdv_f16_d64": "wrong numbers",
+            "sdpa_backward_sm80_dq_bf16_d80": "wrong numbers",
+            "sdpa_backward_sm80_dkdv_bf16_d128": "other bits",
+        }
+    )
+    words = {
+        "sdpa_backward_sm80_d64/fp16": "ragged: grad_key[1, 17, 0, 5] is",
+        "sdpa_backward_sm80_d80/bf16": "ragged: grad_query[1, 17, 1, 5] is",
+        "sdpa_backward_sm80_d128/bf16": "ragged: the same call gave other bits the second time",
+    }
+    assert code == 0 and verdict.names(FAILED) == [*words]
+    for name, text in words.items():
+        assert text in verdict.rows[name].said
+    assert {*BACKWARD_ROWS} < {*verdict.rows}
 
 
 def test_a_guard_that_says_nothing_is_found(here: Any) -> None:

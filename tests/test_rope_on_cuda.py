@@ -18,8 +18,8 @@ from torch import Tensor
 
 import rope_oracle
 from cuda_mock import prove
+from cuda_mock.backward import BackwardGpu
 from cuda_mock.gpu import CARDS
-from cuda_mock.rope import RopeGpu
 from emu.build import compiler
 from wan_attn import config, log
 from wan_attn.backends import native as backend
@@ -205,7 +205,7 @@ def test_the_op_has_it_for_cuda(native: str) -> None:
 def test_the_rows_pass_their_proof_on_the_emulated_gpu(
     arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: str
 ) -> None:
-    gpu = RopeGpu(tmp_path, CARDS[arch])
+    gpu = BackwardGpu(tmp_path, CARDS[arch])
     monkeypatch.setattr(library, "load", lambda: gpu.lib)
     monkeypatch.setattr(library, "lib", lambda: gpu.lib)
     card = prove.MockCard(0, gpu)
@@ -221,7 +221,7 @@ def test_the_rows_pass_their_proof_on_the_emulated_gpu(
 def test_integrations_ask_before_they_leave_the_models_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native: str
 ) -> None:
-    gpu = RopeGpu(tmp_path, CARDS[80])
+    gpu = BackwardGpu(tmp_path, CARDS[80])
     monkeypatch.setattr(library, "lib", lambda: gpu.lib)
     device = torch.device("cuda", 0)
     assert rope.why_not(device, dtype=torch.bfloat16) is None

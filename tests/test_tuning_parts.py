@@ -154,6 +154,7 @@ def test_calls_of_one_kind_and_of_others() -> None:
         Request.of(parse_shape("1x2000x4x128"), BF16, "cpu"),
         *(Request.of(parse_shape("1x2000x24x128"), BF16, "cpu", **flags) for flags in (
             {"is_causal": True}, {"window": (9, 9)}, {"has_k_lens": True}, {"return_lse": True},
+            {"needs_grad": True},
         )),
     ]  # fmt: skip
     texts = [kinds.kind_of(request).text for request in (base, *others)]

@@ -14,7 +14,8 @@ from wan_attn.__main__ import main
 from wan_attn.backends import REGISTRY
 from wan_attn.cli import why
 from wan_attn.doctor import rope as rope_facts
-from wan_attn.native import op, rope
+from wan_attn.native import backward, op, rope
+from wan_attn.native.kernels import backward_kernels
 from wan_attn.request import Request
 from wan_attn.selection.choose import order, select
 
@@ -28,6 +29,11 @@ def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
     assert main([*CALL, *argv, "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
+
+
+def printed(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    assert main([*CALL, *argv]) == 0
+    return capsys.readouterr().out
 
 
 def request(**changes: Any) -> Request:
@@ -104,6 +110,22 @@ def test_everything_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         assert rows[kernel.name] == (
             None if said is None else said.removeprefix(f"{kernel.name}: ")
         )
+
+
+def test_the_rows_of_gradients_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "gradients" not in printed(capsys, [])
+    found = answer(capsys, "--grad")
+    wants = request(needs_grad=True)
+    if found["backend"] != "sdpa":
+        assert found["gradient"] is None
+        return
+    assert found["gradient"] == backward.chosen(wants)
+    told = {row["name"]: row["reason"] for row in found["gradient_kernels"]}
+    assert list(told) == [kernel.name for kernel in backward_kernels()]
+    assert told[found["gradient"]] is None
+    text = printed(capsys, ["--grad"])
+    assert f", gradients by {found['gradient']}" in text and "kernels of gradients" in text
+    assert "sdpa_backward_sm80_d64" not in text, "those of other devices are counted"
 
 
 def test_a_forced_backend_is_named(

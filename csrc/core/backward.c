@@ -11,10 +11,11 @@
 
 #define DT(dtype) (1u << WAN_ATTN_##dtype)
 
-/* First reading of the list: declare the rows. */
+/* First reading of the list: declare the rows of the CPU. */
+#define BACKWARD_ROW(...)
 #define BACKWARD(row, ...)                                                                         \
-    void wan_attn_##row##_plan(wan_attn_backward_problem *);                                       \
-    void wan_attn_##row(const wan_attn_backward_problem *);
+    const char *wan_attn_##row##_plan(wan_attn_backward_problem *);                                \
+    wan_attn_status wan_attn_##row(const wan_attn_backward_problem *, wan_attn_error *);
 #define BACKWARD_ELSEWHERE(...)
 
 /* Rows of another architecture are in the table, so that it reads the same everywhere; what they
@@ -25,11 +26,27 @@
 #define BACKWARD_X86(...) BACKWARD_ELSEWHERE(__VA_ARGS__)
 #endif
 #include "core/backward_rows.def"
+#undef BACKWARD_ROW
 #undef BACKWARD
 #undef BACKWARD_ELSEWHERE
 
-/* Second reading: the table. */
+/* Second reading: the table. A CUDA row is data for cuda/host; its family stands for five
+ * arguments, hence the detour. */
 /* NOLINTBEGIN(bugprone-macro-parentheses): each argument is a whole initialiser */
+#define BACKWARD_ROW(...) CUDA_ROW(__VA_ARGS__)
+#define CUDA_ROW(row, min_arch, max_arch, lossy, lists, text, dtype_bits, size)                    \
+    {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
+              .device_type = WAN_ATTN_CUDA,                                                        \
+              .name = #row,                                                                        \
+              .description = text,                                                                 \
+              .dtypes = dtype_bits,                                                                \
+              .head_dim_min = size,                                                                \
+              .head_dim_max = size,                                                                \
+              .head_dim_multiple = 1,                                                              \
+              .arch_min = min_arch,                                                                \
+              .arch_max = max_arch},                                                               \
+     .plan = wan_attn_cuda_plan_backward,                                                          \
+     .run = wan_attn_cuda_run_backward},
 #define CPU_ROW(row, dtype_bits, needs, text, ...)                                                 \
     {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
               .device_type = WAN_ATTN_CPU,                                                         \
@@ -58,36 +75,62 @@ wan_attn_status wan_attn_backward_kernel_at(int32_t row, wan_attn_kernel_info *i
     return wan_attn_describe_row(row >= 0 && row < ROW_COUNT ? &ROWS[row].info : NULL, info);
 }
 
-/* Whether this row takes the call, which has its plan then; else why not. */
-static int takes(wan_attn_backward_problem *p, int32_t row, char *reason, size_t size) {
+/* TAKES, and the call has the row and its plan; or why the row cannot take it is in reason. */
+static wan_attn_fit ask(wan_attn_backward_problem *p, int32_t row, char *reason, size_t size) {
     const wan_attn_kernel_info *info = &ROWS[row].info;
     wan_attn_problem *call = &p->call;
-    if (call->device_type != WAN_ATTN_CPU)
-        snprintf(reason, size, "runs on cpu, the call is on %s",
-                 wan_attn_device_word((int32_t)call->device_type));
-    else if (!(info->dtypes & 1u << call->dtype))
-        snprintf(reason, size, "does not take %s", wan_attn_dtype_name(call->dtype));
-    else if (call->head_dim < info->head_dim_min || call->head_dim > info->head_dim_max)
-        snprintf(reason, size, "takes head_dim %d to %d, got %lld", (int)info->head_dim_min,
-                 (int)info->head_dim_max, (long long)call->head_dim);
-    else if (wan_attn_lacks_features(info->cpu_features, call->params->cpu_features, reason, size))
-        return 0;
-    else {
-        call->kernel = row;
-        call->kernel_name = info->name;
-        call->workspace_size = 0;
-        ROWS[row].plan(p);
-        return 1;
+    wan_attn_fit found = wan_attn_kind_of(info, call);
+    if (found != WAN_ATTN_TAKES) {
+        wan_attn_tell_kind(found, info, call, reason, size);
+        return found;
     }
+    if (wan_attn_lacks_features(info->cpu_features, call->params->cpu_features, reason, size))
+        return WAN_ATTN_CANNOT;
+    if (info->device_type == WAN_ATTN_CUDA &&
+        wan_attn_refused_by_arch(info, call->arch, call->params->q.device_index, reason, size))
+        return WAN_ATTN_CANNOT;
+    call->kernel = row;
+    call->kernel_name = info->name;
+    call->workspace_size = 0;
+    const char *why = ROWS[row].plan(p);
+    if (why)
+        snprintf(reason, size, "%s", why);
+    return why ? WAN_ATTN_CANNOT : WAN_ATTN_TAKES;
+}
+
+/* Whether a row for calls of the same device and dtype takes this head_dim and no other. */
+static int is_a_head_dim(const wan_attn_problem *call, int32_t head_dim) {
+    for (int32_t row = 0; row < ROW_COUNT; row++)
+        if (ROWS[row].info.device_type == (int32_t)call->device_type &&
+            ROWS[row].info.dtypes & 1u << call->dtype && ROWS[row].info.head_dim_min == head_dim &&
+            ROWS[row].info.head_dim_max == head_dim)
+            return 1;
     return 0;
 }
 
-/* UNSUPPORTED, with the reason of every row. */
-static wan_attn_status no_row(wan_attn_backward_problem *p, wan_attn_error *err) {
+/* UNSUPPORTED, with the reasons of the rows that fit best. CUDA rows have one head_dim each: those
+ * are told together. */
+static wan_attn_status no_row(wan_attn_backward_problem *p, wan_attn_fit best,
+                              wan_attn_error *err) {
     char reasons[900] = "", reason[200];
     size_t used = 0;
+    int is_cuda = p->call.device_type == WAN_ATTN_CUDA;
+    if (is_cuda && best == WAN_ATTN_OTHER_DTYPE)
+        return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
+                             "no kernel computes this call's gradients: none for cuda takes %s",
+                             wan_attn_dtype_name(p->call.dtype));
+    for (int32_t size = 1; is_cuda && best == WAN_ATTN_OTHER_HEAD_DIM && size <= 256; size++)
+        if (is_a_head_dim(&p->call, size)) {
+            snprintf(reason, sizeof(reason), "%d", (int)size);
+            wan_attn_append(reasons, sizeof(reasons), &used, used ? ", %s" : "%s", reason);
+        }
+    if (used)
+        return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
+                             "no kernel computes this call's gradients: those for cuda take "
+                             "head_dim %s, got %lld",
+                             reasons, (long long)p->call.head_dim);
     for (int32_t row = 0; row < ROW_COUNT; row++) {
-        if (takes(p, row, reason, sizeof(reason)))
+        if (ask(p, row, reason, sizeof(reason)) != best)
             continue;
         wan_attn_append(reasons, sizeof(reasons), &used, used ? "; %s" : "%s", ROWS[row].info.name);
         wan_attn_append(reasons, sizeof(reasons), &used, ": %s", reason);
@@ -96,21 +139,40 @@ static wan_attn_status no_row(wan_attn_backward_problem *p, wan_attn_error *err)
                          reasons);
 }
 
+static wan_attn_status force(wan_attn_backward_problem *p, int32_t row, wan_attn_error *err) {
+    char reason[200];
+    if (row < 0 || row >= ROW_COUNT)
+        return wan_attn_no_such_row(row, ROW_COUNT, err);
+    if (wan_attn_kind_of(&ROWS[row].info, &p->call) == WAN_ATTN_TAKES) {
+        wan_attn_status status = wan_attn_find_arch(&p->call, ROWS[row].info.name, err);
+        if (status != WAN_ATTN_OK)
+            return status;
+    }
+    return ask(p, row, reason, sizeof(reason)) == WAN_ATTN_TAKES
+               ? WAN_ATTN_OK
+               : wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", ROWS[row].info.name, reason);
+}
+
 /* The forced row if it can, else the first that can. */
 static wan_attn_status choose(wan_attn_backward_problem *p, wan_attn_error *err) {
     char reason[200];
-    int32_t forced = p->params->kernel;
-    if (forced != -1 && (forced < 0 || forced >= ROW_COUNT))
-        return wan_attn_no_such_row(forced, ROW_COUNT, err);
-    if (forced != -1)
-        return takes(p, forced, reason, sizeof(reason))
-                   ? WAN_ATTN_OK
-                   : wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", ROWS[forced].info.name,
-                                   reason);
-    for (int32_t row = 0; row < ROW_COUNT; row++)
-        if (takes(p, row, reason, sizeof(reason)))
+    wan_attn_fit best = WAN_ATTN_OTHER_DEVICE;
+    if (p->params->kernel != -1)
+        return force(p, p->params->kernel, err);
+    for (int32_t row = 0; row < ROW_COUNT; row++) {
+        wan_attn_fit found = wan_attn_kind_of(&ROWS[row].info, &p->call);
+        if (found == WAN_ATTN_TAKES) {
+            wan_attn_status status =
+                wan_attn_find_arch(&p->call, "no kernel computes this call's gradients", err);
+            if (status != WAN_ATTN_OK)
+                return status;
+            found = ask(p, row, reason, sizeof(reason));
+        }
+        if (found == WAN_ATTN_TAKES)
             return WAN_ATTN_OK;
-    return no_row(p, err);
+        best = found > best ? found : best;
+    }
+    return no_row(p, best, err);
 }
 
 wan_attn_status wan_attn_backward_select(const wan_attn_backward_params *params, int32_t *row,
@@ -140,7 +202,5 @@ wan_attn_status wan_attn_backward(const wan_attn_backward_params *params, int32_
         return status;
     if (row)
         *row = problem.call.kernel;
-    if (problem.call.batch)
-        ROWS[problem.call.kernel].run(&problem);
-    return wan_attn_ok(err);
+    return problem.call.batch ? ROWS[problem.call.kernel].run(&problem, err) : wan_attn_ok(err);
 }

@@ -21,11 +21,17 @@ typedef struct wan_attn_backward_problem {
 /* One row of the table. */
 typedef struct wan_attn_backward_kernel {
     wan_attn_kernel_info info;
-    /* Fills the call's plan and workspace_size, from its sizes and threads alone. */
-    void (*plan)(wan_attn_backward_problem *problem);
+    /* NULL, and the call's plan and workspace_size are filled; or why this row cannot take a call
+     * that fits `info`. Reads nothing that a tensor points to; results may be absent. */
+    const char *(*plan)(wan_attn_backward_problem *problem);
     /* Runs a problem that `plan` has filled; batch is at least 1, either length may be 0. */
-    void (*run)(const wan_attn_backward_problem *problem);
+    wan_attn_status (*run)(const wan_attn_backward_problem *problem, wan_attn_error *err);
 } wan_attn_backward_kernel;
+
+/* cuda/host/backward.c: the two functions of each CUDA row. */
+const char *wan_attn_cuda_plan_backward(wan_attn_backward_problem *problem);
+wan_attn_status wan_attn_cuda_run_backward(const wan_attn_backward_problem *problem,
+                                           wan_attn_error *err);
 
 /* backward_check.c: params -> problem, or INVALID_ARGUMENT. The first reads nothing that a tensor
  * points to, and takes absent results; the second reads lengths that lie on the CPU, wants all

@@ -51,7 +51,6 @@
               .arch_max = max_arch,                                                                \
               .is_lossy = lossy,                                                                   \
               .takes_block_lists = lists},                                                         \
-     .is_for_lists = lists,                                                                        \
      .plan = wan_attn_cuda_plan_call,                                                              \
      .run = wan_attn_cuda_run_call},
 #define CPU_ROW(row, dtype_bits, needs, lossy, text, ...)                                          \
@@ -84,93 +83,24 @@ wan_attn_status wan_attn_kernel_at(int32_t row, wan_attn_kernel_info *info) {
     return wan_attn_describe_row(row >= 0 && row < KERNEL_COUNT ? &KERNELS[row].info : NULL, info);
 }
 
-/* Whether a CUDA row was not made for the call's GPU; then reason says so. */
-static int refused_by_arch(const wan_attn_kernel_info *info, const wan_attn_problem *p,
-                           char *reason, size_t size) {
-    int32_t arch = p->arch, index = p->params->q.device_index;
-    if (arch >= info->arch_min && arch <= info->arch_max)
-        return 0;
-    if (info->arch_max == WAN_ATTN_NEWEST_ARCH)
-        snprintf(reason, size, "needs compute capability %d.%d or newer, cuda:%d has %d.%d",
-                 info->arch_min / 10, info->arch_min % 10, (int)index, arch / 10, arch % 10);
-    else if (info->arch_min == info->arch_max)
-        snprintf(reason, size, "needs compute capability %d.%d, cuda:%d has %d.%d",
-                 info->arch_min / 10, info->arch_min % 10, (int)index, arch / 10, arch % 10);
-    else
-        snprintf(reason, size, "needs compute capability %d.%d to %d.%d, cuda:%d has %d.%d",
-                 info->arch_min / 10, info->arch_min % 10, info->arch_max / 10, info->arch_max % 10,
-                 (int)index, arch / 10, arch % 10);
-    return 1;
-}
-
-/* How well a row fits a call; the further to the right, the better. */
-typedef enum fit { OTHER_DEVICE, OTHER_LISTS, OTHER_DTYPE, OTHER_HEAD_DIM, CANNOT, TAKES } fit;
-
-/* Whether the call may leave blocks of keys out. */
-static int leaves_out(const wan_attn_problem *p) {
-    return p->has_lists || p->skip_threshold > 0.0f;
-}
-
-/* Whether the row is for such calls at all. No words yet: most rows are not, in every call. */
-static fit kind_of(const wan_attn_kernel *kernel, const wan_attn_problem *p) {
-    const wan_attn_kernel_info *info = &kernel->info;
-    if ((int32_t)p->device_type != info->device_type)
-        return OTHER_DEVICE;
-    if (leaves_out(p) ? !info->takes_block_lists : kernel->is_for_lists)
-        return OTHER_LISTS;
-    if (!(info->dtypes & 1u << p->dtype))
-        return OTHER_DTYPE;
-    if (p->head_dim < info->head_dim_min || p->head_dim > info->head_dim_max)
-        return OTHER_HEAD_DIM;
-    return TAKES;
-}
-
-static void tell_kind(fit found, const wan_attn_kernel_info *info, const wan_attn_problem *p,
-                      char *reason, size_t size) {
-    if (found == OTHER_DEVICE)
-        snprintf(reason, size, "runs on %s, the call is on %s",
-                 wan_attn_device_word(info->device_type),
-                 wan_attn_device_word((int32_t)p->device_type));
-    else if (found == OTHER_DTYPE)
-        snprintf(reason, size, "does not take %s", wan_attn_dtype_name(p->dtype));
-    else if (found == OTHER_LISTS)
-        snprintf(reason, size, "%s",
-                 info->takes_block_lists ? "is for block lists or a skip_threshold alone"
-                                         : "takes neither block lists nor a skip_threshold");
-    else if (info->head_dim_min == info->head_dim_max)
-        snprintf(reason, size, "takes head_dim %d, got %lld", (int)info->head_dim_min,
-                 (long long)p->head_dim);
-    else
-        snprintf(reason, size, "takes head_dim %d to %d, got %lld", (int)info->head_dim_min,
-                 (int)info->head_dim_max, (long long)p->head_dim);
-}
-
-/* A call on a GPU needs to know which it is, once. `what`: the words before the reason. */
-static wan_attn_status find_arch(wan_attn_problem *p, const char *what, wan_attn_error *err) {
-    wan_attn_error why = {WAN_ATTN_OK, ""};
-    if (p->device_type != WAN_ATTN_CUDA || p->arch)
-        return WAN_ATTN_OK;
-    wan_attn_status status = wan_attn_cuda_find_arch(p->params->q.device_index, &p->arch, &why);
-    return status == WAN_ATTN_OK ? status : wan_attn_fail(err, status, "%s: %s", what, why.message);
-}
-
 /* TAKES, and the row and its plan are in p; or why the row cannot take the call is in reason. */
-static fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
+static wan_attn_fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
     /* NOLINTNEXTLINE(clang-analyzer-security.ArrayBound): callers have checked the row */
     const wan_attn_kernel *kernel = &KERNELS[row];
     const wan_attn_kernel_info *info = &kernel->info;
-    fit found = kind_of(kernel, p);
-    if (found != TAKES) {
-        tell_kind(found, info, p, reason, size);
+    wan_attn_fit found = wan_attn_kind_of(info, p);
+    if (found != WAN_ATTN_TAKES) {
+        wan_attn_tell_kind(found, info, p, reason, size);
         return found;
     }
     if (wan_attn_lacks_features(info->cpu_features, p->params->cpu_features, reason, size))
-        return CANNOT;
-    if (info->device_type == WAN_ATTN_CUDA && refused_by_arch(info, p, reason, size))
-        return CANNOT;
+        return WAN_ATTN_CANNOT;
+    if (info->device_type == WAN_ATTN_CUDA &&
+        wan_attn_refused_by_arch(info, p->arch, p->params->q.device_index, reason, size))
+        return WAN_ATTN_CANNOT;
     if ((p->pools_others || p->skip_threshold > 0.0f) && info->is_lossy) {
         snprintf(reason, size, "takes block lists, but neither pools_others nor a skip_threshold");
-        return CANNOT;
+        return WAN_ATTN_CANNOT;
     }
     p->kernel = row;
     p->kernel_name = info->name;
@@ -178,19 +108,19 @@ static fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t size) {
     const char *why = kernel->plan ? kernel->plan(p) : NULL;
     if (why)
         snprintf(reason, size, "%s", why);
-    return why ? CANNOT : TAKES;
+    return why ? WAN_ATTN_CANNOT : WAN_ATTN_TAKES;
 }
 
 static int is_row(int32_t row) { return row >= 0 && row < KERNEL_COUNT; }
 
 static wan_attn_status take(wan_attn_problem *p, int32_t row, wan_attn_error *err) {
     char reason[200];
-    if (kind_of(&KERNELS[row], p) == TAKES) {
-        wan_attn_status status = find_arch(p, KERNELS[row].info.name, err);
+    if (wan_attn_kind_of(&KERNELS[row].info, p) == WAN_ATTN_TAKES) {
+        wan_attn_status status = wan_attn_find_arch(p, KERNELS[row].info.name, err);
         if (status != WAN_ATTN_OK)
             return status;
     }
-    if (ask(row, p, reason, sizeof(reason)) != TAKES)
+    if (ask(row, p, reason, sizeof(reason)) != WAN_ATTN_TAKES)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED, "%s: %s", KERNELS[row].info.name, reason);
     return wan_attn_ok(err);
 }
@@ -198,7 +128,8 @@ static wan_attn_status take(wan_attn_problem *p, int32_t row, wan_attn_error *er
 /* Whether an earlier row, which lacks nothing but the call's head_dim either, takes this one's. */
 static int head_dim_was_before(int32_t row, const wan_attn_problem *p) {
     for (int32_t r = 0; r < row; r++)
-        if (kind_of(&KERNELS[r], p) == OTHER_HEAD_DIM && !KERNELS[r].info.is_lossy &&
+        if (wan_attn_kind_of(&KERNELS[r].info, p) == WAN_ATTN_OTHER_HEAD_DIM &&
+            !KERNELS[r].info.is_lossy &&
             KERNELS[r].info.head_dim_max == KERNELS[row].info.head_dim_max)
             return 1;
     return 0;
@@ -206,11 +137,12 @@ static int head_dim_was_before(int32_t row, const wan_attn_problem *p) {
 
 /* UNSUPPORTED, where all rows of the device are for calls of another kind. CUDA rows have one
  * head_dim each: a line for every row would be a page. */
-static wan_attn_status no_cuda_row_of_the_kind(wan_attn_problem *p, fit best, wan_attn_error *err) {
+static wan_attn_status no_cuda_row_of_the_kind(wan_attn_problem *p, wan_attn_fit best,
+                                               wan_attn_error *err) {
     char sizes[100] = "", size[16], reason[200];
-    const char *those = leaves_out(p) ? "cuda with block lists" : "cuda";
+    const char *those = wan_attn_leaves_out(p) ? "cuda with block lists" : "cuda";
     size_t used = 0;
-    if (best == OTHER_DTYPE)
+    if (best == WAN_ATTN_OTHER_DTYPE)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
                              "no kernel takes this call: none for %s takes %s", those,
                              wan_attn_dtype_name(p->dtype));
@@ -232,16 +164,18 @@ static int is_asked(const wan_attn_kernel_info *info, const wan_attn_problem *p)
 
 /* UNSUPPORTED, with the reasons of the rows that fit best: a user of one card is not told of
  * the rows for other dtypes. Neighbours with the same reason share it: "a, b: reason; c: other". */
-static wan_attn_status no_row(wan_attn_problem *p, fit best, wan_attn_error *err) {
+static wan_attn_status no_row(wan_attn_problem *p, wan_attn_fit best, wan_attn_error *err) {
     char reasons[900] = "", reason[200], before[200] = "";
     size_t used = 0;
-    if (p->params->precision == WAN_ATTN_QK8 && best != CANNOT && best != OTHER_LISTS)
+    if (p->params->precision == WAN_ATTN_QK8 && best != WAN_ATTN_CANNOT &&
+        best != WAN_ATTN_OTHER_LISTS)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
                              "no kernel takes this call: none for %s computes 8-bit scores of "
                              "%s with head_dim %lld",
                              wan_attn_device_word((int32_t)p->device_type),
                              wan_attn_dtype_name(p->dtype), (long long)p->head_dim);
-    if (p->device_type == WAN_ATTN_CUDA && (best == OTHER_DTYPE || best == OTHER_HEAD_DIM))
+    if (p->device_type == WAN_ATTN_CUDA &&
+        (best == WAN_ATTN_OTHER_DTYPE || best == WAN_ATTN_OTHER_HEAD_DIM))
         return no_cuda_row_of_the_kind(p, best, err);
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
         if (!is_asked(&KERNELS[r].info, p) || ask(r, p, reason, sizeof(reason)) != best)
@@ -265,18 +199,18 @@ wan_attn_status wan_attn_choose(wan_attn_problem *p, wan_attn_error *err) {
         return is_row(forced) ? take(p, forced, err)
                               : wan_attn_no_such_row(forced, KERNEL_COUNT, err);
     char reason[200];
-    fit best = OTHER_DEVICE;
+    wan_attn_fit best = WAN_ATTN_OTHER_DEVICE;
     for (int32_t r = 0; r < KERNEL_COUNT; r++) {
         if (!is_asked(&KERNELS[r].info, p))
             continue;
-        fit found = kind_of(&KERNELS[r], p);
-        if (found == TAKES) {
-            wan_attn_status status = find_arch(p, "no kernel takes this call", err);
+        wan_attn_fit found = wan_attn_kind_of(&KERNELS[r].info, p);
+        if (found == WAN_ATTN_TAKES) {
+            wan_attn_status status = wan_attn_find_arch(p, "no kernel takes this call", err);
             if (status != WAN_ATTN_OK)
                 return status;
             found = ask(r, p, reason, sizeof(reason));
         }
-        if (found == TAKES)
+        if (found == WAN_ATTN_TAKES)
             return WAN_ATTN_OK;
         best = found > best ? found : best;
     }

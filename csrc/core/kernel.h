@@ -70,7 +70,6 @@ typedef struct wan_attn_problem {
 /* One row of the kernel table. */
 typedef struct wan_attn_kernel {
     wan_attn_kernel_info info;
-    int is_for_lists; /* takes_block_lists, and no call without lists or a skip_threshold */
     /* NULL, and the problem's plan and workspace_size are filled; or a reason why this row cannot
      * take a call that fits `info`. The whole field may be NULL: the row takes every such call, and
      * needs neither. */

@@ -77,10 +77,9 @@ static int takes(wan_attn_rope_problem *p, int32_t row, int32_t arch, char *reas
                  wan_attn_device_word((int32_t)p->device_type));
     else if (wan_attn_lacks_features(info->cpu_features, p->params->cpu_features, reason, size))
         return 0;
-    else if (arch < info->arch_min)
-        snprintf(reason, size, "needs compute capability %d.%d or newer, cuda:%d has %d.%d",
-                 (int)info->arch_min / 10, (int)info->arch_min % 10, (int)p->params->x.device_index,
-                 (int)arch / 10, (int)arch % 10);
+    else if (info->device_type == WAN_ATTN_CUDA &&
+             wan_attn_refused_by_arch(info, arch, p->params->x.device_index, reason, size))
+        return 0;
     else {
         const char *why = ROWS[row].refuse ? ROWS[row].refuse(p) : NULL;
         snprintf(reason, size, "%s", why ? why : "");

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "core/cpuid.h"
+#include "core/util.h"
 
 wan_attn_status wan_attn_describe_row(const wan_attn_kernel_info *row, wan_attn_kernel_info *info) {
     if (!row || !info || info->struct_size < sizeof(uint32_t))
@@ -30,6 +31,66 @@ int wan_attn_lacks_features(uint32_t needs, uint32_t allowed, char *reason, size
         snprintf(reason, size, "needs %s, which this CPU %s", wan_attn_cpu_feature_words(missing),
                  missing & ~detected ? "does not have" : "has but the caller has masked");
     return missing != 0;
+}
+
+wan_attn_fit wan_attn_kind_of(const wan_attn_kernel_info *row, const wan_attn_problem *p) {
+    if ((int32_t)p->device_type != row->device_type)
+        return WAN_ATTN_OTHER_DEVICE;
+    /* On a GPU a row that takes lists is for nothing else. */
+    int is_for_lists = row->takes_block_lists && row->device_type == WAN_ATTN_CUDA;
+    if (wan_attn_leaves_out(p) ? !row->takes_block_lists : is_for_lists)
+        return WAN_ATTN_OTHER_LISTS;
+    if (!(row->dtypes & 1u << p->dtype))
+        return WAN_ATTN_OTHER_DTYPE;
+    if (p->head_dim < row->head_dim_min || p->head_dim > row->head_dim_max)
+        return WAN_ATTN_OTHER_HEAD_DIM;
+    return WAN_ATTN_TAKES;
+}
+
+void wan_attn_tell_kind(wan_attn_fit found, const wan_attn_kernel_info *row,
+                        const wan_attn_problem *p, char *reason, size_t size) {
+    if (found == WAN_ATTN_OTHER_DEVICE)
+        snprintf(reason, size, "runs on %s, the call is on %s",
+                 wan_attn_device_word(row->device_type),
+                 wan_attn_device_word((int32_t)p->device_type));
+    else if (found == WAN_ATTN_OTHER_DTYPE)
+        snprintf(reason, size, "does not take %s", wan_attn_dtype_name(p->dtype));
+    else if (found == WAN_ATTN_OTHER_LISTS)
+        snprintf(reason, size, "%s",
+                 row->takes_block_lists ? "is for block lists or a skip_threshold alone"
+                                        : "takes neither block lists nor a skip_threshold");
+    else if (row->head_dim_min == row->head_dim_max)
+        snprintf(reason, size, "takes head_dim %d, got %lld", (int)row->head_dim_min,
+                 (long long)p->head_dim);
+    else
+        snprintf(reason, size, "takes head_dim %d to %d, got %lld", (int)row->head_dim_min,
+                 (int)row->head_dim_max, (long long)p->head_dim);
+}
+
+wan_attn_status wan_attn_find_arch(wan_attn_problem *p, const char *what, wan_attn_error *err) {
+    wan_attn_error why = {WAN_ATTN_OK, ""};
+    if (p->device_type != WAN_ATTN_CUDA || p->arch)
+        return WAN_ATTN_OK;
+    wan_attn_status status = wan_attn_cuda_find_arch(p->params->q.device_index, &p->arch, &why);
+    return status == WAN_ATTN_OK ? status : wan_attn_fail(err, status, "%s: %s", what, why.message);
+}
+
+int wan_attn_refused_by_arch(const wan_attn_kernel_info *row, int32_t arch, int32_t device_index,
+                             char *reason, size_t size) {
+    int index = (int)device_index;
+    if (arch >= row->arch_min && arch <= row->arch_max)
+        return 0;
+    if (row->arch_max == WAN_ATTN_NEWEST_ARCH)
+        snprintf(reason, size, "needs compute capability %d.%d or newer, cuda:%d has %d.%d",
+                 row->arch_min / 10, row->arch_min % 10, index, arch / 10, arch % 10);
+    else if (row->arch_min == row->arch_max)
+        snprintf(reason, size, "needs compute capability %d.%d, cuda:%d has %d.%d",
+                 row->arch_min / 10, row->arch_min % 10, index, arch / 10, arch % 10);
+    else
+        snprintf(reason, size, "needs compute capability %d.%d to %d.%d, cuda:%d has %d.%d",
+                 row->arch_min / 10, row->arch_min % 10, row->arch_max / 10, row->arch_max % 10,
+                 index, arch / 10, arch % 10);
+    return 1;
 }
 
 wan_attn_status wan_attn_no_such_row(int32_t row, int32_t count, wan_attn_error *err) {

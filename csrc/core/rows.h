@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  * rows.h - what the tables of rows (dispatch.c, backward.c, rope.c) have in common: how a row is
- * described to a caller, and the words for why one cannot run. Knows no op and no kernel.
+ * described to a caller, and the words for why one cannot run. Knows no kernel.
  */
 #ifndef WAN_ATTN_CORE_ROWS_H
 #define WAN_ATTN_CORE_ROWS_H
@@ -16,6 +16,35 @@ const char *wan_attn_device_word(int32_t device_type);
 /* Whether features that a row needs are not there, or not among `allowed` (0: all are); then reason
  * says so. */
 int wan_attn_lacks_features(uint32_t needs, uint32_t allowed, char *reason, size_t size);
+
+/* How well a row fits a call; the further down, the better. */
+typedef enum wan_attn_fit {
+    WAN_ATTN_OTHER_DEVICE,
+    WAN_ATTN_OTHER_LISTS,
+    WAN_ATTN_OTHER_DTYPE,
+    WAN_ATTN_OTHER_HEAD_DIM,
+    WAN_ATTN_CANNOT,
+    WAN_ATTN_TAKES
+} wan_attn_fit;
+
+/* Whether the call may leave blocks of keys out. */
+static inline int wan_attn_leaves_out(const wan_attn_problem *problem) {
+    return problem->has_lists || problem->skip_threshold > 0.0f;
+}
+
+/* Whether a row of attention or its gradient is for such calls at all. No words yet: most rows are
+ * not, in every call. */
+wan_attn_fit wan_attn_kind_of(const wan_attn_kernel_info *row, const wan_attn_problem *problem);
+/* The words, where it is not. */
+void wan_attn_tell_kind(wan_attn_fit found, const wan_attn_kernel_info *row,
+                        const wan_attn_problem *problem, char *reason, size_t size);
+
+/* A call on a GPU needs to know which it is, once. `what`: the words before the reason. */
+wan_attn_status wan_attn_find_arch(wan_attn_problem *problem, const char *what,
+                                   wan_attn_error *err);
+/* Whether a CUDA row was not made for this GPU; then reason says so. */
+int wan_attn_refused_by_arch(const wan_attn_kernel_info *row, int32_t arch, int32_t device_index,
+                             char *reason, size_t size);
 
 /* A forced row that is none. */
 wan_attn_status wan_attn_no_such_row(int32_t row, int32_t count, wan_attn_error *err);

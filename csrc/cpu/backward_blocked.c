@@ -90,11 +90,12 @@ static wan_attn_backward_plan make_plan(const wan_attn_problem *call,
 _Static_assert(sizeof(wan_attn_backward_plan) <= sizeof(wan_attn_row_plan),
                "a problem carries the plan");
 
-void wan_attn_backward_blocked_plan(wan_attn_backward_problem *p,
-                                    const wan_attn_backward_blocking *blocking) {
+const char *wan_attn_backward_blocked_plan(wan_attn_backward_problem *p,
+                                           const wan_attn_backward_blocking *blocking) {
     wan_attn_backward_plan plan = make_plan(&p->call, blocking);
     memcpy(&p->call.plan, &plan, sizeof(plan));
     p->call.workspace_size = plan.workspace_bytes;
+    return NULL;
 }
 
 wan_attn_backward_pair wan_attn_backward_pair_at(const wan_attn_backward_step *step, int64_t slot) {
@@ -211,7 +212,8 @@ static void run_strip(wan_attn_backward_step *step) {
                        step);
 }
 
-void wan_attn_backward_blocked_run(const wan_attn_backward_problem *p) {
+wan_attn_status wan_attn_backward_blocked_run(const wan_attn_backward_problem *p,
+                                              wan_attn_error *err) {
     wan_attn_backward_step step = {.p = p, .call = &p->call};
     const wan_attn_problem *call = &p->call;
     memcpy(&step.plan, &call->plan, sizeof(step.plan));
@@ -228,4 +230,5 @@ void wan_attn_backward_blocked_run(const wan_attn_backward_problem *p) {
                 run_strip(&step);
         wan_attn_run_tasks(call->params, panels, store_keys, &step);
     }
+    return wan_attn_ok(err);
 }

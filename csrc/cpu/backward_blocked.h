@@ -87,9 +87,10 @@ typedef struct wan_attn_backward_rows {
     int64_t first, count;
 } wan_attn_backward_rows;
 
-void wan_attn_backward_blocked_plan(wan_attn_backward_problem *p,
-                                    const wan_attn_backward_blocking *blocking);
-void wan_attn_backward_blocked_run(const wan_attn_backward_problem *p);
+const char *wan_attn_backward_blocked_plan(wan_attn_backward_problem *p,
+                                           const wan_attn_backward_blocking *blocking);
+wan_attn_status wan_attn_backward_blocked_run(const wan_attn_backward_problem *p,
+                                              wan_attn_error *err);
 
 wan_attn_backward_pair wan_attn_backward_pair_at(const wan_attn_backward_step *step, int64_t slot);
 wan_attn_backward_keys wan_attn_backward_keys_at(const wan_attn_backward_step *step, int64_t slot,

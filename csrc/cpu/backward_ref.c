@@ -231,9 +231,13 @@ static void find_dk_and_dv(int64_t task, int64_t worker, void *ctx) {
 }
 
 /* Needs nothing but the stack. */
-void wan_attn_sdpa_backward_ref_plan(wan_attn_backward_problem *p) { (void)p; }
+const char *wan_attn_sdpa_backward_ref_plan(wan_attn_backward_problem *p) {
+    (void)p;
+    return NULL;
+}
 
-void wan_attn_sdpa_backward_ref(const wan_attn_backward_problem *p) {
+wan_attn_status wan_attn_sdpa_backward_ref(const wan_attn_backward_problem *p,
+                                           wan_attn_error *err) {
     const wan_attn_problem *call = &p->call;
     wan_attn_run_tasks(call->params,
                        call->batch * call->num_heads_q * wan_attn_divide_up(call->seqlen_q, BLOCK),
@@ -241,4 +245,5 @@ void wan_attn_sdpa_backward_ref(const wan_attn_backward_problem *p) {
     wan_attn_run_tasks(call->params,
                        call->batch * call->num_heads_k * wan_attn_divide_up(call->seqlen_k, BLOCK),
                        find_dk_and_dv, (void *)p);
+    return wan_attn_ok(err);
 }

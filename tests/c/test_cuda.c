@@ -62,6 +62,42 @@ static wan_attn_tensor tensor(uint64_t *random, int32_t dtype, int32_t device, i
     return t;
 }
 
+/* The same tensor, dense, somewhere else. */
+static wan_attn_tensor dense(wan_attn_tensor like, uintptr_t at) {
+    like.data = (void *)at;
+    like.stride[2] = like.shape[3];
+    like.stride[1] = like.shape[2] * like.stride[2];
+    like.stride[0] = like.shape[1] * like.stride[1];
+    return like;
+}
+
+/* The gradients of a call that has run. */
+static int run_gradients(uint64_t *random, wan_attn_params *p, wan_attn_error *err) {
+    wan_attn_backward_params a = {.struct_size = sizeof(a), .kernel = -1, .forward = p};
+    size_t size = 0;
+    wan_attn_tensor lse = {(void *)(uintptr_t)0x790000000000,
+                           WAN_ATTN_F32,
+                           WAN_ATTN_CUDA,
+                           p->q.device_index,
+                           3,
+                           {p->q.shape[0], p->q.shape[2], p->q.shape[1]},
+                           {p->q.shape[1] * p->q.shape[2], p->q.shape[1], 1}};
+    p->lse = lse;
+    a.dout = dense(p->out, 0x780000000000);
+    if (pick(random, 2))
+        a.dout = p->q; /* any strides */
+    if (pick(random, 2))
+        a.dlse = lse, a.dlse.data = (void *)(uintptr_t)0x770000000000;
+    a.dq = dense(p->q, 0x7c0000000000);
+    a.dk = dense(p->k, 0x7b0000000000);
+    a.dv = dense(p->v, 0x7a0000000000);
+    wan_attn_status status = wan_attn_backward_select(&a, NULL, &size, err);
+    if (status != WAN_ATTN_OK)
+        return (int)status;
+    p->workspace_size = size;
+    return (int)wan_attn_backward(&a, NULL, err);
+}
+
 static int run_one(uint64_t *random, wan_attn_error *err) {
     static const int64_t HEAD_DIMS[] = {64, 80, 96, 128, 256, 72};
     static const int64_t LENGTHS[] = {0, 1, 63, 64, 257, 4096, 4097, 75600};
@@ -96,7 +132,8 @@ static int run_one(uint64_t *random, wan_attn_error *err) {
         return (int)status;
     p.workspace = (void *)(uintptr_t)0x7d0000000000;
     p.workspace_size = call.workspace_size;
-    return (int)(pick(random, 2) ? wan_attn_run(&p, &call, err) : wan_attn_forward(&p, err));
+    status = pick(random, 2) ? wan_attn_run(&p, &call, err) : wan_attn_forward(&p, err);
+    return status == WAN_ATTN_OK && pick(random, 2) ? run_gradients(random, &p, err) : (int)status;
 }
 
 static void *run_many(void *seed) {

@@ -24,9 +24,9 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from cuda_mock.backward import BackwardGpu
 from cuda_mock.gpu import CARDS
 from cuda_mock.prove import MockCard
-from cuda_mock.rope import RopeGpu
 from wan_attn.bench import facts, peers
 from wan_attn.check import worker
 from wan_attn.check.target import HALF, Sizes, Target, every_block
@@ -53,7 +53,7 @@ class MockTarget(Target):
 
     card: MockCard
 
-    def __init__(self, gpu: RopeGpu, faults: dict[str, str] | None) -> None:
+    def __init__(self, gpu: BackwardGpu, faults: dict[str, str] | None) -> None:
         card = MockCard(0, gpu, faults)
         super().__init__(card, card.where, EMULATED if faults is None else SIZES)
         # Emulation takes its time; a kernel that hangs should not cost minutes.
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     arch, faults, *words = argv
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        gpu = RopeGpu(Path(folder), CARDS[int(arch)])
+        gpu = BackwardGpu(Path(folder), CARDS[int(arch)])
         library.load = library.lib = lambda: gpu.lib
         cuda_driver._path = None  # this library has its driver, and every row counts as proven
         return worker.main(words, lambda device: MockTarget(gpu, json.loads(faults)))

@@ -26,13 +26,13 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from cuda_mock.backward import BackwardGpu
 from cuda_mock.gpu import CARDS, LAUNCH
-from cuda_mock.rope import RopeGpu
 from wan_attn.native import bindings, cuda_driver, library
 from wan_attn.native.kernels import KernelInfo
 from wan_attn.request import Blocks
 from wan_attn.request.blocks import DENSE
-from wan_attn.selfcheck import proof_child
+from wan_attn.selfcheck import backward_calls, proof_child
 from wan_attn.selfcheck.proof_calls import CALLS, Answer, Operands
 from wan_attn.selfcheck.reference import MASKS, Case
 
@@ -40,12 +40,15 @@ from wan_attn.selfcheck.reference import MASKS, Case
 DRIVER_ERRORS = {"illegal address": 700, "launch timeout": 702, "context lost": 709}
 OUT_OF_MEMORY = 2
 ON_DEVICE = {(call.seqlen_q, call.seqlen_k) for call in CALLS if call.lens_on_device}
+GRADIENTS_ON_DEVICE = {
+    (call.seqlen_q, call.seqlen_k) for call in backward_calls.CALLS if call.lens_on_device
+}
 
 
 class MockCard(proof_child.TableCard):
     """The mock GPU as a proof sees it. Operands lie in ordinary memory."""
 
-    def __init__(self, index: int, gpu: RopeGpu, faults: dict[str, str] | None = None) -> None:
+    def __init__(self, index: int, gpu: BackwardGpu, faults: dict[str, str] | None = None) -> None:
         super().__init__(index)
         self.gpu, self.faults = gpu, faults
         self.skipped = ["CUDA graphs: the mock GPU has none"]
@@ -59,6 +62,10 @@ class MockCard(proof_child.TableCard):
     def rows(self) -> list[KernelInfo]:
         absent = [name for name, fault in (self.faults or {}).items() if fault == "absent"]
         return [row for row in super().rows() if row.name not in absent]
+
+    def backward_rows(self) -> list[KernelInfo]:
+        absent = [name for name, fault in (self.faults or {}).items() if fault == "absent"]
+        return [row for row in super().backward_rows() if row.name not in absent]
 
     def rope_rows(self) -> list[KernelInfo]:
         absent = [name for name, fault in (self.faults or {}).items() if fault == "absent"]
@@ -118,6 +125,24 @@ class MockCard(proof_child.TableCard):
             **blocks._asdict(),
         )
 
+    def gradients(
+        self, row: KernelInfo, inputs: backward_calls.Inputs, case: Case
+    ) -> backward_calls.Gradients:
+        is_causal, window = MASKS[case.mask]
+        self._calls += 1
+        self._now = {"gradients": inputs, "is_causal": is_causal, "window": window}
+        dq, dk, dv = self.gpu.backward(
+            *(inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value),
+            *(inputs.out, inputs.lse),
+            q_lens=inputs.q_lens,
+            k_lens=inputs.k_lens,
+            lens_on_device=(case.seqlen_q, case.seqlen_k) in GRADIENTS_ON_DEVICE,
+            is_causal=is_causal,
+            window=window,
+            kernel=row.index,
+        )
+        return dq, dk, dv
+
     def rope(self, row: KernelInfo, given: Mapping[str, Any]) -> Tensor:
         self._now = {"rope": given}
         on_device = given.get("seqlen_offset", 0) > 0  # as in rope_calls.CALLS
@@ -135,7 +160,11 @@ class MockCard(proof_child.TableCard):
         if name == "wan_attn_watch" and fault != "wrong numbers":
             self._watch()
         if name.startswith("sdpa_") and not self._error:
-            self._compute()
+            of_gradients = ("dq",) if "_dq_" in name else ("dk", "dv")
+            if "backward" in name:
+                self._compute_gradients(of_gradients)
+            else:
+                self._compute()
             if fault == "hang":
                 time.sleep(600)
             if fault == "crash":
@@ -146,8 +175,16 @@ class MockCard(proof_child.TableCard):
             assert self.gpu.call is not None
             outputs = self.gpu.call.outputs
             if fault == "wrong numbers":
-                _spoil(outputs["out"])
-            if fault == "other bits":
+                if "backward" in name:
+                    grad = outputs[of_gradients[0]]
+                    grad[1, 17, -1, 5] += grad.abs().max()  # beyond any bound, however small it is
+                else:
+                    _spoil(outputs["out"])
+            if fault == "other bits" and "backward" in name:
+                bits = outputs[of_gradients[0]]
+                bits = bits.view(torch.int16 if bits.element_size() == 2 else torch.int32)
+                bits[0, 0, 0, 0] ^= self._calls % 2
+            elif fault == "other bits":
                 outputs["lse"][0, 0, 0] *= 1 + 1e-6 * (self._calls % 2)
         return self._error
 
@@ -183,6 +220,22 @@ class MockCard(proof_child.TableCard):
         self.gpu.call.outputs["out"].copy_(out)
         self.gpu.call.outputs["lse"].copy_(lse)
 
+    def _compute_gradients(self, names: tuple[str, ...]) -> None:
+        assert self.gpu.call is not None
+        inputs: backward_calls.Inputs = self._now["gradients"]
+        window_left, window_right = self._now["window"]
+        *operands, q_lens, k_lens = inputs.tensors
+        found = torch.ops.wan_attn.sdpa_backward(
+            *(x if x is None else x.float() for x in operands),
+            *(q_lens, k_lens),
+            is_causal=self._now["is_causal"],
+            window_left=window_left,
+            window_right=window_right,
+        )
+        for name, grad in zip(("dq", "dk", "dv"), found, strict=True):
+            if name in names:
+                self.gpu.call.outputs[name].copy_(grad)
+
 
 def _spoil(out: Tensor) -> None:
     """One element, a quarter too large; nothing in a call with fewer rows."""
@@ -194,7 +247,7 @@ def main(argv: Sequence[str]) -> int:
     arch, faults, *words = argv
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        gpu = RopeGpu(Path(folder), CARDS[int(arch)])
+        gpu = BackwardGpu(Path(folder), CARDS[int(arch)])
         library.load = library.lib = lambda: gpu.lib
         cuda_driver._path = None  # this library has its driver, and every row counts as proven
         return proof_child.main(words, lambda index: MockCard(index, gpu, json.loads(faults)))

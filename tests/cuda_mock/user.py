@@ -18,8 +18,8 @@ from torch import Tensor
 
 import wan_attn
 from cuda_mock import prove
+from cuda_mock.backward import BackwardGpu
 from cuda_mock.gpu import CARDS, IMAGE
-from cuda_mock.rope import RopeGpu
 from tolerances import assert_close_to_oracle
 from wan_attn import config
 from wan_attn.backends import native
@@ -36,6 +36,9 @@ CUDA = torch.device("cuda", 0)
 ROWS = [f"sdpa_sm80_d{d}/{dtype}" for d in (64, 80, 128, 256) for dtype in ("fp16", "bf16")]
 LISTED_ROWS = [f"sdpa_sm80_listed_d{d}/{dtype}" for d in (64, 128) for dtype in ("fp16", "bf16")]
 QK8_ROWS = [f"sdpa_sm80_qk8_d{d}/{dtype}" for d in (64, 128) for dtype in ("fp16", "bf16")]
+BACKWARD_ROWS = [
+    f"sdpa_backward_sm80_d{d}/{dtype}" for d in (64, 80, 128) for dtype in ("fp16", "bf16")
+]
 ROPE_ROWS = [
     f"rms_norm_rope_{row}/{dtype}"
     for row in ("sm75", "any_sm75")
@@ -46,7 +49,7 @@ ROPE_ROWS = [
 class Machine:
     """A user's process on a machine with this card, and what its proofs will find."""
 
-    def __init__(self, gpu: RopeGpu, monkeypatch: pytest.MonkeyPatch, arch: int = 80) -> None:
+    def __init__(self, gpu: BackwardGpu, monkeypatch: pytest.MonkeyPatch, arch: int = 80) -> None:
         self.gpu, self.arch = gpu, arch
         self.faults: dict[str, str] = {}
         self.children: list[list[str]] = []
@@ -86,7 +89,7 @@ class Machine:
 def machine_fixture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default_settings: None
 ) -> Iterator[Machine]:
-    gpu = RopeGpu(tmp_path, CARDS[80])
+    gpu = BackwardGpu(tmp_path, CARDS[80])
     monkeypatch.setattr(library, "load", lambda: gpu.lib)
     monkeypatch.setattr(library, "lib", lambda: gpu.lib)
     monkeypatch.setattr(cuda_driver, "_path", gpu.driver._name)

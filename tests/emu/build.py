@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from emu.rows import CSRC, Helper, RopeKernel, Tile, TileSm90, emulated_arch
+from emu.rows import CSRC, Helper, RopeKernel, Tile, TileBackward, TileSm90, emulated_arch
 
 HERE = Path(__file__).resolve().parent
 BUILT = HERE.parents[1] / "build" / "emu"
@@ -85,7 +85,7 @@ def _machine() -> tuple[str, ...]:
 
 
 def definitions(
-    kernel: Tile | TileSm90 | Helper | RopeKernel, arch: int | None = None
+    kernel: Tile | TileBackward | TileSm90 | Helper | RopeKernel, arch: int | None = None
 ) -> dict[str, str]:
     """The macros that make one kernel of kernel.cpp."""
     return {
@@ -101,7 +101,7 @@ def definitions(
 
 @cache
 def library(
-    tile: Tile | Helper | RopeKernel, csrc: Path = CSRC, arch: int | None = None
+    tile: Tile | TileBackward | Helper | RopeKernel, csrc: Path = CSRC, arch: int | None = None
 ) -> ctypes.CDLL:
     """The emulated kernel. `csrc`: other sources than the repository's (planted bugs)."""
     defines = [f"-D{name}={value}" for name, value in definitions(tile, arch).items()]

@@ -8,10 +8,10 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from emu.rows import CSRC, Helper, Job, RopeKernel, Tile, TileSm90
+from emu.rows import CSRC, Helper, Job, RopeKernel, Tile, TileBackward, TileSm90
 from wan_attn.cuda import nvrtc
 
-Kernel = Tile | Helper | TileSm90 | RopeKernel
+Kernel = Tile | Helper | TileBackward | TileSm90 | RopeKernel
 
 
 class CompileError(Exception):
@@ -39,8 +39,9 @@ def with_nvcc(tile: Kernel, arch: int, output: Path) -> str:
     return _nvcc(CSRC / tile.source, output, "-cubin", *strict, *options, "-x", "cu")
 
 
-def to_ptx(source: Path, arch: int | str, output: Path) -> None:
-    _nvcc(source, output, "-ptx", f"-arch=sm_{arch}", "-std=c++17")
+def to_ptx(source: Path, arch: int | str, output: Path, *defines: str) -> None:
+    more = ("-ptx", f"-arch=sm_{arch}", "-std=c++17", *defines, "-x", "cu")
+    _nvcc(source, output, *more)
 
 
 @cache

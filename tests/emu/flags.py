@@ -11,17 +11,20 @@ from wan_attn.cuda.rows import (
     Helper,
     RopeKernel,
     Tile,
+    TileBackward,
     TileSm90,
     helpers,
     rope_kernels,
     tiles,
+    tiles_backward,
     tiles_sm90,
 )
 
 if __name__ == "__main__":
-    kernels: list[Tile | TileSm90 | Helper | RopeKernel] = [
+    kernels: list[Tile | TileBackward | TileSm90 | Helper | RopeKernel] = [
         *tiles(),
         *tiles_sm90(),
+        *tiles_backward(),
         *helpers().values(),
         *rope_kernels().values(),
     ]

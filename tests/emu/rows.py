@@ -9,6 +9,7 @@ from wan_attn.cuda.rows import (
     Job,
     RopeKernel,
     Tile,
+    TileBackward,
     TileListed,
     TileQk8,
     TileSm90,
@@ -17,6 +18,8 @@ from wan_attn.cuda.rows import (
     helpers,
     rope_kernels,
     tiles,
+    tiles_backward,
+    tiles_backward_for,
     tiles_for,
     tiles_listed,
     tiles_listed_for,
@@ -31,6 +34,7 @@ __all__ = [
     "Job",
     "RopeKernel",
     "Tile",
+    "TileBackward",
     "TileListed",
     "TileQk8",
     "TileSm90",
@@ -40,6 +44,8 @@ __all__ = [
     "helpers",
     "rope_kernels",
     "tiles",
+    "tiles_backward",
+    "tiles_backward_for",
     "tiles_for",
     "tiles_listed",
     "tiles_listed_for",
@@ -51,8 +57,8 @@ __all__ = [
 CSRC = sources.root()
 
 
-def emulated_arch(kernel: Tile | Helper | TileSm90 | RopeKernel) -> int:
+def emulated_arch(kernel: Tile | Helper | TileBackward | TileSm90 | RopeKernel) -> int:
     """Whose instructions the emulator offers; all from sm_80 on are alike to most kernels."""
     if isinstance(kernel, TileSm90):
         return 90
-    return 75 if isinstance(kernel, Tile) and kernel.gpu_class == "TURING" else 80
+    return 75 if getattr(kernel, "gpu_class", "") == "TURING" else 80

@@ -13,11 +13,20 @@ from torch import Tensor
 from wan_attn import config
 from wan_attn.backends import torch_sdpa
 from wan_attn.backends._errors import is_device_error
-from wan_attn.native import backward, bindings, cuda_driver, kernels, op, rope_on_cuda, shim
+from wan_attn.native import (
+    autograd,
+    backward,
+    bindings,
+    cuda_driver,
+    kernels,
+    op,
+    rope_on_cuda,
+    shim,
+)
 from wan_attn.native.library import EXACT, QK8
-from wan_attn.request import Blocks, Call, Request
+from wan_attn.request import Blocks, Call, Request, wants_grad
 from wan_attn.request.blocks import DENSE
-from wan_attn.selfcheck import first_call, proof, rope_calls
+from wan_attn.selfcheck import backward_calls, first_call, proof, rope_calls
 from wan_attn.transient import is_interruption, is_out_of_memory
 
 NAME = "sdpa"
@@ -44,8 +53,6 @@ def why_not(request: Request, precision: int = EXACT) -> str | None:
     """
     if request.needs_grad and precision != EXACT:
         return "a gradient is wanted"
-    if request.needs_grad and request.device.type != "cpu":
-        return "gradients on the CPU only, and one is wanted"
     if request.dropout_p > 0:
         return "has no dropout"
     if op.binding() == "torch":
@@ -62,10 +69,17 @@ def why_not(request: Request, precision: int = EXACT) -> str | None:
 
 def _why_no_gradient(request: Request) -> str | None:
     """Why it is better left to another backend; None: a row computes it fast."""
-    row = backward.chosen(request)
+    row, reasons = backward.select(request)
     if row is None:
-        return backward.why_not(request)
+        return reasons
     return "its gradients are portable C on this CPU" if row == backward.PORTABLE else None
+
+
+def gradient_name(request: Request) -> str:
+    """The row that computes gradients of this call; "torch": PyTorch's operators do."""
+    if request.device.type == "cpu" and request.seqlen_q <= autograd.FEW_ROWS:
+        return "torch"
+    return backward.chosen(request) or "torch"
 
 
 def kernel_name(request: Request, precision: int = EXACT) -> str | None:
@@ -120,6 +134,8 @@ def run(
         is_lossy = lossy.get("precision", EXACT) != EXACT
         has_lists = lossy.get("block_counts") is not None or lossy.get("skip_threshold", 0.0) > 0.0
         _require_self_check(query.device, value.dtype, query.shape[3], is_lossy, has_lists)
+        if wants_grad(query, key, value) and backward.takes(query, key, value):
+            _require_gradient_check(query.device, value.dtype, query.shape[3])
     left, right = call.window
     out, lse = _call(
         query,
@@ -160,6 +176,25 @@ def _require_self_check(
     )
     if wrong is not None:
         raise RuntimeError(f"wan_attn: the kernel for this call is wrong on {device}: {wrong}")
+
+
+def _require_gradient_check(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """The same of the kernel of gradients, before forward leaves anything to it."""
+    wrong = first_call.settled(
+        (device, dtype, head_dim, "gradients"),
+        lambda: backward_calls.first_wrong(_gradients, device, dtype, head_dim),
+        backward.last_kernel,
+        _is_final,
+    )
+    if wrong is not None:
+        raise RuntimeError(f"wan_attn: the kernel of gradients is wrong on {device}: {wrong}")
+
+
+def _gradients(inputs: backward_calls.Inputs, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A call of selfcheck/backward_calls.py."""
+    op = torch.ops.wan_attn.sdpa_backward
+    query, key, value = op(*inputs.tensors, is_causal=is_causal)
+    return query, key, value
 
 
 def _is_final(error: RuntimeError) -> bool:

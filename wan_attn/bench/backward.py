@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wan_attn.backends import native
 from wan_attn.bench import facts, progress
 from wan_attn.bench.kernels import operands
 from wan_attn.bench.report import Column, Report
@@ -52,11 +53,13 @@ class Options:
     seconds: float = 60.0
     rounds: int | None = None
     cpu_time: bool = False
+    device: torch.device = torch.device("cpu")
 
 
 def run(options: Options, bar: progress.Progress | None = None) -> Report:
-    """Measures every shape and dtype on the CPU."""
-    began, device = time.perf_counter(), torch.device("cpu")
+    """Measures every shape and dtype."""
+    began, device = time.perf_counter(), options.device
+    native.prove(device)
     report = Report("backward", f"Gradients of attention on {facts.device_name(device)}", COLUMNS)
     report.environment = facts.environment(device)
     before = facts.state(device)
@@ -91,20 +94,24 @@ def _measure(
     clock: Clock,
     seconds: float,
 ) -> None:
-    query, key, value = operands(shape, dtype, None, torch.device("cpu"))
-    out, lse = torch.ops.wan_attn.sdpa(query, key, value, return_lse=True)
-    grad = torch.randn_like(out)
-    request = Request.of(shape, dtype, "cpu", needs_grad=True)
+    query, key, value = operands(shape, dtype, None, options.device)
+    grad = torch.randn_like(query)
+    request = Request.of(shape, dtype, options.device, needs_grad=True)
     calls: dict[str, Callable[[], object]] = {TORCH: _by_torch(query, key, value, grad)}
-    for row in backward_kernels():
-        if row.name != backward.PORTABLE and backward.why_not(request, row.index) is None:
-            calls[row.name] = partial(
-                torch.ops.wan_attn.sdpa_backward,
-                *(grad, None, query, key, value, out, lse),
-                kernel=row.index,
-            )
-    found = interleave(calls, clock, seconds=seconds, rounds=options.rounds)
     where = f"{'x'.join(map(str, query.shape))} {dtype_name(dtype)}"
+    why_not = native.why_not(request)
+    if why_not is None:
+        out, lse = torch.ops.wan_attn.sdpa(query, key, value, return_lse=True)
+        for row in backward_kernels():
+            if row.name != backward.PORTABLE and backward.why_not(request, row.index) is None:
+                calls[row.name] = partial(
+                    torch.ops.wan_attn.sdpa_backward,
+                    *(grad, None, query, key, value, out, lse),
+                    kernel=row.index,
+                )
+    else:
+        report.skipped.append((where, native.TITLE, why_not))
+    found = interleave(calls, clock, seconds=seconds, rounds=options.rounds)
     report.skipped += [(where, name, reason) for name, reason in found.skipped.items()]
     medians = {name: pct(times, 50) for name, times in found.times.items()}
     for name, times in found.times.items():

@@ -109,13 +109,10 @@ def _add_backward(parser: argparse.ArgumentParser) -> None:
 
 
 def _backward(args: argparse.Namespace) -> int:
-    args.device = args.device or "cpu"
-    if bench_options.device(args).type != "cpu":
-        raise BadOption("--device must be cpu: our kernels compute gradients there alone")
     args.shape = args.shape or list(BACKWARD_SHAPES)
     found = _kernels_options(args)
     options = backward.Options(
-        found.shapes, found.dtypes, found.seconds, found.rounds, found.cpu_time
+        found.shapes, found.dtypes, found.seconds, found.rounds, found.cpu_time, found.device
     )
     return _finish(args, backward.run(options))
 
@@ -384,7 +381,7 @@ def _save(args: argparse.Namespace, result: report.Report, stem: Path) -> None:
 Adder = Callable[[argparse.ArgumentParser], None]
 ACTIONS: dict[str, tuple[Adder, Callable[[argparse.Namespace], int], str]] = {
     "kernels": (_add_kernels, _kernels, "our kernels beside every other that is installed"),
-    "backward": (_add_backward, _backward, "gradients by our kernels on the CPU, and by torch's"),
+    "backward": (_add_backward, _backward, "gradients by our kernels, and by torch's"),
     "step": (_add_step, _step, "one denoising step of a stack of Wan blocks, per backend"),
     "rope": (bench_rope.add, _rope, "RMS norm and RoPE of one query, on every route"),
     "sparse": (bench_sparse.add, _sparse, "blocks of keys left out: density, error and time"),

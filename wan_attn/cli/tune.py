@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="bf16", metavar="DTYPES", help="bf16, fp16, fp32; several with commas"
     )
+    parser.add_argument(
+        "--grad", action="store_true", help="the calls of training: forward and its gradients"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     # What bench_options.device() reads beside --device.
@@ -64,7 +67,9 @@ def main(args: argparse.Namespace) -> int:
         return refuse("tune", error)
     if settings.tune == "off":
         return refuse("tune", "WAN_ATTN_TUNE=off: nothing would obey what was measured")
-    todo = [way for dtype in dtypes for way in ahead.ways(calls, dtype, device, settings)]
+    todo = [
+        way for dtype in dtypes for way in ahead.ways(calls, dtype, device, settings, args.grad)
+    ]
     bar = progress.make(len(todo))
     outcomes = []
     try:

@@ -31,6 +31,7 @@ from wan_attn.cuda.tiles import (
     tiles_qk8,
     tiles_sm90,
 )
+from wan_attn.cuda.tiles_backward import TileBackward, backward_rows, tiles_backward
 
 __all__ = [
     "SHIPPED",
@@ -42,9 +43,11 @@ __all__ = [
     "Row",
     "RowError",
     "Tile",
+    "TileBackward",
     "TileListed",
     "TileQk8",
     "TileSm90",
+    "backward_rows",
     "class_of",
     "gpus",
     "half_rate",
@@ -56,6 +59,8 @@ __all__ = [
     "table_rows",
     "tegra",
     "tiles",
+    "tiles_backward",
+    "tiles_backward_for",
     "tiles_for",
     "tiles_listed",
     "tiles_listed_for",
@@ -166,11 +171,18 @@ def tiles_listed_for(arch: int) -> tuple[TileListed, ...]:
     return tuple(tile for tile in tiles_listed() if tile.gpu_class == gpu_class)
 
 
+def tiles_backward_for(arch: int) -> tuple[TileBackward, ...]:
+    """Those of gradients."""
+    gpu_class = class_of(arch)
+    return tuple(tile for tile in tiles_backward() if tile.gpu_class == gpu_class)
+
+
 def kernels_for(arch: int) -> tuple[Kernel, ...]:
-    """All that `arch` runs: attention, the passes before and after, norm and rotation."""
+    """All that `arch` runs: attention and its gradient, the passes before and after, norm and
+    rotation."""
     sm90 = (t for t in tiles_sm90() if t.one_arch == arch)
     exact: tuple[Kernel, ...] = (*sm90, *tiles_for(arch), *tiles_listed_for(arch))
-    tiles = (*exact, *tiles_qk8_for(arch))
+    tiles = (*exact, *tiles_qk8_for(arch), *tiles_backward_for(arch))
     return (*tiles, *helpers().values(), *rope_kernels().values())
 
 

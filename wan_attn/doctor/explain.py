@@ -12,7 +12,8 @@ from wan_attn.config import Settings
 from wan_attn.console import heading, pairs, table, without_name, wrap
 from wan_attn.doctor import memory, precision, proofs, rope, sparse
 from wan_attn.log import dtype_name
-from wan_attn.native import op
+from wan_attn.native import backward, op
+from wan_attn.native.kernels import backward_kernels
 from wan_attn.request import Request
 from wan_attn.selection.choose import Choice, order, select, why_not
 from wan_attn.selfcheck import proof
@@ -27,9 +28,11 @@ LISTS = "; takes block lists"
 def explain(request: Request, call: Workload, settings: Settings) -> dict[str, Any]:
     """The choice, and every backend's and kernel row's own answer, as plain values."""
     error, backend, kernel, variant, measured, needs = None, None, None, None, "", None
+    gradient = None
     try:
         choice = select(request, settings)
         backend, kernel, variant = choice.backend, choice.kernel_name, choice.variant or None
+        gradient = choice.gradient_name
         measured = _measured(choice, call, settings)
         needs = memory.facts(request, choice.backend, choice.variant)
     except RuntimeError as problem:  # nothing takes it, or WAN_ATTN_STRICT=1 and the named does not
@@ -67,6 +70,7 @@ def explain(request: Request, call: Workload, settings: Settings) -> dict[str, A
         "backend": backend,
         "kernel": kernel,
         "variant": variant,
+        "gradient": gradient,
         "measured": measured,
         "memory": needs,
         "rope": rope.facts(str(request.device), settings),
@@ -75,8 +79,22 @@ def explain(request: Request, call: Workload, settings: Settings) -> dict[str, A
         "error": error,
         "backends": backends,
         "kernels": kernels,
+        "gradient_kernels": _of_gradients(request, unused) if request.needs_grad else [],
         "no_kernels": "" if kernels else op.binding_reason(),
     }
+
+
+def _of_gradients(request: Request, unused: str) -> list[dict[str, Any]]:
+    """The rows that compute gradients, as those of attention are told."""
+    return [
+        {
+            "index": k.index,
+            "name": k.name,
+            "description": k.description,
+            "reason": unused or without_name(backward.why_not(request, k.index), k.name),
+        }
+        for k in backward_kernels()
+    ]
 
 
 def _measured(choice: Choice, call: Workload, settings: Settings) -> str:
@@ -86,6 +104,7 @@ def _measured(choice: Choice, call: Workload, settings: Settings) -> str:
     if settings.forced_backend is not None:
         return f"nothing counts: {settings.forced_by}"
     entry, repeat = choice.entry, f"{words.REPEAT} --shape {call.shape}"
+    repeat += " --grad" * choice.request.needs_grad
     if entry is not None and choice.is_measured:
         told = f"{words.figures(entry)}: {choice.candidate.title}. {words.age(entry)}, on"
         return f"{told} {entry.slice}; to repeat: {repeat}"
@@ -93,6 +112,8 @@ def _measured(choice: Choice, call: Workload, settings: Settings) -> str:
         return f"not decided: there was no time within a call; to decide: {repeat}"
     if reason := why_never(choice.request):
         return f"nothing: {reason}"
+    if choice.request.needs_grad:
+        return f"nothing: a call that wants a gradient is measured ahead of time: {repeat}"
     if choice.turn is None:
         return "nothing: there is nothing to choose from"
     needed = choice.turn.needed
@@ -164,27 +185,37 @@ def render(answer: dict[str, Any]) -> str:
         for b in answer["backends"]
     ]
     text += f"\n{heading('backends', 'in the order in which they are asked')}\n{table(states)}"
-    rows3 = [
-        (
-            k["name"],
-            _state(k["reason"], k["name"] == answer["kernel"]),
-            k["reason"] or k["description"],
-        )
-        for k in answer["kernels"]
-        if not (k["reason"] or "").startswith("runs on ")
-    ]
+    rows3 = _told(answer["kernels"], answer["kernel"])
     text += f"\n{heading('kernels of sdpa', 'best first')}\n"
     if not rows3:
         return text + wrap(f"none: {answer['no_kernels']}")
-    others = len(answer["kernels"]) - len(rows3)
-    return text + table(rows3) + (f"\n  and {others} for other devices" if others else "")
+    text += _table_and_others(rows3, answer["kernels"])
+    if not answer["gradient_kernels"]:
+        return text
+    rows4 = _told(answer["gradient_kernels"], answer["gradient"])
+    text += f"\n{heading('kernels of gradients', 'best first')}\n"
+    return text + _table_and_others(rows4, answer["gradient_kernels"])
+
+
+def _told(kernels: list[dict[str, Any]], chosen: str | None) -> list[tuple[str, str, str]]:
+    return [
+        (k["name"], _state(k["reason"], k["name"] == chosen), k["reason"] or k["description"])
+        for k in kernels
+        if not (k["reason"] or "").startswith("runs on ")
+    ]
+
+
+def _table_and_others(told: list[tuple[str, str, str]], kernels: list[dict[str, Any]]) -> str:
+    others = len(kernels) - len(told)
+    return table(told) + (f"\n  and {others} for other devices" if others else "")
 
 
 def _choice(answer: dict[str, Any]) -> str:
     if answer["backend"] is None:
         return f"none. {answer['error']}"
     kernel = answer["kernel"] or answer["variant"]
-    return f"{answer['backend']}, kernel {kernel}" if kernel else str(answer["backend"])
+    told = f"{answer['backend']}, kernel {kernel}" if kernel else str(answer["backend"])
+    return f"{told}, gradients by {answer['gradient']}" if answer["gradient"] else told
 
 
 def _state(reason: str | None, chosen: bool, asked: bool = True) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""backward.py - the op sdpa_backward: gradients of attention by the CPU's kernels.
+"""backward.py - the op sdpa_backward: gradients of attention by our kernels.
 
 The contract is wan_attn_backward's in csrc/wan_attn.h. Both bindings call it through ctypes: beside
 what it computes, some 30 us are little. Who calls it: autograd.py.
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_attn.native import bindings, library
+from wan_attn import config
+from wan_attn.native import bindings, cuda_driver, library
 from wan_attn.native.kernels import backward_kernels, call_params
 from wan_attn.request import Request, gate, refuse
 
@@ -38,20 +39,85 @@ def last_kernel() -> str | None:
     return None if row < 0 else backward_kernels()[row].name
 
 
+def _ask(request: Request, row: int) -> tuple[int, str]:
+    """A status, and the row's name or why none takes the call."""
+    error, found = library.Error(), ctypes.c_int32(-1)
+    params = _params(call_params(request), row)
+    with cuda_driver.question():
+        status = library.lib().wan_attn_backward_select(params, found, None, error)
+    return status, backward_kernels()[found.value].name if status == library.OK else error.text()
+
+
+def select(request: Request) -> tuple[str | None, str]:
+    """The row that computes gradients of such a call and "", or None and every row's reason.
+
+    Raises:
+        RuntimeError: the device is in trouble: another backend would fail there, or hide it.
+    """
+    if library.load() is None:
+        return None, library.load_error() or ""
+    status, words = _ask(request, -1)
+    if status == library.DEVICE_ERROR:
+        raise RuntimeError(f"wan_attn: {words}")
+    return (words, "") if status == library.OK else (None, words)
+
+
 def why_not(request: Request, row: int = -1) -> str | None:
     """Why no kernel (or not this row) computes gradients of such a call; None: one does."""
     if library.load() is None:
         return library.load_error()
-    error = library.Error()
-    params = _params(call_params(request), row)
-    status = library.lib().wan_attn_backward_select(params, None, None, error)
-    return None if status == library.OK else error.text()
+    status, words = _ask(request, row)
+    return None if status == library.OK else words
 
 
 def chosen(request: Request) -> str | None:
     """The name of the row that computes gradients of such a call; None: none does."""
-    rows = backward_kernels()
-    return next((row.name for row in rows if why_not(request, row.index) is None), None)
+    return select(request)[0]
+
+
+def takes(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether a kernel computes gradients of attention of these, on whatever device they are.
+
+    Args:
+        dtype: what a value that is not 16-bit is converted to before it is computed in.
+    """
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        return False
+    dtypes = computed_in(query, key, value, dtype)
+    (batch, seqlen_q, heads_q, head_dim), (seqlen_k, heads_k) = query.shape, key.shape[1:3]
+    sizes = (batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim)
+    # A compiler's sizes have no value yet, and must not be given one.
+    b, m, n, h, h_k, d = (size if type(size) is int else _ANY_SIZE for size in sizes)
+    request = Request(b, m, n, h, h_k, d, dtypes[2], *dtypes[:2], query.device, needs_grad=True)
+    if request in _taken:
+        return True
+    # No is no answer for ever: a card's proof may come yet.
+    if chosen(request) is None:
+        return False
+    if len(_taken) >= _TAKEN_MAX:
+        _taken.clear()
+    _taken.add(request)
+    return True
+
+
+def computed_in(
+    query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """What they are converted to before kernels see them; dtype: as Call has it.
+
+    As in forward, float32 stays beside a half value.
+    """
+    if dtype is None:
+        return query.dtype, key.dtype, value.dtype
+    half = value.dtype if value.dtype in (torch.float16, torch.bfloat16) else dtype
+    query_dtype, key_dtype = (x.dtype if x.dtype == torch.float32 else half for x in (query, key))
+    return query_dtype, key_dtype, half
+
+
+_ANY_SIZE = 64  # every row takes it, as head_dim as well
+_taken: set[Request] = set()
+_TAKEN_MAX = 1024
+config.memory(_taken.clear)
 
 
 def workspace_bytes(request: Request, row: str = "") -> int | None:
@@ -66,7 +132,8 @@ def workspace_bytes(request: Request, row: str = "") -> int | None:
     forward.num_threads = torch.get_num_threads()
     index = next((kernel.index for kernel in backward_kernels() if kernel.name == row), -1)
     params = _params(forward, index)
-    status = library.lib().wan_attn_backward_select(params, None, size, None)
+    with cuda_driver.question():
+        status = library.lib().wan_attn_backward_select(params, None, size, None)
     return int(size.value) if status == library.OK else None
 
 
@@ -117,17 +184,22 @@ def by_ctypes(
     if grad_lse is not None:
         params.dlse = bindings.describe(grad_lse)
     lib, size, row = library.lib(), ctypes.c_size_t(0), ctypes.c_int32(-1)
-    if lib.wan_attn_backward_select(params, None, size, error) != library.OK:
-        raise RuntimeError(f"wan_attn: {error.text()}")
+    _check(lib.wan_attn_backward_select(params, None, size, error), error)
     dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
     params.dq, params.dk, params.dv = (bindings.describe(x) for x in (dq, dk, dv))
     if size.value:
         workspace = query.new_empty(size.value, dtype=torch.uint8)
         forward.workspace, forward.workspace_size = workspace.data_ptr(), size.value
-    if lib.wan_attn_backward(params, row, error) != library.OK:
-        raise RuntimeError(f"wan_attn: {error.text()}")
+    _check(lib.wan_attn_backward(params, row, error), error)
     _here.kernel = row.value
     return dq, dk, dv
+
+
+def _check(status: int, error: library.Error) -> None:
+    if status != library.OK:
+        # What C could not pass on: Ctrl-C while a kernel was compiled or proven.
+        cuda_driver.raise_interruption()
+        raise RuntimeError(f"wan_attn: {error.text()}")
 
 
 def _without_library(*operands: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +207,7 @@ def _without_library(*operands: Any, **options: Any) -> tuple[Tensor, Tensor, Te
 
 
 def _elsewhere(grad_out: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    refuse("grad_out", "a dense tensor on the CPU", f"{grad_out.layout} on {grad_out.device}")
+    refuse("grad_out", gate.DENSE, f"{grad_out.layout} on {grad_out.device}")
 
 
 def _fake(
@@ -168,5 +240,6 @@ def define(to: torch.library.Library) -> None:
 
 
 def register(to: torch.library.Library, binding: str) -> None:
-    """Its kernel."""
-    to.impl("sdpa_backward", _without_library if binding == "torch" else by_ctypes, "CPU")
+    """Its kernels."""
+    for key in ("CPU", "CUDA"):
+        to.impl("sdpa_backward", _without_library if binding == "torch" else by_ctypes, key)

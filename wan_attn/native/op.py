@@ -182,7 +182,7 @@ def _define(fallback: Fallback) -> None:
     torch.library.register_fake("wan_attn::sdpa", _sdpa_fake, lib=_LIBRARY)
     _LIBRARY.impl("sdpa", _sdpa_elsewhere, "CompositeExplicitAutograd")
     by_torch = _by_torch(fallback)
-    autograd.register(_LIBRARY, "wan_attn::sdpa", _backward, _setup_context, by_torch, True)
+    autograd.register(_LIBRARY, "wan_attn::sdpa", _backward, _setup_context, by_torch)
     backward.define(_LIBRARY)
     rope.define(_LIBRARY)
 

@@ -42,13 +42,23 @@ class Outcome:
 
 
 def ways(
-    calls: Iterable[Workload], dtype: torch.dtype, device: torch.device, settings: Settings
+    calls: Iterable[Workload],
+    dtype: torch.dtype,
+    device: torch.device,
+    settings: Settings,
+    grad: bool = False,
 ) -> Iterator[tuple[Workload, str, Request]]:
     """Each call as hosts make it: diffusers and ComfyUI plainly, stock Wan2.2 with float32 query
-    and key, and with the lengths of its keys where it attends to itself."""
+    and key, and with the lengths of its keys where it attends to itself.
+
+    Args:
+        grad: plainly, as those train that make it, with its gradient.
+    """
     for call in calls:
         computed = compute_dtype(dtype, None, device, settings.force_fp16)
-        yield call, "plain", Request.of(call, computed, device)
+        yield call, "plain", Request.of(call, computed, device, needs_grad=grad)
+        if grad:
+            continue
         if call.head_dim == 128 and computed != torch.float32:
             has_lengths = call.seqlen_q == call.seqlen_k
             words = "fp32 q and k" + (", k_lens" if has_lengths else "")

@@ -108,6 +108,12 @@ class Choice:
         return self.variant or native.kernel_name(self.request)
 
     @property
+    def gradient_name(self) -> str | None:
+        """What computes the gradients of such a call, for backend `sdpa`, where they are wanted."""
+        is_ours = self.backend == native.NAME and self.request.needs_grad
+        return native.gradient_name(self.request) if is_ours else None
+
+    @property
     def title(self) -> str:
         """What would run, as the log calls it."""
         return title(self.backend, self.kernel_name or self.variant)
@@ -188,13 +194,28 @@ def _is_for_auto(name: str) -> bool:
     return name not in LOSSY and (name != xformers.NAME or xformers.is_installed())
 
 
+def _has_flash_gradient(request: Request) -> bool:
+    """Whether PyTorch's flash kernels compute the gradient of this call: five products of tensor
+    cores a tile, where ours have seven. Not of what it needs a mask for, which those do not take.
+    """
+    r = request
+    if not r.needs_grad or r.has_q_lens or r.has_k_lens or r.window != (-1, -1):
+        return False
+    if r.is_causal and r.seqlen_q != r.seqlen_k:
+        return False
+    is_half = r.dtype in (torch.float16, torch.bfloat16)
+    arch = capability(r.device) or _FIRST_WITH_BF16
+    return is_half and arch >= _FIRST_WITH_BF16 and _torch_kernels.has_flash()
+
+
 def order(request: Request, settings: Settings) -> tuple[str, ...]:
     """The backends in the order in which they are asked.
 
     auto: FA3 > FA2 > ours > xFormers > PyTorch > memory-bounded; off CUDA without FlashAttention
         and xFormers, which have nothing there; PyTorch before ours on the cards where CARDS says
-        so. A measurement goes before this order (select). A named backend comes first and the ones
-        behind it follow; all of auto's, behind a lossy one, which auto never takes.
+        so, and for a gradient that its flash kernels compute. A measurement goes before this order
+        (select). A named backend comes first and the ones behind it follow; all of auto's, behind a
+        lossy one, which auto never takes.
     """
     names = tuple(name for name in REGISTRY if _is_for_auto(name))
     forced = settings.forced_backend
@@ -205,7 +226,7 @@ def order(request: Request, settings: Settings) -> tuple[str, ...]:
         return (forced, *order(request, replace(settings, backend="auto")))
     if request.device.type != "cuda":
         return tuple(name for name in names if name not in _CUDA_ONLY)
-    if _card(request.device).is_torch_first:
+    if _card(request.device).is_torch_first or _has_flash_gradient(request):
         before = FLASH_ATTENTION_BACKENDS + (torch_sdpa.NAME,)
         return (*before, *(name for name in names if name not in before))
     return names

@@ -145,10 +145,12 @@ def attend(operands: list[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
             return out if out.dtype == out_dtype else out.to(out_dtype), lse
 
 
-def _what_ran(choice: Choice) -> str:
-    """As the log calls it: the row is the one that the op says it has run."""
+def _what_ran(choice: Choice, gradients: str | None = None) -> str:
+    """As the log calls it: the row is the one that the op says it has run; and what will compute
+    gradients, where that is said."""
     row = native.last_kernel() if choice.backend == native.NAME else None
-    return title(choice.backend, row or choice.variant)
+    row = row or choice.variant
+    return title(choice.backend, f"{row}; gradients: {gradients}" if gradients else row)
 
 
 def _readable(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,7 +297,8 @@ def _say(plan: _Plan, version: int | None, pairs: int | None) -> None:
     """Log what just ran, once per configuration; louder where it is not what was asked for."""
     choice, request = plan.choice, plan.request
     level = logging.WARNING if choice.is_fallback else logging.INFO
-    log.configuration(_what_ran(choice), choice.backend, choice.reasons(), request, pairs, level)
+    ran = _what_ran(choice, choice.gradient_name)
+    log.configuration(ran, choice.backend, choice.reasons(), request, pairs, level)
     why_not_fa3 = dict(choice.refusals).get("fa3")
     if version == 3 and why_not_fa3 is not None:
         log.once(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wan_attn import config, log
 from wan_attn.backends import torch_sdpa
-from wan_attn.native import autograd
+from wan_attn.native import autograd, backward
 from wan_attn.request import Call, check, check_dense, empty_lse
 from wan_attn.selection.choose import compute_dtype
 from wan_attn.selection.run import attend
@@ -131,9 +131,20 @@ def _attention_fake(
     return out, empty_lse(query, call.return_lse)
 
 
+def _keeps_lse(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> bool:
+    """Whether backward may use what this op leaves: our own kernels, or a library with weights as
+    exact, compute it from what backward computes with."""
+    settings, dtype = config.current(), _call(*arguments).dtype
+    computed = compute_dtype(value.dtype, dtype, query.device, settings.force_fp16)
+    is_same = computed == backward.computed_in(query, key, value, dtype)[2]
+    return is_same and settings.forced_backend in (None, "sdpa")
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     query, key, value, *arguments = inputs
-    autograd.remember(ctx, query, key, value, _call(*arguments))
+    call = _call(*arguments)
+    is_kept = _keeps_lse(*inputs)
+    autograd.remember(ctx, query, key, value, call, output if is_kept else None)
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
@@ -146,4 +157,8 @@ _LIBRARY = torch.library.Library("wan_attn", "FRAGMENT")
 _LIBRARY.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 _LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
 torch.library.register_fake("wan_attn::attention", _attention_fake, lib=_LIBRARY)
-autograd.register(_LIBRARY, "wan_attn::attention", _backward, _setup_context, in_torch=_attention)
+autograd.register(
+    *(_LIBRARY, "wan_attn::attention", _backward, _setup_context, _attention),
+    lse_place=9,
+    keeps_lse=_keeps_lse,
+)

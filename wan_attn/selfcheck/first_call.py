@@ -28,7 +28,7 @@ SEQLEN_Q, SEQLEN_K = 277, 807
 # run(query, key, value, q_lens, k_lens, is_causal) -> out, lse; `blocks` behind, where it has them
 Run = Callable[..., tuple[Tensor, Tensor]]
 
-_verdicts: dict[tuple[torch.device, torch.dtype, int, bool, bool], str | RuntimeError | None] = {}
+_verdicts: dict[tuple[object, ...], str | RuntimeError | None] = {}
 _NOT_ASKED = "not asked yet"
 _lock = threading.Lock()
 
@@ -107,8 +107,18 @@ def verdict(
     Raises:
         RuntimeError: what `run` raised, now or at the first call of this kind.
     """
-    key = (device, dtype, head_dim, is_lossy, has_lists)
-    found: str | RuntimeError | None = _verdicts.get(key, _NOT_ASKED)
+    kind = (device, dtype, head_dim, is_lossy, has_lists)
+    return settled(kind, lambda: wrong(run, *kind), name, is_final)
+
+
+def settled(
+    kind: tuple[object, ...],
+    find: Callable[[], str | None],
+    name: Callable[[], str | None],
+    is_final: Callable[[RuntimeError], bool],
+) -> str | None:
+    """What `find` says, asked once for each kind; all else as verdict() has it."""
+    found: str | RuntimeError | None = _verdicts.get(kind, _NOT_ASKED)
     if found is None:
         return None
     if not config.current().self_check:
@@ -118,15 +128,15 @@ def verdict(
     if torch.cuda.is_current_stream_capturing():
         return None
     with _lock:
-        if key not in _verdicts:
+        if kind not in _verdicts:
             try:
-                words = wrong(run, device, dtype, head_dim, is_lossy, has_lists)
+                words = find()
             except RuntimeError as error:
                 if is_final(error):
-                    _verdicts[key] = RuntimeError(str(error))
+                    _verdicts[kind] = RuntimeError(str(error))
                 raise
-            _verdicts[key] = None if words is None else f"{name()}: {words}"
-    return _said(_verdicts[key])
+            _verdicts[kind] = None if words is None else f"{name()}: {words}"
+    return _said(_verdicts[kind])
 
 
 def _said(found: str | RuntimeError | None) -> str | None:

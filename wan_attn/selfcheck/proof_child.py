@@ -17,11 +17,17 @@ import torch
 from torch import Tensor
 
 from wan_attn.log import dtype_name
-from wan_attn.native import bindings, cuda_driver, library, rope
-from wan_attn.native.kernels import KernelInfo, kernels, rope_kernels, why_not
+from wan_attn.native import backward, bindings, cuda_driver, library, rope
+from wan_attn.native.kernels import (
+    KernelInfo,
+    backward_kernels,
+    kernels,
+    rope_kernels,
+    why_not,
+)
 from wan_attn.request import Blocks, Request
 from wan_attn.request.blocks import DENSE
-from wan_attn.selfcheck import child, proof_calls, rope_calls, verdicts
+from wan_attn.selfcheck import backward_calls, child, proof_calls, rope_calls, verdicts
 from wan_attn.selfcheck.proof_calls import Answer, Card, Operands, ProofCall
 from wan_attn.selfcheck.reference import BATCH, HEADS_K, HEADS_Q, MASKS, Case
 from wan_attn.selfcheck.verdicts import PASSED, RUNNING, UNTRIED, Row, Verdict
@@ -31,8 +37,11 @@ from wan_attn.workloads import Workload
 CODE = "from wan_attn.selfcheck.proof_child import main; raise SystemExit(main(sys.argv[1:]))"
 
 
-class ProofCard(Card, rope_calls.Card, Protocol):
-    """What both kinds of calls run on."""
+class ProofCard(Card, rope_calls.Card, backward_calls.Card, Protocol):
+    """What all kinds of calls run on."""
+
+    def backward_rows(self) -> list[KernelInfo]:
+        """The rows of gradients that it can run."""
 
     def rope_rows(self) -> list[KernelInfo]:
         """The rows of rms_norm_rope that it can run."""
@@ -77,6 +86,16 @@ class TableCard:
     def why_not(self, row: KernelInfo, dtype: torch.dtype, call: ProofCall) -> str | None:
         return why_not(request(row, dtype, call, self.where), row.index)
 
+    def backward_rows(self) -> list[KernelInfo]:
+        """Those of gradients."""
+        call = backward_calls.CALLS[0]
+        return [
+            row
+            for row in backward_kernels()
+            if row.device == self.where.type
+            and backward.why_not(request(row, row.dtypes[0], call, self.where), row.index) is None
+        ]
+
     def rope_rows(self) -> list[KernelInfo]:
         """Those of rms_norm_rope."""
         x = torch.zeros(1, 1, 1, 8, device="cpu")
@@ -114,6 +133,15 @@ class TorchCard(TableCard):
             return bindings.ctypes_sdpa(*operands, q_lens, k_lens, guard=guard, **options)
         out, lse = torch.ops.wan_attn.sdpa(*operands, q_lens, k_lens, **options)
         return out, lse
+
+    def gradients(
+        self, row: KernelInfo, inputs: backward_calls.Inputs, case: Case
+    ) -> backward_calls.Gradients:
+        is_causal, (left, right) = MASKS[case.mask]
+        options = {"is_causal": is_causal, "window_left": left, "window_right": right}
+        op = torch.ops.wan_attn.sdpa_backward
+        query, key, value = op(*inputs.tensors, **options, kernel=row.index)
+        return query, key, value
 
     def rope(self, row: KernelInfo, given: Mapping[str, Any]) -> Tensor:
         out: Tensor = torch.ops.wan_attn.rms_norm_rope(**given, kernel=row.index)
@@ -166,6 +194,9 @@ def main(argv: Sequence[str], make_card: Callable[[int], ProofCard] = TorchCard)
         for row in card.rows():
             for name, dtype in names_of(row).items():
                 todo[name] = partial(proof_calls.wrong, card, row, dtype)
+        for row in card.backward_rows():
+            for name, dtype in names_of(row).items():
+                todo[name] = partial(backward_calls.wrong, card, row, dtype)
         for row in card.rope_rows():
             for name, dtype in names_of(row).items():
                 todo[name] = partial(rope_calls.wrong, card, row, dtype)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from wan_attn.backends import REGISTRY, chunked, native, torch_sdpa
@@ -106,8 +107,30 @@ def runner(candidate: Candidate, request: Request) -> Run:
     return REGISTRY[backend].run
 
 
-def alone(candidate: Candidate) -> Run:
-    """How it is measured: its kernel, or an error."""
+def alone(candidate: Candidate, with_gradients: bool = False) -> Run:
+    """How it is measured: its kernel, or an error.
+
+    Args:
+        with_gradients: those of query, key and value come after it.
+    """
+    run = _alone(candidate)
+    return partial(_and_gradients, run) if with_gradients else run
+
+
+def _and_gradients(
+    run: Run, query: Tensor, key: Tensor, value: Tensor, call: Call
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of out is out itself: it lies there already."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        out, lse = run(leaves[0], leaves[1], leaves[2], call)
+        grads = torch.autograd.grad(out, leaves, out.detach())
+    if not all(grad.shape == x.shape for grad, x in zip(grads, leaves, strict=True)):
+        raise RuntimeError("its gradients have other shapes than their operands")
+    return out.detach(), None if lse is None else lse.detach()
+
+
+def _alone(candidate: Candidate) -> Run:
     backend, variant = candidate.backend, candidate.variant
     if backend == native.NAME and variant:
         return partial(native.run, kernel=_index(variant))

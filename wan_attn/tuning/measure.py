@@ -89,7 +89,7 @@ def measure(
             if _now() - began > seconds_max:
                 figures.is_whole = False
                 break
-            _try(candidate, operands, part, clock, figures, alive)
+            _try(candidate, request, operands, part, clock, figures, alive)
         else:
             figures.is_whole = _rounds(
                 alive, cut(*operands, part), clock, figures, began + seconds_max
@@ -100,6 +100,7 @@ def measure(
 
 def _try(
     candidate: Candidate,
+    request: Request,
     operands: Operands,
     part: Slice,
     clock: Clock,
@@ -107,7 +108,7 @@ def _try(
     alive: dict[str, Run],
 ) -> None:
     """The first run, on a quarter, which is checked; and one on the whole slice, which is timed."""
-    run, small = alone(candidate), cut(*operands, quarter(part))
+    run, small = alone(candidate, request.needs_grad), cut(*operands, quarter(part))
     reason: str | None = None
     try:
         reason = agree.wrong(*small, *run(*small))

@@ -118,7 +118,14 @@ class Turn:
 def turn_for(
     request: Request, candidates: tuple[Candidate, ...], entry: book.Entry | None
 ) -> Turn | None:
-    """The turn that calls like this wait for; None: there is nothing to measure, or no need."""
+    """The turn that calls like this wait for; None: there is nothing to measure, or no need.
+
+    Calls that want a gradient wait for none: `tune --grad` measures them ahead of time. Activation
+    checkpoints run a call twice and compare what both have kept, so that another kernel must not be
+    chosen in between.
+    """
+    if request.needs_grad:
+        return None
     if len(candidates) < 2 or (entry is not None and not _is_open(entry, candidates)):
         return None
     return Turn.of(request, candidates)

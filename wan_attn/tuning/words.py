@@ -41,6 +41,7 @@ def outcome(entry: Entry, chosen: Candidate | None, request: Request) -> str:
         shape += f":{request.seqlen_k}"
     shape += f"x{request.num_heads_q}x{request.head_dim}"
     repeat = f"{REPEAT} --shape {shape} --dtype {dtype_name(request.dtype)}"
+    repeat += " --grad" * request.needs_grad
     took = f"in {entry.seconds:.2g} s, on {entry.slice}"
     if chosen is None:
         return (

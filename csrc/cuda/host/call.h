@@ -25,6 +25,30 @@ static inline wan_attn_cuda_view wan_attn_cuda_view_of(const wan_attn_view *v) {
     return view;
 }
 
+static inline wan_attn_cuda_view wan_attn_cuda_dense(void *data, int64_t seqlen, int64_t heads,
+                                                     int64_t head_dim) {
+    wan_attn_cuda_view view = {data, seqlen * heads * head_dim, heads * head_dim, head_dim};
+    return view;
+}
+
+static inline int wan_attn_cuda_bound_of(int64_t window) {
+    return (int)(window < WAN_ATTN_CUDA_UNBOUNDED ? window : WAN_ATTN_CUDA_UNBOUNDED);
+}
+
+/* launch.c: enqueues one pass; none of 0 blocks. */
+wan_attn_status wan_attn_cuda_launch(const wan_attn_cuda_call *c,
+                                     const wan_attn_cuda_program *program, int64_t blocks,
+                                     void *args);
+
+/* launch.c: lengths that lie on the CPU go to their place in the workspace, if they have one; then
+ * what a kernel is told: where they are, or nothing because they say nothing. */
+wan_attn_status wan_attn_cuda_put_lengths(const wan_attn_cuda_call *c,
+                                          const wan_attn_lengths *lengths, int64_t padded,
+                                          wan_attn_cuda_place place);
+wan_attn_cuda_lengths wan_attn_cuda_lengths_of(const wan_attn_cuda_call *c,
+                                               const wan_attn_lengths *lengths,
+                                               wan_attn_cuda_place place);
+
 /* launch.c: a helper pass in which each warp does one piece of the work. */
 wan_attn_status wan_attn_cuda_launch_warps(const wan_attn_cuda_call *c, wan_attn_cuda_helper helper,
                                            int64_t warps, void *args);

@@ -14,8 +14,8 @@ enum { WARP = 32 };
 
 typedef wan_attn_cuda_call call;
 
-static wan_attn_status launch(const call *c, const wan_attn_cuda_program *program, int64_t blocks,
-                              void *args) {
+wan_attn_status wan_attn_cuda_launch(const call *c, const wan_attn_cuda_program *program,
+                                     int64_t blocks, void *args) {
     wan_attn_cu_kernel kernel;
     wan_attn_status status =
         wan_attn_cuda_kernel(c->driver, c->device_index, program, &kernel, c->err);
@@ -34,18 +34,11 @@ wan_attn_status wan_attn_cuda_launch_warps(const call *c, wan_attn_cuda_helper h
                                            int64_t warps, void *args) {
     const wan_attn_cuda_program program = wan_attn_cuda_helper_program(helper);
     int64_t per_block = program.num_threads / WARP;
-    return launch(c, &program, wan_attn_divide_up(warps, per_block), args);
+    return wan_attn_cuda_launch(c, &program, wan_attn_divide_up(warps, per_block), args);
 }
 
-static wan_attn_cuda_view dense(void *data, int64_t seqlen, int64_t heads, int64_t head_dim) {
-    wan_attn_cuda_view view = {data, seqlen * heads * head_dim, heads * head_dim, head_dim};
-    return view;
-}
-
-/* The lengths for a kernel: where they are, put into the workspace, or none because they say
- * nothing. */
-static wan_attn_cuda_lengths lengths_of(const call *c, const wan_attn_lengths *lengths,
-                                        wan_attn_cuda_place place) {
+wan_attn_cuda_lengths wan_attn_cuda_lengths_of(const call *c, const wan_attn_lengths *lengths,
+                                               wan_attn_cuda_place place) {
     wan_attn_cuda_lengths found = {NULL, 0, 0, 0};
     if (place >= 0) {
         found.data = wan_attn_cuda_at(c, place);
@@ -58,8 +51,8 @@ static wan_attn_cuda_lengths lengths_of(const call *c, const wan_attn_lengths *l
     return found;
 }
 
-static wan_attn_status put_lengths(const call *c, const wan_attn_lengths *lengths, int64_t padded,
-                                   wan_attn_cuda_place place) {
+wan_attn_status wan_attn_cuda_put_lengths(const call *c, const wan_attn_lengths *lengths,
+                                          int64_t padded, wan_attn_cuda_place place) {
     const wan_attn_cuda_program program = wan_attn_cuda_helper_program(HELPER_wan_attn_put_lengths);
     wan_attn_status status = WAN_ATTN_OK;
     for (int64_t first = 0; place >= 0 && first < c->p->batch && status == WAN_ATTN_OK;
@@ -71,7 +64,7 @@ static wan_attn_status put_lengths(const call *c, const wan_attn_lengths *length
         for (int n = 0; n < WAN_ATTN_CUDA_MOST_LENGTHS; n++)
             args.lengths[n] =
                 n < args.count ? (int)wan_attn_length_at(lengths, first + n, padded) : 0;
-        status = launch(c, &program, 1, &args);
+        status = wan_attn_cuda_launch(c, &program, 1, &args);
     }
     return status;
 }
@@ -132,18 +125,14 @@ static wan_attn_status pack_all(const call *c, wan_attn_cuda_lengths seqused_q,
     return status;
 }
 
-static int bound_of(int64_t window) {
-    return (int)(window < WAN_ATTN_CUDA_UNBOUNDED ? window : WAN_ATTN_CUDA_UNBOUNDED);
-}
-
 static void fill_numbers(const wan_attn_problem *p, wan_attn_cuda_args *args) {
     args->batch = (int)p->batch;
     args->num_heads_q = (int)p->num_heads_q;
     args->heads_per_key_head = (int)(p->num_heads_q / p->num_heads_k);
     args->seqlen_q = (int)p->seqlen_q;
     args->seqlen_k = (int)p->seqlen_k;
-    args->window_size_left = bound_of(p->window_size_left);
-    args->window_size_right = bound_of(p->window_size_right);
+    args->window_size_left = wan_attn_cuda_bound_of(p->window_size_left);
+    args->window_size_right = wan_attn_cuda_bound_of(p->window_size_right);
     double scale = fabs(p->softmax_scale) * WAN_ATTN_LOG2_E;
     args->scale_log2e =
         scale > WAN_ATTN_CUDA_SMALLEST_SCALE ? (float)scale : WAN_ATTN_CUDA_SMALLEST_SCALE;
@@ -158,11 +147,14 @@ static void fill_operands(const call *c, wan_attn_cuda_args *args) {
     args->v = wan_attn_cuda_view_of(&p->v);
     args->q_is_f32 = p->q.dtype == WAN_ATTN_F32 && plan->q < 0;
     if (plan->q >= 0)
-        args->q = dense(wan_attn_cuda_at(c, plan->q), p->seqlen_q, p->num_heads_q, p->head_dim);
+        args->q = wan_attn_cuda_dense(wan_attn_cuda_at(c, plan->q), p->seqlen_q, p->num_heads_q,
+                                      p->head_dim);
     if (plan->k >= 0)
-        args->k = dense(wan_attn_cuda_at(c, plan->k), p->seqlen_k, p->num_heads_k, p->head_dim);
+        args->k = wan_attn_cuda_dense(wan_attn_cuda_at(c, plan->k), p->seqlen_k, p->num_heads_k,
+                                      p->head_dim);
     if (plan->v >= 0)
-        args->v = dense(wan_attn_cuda_at(c, plan->v), p->seqlen_k, p->num_heads_k, p->head_dim);
+        args->v = wan_attn_cuda_dense(wan_attn_cuda_at(c, plan->v), p->seqlen_k, p->num_heads_k,
+                                      p->head_dim);
     args->k_scale = wan_attn_cuda_at(c, plan->k_scale);
     if (plan->qk8_keys >= 0) {
         args->q.data = wan_attn_cuda_at(c, plan->qk8_queries);
@@ -179,8 +171,8 @@ static void fill_operands(const call *c, wan_attn_cuda_args *args) {
     args->lse_row_stride = p->lse_row_stride;
     if (plan->num_splits == 1)
         return;
-    args->out =
-        dense(wan_attn_cuda_at(c, plan->part_out), p->seqlen_q, p->num_heads_q, p->head_dim);
+    args->out = wan_attn_cuda_dense(wan_attn_cuda_at(c, plan->part_out), p->seqlen_q,
+                                    p->num_heads_q, p->head_dim);
     args->out_is_f32 = 1;
     args->out_split_stride = p->batch * args->out.batch_stride;
     args->lse = wan_attn_cuda_at(c, plan->part_lse);
@@ -236,7 +228,7 @@ static wan_attn_status launch_sm90(const call *c, const wan_attn_cuda_program *p
     if (error != 0)
         return wan_attn_cuda_kernel_failed(c->driver, error, "when describing tensors to",
                                            wan_attn_cuda_symbol_of(program).text, c->err);
-    return launch(c, program, blocks, &with_maps);
+    return wan_attn_cuda_launch(c, program, blocks, &with_maps);
 }
 
 static wan_attn_status attend(const call *c, wan_attn_cuda_lengths seqused_q,
@@ -257,11 +249,12 @@ static wan_attn_status attend(const call *c, wan_attn_cuda_lengths seqused_q,
         memset(&with_lists, 0, sizeof(with_lists));
         with_lists.call = args;
         wan_attn_cuda_fill_lists(c, &with_lists);
-        return launch(c, &program, blocks, &with_lists);
+        return wan_attn_cuda_launch(c, &program, blocks, &with_lists);
     }
     /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): a call that is run has a tile */
-    return c->plan.tile->body == WAN_ATTN_CUDA_SM90 ? launch_sm90(c, &program, &args, blocks)
-                                                    : launch(c, &program, blocks, &args);
+    return c->plan.tile->body == WAN_ATTN_CUDA_SM90
+               ? launch_sm90(c, &program, &args, blocks)
+               : wan_attn_cuda_launch(c, &program, blocks, &args);
 }
 
 static wan_attn_status merge(const call *c) {
@@ -290,11 +283,12 @@ static wan_attn_status merge(const call *c) {
 static wan_attn_status run_passes(const call *c) {
     const wan_attn_problem *p = c->p;
     const wan_attn_cuda_plan *plan = &c->plan;
-    wan_attn_status status = put_lengths(c, &p->seqused_q, p->seqlen_q, plan->seqused_q);
+    wan_attn_status status =
+        wan_attn_cuda_put_lengths(c, &p->seqused_q, p->seqlen_q, plan->seqused_q);
     if (status == WAN_ATTN_OK)
-        status = put_lengths(c, &p->seqused_k, p->seqlen_k, plan->seqused_k);
-    wan_attn_cuda_lengths used_q = lengths_of(c, &p->seqused_q, plan->seqused_q);
-    wan_attn_cuda_lengths used_k = lengths_of(c, &p->seqused_k, plan->seqused_k);
+        status = wan_attn_cuda_put_lengths(c, &p->seqused_k, p->seqlen_k, plan->seqused_k);
+    wan_attn_cuda_lengths used_q = wan_attn_cuda_lengths_of(c, &p->seqused_q, plan->seqused_q);
+    wan_attn_cuda_lengths used_k = wan_attn_cuda_lengths_of(c, &p->seqused_k, plan->seqused_k);
     if (status == WAN_ATTN_OK)
         status = pack_all(c, used_q, used_k);
     if (status == WAN_ATTN_OK)

@@ -16,11 +16,13 @@ enum {
     MAX_PARTS = 64
 };
 
-/* `bytes` more of the workspace, aligned for every use. */
 static wan_attn_cuda_place reserve(wan_attn_cuda_plan *plan, int64_t bytes) {
-    wan_attn_cuda_place place = plan->workspace_bytes;
-    plan->workspace_bytes += wan_attn_divide_up(bytes, 256) * 256;
-    return place;
+    return wan_attn_cuda_reserve(&plan->workspace_bytes, bytes);
+}
+
+int wan_attn_cuda_measured_parts(int64_t rows) {
+    int64_t parts = wan_attn_divide_up(rows, ROWS_MEASURED_BY_A_WARP);
+    return (int)(parts < 1 ? 1 : parts < MAX_PARTS ? parts : MAX_PARTS);
 }
 
 int wan_attn_cuda_is_aligned(const wan_attn_view *v, int64_t batch, int64_t rows, int64_t heads,
@@ -66,8 +68,7 @@ static void plan_copies(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
     int64_t q_bytes = p->batch * p->seqlen_q * p->num_heads_q * p->head_dim * 2;
     int64_t k_bytes = p->batch * p->seqlen_k * p->num_heads_k * p->head_dim * 2;
     int64_t q_pair = 2 * wan_attn_dtype_size(p->q.dtype);
-    int64_t parts = wan_attn_divide_up(p->seqlen_k, ROWS_MEASURED_BY_A_WARP);
-    plan->measured_parts = (int)(parts < 1 ? 1 : parts < MAX_PARTS ? parts : MAX_PARTS);
+    plan->measured_parts = wan_attn_cuda_measured_parts(p->seqlen_k);
     if (plan->k_limit)
         plan_scale(p, plan, &plan->k_largest, &plan->k_scale);
     if (plan->v_limit)

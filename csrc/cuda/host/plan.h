@@ -46,9 +46,22 @@ int wan_attn_cuda_is_spread(const wan_attn_view *view, int64_t batch, int64_t ro
 /* Whether a call has so few rows and so many keys that they are shared out, where a row can. */
 int wan_attn_cuda_is_split(const wan_attn_problem *problem);
 
+/* `bytes` more of a workspace, aligned for every use. */
+static inline wan_attn_cuda_place wan_attn_cuda_reserve(int64_t *workspace_bytes, int64_t bytes) {
+    wan_attn_cuda_place place = *workspace_bytes;
+    *workspace_bytes += wan_attn_divide_up(bytes, 256) * 256;
+    return place;
+}
+
+/* In how many parts wan_attn_measure looks at a head of so many rows. */
+int wan_attn_cuda_measured_parts(int64_t rows);
+
 /* The plan of a call that the row takes with this tile: refuse.c has looked at its sizes. */
 wan_attn_cuda_plan wan_attn_cuda_make_plan(const wan_attn_problem *problem,
                                            const wan_attn_cuda_tile *tile);
+
+/* refuse.c: why no row can count a call of these sizes, or NULL. */
+const char *wan_attn_cuda_refuse_sizes(const wan_attn_problem *problem);
 
 /* refuse.c: why no row can write its results to the call's out, or NULL. */
 const char *wan_attn_cuda_refuse_out(const wan_attn_problem *problem);

@@ -26,6 +26,7 @@ static const gpu GPUS[] = {
 /* ROW_HEAD_DIM_<row>. */
 enum {
 #define ROW(...) HEAD_DIM_OF(__VA_ARGS__)
+#define BACKWARD_ROW(...) HEAD_DIM_OF(__VA_ARGS__)
 #define HEAD_DIM_OF(row, arch_min, arch_max, lossy, lists, text, dtypes, size)                     \
     ROW_HEAD_DIM_##row = (size),
 #include "cuda/sdpa_rows.def"
@@ -63,6 +64,18 @@ static const wan_attn_cuda_tile TILES[] = {
 #include "cuda/sdpa_rows.def"
 };
 
+static const wan_attn_cuda_backward_tile BACKWARD_TILES[] = {
+#define TILE_BACKWARD(name, symbol, class, keys, bm, bn, num_warps, stages, ctas)                  \
+    {.row = #name,                                                                                 \
+     .kernel = #symbol,                                                                            \
+     .gpu_class = CLASS_##class,                                                                   \
+     .of_keys = (keys),                                                                            \
+     .num_threads = 32 * (num_warps),                                                              \
+     .smem_bytes = WAN_ATTN_CUDA_SMEM_BACKWARD(ROW_HEAD_DIM_##name, keys, bm, bn, stages),         \
+     .block_m = (bm)},
+#include "cuda/sdpa_rows.def"
+};
+
 static const struct {
     const char *name;
     unsigned num_threads;
@@ -82,7 +95,9 @@ static const struct {
 enum {
     GPU_COUNT = sizeof(GPUS) / sizeof(GPUS[0]),
     TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]),
-    FIRST_HELPER = 2 * TILE_COUNT, /* a tile has a program for each dtype */
+    BACKWARD_TILE_COUNT = sizeof(BACKWARD_TILES) / sizeof(BACKWARD_TILES[0]),
+    FIRST_BACKWARD = 2 * TILE_COUNT, /* a tile has a program for each dtype */
+    FIRST_HELPER = FIRST_BACKWARD + 2 * BACKWARD_TILE_COUNT,
     FIRST_ROPE_KERNEL = FIRST_HELPER + WAN_ATTN_CUDA_HELPERS,
     PROGRAM_COUNT = FIRST_ROPE_KERNEL + WAN_ATTN_CUDA_ROPE_KERNELS
 };
@@ -117,6 +132,18 @@ const wan_attn_cuda_tile *wan_attn_cuda_tile_of(const char *row, int32_t arch, i
     return NULL;
 }
 
+const wan_attn_cuda_backward_tile *wan_attn_cuda_backward_tile_of(const char *row, int32_t arch,
+                                                                  int of_keys) {
+    const gpu *known = gpu_of(arch);
+    for (int n = 0; known && n < BACKWARD_TILE_COUNT; n++) {
+        const wan_attn_cuda_backward_tile *tile = &BACKWARD_TILES[n];
+        if (tile->gpu_class == known->gpu_class && tile->of_keys == of_keys &&
+            strcmp(tile->row, row) == 0)
+            return tile;
+    }
+    return NULL;
+}
+
 int wan_attn_cuda_is_hopper(int32_t arch) {
     const gpu *known = gpu_of(arch);
     return known && known->body == WAN_ATTN_CUDA_SM90 && known->arch == arch;
@@ -136,6 +163,19 @@ wan_attn_cuda_program wan_attn_cuda_tile_program(const wan_attn_cuda_tile *tile,
                                      .name = tile->row,
                                      .dtype = is_bf16 ? "bf16" : "f16",
                                      .suffix = tile->suffix,
+                                     .num_threads = tile->num_threads,
+                                     .smem_bytes = tile->smem_bytes};
+    return program;
+}
+
+wan_attn_cuda_program wan_attn_cuda_backward_program(const wan_attn_cuda_backward_tile *tile,
+                                                     wan_attn_dtype dtype) {
+    int is_bf16 = dtype == WAN_ATTN_BF16;
+    wan_attn_cuda_program program = {.number = FIRST_BACKWARD + 2 * (int)(tile - BACKWARD_TILES) +
+                                               is_bf16,
+                                     .name = tile->kernel,
+                                     .dtype = is_bf16 ? "bf16" : "f16",
+                                     .suffix = "",
                                      .num_threads = tile->num_threads,
                                      .smem_bytes = tile->smem_bytes};
     return program;

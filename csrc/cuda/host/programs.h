@@ -28,6 +28,15 @@ typedef struct wan_attn_cuda_tile {
     int is_listed;     /* it is launched as args_lists.h has it */
 } wan_attn_cuda_tile;
 
+/* One of the two kernels of a row of gradients. */
+typedef struct wan_attn_cuda_backward_tile {
+    const char *row, *kernel;
+    int gpu_class;
+    int of_keys; /* dk and dv; else dq */
+    unsigned num_threads, smem_bytes;
+    int block_m; /* keys, or query rows, whose gradient a block makes */
+} wan_attn_cuda_backward_tile;
+
 /* The helper passes, named as in sdpa_rows.def. */
 typedef enum wan_attn_cuda_helper {
 #define HELPER(name, body, threads, step) HELPER_##name,
@@ -71,6 +80,11 @@ int wan_attn_cuda_is_hopper(int32_t arch);
 /* dtype: the row's, f16 or bf16. */
 wan_attn_cuda_program wan_attn_cuda_tile_program(const wan_attn_cuda_tile *tile,
                                                  wan_attn_dtype dtype);
+/* The tile of such a row, as wan_attn_cuda_tile_of. */
+const wan_attn_cuda_backward_tile *wan_attn_cuda_backward_tile_of(const char *row, int32_t arch,
+                                                                  int of_keys);
+wan_attn_cuda_program wan_attn_cuda_backward_program(const wan_attn_cuda_backward_tile *tile,
+                                                     wan_attn_dtype dtype);
 wan_attn_cuda_program wan_attn_cuda_helper_program(wan_attn_cuda_helper helper);
 /* Its num_threads are the most that a launch may have. */
 wan_attn_cuda_program wan_attn_cuda_rope_program(wan_attn_cuda_rope_kernel kernel);

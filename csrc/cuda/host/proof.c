@@ -7,7 +7,7 @@
 #include "cuda/host/device.h"
 
 /* A row behind these is asked for at each call. DTYPES: f32, f16, bf16. */
-enum { MOST_ROWS = 64, DTYPES = 3 };
+enum { MOST_ROWS = 80, DTYPES = 3 };
 
 /* wan_attn_proof of each. Two threads that ask at once get the same answer. */
 static wan_attn_flags answers[WAN_ATTN_CUDA_MAX_DEVICES][MOST_ROWS][DTYPES];

@@ -7,8 +7,8 @@
 
 #include "core/kernel.h"
 
-/* Rows of rms_norm_rope are counted from here on, behind those of attention. */
-enum { WAN_ATTN_CUDA_FIRST_ROPE_ROW = 48 };
+/* Rows of rms_norm_rope, and of gradients, are counted from here on, behind those of attention. */
+enum { WAN_ATTN_CUDA_FIRST_ROPE_ROW = 48, WAN_ATTN_CUDA_FIRST_BACKWARD_ROW = 64 };
 
 /* Why this row must not run yet on this device, which has been found, for calls of this dtype of v
  * or x; or NULL. `row` counts in its table. */

@@ -16,7 +16,7 @@ static const wan_attn_cuda_tile *tile_for(const wan_attn_problem *p, int32_t arc
 }
 
 /* What is asked of the sizes before there is a plan: it multiplies them. */
-static const char *refuse_sizes(const wan_attn_problem *p) {
+const char *wan_attn_cuda_refuse_sizes(const wan_attn_problem *p) {
     const int64_t most = WAN_ATTN_CUDA_UNBOUNDED, blocks = INT32_MAX;
     int64_t heads = p->batch * p->num_heads_q;
     if (p->seqlen_q >= most || p->seqlen_k >= most)
@@ -76,7 +76,7 @@ const char *wan_attn_cuda_plan_call(wan_attn_problem *p) {
     if (!why && tile->qk_int8 && wan_attn_cuda_is_hopper(device->arch))
         why = "is slower than sdpa_sm90 on Hopper, whose full rate mma.sync does not reach";
     if (!why)
-        why = refuse_sizes(p);
+        why = wan_attn_cuda_refuse_sizes(p);
     if (!why)
         why = refuse_counts(p, tile->qk_int8);
     if (!why && p->out.data)

@@ -14,7 +14,9 @@
  * where they are summed in f16 (64 would be cheaper, but a V far from zero mean then has larger
  * errors than bf16 with f32 sums; those of 8-bit scores are far larger still), else a tile. Where O
  * and S leave no registers for that, O is the tensor cores' own sum. */
+#ifndef PV_IN_PARTS
 #define PV_IN_PARTS (BLOCK_M == 16 * NUM_WARPS && HEAD_DIM + BLOCK_N < 288)
+#endif
 static_assert(PV_IN_PARTS || !PV_SUM_F16, "O itself is f32");
 
 enum {
@@ -59,7 +61,7 @@ DEVICE void add_part(float o[4], const pv_part sum) {
 /* O += P V(n), in parts of PART_STEPS products that tensor cores sum from zero. Columns are the
  * outer loop, so that a few accumulators suffice. */
 DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_TILES][4],
-                        u32 v_read) {
+                        u32 v_read, u32 tile = 0) {
     u32 a[M_TILES][V_STEPS][4];
 #pragma unroll
     for (int i = 0; i < M_TILES * V_STEPS; i++)
@@ -70,7 +72,7 @@ DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_T
 #pragma unroll
         for (int step = 0; step < V_STEPS; step++) {
             u32 b[4];
-            ldmatrix_x4_trans(b, advanced(v_read, j / 2) + (u32)(step * 16 * ROW_BYTES));
+            ldmatrix_x4_trans(b, advanced(v_read, j / 2) + tile + (u32)(step * 16 * ROW_BYTES));
 #pragma unroll
             for (int i = 0; i < M_TILES * 2; i++) {
                 int m = i / 2, column = i % 2;
@@ -88,7 +90,7 @@ DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_T
 #else
 /* O += P V(n), O being the tensor cores' own sum. */
 DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_TILES][4],
-                        u32 v_read) {
+                        u32 v_read, u32 tile = 0) {
 #pragma unroll
     for (int step = 0; step < V_STEPS; step++) {
         u32 a[M_TILES][4];
@@ -98,7 +100,7 @@ DEVICE void multiply_pv(float o[M_TILES][O_TILES][4], const float p[M_TILES][S_T
 #pragma unroll
         for (int j = 0; j < O_TILES; j += 2) {
             u32 b[4];
-            ldmatrix_x4_trans(b, advanced(v_read, j / 2) + (u32)(step * 16 * ROW_BYTES));
+            ldmatrix_x4_trans(b, advanced(v_read, j / 2) + tile + (u32)(step * 16 * ROW_BYTES));
 #pragma unroll
             for (int m = 0; m < M_TILES; m++) {
                 MMA(o[m][j], a[m], b[0], b[1]);

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cases_backward.py - the gradients that every emulated row has to find: the calls of cases.py,
+with gradients of out and lse, and NaN wherever nothing may be used.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import backward_oracle
+import oracle
+from emu import cases
+from emu.cases import Case
+from emu.run import DTYPES, Schedule
+from emu.run_backward import Call, Gradients, Pair, run
+
+
+def _gradients_of_results(case: Case, query: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    """grad_out and grad_lse: by the dice of the case of another size, dtype or layout."""
+    dice = random.Random(repr(case))
+    made = torch.Generator().manual_seed(dice.randrange(2**31))
+    batch, seqlen_q, heads, _ = query.shape
+    grad_out = torch.randn(query.shape, generator=made) * dice.choice((1.0, 1.0, 1e-3, 30.0))
+    grad_out = grad_out.to(torch.float32 if case.q_is_f32 else dtype)
+    if dice.random() < 0.3:  # one number for all heads and rows of a sample
+        grad_out = grad_out[:, :1, :1].expand(query.shape)
+    # torch_sdpa's gradient of lse is float32, and so is that of one weight of 1: what follows from
+    # a single 16-bit dS, which no FlashAttention keeps in more bits, would be held against that.
+    if dice.random() < 0.5 or case.values == "one hot":
+        return grad_out, None
+    grad_lse = torch.randn(batch, seqlen_q, heads, generator=made).transpose(1, 2)
+    return grad_out, grad_lse
+
+
+def _poison(call: Call) -> Call:
+    """The same call with NaN in each row that sees no key, and in each key that no row sees."""
+    batch, seqlen_q, _, _ = call.query.shape
+    lens_q = oracle.as_lengths(call.q_lens, batch, seqlen_q)
+    lens_k = oracle.as_lengths(call.k_lens, batch, call.key.shape[1])
+    grad_out = call.grad_out.clone()
+    grad_lse = None if call.grad_lse is None else call.grad_lse.clone()
+    for b, (len_q, len_k) in enumerate(zip(lens_q, lens_k, strict=True)):
+        seen = torch.from_numpy(oracle.visible(len_q, len_k, call.is_causal, call.window))
+        blind = torch.ones(seqlen_q, dtype=torch.bool)
+        blind[:len_q] = ~seen.any(dim=1)
+        unseen = torch.ones(call.key.shape[1], dtype=torch.bool)
+        unseen[:len_k] = ~seen.any(dim=0)
+        for x in (call.query, call.out, grad_out):
+            x[b, blind] = math.nan
+        for x in (call.key, call.value):
+            x[b, unseen] = math.nan
+        for numbers in (call.lse, grad_lse):
+            if numbers is not None:
+                numbers[b, :, blind] = math.nan
+    return replace(call, grad_out=grad_out, grad_lse=grad_lse)
+
+
+def call_of(case: Case, pair: Pair) -> Call:
+    """Its operands, and what an exact forward pass leaves, rounded."""
+    query, key, value = cases.operands(case, pair)  # type: ignore[arg-type]
+    dtype = DTYPES[pair.dtype]
+    out, lse = oracle.attention(query.to(dtype), key, value, **case.call())
+    grads = _gradients_of_results(case, query, dtype)
+    left = torch.from_numpy(out).to(query.dtype), torch.from_numpy(lse).float()
+    call = Call(query, key, value, *left, *grads, **case.call())
+    return call if case.layout == "one sample" else _poison(call)
+
+
+def exact(call: Call) -> tuple[Tensor, ...]:
+    """In float64."""
+    how: dict[str, Any] = {"q_lens": call.q_lens, "k_lens": call.k_lens, "scale": call.scale}
+    how |= {"is_causal": call.is_causal, "window": call.window}
+    inputs = (call.grad_out, call.grad_lse, call.query, call.key, call.value)
+    return tuple(map(torch.from_numpy, backward_oracle.gradients(*inputs, **how)))
+
+
+def check_call(call: Call, got: Gradients) -> None:
+    how: dict[str, Any] = {"q_lens": call.q_lens, "k_lens": call.k_lens, "scale": call.scale}
+    how |= {"is_causal": call.is_causal, "window": call.window}
+    inputs = (call.grad_out, call.grad_lse, call.query, call.key, call.value)
+    backward_oracle.assert_close(got.grads, *inputs, **how)
+    assert got.bank_conflicts == 0, f"{got.bank_conflicts} bank conflicts"
+
+
+def check(case: Case, pair: Pair, **how: Any) -> None:
+    """Runs the case and holds it against the oracle; an exception names it."""
+    try:
+        call = call_of(case, pair)
+        check_call(call, run(pair, call, **{"schedule": case.schedule, **how}))
+    except AssertionError as error:
+        raise AssertionError(f"{pair.name} {case}: {error}") from error
+
+
+def by_hand(pair: Pair) -> Iterator[Case]:
+    """Those of cases.py; a split over keys and a call without lse are no gradients' business."""
+    for case in cases.by_hand(pair):  # type: ignore[arg-type]
+        if not case.split_tiles and case.return_lse:
+            yield case
+    m, n = pair.of_keys.block_m, pair.of_rows.block_n
+    for seqlen_k in (m - 1, m, m + 1, 2 * m + 3):  # blocks of keys, several tiles of rows each
+        yield Case(3 * n + 5, seqlen_k, 1, 2, 1)
+        yield Case(3 * n + 5, seqlen_k, 2, 4, 2, is_causal=True)
+        yield Case(2 * n + 1, seqlen_k, window=(n // 2, n // 4))
+
+
+def by_chance(pair: Pair, count: int, seed: int = 0) -> Iterator[Case]:
+    for case in cases.by_chance(pair, count, seed):  # type: ignore[arg-type]
+        yield replace(case, split_tiles=0)
+
+
+def check_schedules(pair: Pair) -> None:
+    """No order of warps, blocks and copies changes a bit."""
+    for case in (
+        Case(pair.block_m + 1, 3 * pair.of_keys.block_m - 7, 1, 2, 1, is_causal=True),
+        Case(70, 90, 2, 2, 2, q_lens=(70, 33), k_lens=(90, 61)),
+    ):
+        call = call_of(case, pair)
+        first = run(pair, call)
+        for landing in range(3):
+            again = run(pair, call, schedule=Schedule(landing, landing + 9))
+            for a, b in zip(first.grads, again.grads, strict=True):
+                assert torch.equal(a, b)
