@@ -175,7 +175,9 @@ def check(
         assert_close(result, query, key, value, lists, **more, **case.call())
         assert result.bank_conflicts == 0, f"{result.bank_conflicts} bank conflicts"
     except AssertionError as error:
-        raise AssertionError(f"{tile.name} {case} {density} {form} {pools_others}: {error}") from error
+        raise AssertionError(
+            f"{tile.name} {case} {density} {form} {pools_others}: {error}"
+        ) from error
 
 
 Listed = tuple[Case, float, str, bool]
