@@ -215,27 +215,6 @@ def test_the_means_of_the_others(arch: int, tmp_path: Path) -> None:
         assert gpu.at(args.pooled_v) + size <= len(gpu.call.workspace)
 
 
-def test_a_threshold(gpu: Recorder) -> None:
-    """With lists, without, with a guard and without; a guard of before lists is left alone."""
-    x, row = operands(), "sdpa_sm80_listed_bf16_d64"
-    assert gpu.ran(*x, skip_threshold=0.05) == ["find_nonfinite", row]
-    (_, found, warps), (_, args, _) = gpu.passes
-    assert not args.lists.counts and args.lists.capacity == 0 and not args.lost_mass
-    assert args.log2_threshold == pytest.approx(math.log2(0.05), abs=1e-6)
-    assert args.nonfinite == found.to and gpu.at(found.to) == 0 and warps == 5
-    assert found.source.data == x[2].data_ptr() and not found.scale
-    words = torch.zeros(5, dtype=torch.int32)
-    names = gpu.ran(*x, skip_threshold=1.0, pools_others=True, guard=words, **lists())
-    assert names == ["pool", "pool", "find_nonfinite", row, "watch"]
-    args = gpu.passes[-2][1]
-    assert args.lists.counts and args.log2_threshold == 0.0 and args.pooled_k and args.nonfinite
-    assert args.lost_mass == words.data_ptr() + 16
-    gpu.ran(*x, skip_threshold=0.5, guard=words[:4])
-    assert not gpu.passes[-2][1].lost_mass
-    gpu.ran(*x, guard=words, **lists())
-    assert not gpu.passes[-2][1].lost_mass and not gpu.passes[-2][1].nonfinite
-
-
 def test_no_keys(gpu: Recorder) -> None:
     """There are no blocks to look at: no pass has nothing to do."""
     x, given = operands(seqlen_k=0), lists(seqlen_k=0)
@@ -257,6 +236,9 @@ def test_refusals(gpu: Recorder) -> None:
     for broken in ({"block_counts": None}, {"block_indices": None}):
         assert "must be given with" in refused(gpu, *operands(), **{**lists(), **broken})
     assert "must be 0 without block_counts" in refused(gpu, *operands(), pools_others=True)
+    for more in ({}, lists()):
+        said = refused(gpu, *operands(), skip_threshold=0.05, **more)
+        assert "sdpa_sm80_listed_d64: takes no skip_threshold" in said
     assert gpu.asked == [], "nothing was loaded"
 
 

@@ -17,8 +17,10 @@ from emu.rows import tiles, tiles_sm90
 from wan_attn import config, log
 from wan_attn.backends import native
 from wan_attn.cuda.rows import Tile, TileSm90
-from wan_attn.request import Call
+from wan_attn.request import Blocks, Call
+from wan_attn.request.blocks import DENSE
 from wan_attn.selfcheck import first_call
+from wan_attn.selfcheck.reference import UNIT
 
 CPU = torch.device("cpu")
 
@@ -195,6 +197,55 @@ def test_lossy_kernels_have_a_verdict_of_their_own(
     with pytest.raises(RuntimeError, match="_qk8: out.* instead of"):
         native._require_self_check(CPU, torch.bfloat16, 64, is_lossy=True)
     first_call.forget()
+
+
+def other_lists(blocks: Blocks, fault: str) -> Blocks:
+    """What a kernel takes for its lists that reads them wrong."""
+    counts, indices = blocks.block_counts, blocks.block_indices
+    assert counts is not None and indices is not None
+    if fault == "all":
+        return DENSE
+    if fault == "others are lost":
+        return blocks._replace(pools_others=False)
+    if fault == "another head's":
+        return blocks._replace(block_counts=counts.roll(1, 1), block_indices=indices.roll(1, 1))
+    return blocks._replace(block_counts=(counts - 1).clamp(min=0))  # the last one
+
+
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+def test_kernels_for_lists_have_a_verdict_of_their_own(
+    dtype: torch.dtype, binding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right ones pass, with the means of the others too; each way to read lists wrong is found."""
+    if binding == "torch":
+        pytest.skip("no kernel of ours runs")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    native._require_self_check(CPU, dtype, 64, has_lists=True)
+    for fault in ("all", "others are lost", "another head's", "the last is lost"):
+
+        def answer(*call: Any, fault: str = fault) -> tuple[Tensor, Tensor]:
+            return native._answer(*call[:-1], other_lists(call[-1], fault))
+
+        assert first_call.wrong(answer, CPU, dtype, 64, has_lists=True), fault
+    first_call.forget()
+    native._require_self_check(CPU, dtype, 64)
+    monkeypatch.setattr(native, "_answer", lambda *_: nothing_written(*_[:6]))
+    with pytest.raises(RuntimeError, match="is wrong on cpu"):
+        native._require_self_check(CPU, dtype, 64, has_lists=True)
+    first_call.forget()
+
+
+def test_which_calls_need_which_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, bool]] = []
+    here = SimpleNamespace(is_cuda=True, device=CPU, shape=(1, 1, 1, 64), dtype=torch.float16)
+    monkeypatch.setattr(native, "_require_self_check", lambda *x: asked.append(x[3:]))
+    monkeypatch.setattr(native, "_call", lambda *_, **__: (None, None))
+    for options in (
+        *({}, {"precision": 1}, {"block_counts": here, "block_indices": here}),
+        *({"skip_threshold": 0.05}, {"skip_threshold": 0.0}),
+    ):
+        native.run(here, here, here, Call(), **options)  # type: ignore[arg-type]
+    assert asked == [(False, False), (True, False), (False, True), (False, True), (False, False)]
 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

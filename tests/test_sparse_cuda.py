@@ -149,8 +149,10 @@ def test_a_call_that_no_row_takes_is_dense_and_says_why_once(
             sdpa(*x)
     layer = one(used, layer=3)
     lines = [r.getMessage() for r in caplog.records if "nothing is left out" in r.getMessage()]
+    if why is None and mode == "near_exact":
+        why = "takes no skip_threshold"
     if why is None:
-        assert lines == [] or "would save too little" in lines[0]
+        assert lines == []
         return
     assert layer["lossy_calls"] == 0 and layer["exact_calls"] == 3
     (line,) = lines

@@ -170,18 +170,20 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
-        for (int r = 0; r < 2 && kind != CLEAN; r++) {
-            key_range keys =
-                visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r, bounds.num_keys);
-            if (kind == MASKED)
-                mask_scores(s[m], r, keys, n * BLOCK_N + thread_index() % 4 * 2);
+        for (int r = 0; r < 2 && kind == MASKED; r++)
+            mask_scores(
+                s[m], r,
+                visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r, bounds.num_keys),
+                n * BLOCK_N + thread_index() % 4 * 2);
 #if LISTED
-            if (kind == MEANS) {
-                score_means(s[m], r, scale[m][r], keys, walk, bounds.num_keys, n);
-                scale[m][r] = 1.0f;
-            }
-#endif
+#pragma unroll
+        for (int r = 0; r < 2 && kind == MEANS; r++) {
+            score_means(args, s[m], m, r, scale[m][r], walk, bounds.num_keys, bounds.diagonal, n);
+            scale[m][r] = 1.0f;
         }
+        if (kind == MEANS && n == (blocks_of(bounds.num_keys) - 1) / BLOCK_N)
+            score_last_mean(s[m], bounds.num_keys);
+#endif
         softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m]);
     }
 }
@@ -189,7 +191,7 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
 /* Tile n: the pipeline of this file's head; n - 1 stands there for the walk's next tile. kind is a
  * constant in each of the copies. */
 DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, tile_walk &walk,
-                        const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
+                         const q_fragments &q, key_tiles &tiles, warp_rows &rows) {
     float s[M_TILES][S_TILES][4];
     u32 k_smem = k_stage(turn_of(walk, n)), k_smem_next = k_stage(turn_of(walk, n) + 1);
     bool is_mine = kind == MEANS || is_of_warp(walk, n);

@@ -35,6 +35,7 @@ float rough(float x);
 } // namespace emu
 
 DEVICE int thread_index() { return emu::the_machine().thread(); }
+DEVICE int thread_index_again() { return thread_index(); }
 DEVICE int block_index() { return emu::the_machine().block(); }
 DEVICE u32 shared_base() { return emu::the_machine().shared_base(); }
 DEVICE u32 own_shared(u32 at, emu::site where) { return emu::the_machine().own_shared(at, where); }

@@ -5,6 +5,7 @@
 #define KERNEL(name, ...) extern "C" __global__ void name(__VA_ARGS__)
 
 KERNEL(k_thread_index, int *out) { *out = thread_index(); }
+KERNEL(k_thread_index_again, int *out) { *out = thread_index_again(); }
 KERNEL(k_block_index, int *out) { *out = block_index(); }
 KERNEL(k_uniform, int *out, int x) { *out = uniform(x); }
 KERNEL(k_largest_of_warp, int *out, int x) { *out = largest_of_warp(x); }

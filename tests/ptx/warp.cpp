@@ -63,6 +63,18 @@ template <bool IS_OR> void reduce(Warp &w, const Ins &, const int *o, u32 mask) 
     w.define(o[0], mask, ALL);
 }
 
+/* d, a, membermask: the largest of all lanes' a, signed, to each. */
+void reduce_max(Warp &w, const Ins &, const int *o, u32 mask) {
+    need_members(w, o[2], mask, "redux.sync");
+    w.need(o[1], mask, "redux.sync");
+    const int *a = w.at<int>(o[1]);
+    int result = a[__builtin_ctz(mask)];
+    for (u32 rest = mask; rest; rest &= rest - 1)
+        result = a[__builtin_ctz(rest)] > result ? a[__builtin_ctz(rest)] : result;
+    lanes(mask, [&](int lane) { w.at<int>(o[0])[lane] = result; });
+    w.define(o[0], mask, ALL);
+}
+
 /* The leader is any lane of membermask; here by the knobs' dice, so that no code relies on one. */
 void elect(Warp &w, const Ins &, const int *o, u32 mask) {
     need_members(w, o[1], mask, "elect.sync");
@@ -118,6 +130,7 @@ const std::vector<Op> WARP_OPS = {
     {"vote.sync.all.pred", "=p p r", vote<false>},
     {"redux.sync.or.b32", "=r r r", reduce<true>},
     {"redux.sync.and.b32", "=r r r", reduce<false>},
+    {"redux.sync.max.s32", "=r r r", reduce_max},
     {"elect.sync", "_|=p r", elect},
     {"bar.warp.sync", "r", warp_sync},
     {"setmaxnreg.inc.sync.aligned.u32", "i", take_registers},

@@ -56,8 +56,8 @@ def kernels(devices: list[str]) -> list[dict[str, Any]]:
         elif device is not None:
             head_dim = min(max(128, row.head_dim_min), row.head_dim_max)
             probe = Workload("probe", "", 1, 257, 257, 2, 2, head_dim)
-            lists = {"has_block_lists": row.is_for_lists}
-            told = op.why_not(Request.of(probe, row.dtypes[0], device, **lists), row.index)
+            request = Request.of(probe, row.dtypes[0], device, has_block_lists=row.is_for_lists)
+            told = op.why_not(request, row.index)
             reason = without_name(told, row.name)
         rows.append(
             {

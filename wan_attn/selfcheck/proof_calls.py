@@ -43,6 +43,7 @@ class ProofCall:
     # Where the row is for lists of blocks: the share of blocks that is listed, and the others.
     density: float = 0.5
     pools_others: bool = False
+    skip_threshold: float = 0.0  # instead of lists
 
     def case(self, head_dim: int) -> Case:
         return Case(self.seqlen_q, self.seqlen_k, head_dim, self.mask)
@@ -119,10 +120,11 @@ class Known:
 
     def blocks_on(self, device: torch.device) -> Blocks:
         """Its lists there, in memory of their own."""
-        counts, indices, *rest = self.blocks
+        counts, indices = self.blocks.block_counts, self.blocks.block_indices
         if counts is None or indices is None:
             return self.blocks
-        return Blocks(counts.to(device, copy=True), indices.to(device, copy=True), *rest)
+        counts, indices = (x.to(device, copy=True) for x in (counts, indices))
+        return self.blocks._replace(block_counts=counts, block_indices=indices)
 
 
 @lru_cache(maxsize=2 * len(CALLS))
@@ -238,14 +240,16 @@ def _wrong_graph(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
 
 def _wrong_skip(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
     """A skip_threshold leaves out what weighs next to nothing, and the guard certifies it."""
-    call = ProofCall(SKIPPED)
+    call = ProofCall(SKIPPED, skip_threshold=list_reference.THRESHOLD)
     case = call.case(row.head_dim_max)
+    if card.why_not(row, dtype, call) is not None:
+        return None
     known = list_reference.with_weak_blocks(make_inputs(case))
     truth = reference(case, *known)
     operands = _placed(call, known, dtype, card.device())
     lens = _lens(call, case, card.device())
     words = torch.zeros(5, dtype=torch.int32, device=card.device())
-    blocks = Blocks(skip_threshold=list_reference.THRESHOLD)
+    blocks = Blocks(skip_threshold=call.skip_threshold)
     answer = card.run(row, operands, *lens, case, guard=words, blocks=blocks)
     found = difference(case, truth, *answer, UNIT[dtype])
     if found is None:

@@ -244,6 +244,7 @@ static wan_attn_status attend(const call *c, wan_attn_cuda_lengths seqused_q,
     args.m_blocks = c->plan.m_blocks;
     int64_t blocks = (int64_t)args.m_blocks * args.num_splits * args.num_heads_q * args.batch;
     const wan_attn_cuda_program program = wan_attn_cuda_tile_program(c->plan.tile, c->p->dtype);
+    /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): a call that is run has a tile */
     if (c->plan.tile->is_listed) {
         wan_attn_cuda_listed_args with_lists;
         memset(&with_lists, 0, sizeof(with_lists));
@@ -251,7 +252,6 @@ static wan_attn_status attend(const call *c, wan_attn_cuda_lengths seqused_q,
         wan_attn_cuda_fill_lists(c, &with_lists);
         return wan_attn_cuda_launch(c, &program, blocks, &with_lists);
     }
-    /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): a call that is run has a tile */
     return c->plan.tile->body == WAN_ATTN_CUDA_SM90
                ? launch_sm90(c, &program, &args, blocks)
                : wan_attn_cuda_launch(c, &program, blocks, &args);

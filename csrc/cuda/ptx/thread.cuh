@@ -19,6 +19,14 @@ DEVICE int thread_index() {
     return x;
 }
 
+/* The same, but what follows from it is computed where it is asked for: in code that few tiles need,
+ * not in registers of the main loop. */
+DEVICE int thread_index_again() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
 /* volatile: code that asks again wants to compute again what follows from it. */
 DEVICE int block_index() {
     int x;

@@ -27,39 +27,58 @@ DEVICE void find_means(tile_source &k, tile_source &v, const wan_attn_cuda_args 
     i64 head = (i64)place.sample * (args.num_heads_q / args.heads_per_key_head) +
                place.head / args.heads_per_key_head;
     i64 at = head * blocks_of(args.seqlen_k) * ROW_BYTES;
-    k = source_of((const char *)listed.pooled_k + at, HEAD_DIM, m * BLOCK_N);
-    v = source_of((const char *)listed.pooled_v + at, HEAD_DIM, m * BLOCK_N);
+    i64 row = m * BLOCK_N + BLOCK_N - ROWS_PER_PASS + thread_index_again() / GROUP;
+    at += row * ROW_BYTES + thread_index_again() % GROUP * 16;
+    k.from = (const char *)listed.pooled_k + at;
+    v.from = (const char *)listed.pooled_v + at;
+    k.pass_bytes = v.pass_bytes = ROWS_PER_PASS * ROW_BYTES;
 }
 
-/* Which of the 64 blocks of tile m are listed, for this lane: bit 8 j + e of the words is that of
- * its column e in S tile j. */
-DEVICE void find_listed(u32 listed[2], const tile_walk &walk, int m) {
-    int lane = thread_index() % 32;
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        listed[i] = shfl_xor_bits(walk.own, lane ^ (2 * m + i & 31)) >> (2 * lane & 6);
+/* What many equal keys add to their score, in base 2. */
+#define LOG2_OF_BLOCK 6.0f
+static_assert(BLOCK_N == 64, "two to the LOG2_OF_BLOCK");
+
+/* Bits begin .. end - 1 of two words; both may lie outside. */
+DEVICE u32 bits_between(int begin, int end) {
+    begin = larger_int(begin, 0);
+    end = smaller_int(end, 32);
+    return begin < end ? 0xffffffffu >> (32 - (end - begin)) << begin : 0;
 }
 
-/* Scores of row r become those of as many keys in base 2; what does not count is -inf. */
-DEVICE void score_means(float s[S_TILES][4], int r, float scale, const key_range &keys,
-                        const tile_walk &walk, int num_keys, int m) {
-    u32 listed[2];
-    find_listed(listed, walk, m);
-    int last = blocks_of(num_keys) - 1, first = m * BLOCK_N + thread_index() % 4 * 2;
-    key_range blocks = whole_blocks(keys, num_keys);
-    const float all = 6.0f; /* log2 of BLOCK_N */
-    float of_last = natural_log((float)(num_keys - last * BLOCK_N)) * 1.44269504f;
+/* Scores of row r in tile m become those of as many keys, in base 2; what does not count is -inf.
+ * scale: of the row's scores in base 2. n: the tile of means. */
+DEVICE void score_means(const wan_attn_cuda_args &args, float s[S_TILES][4], int m, int r,
+                        float scale, const tile_walk &walk, int num_keys, int diagonal, int n) {
+    int lane = thread_index_again() % 32;
+    int row = (thread_index_again() / 32 * (BLOCK_M / NUM_WARPS)) + 16 * m + lane / 4 + 8 * r;
+    key_range blocks = whole_blocks(visible_keys(args, diagonal + row, num_keys), num_keys);
+    int first = n * BLOCK_N + lane % 4 * 2;
 #pragma unroll
-    for (int j = 0; j < S_TILES; j++)
+    for (int half = 0; half < 2; half++) {
+        /* Bit 8 j + e: of column e in S tile j of this half. */
+        int begin = first + 32 * half;
+        u32 listed = shfl_xor_bits(walk.own, lane ^ ((2 * n + half) & 31)) >> (lane % 4 * 2);
+        u32 counts = bits_between(blocks.begin - begin, blocks.end - begin) & ~listed;
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            int n = first + 8 * j + e;
-            float score =
-                fused_multiply_add(s[j][2 * r + e], scale, n == last ? of_last : all);
-            bool counts = n >= blocks.begin && n < blocks.end &&
-                          (listed[j / 4] >> (8 * (j % 4) + e) & 1) == 0;
-            s[j][2 * r + e] = counts ? score : minus_infinity();
-        }
+        for (int j = 0; j < S_TILES / 2; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float *score = &s[half * (S_TILES / 2) + j][2 * r + e];
+                *score = counts >> (8 * j + e) & 1
+                             ? fused_multiply_add(*score, scale, LOG2_OF_BLOCK)
+                             : minus_infinity();
+            }
+    }
+}
+
+/* The last block may have fewer keys: in an m tile's scores of the last tile of means. */
+DEVICE void score_last_mean(float s[S_TILES][4], int num_keys) {
+    int last = blocks_of(num_keys) - 1;
+    int at = last % BLOCK_N - thread_index_again() % 4 * 2; /* of the lane's columns 8 j + e */
+    float less = natural_log((float)(num_keys - last * BLOCK_N)) * 1.44269504f - LOG2_OF_BLOCK;
+#pragma unroll
+    for (int i = 0; i < S_TILES * 4; i++)
+        s[i / 4][i % 4] += i / 4 * 8 + i % 2 == at ? less : 0.0f;
 }
 
 /* For a row that sees no listed key: whether there is another block for it. Counts,
@@ -68,8 +87,7 @@ DEVICE bool sees_means(const wan_attn_cuda_args &args, const block_place &place,
                        int used_q) {
     const wan_attn_cuda_lists &lists = listed_of(args).lists;
     int used_k = length_at(args.seqused_k, place.sample, args.seqlen_k);
-    key_range blocks =
-        whole_blocks(visible_keys(args, row + used_k - used_q, used_k), used_k);
+    key_range blocks = whole_blocks(visible_keys(args, row + used_k - used_q, used_k), used_k);
     block_list list = find_list(lists, place, row / WAN_ATTN_CUDA_LIST_BLOCK);
     int others = blocks.end - blocks.begin;
     for (int i = 0; i < list.count; i++) {

@@ -62,7 +62,7 @@ DEVICE block_list find_list(const wan_attn_cuda_lists &lists, const block_place 
 
 /* This lane's bits of the tiles [begin, end) of a group; both count from the group's first. */
 DEVICE u32 bits_of_range(int begin, int end) {
-    int lane = thread_index() % 32;
+    int lane = thread_index_again() % 32;
     begin = larger_int(begin - 32 * lane, 0);
     end = smaller_int(end - 32 * lane, 32);
     return begin < end ? 0xffffffffu >> (32 - (end - begin)) << begin : 0;
@@ -71,7 +71,7 @@ DEVICE u32 bits_of_range(int begin, int end) {
 /* This lane's bits of the tiles that a list names, of those in `range`. */
 DEVICE u32 bits_of_list(const wan_attn_cuda_lists &lists, const block_list &list, int group,
                         const key_range &range) {
-    int lane = thread_index() % 32;
+    int lane = thread_index_again() % 32;
     u32 bits = 0;
     for (int first = 0; first < list.count; first += 32) {
         int n = -1; /* of the group's tiles */
@@ -109,7 +109,7 @@ DEVICE void fill(tile_walk &walk, const wan_attn_cuda_args &args, int group) {
         block_list list = find_list(lists, place, row / WAN_ATTN_CUDA_LIST_BLOCK);
         u32 bits = bits_of_list(lists, list, group, range);
         walk.left |= bits;
-        if (i == thread_index() / 32 / (NUM_WARPS / LISTS))
+        if (i == thread_index_again() / 32 / (NUM_WARPS / LISTS))
             walk.own = bits;
     }
 }
