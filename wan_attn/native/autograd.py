@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """autograd.py - the derivative of torch.ops.wan_attn.sdpa.
 
-On the CPU a kernel computes it (backward.py) from what forward has left: out and lse. On a GPU, of
-few rows, and without the native library, torch's operators do (gradient_in_torch.py); wan_attn.sdpa
-and flash_attention send such calls, but for few rows, to another backend.
+On the CPU a kernel computes it (backward.py) from what forward has left: out and lse. On a GPU and
+without the native library torch's operators do (gradient_in_torch.py); wan_attn.sdpa and
+flash_attention send such calls to another backend.
 """
 
 from __future__ import annotations
@@ -20,11 +20,6 @@ from wan_attn.request import Call, empty_lse, transforms, wants_grad
 
 has_kernels = False
 """Whether the op runs on our kernels, so that gradients may: op.py says so."""
-
-
-FEW_ROWS = 32
-"""WAN_ATTN_MAX_FEW of csrc/cpu/blocked.h: forward sums the scores of so few queries in an order
-that no kernel of gradients has, and weights made again from its lse would be off by that."""
 
 
 def register(
@@ -80,7 +75,6 @@ class _Guard:
                 and (query.requires_grad or key.requires_grad or value.requires_grad)
                 and query.device.type == "cpu"
                 and query.dim() == 4
-                and query.shape[1] > FEW_ROWS
             ):
                 out, _ = kernel(keyset, *operands, **{**keywords, "return_lse": True})
                 return out, empty_lse(query, return_lse=False)
@@ -91,7 +85,7 @@ class _Guard:
 
 def _is_for_kernels(query: Tensor) -> bool:
     """Whether our kernels compute the gradients."""
-    return has_kernels and query.device.type == "cpu" and query.shape[1] > FEW_ROWS
+    return has_kernels and query.device.type == "cpu"
 
 
 def remember(
