@@ -160,6 +160,18 @@ def test_large_scores(row: op.KernelInfo) -> None:
         check(row, *some(row, dtype=dtype, seqlen_q=65, seqlen_k=200, peaky=6.0))
 
 
+@pytest.mark.parametrize("seqlen_q", (1, 3, 12, 13, 24, 25, 32))
+def test_large_scores_of_few_rows(row: op.KernelInfo, seqlen_q: int) -> None:
+    """Forward sums the scores of few rows in an order of its own: one key has most of the weight,
+    and an lse that does not fit the scores is all that its gradients are off by."""
+    for dtype in row.dtypes:
+        for number in range(6):
+            torch.manual_seed(number)
+            sizes = {"seqlen_q": seqlen_q, "seqlen_k": 200, "peaky": 12.0, "heads_q": 4}
+            mask: dict[str, Any] = {"window": (30, 150)} if number % 2 else {}
+            check(row, *some(row, dtype=dtype, heads_k=2, **sizes), **mask)
+
+
 def test_gradient_of_lse(row: op.KernelInfo) -> None:
     for dtype in row.dtypes:
         call = some(row, batch=2, seqlen_q=65, seqlen_k=50, dtype=dtype)

@@ -7,6 +7,7 @@
  * 2026-11-30, `bench backward`, 4096 x 4 x 128 and 8192 x 4 x 64):
  * fp32 1.17 and 1.17.
  */
+#include <float.h>
 #include <math.h>
 
 #include "cpu/backward_blocked.h"

@@ -170,6 +170,12 @@ static void pack_rows(int64_t task, int64_t worker, void *ctx) {
     step->plan.blocking->pack_rows(step, task / step->blocks, task % step->blocks);
 }
 
+static void find_lse(int64_t task, int64_t worker, void *ctx) {
+    const wan_attn_backward_step *step = (const wan_attn_backward_step *)ctx;
+    (void)worker;
+    step->plan.blocking->find_lse(step, task / step->blocks, task % step->blocks);
+}
+
 static int64_t tasks_of_pair(const wan_attn_backward_plan *plan) {
     return wan_attn_divide_up(plan->panels, plan->panels_per_task);
 }
@@ -207,6 +213,8 @@ static void run_strip(wan_attn_backward_step *step) {
     int64_t left = wan_attn_divide_up(step->call->seqlen_q - step->first_row, block_m);
     step->blocks = min_of(plan->strip, left);
     wan_attn_run_tasks(params, pairs * step->blocks, pack_rows, step);
+    if (wan_attn_backward_is_few(step->call))
+        wan_attn_run_tasks(params, pairs * step->blocks, find_lse, step);
     wan_attn_run_tasks(params, pairs * tasks_of_pair(plan), add_panels, step);
     wan_attn_run_tasks(params, pairs * step->blocks * (block_m / plan->blocking->panel), find_dq,
                        step);

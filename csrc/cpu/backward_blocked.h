@@ -10,16 +10,17 @@
  *                                strip  some blocks of rows, for which all of dS is kept
  *
  * Phases of a call, for each group of pairs that fits the workspace: pack all keys; then, for each
- * query head of a pair and each strip: pack its rows, compute dS and add to dK and dV, a few panels
- * a task; compute dQ from dS, a panel of rows a task. At the end, store dK and dV. Every number is
- * summed by one task at a time and in one order, so that it has the same bits on any number of
- * threads.
+ * query head of a pair and each strip: pack its rows; where they are few, find lse and delta; compute
+ * dS and add to dK and dV, a few panels a task; compute dQ from dS, a panel of rows a task. At the
+ * end, store dK and dV. Every number is summed by one task at a time and in one order, so that it
+ * has the same bits on any number of threads.
  */
 #ifndef WAN_ATTN_CPU_BACKWARD_BLOCKED_H
 #define WAN_ATTN_CPU_BACKWARD_BLOCKED_H
 
 #include "core/backward.h"
 #include "core/util.h"
+#include "cpu/blocked.h"
 
 typedef struct wan_attn_backward_step wan_attn_backward_step;
 
@@ -32,6 +33,8 @@ typedef struct wan_attn_backward_blocking {
     /* All take the slot of their pair in the workspace. */
     void (*pack_keys)(const wan_attn_backward_step *step, int64_t slot, int64_t panel);
     void (*pack_rows)(const wan_attn_backward_step *step, int64_t slot, int64_t block);
+    /* After keys and rows are packed, where the call has few rows: their lse and delta. */
+    void (*find_lse)(const wan_attn_backward_step *step, int64_t slot, int64_t block);
     void (*add_panel)(const wan_attn_backward_step *step, int64_t slot, int64_t panel,
                       int64_t block, float *scratch);
     void (*find_dq)(const wan_attn_backward_step *step, int64_t slot, int64_t row_panel,
@@ -86,6 +89,12 @@ typedef struct wan_attn_backward_rows {
     float *ds_t;             /* [block_m / panel][all keys / unit][panel] units */
     int64_t first, count;
 } wan_attn_backward_rows;
+
+/* Whether forward may have summed scores in an order of its own (sdpa_few.inc), so that its lse and
+ * out do not fit the scores of the gradients. */
+static inline int wan_attn_backward_is_few(const wan_attn_problem *call) {
+    return call->seqlen_q <= WAN_ATTN_MAX_FEW;
+}
 
 const char *wan_attn_backward_blocked_plan(wan_attn_backward_problem *p,
                                            const wan_attn_backward_blocking *blocking);

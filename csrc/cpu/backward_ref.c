@@ -13,19 +13,23 @@
  * Budget: some 110 KiB of stack at the largest head_dim.
  * Numerics: products and sums in float32, but for delta's; neither P nor dS is rounded. What is
  * summed over keys or rows is summed from zero for a block of 16 and then added, a score 64
- * elements of head_dim at a time. softmax_scale multiplies sums, not their terms. A single key
- * weighs exactly 1, and its dS is dlse.
+ * elements of head_dim at a time, 16 where rows are few. softmax_scale multiplies sums, not their terms. A single key
+ * weighs exactly 1, and its dS is dlse. lse and delta are made from what forward has
+ * left, but those of few rows from these scores: forward sums such scores in another order
+ * (sdpa_few.inc), and where they are large, weights and dS would be off by that.
  * Masked keys are left out by loop bounds, so that nothing behind the lengths or outside the mask
  * can leak, NaN included.
  */
+#include <float.h>
 #include <math.h>
 
 #include "core/backward.h"
 #include "core/util.h"
+#include "cpu/backward_blocked.h"
 #include "cpu/half.h"
 #include "cpu/threads.h"
 
-enum { BLOCK = 16, PART_D = 64, MAX_HEAD_DIM = 256 };
+enum { BLOCK = 16, PART_D = 64, PART_D_OF_FEW = 16, MAX_HEAD_DIM = 256 };
 
 /* Query rows and what is known of them. */
 typedef struct row_block {
@@ -47,6 +51,12 @@ typedef struct weights {
     int64_t begin, end; /* the keys of the block that count */
 } weights;
 
+/* Where lse and <dout, out> of a row of few are kept. */
+static float *own_sums(const wan_attn_problem *call, int64_t b, int64_t head, int64_t i) {
+    int64_t row = (b * call->num_heads_q + head) * call->seqlen_q + i;
+    return (float *)call->params->workspace + 2 * row;
+}
+
 static void load_row(const wan_attn_backward_problem *p, int64_t b, int64_t head, int64_t i,
                      row_block *rows, int64_t m) {
     const wan_attn_problem *call = &p->call;
@@ -61,8 +71,12 @@ static void load_row(const wan_attn_backward_problem *p, int64_t b, int64_t head
     for (int64_t d = 0; d < call->head_dim; d++)
         sum += (double)rows->dout[m][d] * out[d];
     rows->dlse[m] = wan_attn_dlse_at(p, b, head, i);
-    rows->delta[m] = (float)(sum - rows->dlse[m]);
     rows->lse[m] = wan_attn_lse_at(p, b, head, i);
+    if (wan_attn_backward_is_few(call)) {
+        rows->lse[m] = own_sums(call, b, head, i)[0];
+        sum = own_sums(call, b, head, i)[1];
+    }
+    rows->delta[m] = (float)(sum - rows->dlse[m]);
 }
 
 static void load_rows(const wan_attn_backward_problem *p, int64_t b, int64_t head, int64_t first,
@@ -98,17 +112,73 @@ static void load_keys(const wan_attn_problem *call, int64_t b, int64_t head_k, i
 }
 
 /* product[n] = <row, column n> for the whole block: a fixed trip count vectorises. */
-static void multiply(const float *row, float (*columns)[BLOCK], int64_t head_dim,
+static void multiply(const wan_attn_problem *call, const float *row, float (*columns)[BLOCK],
                      float product[BLOCK]) {
+    const int64_t head_dim = call->head_dim;
+    const int64_t part_d = wan_attn_backward_is_few(call) ? PART_D_OF_FEW : PART_D;
     for (int n = 0; n < BLOCK; n++)
         product[n] = 0.0f;
-    for (int64_t first = 0; first < head_dim; first += PART_D) {
+    for (int64_t first = 0; first < head_dim; first += part_d) {
         float part[BLOCK] = {0};
-        for (int64_t d = first; d < head_dim && d < first + PART_D; d++)
+        for (int64_t d = first; d < head_dim && d < first + part_d; d++)
             for (int n = 0; n < BLOCK; n++)
                 part[n] += row[d] * columns[d][n];
         for (int n = 0; n < BLOCK; n++)
             product[n] += part[n];
+    }
+}
+
+/* The largest score of a row; the sums of weights relative to that one, and of weights times dP. */
+typedef struct row_sums {
+    double top, sum, dp_sum;
+} row_sums;
+
+/* Adds a block of keys to what is known of row m. */
+static void add_scores(const wan_attn_problem *call, const row_block *rows, int64_t m,
+                       key_block *keys, row_sums *x) {
+    float scale = (float)call->softmax_scale, s[BLOCK], dp[BLOCK];
+    double before = x->top;
+    int64_t begin = rows->keys[m].begin - keys->first, end = rows->keys[m].end - keys->first;
+    multiply(call, rows->q[m], keys->k_transposed, s);
+    multiply(call, rows->dout[m], keys->v_transposed, dp);
+    begin = begin > 0 ? begin : 0;
+    end = end < keys->count ? end : keys->count;
+    for (int64_t n = begin; n < end; n++)
+        x->top = fmax(x->top, (double)s[n] * scale);
+    x->sum *= exp(before - x->top);
+    x->dp_sum *= exp(before - x->top);
+    for (int64_t n = begin; n < end; n++) {
+        double weight = exp((double)s[n] * scale - x->top);
+        x->sum += weight;
+        x->dp_sum += weight * dp[n];
+    }
+}
+
+/* Task numbers run over [batch][query head][row block]; of few rows alone. */
+static void find_sums(int64_t task, int64_t worker, void *ctx) {
+    (void)worker;
+    const wan_attn_backward_problem *p = (const wan_attn_backward_problem *)ctx;
+    const wan_attn_problem *call = &p->call;
+    int64_t blocks = wan_attn_divide_up(call->seqlen_q, BLOCK), first = task % blocks * BLOCK;
+    int64_t head = task / blocks % call->num_heads_q, b = task / blocks / call->num_heads_q;
+    int64_t head_k = head / (call->num_heads_q / call->num_heads_k);
+    int64_t len_k = wan_attn_length_at(&call->seqused_k, b, call->seqlen_k);
+    row_sums sums[BLOCK];
+    row_block rows;
+    key_block keys;
+    for (int m = 0; m < BLOCK; m++)
+        sums[m] = (row_sums){-DBL_MAX, 0.0, 0.0}; /* finite, so that no difference is NaN */
+    load_rows(p, b, head, first, &rows);          /* with sums that are not made yet */
+    for (int64_t key = 0; key < len_k; key += BLOCK) {
+        load_keys(call, b, head_k, key, len_k, &keys);
+        for (int64_t m = 0; m < rows.count; m++)
+            if (rows.keys[m].begin < rows.keys[m].end)
+                add_scores(call, &rows, m, &keys, &sums[m]);
+    }
+    for (int64_t m = 0; m < rows.count; m++) {
+        float *to = own_sums(call, b, head, first + m);
+        to[0] = (float)(sums[m].top + log(sums[m].sum));
+        to[1] = (float)(sums[m].dp_sum / sums[m].sum);
     }
 }
 
@@ -122,8 +192,8 @@ static int find_weights(const wan_attn_problem *call, const row_block *rows, int
     w->end = end < keys->count ? end : keys->count;
     if (w->begin >= w->end)
         return 0;
-    multiply(rows->q[m], keys->k_transposed, call->head_dim, s);
-    multiply(rows->dout[m], keys->v_transposed, call->head_dim, dp);
+    multiply(call, rows->q[m], keys->k_transposed, s);
+    multiply(call, rows->dout[m], keys->v_transposed, dp);
     for (int64_t n = w->begin; n < w->end; n++) {
         w->p[n] = expf(s[n] * scale - rows->lse[m]);
         w->ds[n] = w->p[n] * (dp[n] - rows->delta[m]);
@@ -230,18 +300,23 @@ static void find_dk_and_dv(int64_t task, int64_t worker, void *ctx) {
     }
 }
 
-/* Needs nothing but the stack. */
+/* Needs nothing but the stack, and two sums of each of few rows. */
 const char *wan_attn_sdpa_backward_ref_plan(wan_attn_backward_problem *p) {
-    (void)p;
+    const wan_attn_problem *call = &p->call;
+    if (wan_attn_backward_is_few(call))
+        p->call.workspace_size =
+            (size_t)(call->batch * call->num_heads_q * call->seqlen_q) * 2 * sizeof(float);
     return NULL;
 }
 
 wan_attn_status wan_attn_sdpa_backward_ref(const wan_attn_backward_problem *p,
                                            wan_attn_error *err) {
     const wan_attn_problem *call = &p->call;
-    wan_attn_run_tasks(call->params,
-                       call->batch * call->num_heads_q * wan_attn_divide_up(call->seqlen_q, BLOCK),
-                       find_dq, (void *)p);
+    int64_t row_blocks =
+        call->batch * call->num_heads_q * wan_attn_divide_up(call->seqlen_q, BLOCK);
+    if (wan_attn_backward_is_few(call))
+        wan_attn_run_tasks(call->params, row_blocks, find_sums, (void *)p);
+    wan_attn_run_tasks(call->params, row_blocks, find_dq, (void *)p);
     wan_attn_run_tasks(call->params,
                        call->batch * call->num_heads_k * wan_attn_divide_up(call->seqlen_k, BLOCK),
                        find_dk_and_dv, (void *)p);

@@ -106,7 +106,7 @@ def qwen(is_ours: bool) -> Training:
     torch.manual_seed(0)
     name = "wan_attn" if is_ours else "sdpa"
     model = transformers_models.make_language_model("qwen2", name).train()
-    ids = torch.randint(3, 20, (3, 40))  # more than autograd.FEW_ROWS
+    ids = torch.randint(3, 20, (3, 40))
     mask = torch.ones_like(ids)
     mask[1, 33:] = mask[2, 6:] = 0
     labels = ids.masked_fill(mask == 0, -100)

@@ -14,7 +14,6 @@ from wan_attn import config
 from wan_attn.backends import torch_sdpa
 from wan_attn.backends._errors import is_device_error
 from wan_attn.native import (
-    autograd,
     backward,
     bindings,
     cuda_driver,
@@ -77,8 +76,6 @@ def _why_no_gradient(request: Request) -> str | None:
 
 def gradient_name(request: Request) -> str:
     """The row that computes gradients of this call; "torch": PyTorch's operators do."""
-    if request.device.type == "cpu" and request.seqlen_q <= autograd.FEW_ROWS:
-        return "torch"
     return backward.chosen(request) or "torch"
 
 

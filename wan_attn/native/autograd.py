@@ -2,9 +2,8 @@
 """autograd.py - the derivative of torch.ops.wan_attn.sdpa.
 
 A kernel computes it (backward.py) from what forward has left: out and lse. Where none takes the
-call, of few rows on the CPU, and without the native library, torch's operators do
-(gradient_in_torch.py); wan_attn.sdpa and flash_attention send such calls, but for few rows, to
-another backend.
+call, and without the native library, torch's operators do (gradient_in_torch.py); wan_attn.sdpa and
+flash_attention send such calls to another backend.
 """
 
 from __future__ import annotations
@@ -22,12 +21,6 @@ from wan_attn.request import Call, empty_lse, transforms, wants_grad
 
 has_kernels = False
 """Whether the op runs on our kernels, so that gradients may: op.py says so."""
-
-
-FEW_ROWS = 32
-"""WAN_ATTN_MAX_FEW of csrc/cpu/blocked.h: the CPU's forward sums the scores of so few queries in an
-order that no kernel of gradients has, and weights made again from its lse would be off by that, as
-is seen in float32. On a GPU operands have 16 bits, beside which no order of sums is seen."""
 
 
 def register(
@@ -118,7 +111,7 @@ def is_for_kernels(
     if not has_kernels:
         return False
     if query.device.type == "cpu":
-        return query.dim() == 4 and query.shape[1] > FEW_ROWS
+        return query.dim() == 4
     return query.device.type == "cuda" and kernels.takes(query, key, value, dtype)
 
 
