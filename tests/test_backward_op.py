@@ -16,7 +16,7 @@ import wan_attn
 from calls import BF16, F32, operands
 from wan_attn import config
 from wan_attn.backends import native as backend
-from wan_attn.native import backward
+from wan_attn.native import autograd, backward
 from wan_attn.request import Call, Request
 from wan_attn.workloads import parse_shape
 
