@@ -224,7 +224,7 @@ def test_kernels_for_lists_have_a_verdict_of_their_own(
     for fault in ("all", "others are lost", "another head's", "the last is lost"):
 
         def answer(*call: Any, fault: str = fault) -> tuple[Tensor, Tensor]:
-            return native._answer(*call[:-1], other_lists(call[-1], fault))
+            return native._answer(*call[:6], blocks=other_lists(call[6], fault))
 
         assert first_call.wrong(answer, CPU, dtype, 64, has_lists=True), fault
     first_call.forget()

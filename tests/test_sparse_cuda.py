@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cuda_mock.gpu import CARDS, Gpu
 from emu.build import compiler
 from sparse_calls import TOKENS, inside, one, sdpa, use
+from wan_attn.backends import native
 from wan_attn.native import cuda_driver, library
 from wan_attn.observe import later, sampling
 from wan_attn.request import PLAIN, Request
@@ -39,7 +40,7 @@ class Waits(TorchDispatchMode):
     not pinned."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,16 +112,17 @@ def card_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     if compiler() is None:
         pytest.skip("no C++ compiler (clang++ or g++)")
     gpu = Gpu(tmp_path, CARDS[89])
-    real = kernel.native.why_not
+    real = native.why_not
 
     def why_not(request: Request, *precision: int) -> str | None:
         with monkeypatch.context() as patch:
             patch.setattr(library, "load", lambda: gpu.lib)
             patch.setattr(library, "lib", lambda: gpu.lib)
             patch.setattr(cuda_driver, "_path", None)
-            return real(replace(request, device=CUDA), *precision)
+            reason: str | None = real(replace(request, device=CUDA), *precision)
+            return reason
 
-    monkeypatch.setattr(kernel.native, "why_not", why_not)
+    monkeypatch.setattr(native, "why_not", why_not)
     return gpu
 
 

@@ -178,7 +178,8 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
 #if LISTED
 #pragma unroll
         for (int r = 0; r < 2 && kind == MEANS; r++) {
-            score_means(args, s[m], m, r, scale[m][r], walk, bounds.num_keys, bounds.diagonal, n);
+            score_means(args, s[m], m, r, scale[m][r], walk.bits, bounds.num_keys, bounds.diagonal,
+                        n);
             scale[m][r] = 1.0f;
         }
         if (kind == MEANS && n == (blocks_of(bounds.num_keys) - 1) / BLOCK_N)
@@ -257,7 +258,7 @@ DEVICE void process_means(const wan_attn_cuda_args &args, tile_walk &walk, const
     cp_async_commit();
     for (int m = last; m >= 0; m--) {
         if (m == last || m % GROUP_MEANS == GROUP_MEANS - 1)
-            fill(walk, args, m / GROUP_MEANS);
+            walk.bits = find_bits<32>(args, m / GROUP_MEANS * 1024).own;
         process_tile(args, m, MEANS, walk, q, tiles, rows);
     }
 }

@@ -89,10 +89,8 @@ class MockCard(proof_child.TableCard):
     ) -> Answer:
         is_causal, window = MASKS[case.mask]
         on_device = (case.seqlen_q, case.seqlen_k) in ON_DEVICE
-        masks = {"is_causal": is_causal, "window": window}
-        return self.attend(
-            row, operands, q_lens, k_lens, on_device, **masks, guard=guard, blocks=blocks
-        )
+        more: dict[str, Any] = {"is_causal": is_causal, "window": window, "guard": guard}
+        return self.attend(row, operands, q_lens, k_lens, on_device, blocks=blocks, **more)
 
     def attend(
         self,

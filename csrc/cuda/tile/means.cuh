@@ -10,7 +10,7 @@
 #include "cuda/tile/softmax.cuh"
 #include "cuda/tile/walk_listed.cuh"
 
-enum { GROUP_MEANS = GROUP_TILES / BLOCK_N }; /* tiles of means for which a warp has bits */
+enum { GROUP_MEANS = 1024 / BLOCK_N }; /* tiles of means for which a warp has bits, 32 a lane */
 
 /* The blocks of which a row with these keys sees every real one. */
 DEVICE key_range whole_blocks(const key_range &keys, int num_keys) {
@@ -38,17 +38,11 @@ DEVICE void find_means(tile_source &k, tile_source &v, const wan_attn_cuda_args 
 #define LOG2_OF_BLOCK 6.0f
 static_assert(BLOCK_N == 64, "two to the LOG2_OF_BLOCK");
 
-/* Bits begin .. end - 1 of two words; both may lie outside. */
-DEVICE u32 bits_between(int begin, int end) {
-    begin = larger_int(begin, 0);
-    end = smaller_int(end, 32);
-    return begin < end ? 0xffffffffu >> (32 - (end - begin)) << begin : 0;
-}
-
 /* Scores of row r in tile m become those of as many keys, in base 2; what does not count is -inf.
- * scale: of the row's scores in base 2. n: the tile of means. */
+ * own: what find_bits<32>() has found for n's group. scale: of the row's scores in base 2. n: the
+ * tile of means. */
 DEVICE void score_means(const wan_attn_cuda_args &args, float s[S_TILES][4], int m, int r,
-                        float scale, const tile_walk &walk, int num_keys, int diagonal, int n) {
+                        float scale, u32 own, int num_keys, int diagonal, int n) {
     int lane = thread_index_again() % 32;
     int row = (thread_index_again() / 32 * (BLOCK_M / NUM_WARPS)) + 16 * m + lane / 4 + 8 * r;
     key_range blocks = whole_blocks(visible_keys(args, diagonal + row, num_keys), num_keys);
@@ -57,7 +51,7 @@ DEVICE void score_means(const wan_attn_cuda_args &args, float s[S_TILES][4], int
     for (int half = 0; half < 2; half++) {
         /* Bit 8 j + e: of column e in S tile j of this half. */
         int begin = first + 32 * half;
-        u32 listed = shfl_xor_bits(walk.own, lane ^ ((2 * n + half) & 31)) >> (lane % 4 * 2);
+        u32 listed = shfl_xor_bits(own, lane ^ ((2 * n + half) & 31)) >> (lane % 4 * 2);
         u32 counts = bits_between(blocks.begin - begin, blocks.end - begin) & ~listed;
 #pragma unroll
         for (int j = 0; j < S_TILES / 2; j++)

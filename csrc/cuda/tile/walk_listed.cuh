@@ -3,7 +3,8 @@
  * (args_lists.h): what a list of one of its blocks of queries names, from the last to the first.
  * The same names as walk_all.cuh. Includer sets BLOCK_M, BLOCK_N, NUM_WARPS, STAGES.
  *
- * A list becomes a set of bits, of which each lane holds 32:
+ * A list becomes a set of bits, of which each lane holds 32 (with two lists 16, and their groups are
+ * half as large):
  *
  *     tiles of a group    0 .. 31     32 .. 63    ...    992 .. 1023
  *     of lane             0           1                  31
@@ -23,15 +24,21 @@
 #include "cuda/tile/swizzle.cuh"
 #include "cuda/tile/work.cuh"
 
-enum { LISTS = BLOCK_M / WAN_ATTN_CUDA_LIST_BLOCK, GROUP_TILES = 1024 };
+enum {
+    LISTS = BLOCK_M / WAN_ATTN_CUDA_LIST_BLOCK,
+    LANE_TILES = 32 / LISTS, /* of a group; with two lists a lane has two bits for each */
+    GROUP_TILES = 32 * LANE_TILES
+};
+static_assert(LISTS == 1 || LISTS == 2, "a lane's bits are one word");
 static_assert(BLOCK_N == WAN_ATTN_CUDA_LIST_BLOCK, "a tile is a block of keys");
 static_assert(LISTS * WAN_ATTN_CUDA_LIST_BLOCK == BLOCK_M, "a block has whole blocks of queries");
 static_assert(STAGES == 2, "sources go on where K's next tile is copied");
 static_assert(NUM_WARPS % LISTS == 0, "no warp has rows of two blocks of queries");
 
 typedef struct tile_walk {
-    u32 left; /* this lane's 32 tiles of the group: bits of those that are still to come */
-    u32 own;  /* those that the warp's own block of queries lists */
+    /* Of this lane's tiles of the group: from bit 0 on those that are still to come; with two lists,
+     * from bit 16 on those that the warp's own block of queries lists. */
+    u32 bits;
     int next; /* the tile after this one; below 0: the group is over */
     int turn; /* tiles so far */
 } tile_walk;
@@ -60,66 +67,77 @@ DEVICE block_list find_list(const wan_attn_cuda_lists &lists, const block_place 
     return list;
 }
 
-/* This lane's bits of the tiles [begin, end) of a group; both count from the group's first. */
-DEVICE u32 bits_of_range(int begin, int end) {
-    int lane = thread_index_again() % 32;
-    begin = larger_int(begin - 32 * lane, 0);
-    end = smaller_int(end - 32 * lane, 32);
+/* A word's bits from begin to end - 1; both may lie outside of it. */
+DEVICE u32 bits_between(int begin, int end) {
+    begin = larger_int(begin, 0);
+    end = smaller_int(end, 32);
     return begin < end ? 0xffffffffu >> (32 - (end - begin)) << begin : 0;
 }
 
-/* This lane's bits of the tiles that a list names, of those in `range`. */
-DEVICE u32 bits_of_list(const wan_attn_cuda_lists &lists, const block_list &list, int group,
+/* This lane's bits of the tiles that a list names, of those in `range`; lane l has PER_LANE of them
+ * from l * PER_LANE on, counted from the tile `base`. */
+template <int PER_LANE>
+DEVICE u32 bits_of_list(const wan_attn_cuda_lists &lists, const block_list &list, int base,
                         const key_range &range) {
     int lane = thread_index_again() % 32;
     u32 bits = 0;
     for (int first = 0; first < list.count; first += 32) {
-        int n = -1; /* of the group's tiles */
+        int n = -1; /* counted from base */
         if (first + lane < list.count)
             n = load_global_i32(list.at + (first + lane) * lists.index_stride);
-        n = n >= range.begin && n < range.end ? n - group * GROUP_TILES : -1;
+        n = n >= range.begin && n < range.end ? n - base : -1;
         if (!any_lane(n >= 0))
             continue;
 #pragma unroll 4
         for (int lane_mask = 0; lane_mask < 32; lane_mask++) {
             int other = (int)shfl_xor_bits((u32)n, lane_mask);
-            bits |= other >> 5 == lane ? 1u << (other & 31) : 0;
+            bits |= other >= 0 && other / PER_LANE == lane ? 1u << (other % PER_LANE & 31) : 0;
         }
     }
     return bits;
 }
 
-/* The group's bits. */
-DEVICE void fill(tile_walk &walk, const wan_attn_cuda_args &args, int group) {
+/* What any list of the block names, and the warp's own. */
+typedef struct listed_bits {
+    u32 any, own;
+} listed_bits;
+
+/* The bits of 32 * PER_LANE tiles from `base` on. */
+template <int PER_LANE> DEVICE listed_bits find_bits(const wan_attn_cuda_args &args, int base) {
     const wan_attn_cuda_lists &lists = listed_of(args).lists;
     block_place place = find_place(args, BLOCK_M);
     block_work work = find_work(args, place, BLOCK_M, BLOCK_N);
-    int first = work.first_key / BLOCK_N, base = group * GROUP_TILES;
+    int first = work.first_key / BLOCK_N;
     key_range range = {larger_int(first, base),
-                       smaller_int(first + work.num_tiles, base + GROUP_TILES)};
-    walk.left = walk.own = bits_of_range(range.begin - base, range.end - base);
-    if (!lists.counts)
-        return;
-    walk.left = walk.own = 0;
+                       smaller_int(first + work.num_tiles, base + 32 * PER_LANE)};
+    listed_bits bits = {0, 0};
+    if (!lists.counts) {
+        int at = base + thread_index_again() % 32 * PER_LANE;
+        bits.any = bits_between(range.begin - at, smaller_int(range.end - at, PER_LANE));
+        bits.own = bits.any;
+        return bits;
+    }
 #pragma unroll 1
     for (int i = 0; i < LISTS; i++) {
         int row = place.row_begin + i * WAN_ATTN_CUDA_LIST_BLOCK;
         if (row >= work.used_q)
             break;
         block_list list = find_list(lists, place, row / WAN_ATTN_CUDA_LIST_BLOCK);
-        u32 bits = bits_of_list(lists, list, group, range);
-        walk.left |= bits;
+        u32 named = bits_of_list<PER_LANE>(lists, list, base, range);
+        bits.any |= named;
         if (i == thread_index_again() / 32 / (NUM_WARPS / LISTS))
-            walk.own = bits;
+            bits.own = named;
     }
+    return bits;
 }
 
 /* The last tile of the group that is left, which then no longer is; below 0: none. */
 DEVICE int take_tile(tile_walk &walk) {
-    int mine = (thread_index() * 32 & (GROUP_TILES - 1)) | highest_bit(walk.left); /* none: -1 */
+    u32 left = LISTS == 1 ? walk.bits : walk.bits & 0xffffu;
+    int mine = (thread_index() * LANE_TILES & (GROUP_TILES - 1)) | highest_bit(left); /* none: -1 */
     int n = largest_of_warp(mine);
     if (mine == n)
-        walk.left &= ~(1u << (n & 31));
+        walk.bits &= ~(1u << (n & (LANE_TILES - 1)));
     return n;
 }
 
@@ -127,7 +145,8 @@ DEVICE int take_tile(tile_walk &walk) {
 DEVICE int enter_group(tile_walk &walk, const wan_attn_cuda_args &args, int group) {
     int n = -1;
     while (n < 0 && group > 0) {
-        fill(walk, args, --group);
+        listed_bits bits = find_bits<LANE_TILES>(args, --group * GROUP_TILES);
+        walk.bits = LISTS == 1 ? bits.any : bits.any | bits.own << 16;
         n = take_tile(walk);
     }
     return n < 0 ? n : group * GROUP_TILES + n;
@@ -146,7 +165,7 @@ DEVICE int begin_walk(tile_walk &walk, const wan_attn_cuda_args &args, block_wor
 }
 
 /* At the end of a group `next` is the complement of its last tile. The next group is looked at only
- * when all tiles of this one are over: a copy of K that comes late once in 1,024 tiles, against a
+ * when all tiles of this one are over: a copy of K that comes late once in 512 tiles or more, against a
  * main loop without all that. */
 DEVICE void look_ahead(tile_walk &walk, int n) {
     int next = take_tile(walk);
@@ -168,8 +187,8 @@ DEVICE int resume_walk(tile_walk &walk, const wan_attn_cuda_args &args, int n) {
 }
 
 DEVICE bool is_of_warp(const tile_walk &walk, int n) {
-    bool is_of_lane = ((n >> 5 ^ thread_index()) & 31) == 0;
-    return LISTS == 1 || any_lane(is_of_lane && (walk.own >> (n & 31) & 1) != 0);
+    bool is_of_lane = ((n / LANE_TILES ^ thread_index()) & 31) == 0;
+    return LISTS == 1 || any_lane(is_of_lane && (walk.bits >> (16 + (n & 15)) & 1) != 0);
 }
 
 DEVICE int turn_of(const tile_walk &walk, int) { return walk.turn; }
