@@ -85,6 +85,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/cuda/args_rope.h": ["cuda/args.h"],
     "csrc/cuda/args_qk8.h": ["cuda/args.h"],
     "csrc/cuda/args_guard.h": ["cuda/args.h"],
+    "csrc/cuda/args_backward.h": ["cuda/args.h"],
     "csrc/cuda/sdpa_rows.def": [],
     "csrc/cuda/ptx/ptx*.cuh": ["cuda/ptx/*.cuh", "emu/*.h"],
     "csrc/cuda/ptx/*.cuh": [],
