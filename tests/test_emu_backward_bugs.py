@@ -86,7 +86,7 @@ BUGS = (
     Bug("grad_lse is added", ROWS, "delta -= load_global_f32", "delta += load_global_f32"),
     Bug("the row behind is forgotten", ROWS, "        if (row > 0)\n", "        if (row > 1)\n"),
     Bug("grad_out is not rounded", ROWS, "args.sizes ? 13 : 16", "1"),
-    Bug("keys behind the diagonal", KEYS, "diagonal + window_right + 1", "diagonal + window_right"),
+    Bug("keys behind the diagonal", KEYS, "diagonal + window_size_right + 1", "diagonal + window_size_right"),
     Bug("f16: dP is not scaled", SCALE, "power_of_two(divides_dout - divides_ds)", "power_of_two(divides_dout + 0 * divides_ds)", F16),
     Bug("f16: delta's scale is dP's", SCALE, "power_of_two(-divides_ds)", "power_of_two(divides_dout - divides_ds)", F16),
     Bug("f16: grad_out is not scaled", SCALE, "args.dout_scale ? clamped(of_dout - 15, LOWEST, HIGHEST) : 0;", "0;", F16),
