@@ -197,7 +197,7 @@ typedef struct wan_attn_kernel_info {
     int32_t arch_min, arch_max; /* CUDA: compute capability * 10, inclusive; 0, 0 on the CPU */
     uint32_t cpu_features;      /* CPU: all of these must be there */
     int32_t is_lossy;           /* 1: a WAN_ATTN_QK8 row, chosen only where that is asked */
-    int32_t takes_block_lists;  /* 1: and a skip_threshold */
+    int32_t takes_block_lists;  /* 1: and pools_others and a skip_threshold, if it is not lossy */
 } wan_attn_kernel_info;
 
 /* THE list of CPU features that rows use: X(NAME, bit, "name", builds on, "words for messages"). */

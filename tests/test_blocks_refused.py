@@ -153,16 +153,15 @@ def test_gradients_are_refused(native: str) -> None:
         OP(**call)
 
 
-def test_lossy_rows_refuse(native: str) -> None:
-    reason = "takes neither block lists nor a skip_threshold"
-    assert reason in said(OP, good(precision=library.QK8))
-    for row in op.kernels():
-        if row.is_lossy and calls.can_run(row):
-            assert reason in said(OP, good(kernel=row.index))
-            only = good(block_counts=None, block_indices=None, skip_threshold=0.5, kernel=row.index)
-            assert reason in said(OP, only)
-            full_lists = full([0, 1, 2, 3])
-            assert reason in said(OP, {**full_lists, "kernel": row.index})
+def test_what_lossy_rows_refuse(native: str) -> None:
+    reason = "takes block lists, but neither pools_others nor a skip_threshold"
+    OP(**good(precision=library.QK8))
+    only = good(block_counts=None, block_indices=None, skip_threshold=0.5)
+    for call in (good(pools_others=True), good(skip_threshold=0.1), only):
+        assert reason in said(OP, {**call, "precision": library.QK8})
+        for row in op.kernels():
+            if row.is_lossy and calls.can_run(row):
+                assert reason in said(OP, {**call, "kernel": row.index})
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
@@ -187,11 +186,11 @@ def test_select_knows_who_takes_lists(native: str) -> None:
         request = Request(**{**sizes, **wishes})
         row, _ = op.select(request)
         assert row is not None and row.takes_block_lists
-        nothing, why = op.select(request, library.QK8)
-        assert nothing is None and "takes neither block lists nor a skip_threshold" in why
-        for row in op.kernels():
-            reason = op.why_not(request, row.index)
-            assert not (row.is_lossy and reason is None)
+        lossy, why = op.select(request, library.QK8)
+        if "skip_threshold" in wishes:
+            assert lossy is None and "neither pools_others nor a skip_threshold" in why
+        else:
+            assert lossy is not None and lossy.is_lossy and lossy.takes_block_lists
 
 
 def test_callers_from_before_lists(native: str) -> None:

@@ -80,16 +80,17 @@ def certify(row: op.KernelInfo, seed: int) -> float:
     lists = random_lists(seed, 1, 1, q.shape[1], k.shape[1], 0.7) if seed % 3 == 0 else None
     out, _, lost = guarded(row, q, k, v, lists, skip_threshold=threshold)
     true = true_lost_mass(q, k, out, lists)
-    assert true - BELOW_FLOATS <= lost <= 1.0, seed
+    # It counts its own roundings: a thousandth, and 2^-100 for each block.
+    assert true - BELOW_FLOATS <= lost <= min(1.003 * true + 1e-28, 1.0), seed
     return lost
 
 
 @pytest.mark.parametrize("cases", [300, pytest.param(10_000, marks=pytest.mark.nightly)])
 @each_row
-def test_the_certificate_is_never_below_what_is_lost(row: op.KernelInfo, cases: int) -> None:
+def test_the_certificate_is_what_is_lost_and_never_below_it(row: op.KernelInfo, cases: int) -> None:
     found = [certify(row, seed) for seed in range(cases)]
     assert sum(lost > 0.0 for lost in found) > cases / 10, "hardly anything was left out"
-    assert sum(0.0 < lost < 0.01 for lost in found) > cases / 100, "hardly any bound says much"
+    assert sum(0.0 < lost < 0.01 for lost in found) > cases / 100, "hardly anything small"
 
 
 @each_row

@@ -45,6 +45,7 @@ class Bug:
 GRADIENT, GRADIENTS = "cpu/backward_tile.inc", "cpu/backward_blocked.c"
 FEW, ROPE = "cpu/sdpa_few.inc", "cpu/rope_token.inc"
 LISTS, LISTED = "cpu/sdpa_lists.inc", "cpu/sdpa_avx2_listed.c"
+UNLISTED = "cpu/sdpa_unlisted.inc"
 TILE, PACK, FMA, BLOCKED, AMX = (
     f"cpu/{name}"
     for name in ("sdpa_tile.inc", "sdpa_pack.inc", "sdpa_fma.inc", "blocked.c", "sdpa_amx.c")
@@ -104,19 +105,19 @@ BUGS = (
         *(" * heads_per_pair + head % heads_per_pair", " * heads_per_pair", BLOCKED),
     ),
     Bug(
-        *("lists: a part has the keys of its packed block's first", LISTS),
-        *("part.k += first * plan->depth", "part.k += 0", LISTED),
+        *("lists: a part begins with its packed block", LISTS),
+        *("part.first = part.first > 0 ? part.first : 0;", "part.first = 0;", LISTED),
     ),
     Bug(
-        *("lists: a part has the values of its packed block's first", LISTS),
-        *("part.v += first * VALUES_OF_KEY", "part.v += 0", LISTED),
+        *("lists: a part ends with its packed block", LISTS),
+        *("part.last < keys.count ? part.last : keys.count", "keys.count", LISTED),
     ),
     Bug(
-        *("lists: a short block's mean weighs as a whole one's", LISTS),
+        *("lists: a short block's mean weighs as a whole one's", UNLISTED),
         *("(float)wan_attn_keys_in_block(n, len_k)", "(float)WAN_ATTN_BLOCK", LISTED),
     ),
     Bug(
-        *("lists: the means of listed blocks count, too", LISTS),
+        *("lists: the means of listed blocks count, too", UNLISTED),
         *("n = wan_attn_next_other(list, &at, n + 1)) {", "n++) {", LISTED),
     ),
     Bug(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import backward_model, static_model
 from emu import compile as compilers
 from emu import sass
 from emu.rows import CSRC, Helper, TileBackward, helpers, tiles_backward, tiles_backward_for
@@ -129,3 +130,22 @@ def test_no_sum_of_floats_depends_on_an_order(tmp_path: Path) -> None:
         text = ptx.read_text()
         assert "mma.sync" in text or "rows" in kernel.source
         assert "atom." not in text and "red." not in text.replace("shared.", "")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "head_dim"),
+    unless(
+        lambda gpu, head_dim: (gpu.arch, head_dim) == (86, 128),
+        ((gpu, n) for gpu in static_model.GPUS for n in backward_model.HEAD_DIMS),
+    ),
+    ids=lambda x: getattr(x, "name", str(x)),
+)
+@pytest.mark.skipif(bool(static_model.what_is_missing()), reason="no compiler or no nvdisasm")
+def test_the_models_table_is_what_it_says_now(gpu: static_model.Gpu, head_dim: int) -> None:
+    """What one compiler makes of a kernel is not quite what another makes of it."""
+    if compilers.nvcc() is None:
+        pytest.skip("the table is nvcc's")
+    both = backward_model.kernels(gpu, head_dim)
+    assert backward_model.line(gpu, head_dim, both) in (CSRC / "cuda/README.md").read_text()
+    for kernel in both:
+        assert kernel.clocks("tensor") >= backward_model.LEAST_TENSOR * kernel.slowest

@@ -63,7 +63,7 @@
               .head_dim_multiple = 1,                                                              \
               .cpu_features = needs,                                                               \
               .is_lossy = lossy,                                                                   \
-              .takes_block_lists = !(lossy)},                                                      \
+              .takes_block_lists = 1},                                                             \
      __VA_ARGS__},
 #define KERNEL(row, dtypes, needs, lossy, text)                                                    \
     CPU_ROW(row, dtypes, needs, lossy, text, .plan = wan_attn_##row##_plan, .run = wan_attn_##row)
@@ -103,6 +103,10 @@ static wan_attn_fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t s
                      ? "no kernel takes block lists on this device yet"
                      : "takes neither block lists nor a skip_threshold");
         return WAN_ATTN_CANNOT;
+    }
+    if ((p->pools_others || p->skip_threshold > 0.0f) && info->is_lossy) {
+        snprintf(reason, size, "takes block lists, but neither pools_others nor a skip_threshold");
+        return CANNOT;
     }
     p->kernel = row;
     p->kernel_name = info->name;

@@ -2,9 +2,10 @@
  * lost.h - the certificate of a skip_threshold: what share of its weights a row lacks at most.
  * Knows no kernel.
  *
- * A block of keys that is left out weighs at most its number of keys times its largest weight. With
- * `lost`, the sum of these, in the unit of row_sum (so that both shrink as the maximum rises), the
- * row lacks at most lost / (row_sum + lost) of all it should have.
+ * Of a block of keys that is left out the weights are summed, as softmax would: beside the scores,
+ * which are known, that is little. With `lost`, the sum over all of them in the unit of row_sum, so
+ * that both shrink as the maximum rises, the row lacks lost / (row_sum + lost) of all it should
+ * have, but for rounding, which is counted in.
  */
 #ifndef WAN_ATTN_CPU_LOST_H
 #define WAN_ATTN_CPU_LOST_H

@@ -256,7 +256,6 @@ static void compute_listed_with_tiles(const wan_attn_plan *plan, const wan_attn_
 #define PACK pack_key_tiles
 #define COMPUTE compute_tile_with_tiles
 #define COMPUTE_LISTED compute_listed_with_tiles
-#define VALUES_OF_KEY (TILE / 32)
 #define DEPTH_MULTIPLE TILE_UNITS
 #define WIDTH_MULTIPLE 32
 #include "cpu/row.inc"

@@ -25,29 +25,12 @@ TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #include "cpu/qk8_x86.h"
 #include "cpu/units_x86.h"
 #include "cpu/vector_avx512.h"
+#include "cpu/vector_avx512_vnni.h"
 
 #define VECTORS 3
 #define ROWS 8
 #define UNIT 2
 #define BLOCK_N 128
-
-#define INTS(x) _mm512_castps_si512(x)
-#define VECTOR_OF(i) _mm512_castsi512_ps(i)
-#if defined(__GNUC__) /* as intrinsics, gcc copies accumulators and spills some */
-#define ADD_PRODUCTS(c, a, b) __asm__("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b))
-#define ADD_QUADS(c, a, b) __asm__("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(b), "v"(a))
-#else
-#define ADD_PRODUCTS(c, a, b) (c) = VECTOR_OF(_mm512_dpwssd_epi32(INTS(c), INTS(a), INTS(b)))
-#define ADD_QUADS(c, a, b) (c) = VECTOR_OF(_mm512_dpbusd_epi32(INTS(c), INTS(b), INTS(a)))
-#endif
-#define ADD_PRODUCTS_AT(c, a, p) ADD_PRODUCTS(c, a, LOAD(p))
-#define QUADS 1
-
-#define FLOATS(c) _mm512_cvtepi32_ps(INTS(c))
-#define INTEGERS(x) VECTOR_OF(_mm512_cvtps_epi32(x))
-#define ADD_INTS(a, b) VECTOR_OF(_mm512_add_epi32(INTS(a), INTS(b)))
-#define PAIR_INTS(even, odd)                                                                       \
-    VECTOR_OF(_mm512_or_si512(INTS(even), _mm512_slli_epi32(INTS(odd), 16)))
 
 #define SCORES_ARE_INT8 1
 #define ROW sdpa_avx512_qk8

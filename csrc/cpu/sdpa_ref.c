@@ -141,14 +141,17 @@ static void add_run(const row_task *t, row_block *rows, wan_attn_key_range run) 
     }
 }
 
-/* The largest score that each row has in this block of keys. False: an infinity or NaN is among
- * scores or values, or a row sees only a part of the block. */
-static int find_largest(const row_task *t, const row_block *rows, wan_attn_key_range keys,
-                        float largest[BLOCK_M]) {
+/* The largest score that each row has in this block of keys, and what all of them weigh against its
+ * maximum so far. False: an infinity or NaN is among scores or values, or a row sees only a part of
+ * the block. */
+static int weigh_block(const row_task *t, const row_block *rows, wan_attn_key_range keys,
+                       float largest[BLOCK_M], float weight[BLOCK_M]) {
     key_block block;
     int is_plain = 1;
-    for (int m = 0; m < BLOCK_M; m++)
+    for (int m = 0; m < BLOCK_M; m++) {
         largest[m] = -FLT_MAX;
+        weight[m] = 0.0f;
+    }
     for (int64_t first = keys.begin; first < keys.end; first += BLOCK_N) {
         int64_t left = keys.end - first < BLOCK_N ? keys.end - first : BLOCK_N;
         load_keys(t, first, left, &block);
@@ -164,6 +167,7 @@ static int find_largest(const row_task *t, const row_block *rows, wan_attn_key_r
             for (int64_t n = 0; n < left; n++) {
                 is_plain &= isfinite(s[n]) != 0;
                 largest[m] = s[n] > largest[m] ? s[n] : largest[m];
+                weight[m] += expf(s[n] - rows->row_max[m]);
             }
         }
     }
@@ -172,8 +176,8 @@ static int find_largest(const row_task *t, const row_block *rows, wan_attn_key_r
 
 /* Whether no row needs this block of keys; then what they lack has been counted. */
 static int leave_out(const row_task *t, row_block *rows, wan_attn_key_range keys) {
-    float largest[BLOCK_M];
-    if (!find_largest(t, rows, keys, largest))
+    float largest[BLOCK_M], weight[BLOCK_M];
+    if (!weigh_block(t, rows, keys, largest, weight))
         return 0;
     for (int m = 0; m < t->count; m++)
         if (rows->keys[m].begin < rows->keys[m].end &&
@@ -181,8 +185,7 @@ static int leave_out(const row_task *t, row_block *rows, wan_attn_key_range keys
             return 0;
     for (int m = 0; m < t->count; m++)
         if (rows->keys[m].begin < rows->keys[m].end)
-            rows->lost[m] += (float)(keys.end - keys.begin) * expf(largest[m] - rows->row_max[m]) +
-                             LOST_AT_LEAST;
+            rows->lost[m] += weight[m] + LOST_AT_LEAST;
     return 1;
 }
 

@@ -20,11 +20,13 @@
  * Numerics: S is one rounding of an integer times a float. Each 32 keys of P V and of P are summed
  * from zero and then added. (S - row_max) is exactly 0 for the largest, hence one key gives its
  * value exactly. Keys that a row may not see are left out by loop bounds; K's mean is over all real
- * keys, so those do take part in what the integers are, which changes their rounding alone.
+ * keys, so those do take part in what the integers are, which changes their rounding alone; nor do
+ * blocks that a list leaves out, whose neighbours are one run of keys, as in sdpa_ref.c.
  */
 #include <float.h>
 #include <math.h>
 
+#include "core/lists.h"
 #include "cpu/half.h"
 #include "cpu/qk8.h"
 #include "cpu/threads.h"
@@ -48,7 +50,9 @@ typedef struct row_block {
     float o[BLOCK_M][MAX_HEAD_DIM];
     float factor[BLOCK_M], row_max[BLOCK_M], row_sum[BLOCK_M];
     double of_mean[BLOCK_M];          /* softmax_scale * <q, mean> */
-    wan_attn_key_range keys[BLOCK_M]; /* what each row sees */
+    wan_attn_key_range keys[BLOCK_M]; /* what each row sees, were all blocks listed */
+    wan_attn_key_range some;          /* what any of them does */
+    wan_attn_list list;               /* 16 rows are in one block of queries */
 } row_block;
 
 static int64_t key_blocks(int64_t keys) { return wan_attn_divide_up(keys, WAN_ATTN_QK8_BLOCK); }
@@ -104,6 +108,14 @@ static void quantise_keys(int64_t task, int64_t worker, void *ctx) {
     }
 }
 
+/* The next keys that any of these rows sees, in listed blocks that are neighbours. */
+static wan_attn_key_range next_run(const row_block *rows, int64_t *at) {
+    wan_attn_key_range run = wan_attn_next_run(&rows->list, at, rows->some, INT64_MAX);
+    run.begin = run.begin > rows->some.begin ? run.begin : rows->some.begin;
+    run.end = run.end < rows->some.end ? run.end : rows->some.end;
+    return run;
+}
+
 /* The scores s[n] of the keys that row m sees, without the row's own factor, and their largest. */
 static void score_row(const head_at_work *h, row_block *rows, int m, int64_t head, int64_t i,
                       float *s) {
@@ -121,13 +133,19 @@ static void score_row(const head_at_work *h, row_block *rows, int m, int64_t hea
     rows->factor[m] = wan_attn_qk8_factor(p, step, h->depth);
 
     float row_max = -FLT_MAX; /* finite: max - max must be 0, not NaN */
-    for (int64_t n = rows->keys[m].begin; n < rows->keys[m].end; n++) {
-        const int8_t *k = h->k + n * h->depth;
-        int32_t sum = 0;
-        for (int64_t d = 0; d < h->depth; d++)
-            sum += q_int8[d] * k[d];
-        s[n] = (float)sum * h->k_step[n];
-        row_max = s[n] > row_max ? s[n] : row_max;
+    int64_t at = 0;
+    for (wan_attn_key_range run = next_run(rows, &at); run.begin < run.end;
+         run = next_run(rows, &at)) {
+        int64_t begin = run.begin > rows->keys[m].begin ? run.begin : rows->keys[m].begin;
+        int64_t end = run.end < rows->keys[m].end ? run.end : rows->keys[m].end;
+        for (int64_t n = begin; n < end; n++) {
+            const int8_t *k = h->k + n * h->depth;
+            int32_t sum = 0;
+            for (int64_t d = 0; d < h->depth; d++)
+                sum += q_int8[d] * k[d];
+            s[n] = (float)sum * h->k_step[n];
+            row_max = s[n] > row_max ? s[n] : row_max;
+        }
     }
     rows->row_max[m] = row_max;
     rows->row_sum[m] = 0.0f;
@@ -155,9 +173,32 @@ static void add_keys(const wan_attn_problem *p, row_block *rows, int m, const va
         rows->o[m][d] += acc[d];
 }
 
+/* Adds these keys to the rows that see them. */
+static void add_run(const head_at_work *h, row_block *rows, int count, wan_attn_key_range run,
+                    const float *scores) {
+    const wan_attn_problem *p = h->p;
+    value_block block;
+    for (int64_t first = run.begin; first < run.end; first += BLOCK_N) {
+        int64_t left = run.end - first < BLOCK_N ? run.end - first : BLOCK_N;
+        for (int64_t n = 0; n < left; n++)
+            wan_attn_load_floats(block.v[n],
+                                 wan_attn_row_address(&p->v, h->b, first + n, h->head_k),
+                                 p->v.dtype, p->head_dim);
+        for (int m = 0; m < count; m++) {
+            int64_t from = rows->keys[m].begin - first, to = rows->keys[m].end - first;
+            from = from > 0 ? from : 0;
+            to = to < left ? to : left;
+            if (from < to)
+                add_keys(p, rows, m, &block, scores + m * p->seqlen_k + first, (int)from, (int)to);
+        }
+    }
+}
+
 static void store_row(const head_at_work *h, row_block *rows, int m, int64_t head, int64_t i) {
     const wan_attn_problem *p = h->p;
-    int sees_none = rows->keys[m].begin >= rows->keys[m].end;
+    int64_t at = 0;
+    int sees_none = rows->keys[m].begin >= rows->keys[m].end ||
+                    !wan_attn_sees_listed(&rows->list, &at, rows->keys[m]);
     float *o = rows->o[m], lse = -INFINITY;
     for (int64_t d = 0; d < p->head_dim; d++)
         o[d] = sees_none ? 0.0f : o[d] / rows->row_sum[m];
@@ -181,32 +222,22 @@ static void compute_rows(int64_t task, int64_t worker, void *ctx) {
     int count = (int)(p->seqlen_q - first_row < BLOCK_M ? p->seqlen_q - first_row : BLOCK_M);
     float *scores = h->scores + worker * BLOCK_M * p->seqlen_k;
 
-    row_block rows;
-    value_block block;
-    int64_t begin = INT64_MAX, end = 0; /* the keys that any of these rows sees */
+    row_block rows = {.some = {INT64_MAX, 0}, .list = wan_attn_list_of(p, h->b, head, first_row)};
     for (int m = 0; m < count; m++) {
         wan_attn_key_range keys = wan_attn_visible_keys(p, first_row + m, h->len_q, h->len_k);
         rows.keys[m] = keys;
         if (keys.begin >= keys.end)
             continue;
-        score_row(h, &rows, m, head, first_row + m, scores + m * p->seqlen_k);
-        begin = keys.begin < begin ? keys.begin : begin;
-        end = keys.end > end ? keys.end : end;
+        rows.some.begin = keys.begin < rows.some.begin ? keys.begin : rows.some.begin;
+        rows.some.end = keys.end > rows.some.end ? keys.end : rows.some.end;
     }
-    for (int64_t first = begin; first < end; first += BLOCK_N) {
-        int64_t left = end - first < BLOCK_N ? end - first : BLOCK_N;
-        for (int64_t n = 0; n < left; n++)
-            wan_attn_load_floats(block.v[n],
-                                 wan_attn_row_address(&p->v, h->b, first + n, h->head_k),
-                                 p->v.dtype, p->head_dim);
-        for (int m = 0; m < count; m++) {
-            int64_t from = rows.keys[m].begin - first, to = rows.keys[m].end - first;
-            from = from > 0 ? from : 0;
-            to = to < left ? to : left;
-            if (from < to)
-                add_keys(p, &rows, m, &block, scores + m * p->seqlen_k + first, (int)from, (int)to);
-        }
-    }
+    for (int m = 0; m < count; m++)
+        if (rows.keys[m].begin < rows.keys[m].end)
+            score_row(h, &rows, m, head, first_row + m, scores + m * p->seqlen_k);
+    int64_t at = 0;
+    for (wan_attn_key_range run = next_run(&rows, &at); run.begin < run.end;
+         run = next_run(&rows, &at))
+        add_run(h, &rows, count, run, scores);
     for (int m = 0; m < count; m++)
         store_row(h, &rows, m, head, first_row + m);
 }

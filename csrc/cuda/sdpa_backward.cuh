@@ -18,7 +18,7 @@
  *     BLOCK_M of its own; warp w has [w, w + 1) * 16 * M_TILES
  *
  *                own       others           X1  X2   Y1  Y2   G1  G2
- *     OF_KEYS    keys      query rows       K   V    Q   dO   dK  dV    of all heads that share K, V
+ *     OF_KEYS    keys      query rows       K   V    Q   dO   dK  dV    of all heads of K and V
  *     else       rows      keys             Q   dO   K   V    dQ
  *
  * Own rows of P and dS are rows of the A operand whichever way, so that weights never leave their

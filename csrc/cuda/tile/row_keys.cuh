@@ -6,10 +6,12 @@
 
 #include "cuda/tile/work.cuh"
 
-/* Of a real row, if it has window_left and window_right keys beside the diagonal. */
-DEVICE int count_keys(int row, int used_q, int used_k, int window_left, int window_right) {
+/* Of a real row, under a window of such sizes. */
+DEVICE int count_keys(int row, int used_q, int used_k, int window_size_left,
+                      int window_size_right) {
     int diagonal = row + used_k - used_q;
-    return smaller_int(diagonal + window_right + 1, used_k) - larger_int(diagonal - window_left, 0);
+    return smaller_int(diagonal + window_size_right + 1, used_k) -
+           larger_int(diagonal - window_size_left, 0);
 }
 
 #endif /* WAN_ATTN_CUDA_TILE_ROW_KEYS_H */
