@@ -21,6 +21,7 @@ from pathlib import Path
 
 from wan_attn import config
 from wan_attn.native import op
+from wan_attn.native.kernels import backward_kernels
 from wan_attn.version import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +101,11 @@ TABLES: tuple[tuple[Path, str, Callable[[], str]], ...] = (
         functools.partial(variable_list, True),
     ),
     (Path("docs/cards.md"), "kernels", kernel_table),
+    (
+        Path("docs/cards.md"),
+        "kernels of gradients",
+        lambda: kernel_table(backward_kernels()),
+    ),
 )
 
 

@@ -75,10 +75,9 @@ static int takes(wan_attn_rope_problem *p, int32_t row, int32_t arch, char *reas
         snprintf(reason, size, "runs on %s, the call is on %s",
                  wan_attn_device_word(info->device_type),
                  wan_attn_device_word((int32_t)p->device_type));
-    else if (wan_attn_lacks_features(info->cpu_features, p->params->cpu_features, reason, size))
-        return 0;
-    else if (info->device_type == WAN_ATTN_CUDA &&
-             wan_attn_refused_by_arch(info, arch, p->params->x.device_index, reason, size))
+    else if (wan_attn_lacks_features(info->cpu_features, p->params->cpu_features, reason, size) ||
+             (info->device_type == WAN_ATTN_CUDA &&
+              wan_attn_refused_by_arch(info, arch, p->params->x.device_index, reason, size)))
         return 0;
     else {
         const char *why = ROWS[row].refuse ? ROWS[row].refuse(p) : NULL;

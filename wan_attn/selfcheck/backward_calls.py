@@ -192,7 +192,7 @@ class Card(Protocol):
         """Where operands must be."""
 
     def gradients(self, row: KernelInfo, inputs: Inputs, case: Case) -> Gradients:
-        """torch.ops.wan_attn.sdpa_backward with this row and no other."""
+        """The op sdpa_backward with this row and no other."""
 
     def captured(self, attend: Callable[[], Any]) -> Callable[[], Any] | None:
         """The call as a graph, to be replayed; None: there are no graphs."""
