@@ -223,8 +223,11 @@ def test_kernels_for_lists_have_a_verdict_of_their_own(
     native._require_self_check(CPU, dtype, 64, has_lists=True)
     for fault in ("all", "others are lost", "another head's", "the last is lost"):
 
-        def answer(*call: Any, fault: str = fault) -> tuple[Tensor, Tensor]:
-            return native._answer(*call[:6], blocks=other_lists(call[6], fault))
+        def answer(
+            q: Tensor, k: Tensor, v: Tensor, ql: Any, kl: Tensor, causal: bool, blocks: Blocks,
+            fault: str = fault,
+        ) -> tuple[Tensor, Tensor]:  # fmt: skip
+            return native._answer(q, k, v, ql, kl, causal, other_lists(blocks, fault))
 
         assert first_call.wrong(answer, CPU, dtype, 64, has_lists=True), fault
     first_call.forget()
