@@ -106,7 +106,7 @@ static wan_attn_fit ask(int32_t row, wan_attn_problem *p, char *reason, size_t s
     }
     if ((p->pools_others || p->skip_threshold > 0.0f) && info->is_lossy) {
         snprintf(reason, size, "takes block lists, but neither pools_others nor a skip_threshold");
-        return CANNOT;
+        return WAN_ATTN_CANNOT;
     }
     p->kernel = row;
     p->kernel_name = info->name;
