@@ -17,6 +17,7 @@ pytest.importorskip("transformers", reason="needs the packages of the extra `dem
 
 import test_training  # noqa: E402 - imports diffusers and transformers
 from test_training import STEPS, registered  # noqa: E402, F401 - a fixture
+
 from wan_attn.native import backward  # noqa: E402
 
 
