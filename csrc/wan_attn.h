@@ -313,8 +313,8 @@ typedef struct wan_attn_backward_params {
     int32_t kernel;       /* row of the table of backward kernels to force; -1: the best */
 
     /* The call as wan_attn_forward ran it, exactly: precision is WAN_ATTN_EXACT, and there is no
-     * guard. out and lse are read; where forward has summed scores in another order than a row of
-     * gradients does, this may make them again. workspace is this call's; kernel says nothing here. */
+     * guard. out and lse are read; where forward has summed scores in another order than the row
+     * does, this may make them again. workspace is this call's; kernel says nothing here. */
     const wan_attn_params *forward;
 
     /* [batch, seqlen_q, num_heads_q, head_dim], as out in any float dtype. */

@@ -43,6 +43,7 @@ class Bug:
 
 
 GRADIENT, GRADIENTS = "cpu/backward_tile.inc", "cpu/backward_blocked.c"
+FEW_GRADIENT = "cpu/backward_few.inc"
 FEW, ROPE = "cpu/sdpa_few.inc", "cpu/rope_token.inc"
 LISTS, LISTED = "cpu/sdpa_lists.inc", "cpu/sdpa_avx2_listed.c"
 UNLISTED = "cpu/sdpa_unlisted.inc"
@@ -179,6 +180,18 @@ BUGS = (
             ("rows that see none of a panel", "r.last = m + 1;", "r.last = m;"),
             ("dQ's last keys", "(count + UNIT - 1) / UNIT,", "(count - 1) / UNIT,"),
         )
+    ),
+    *(
+        Bug(f"gradients of few rows: {name}", FEW_GRADIENT, right, wrong, "cpu/backward_avx2.c")
+        for name, right, wrong in (
+            ("a sum of one lane", "sum += x->sum[i] * weight;", "sum += x->sum[0] * weight;"),
+            ("delta is not divided", "dp_sum / sum - dlse", "dp_sum - dlse"),
+            ("masked keys weigh", "SELECT(seen, weight, SET1(0.0f))", "weight"),
+        )
+    ),
+    Bug(
+        *("gradients of few rows: the specification's sum", "cpu/backward_ref.c"),
+        *("x->sum *= exp(before - x->top);", "", "cpu/backward_ref.c"),
     ),
     Bug(
         *("gradients: query heads of a pair are one", GRADIENTS, "head_k * share + step->head"),

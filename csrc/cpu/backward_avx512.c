@@ -33,6 +33,8 @@ enum { PANEL = LANES * VECTORS, BLOCK_M = 192 };
 #include "cpu/squares.inc"
 #include "cpu/product.inc"
 #include "cpu/backward_tile.inc"
+#include "cpu/backward_few.inc"
+#include "cpu/backward_row.inc"
 TARGET_END
 
 #endif /* x86-64 */

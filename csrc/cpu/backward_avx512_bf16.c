@@ -38,6 +38,8 @@ static inline __m512 DOT(__m512 a, __m512 b, __m512 c) {
 #include "cpu/squares.inc"
 #include "cpu/product.inc"
 #include "cpu/backward_tile.inc"
+#include "cpu/backward_few.inc"
+#include "cpu/backward_row.inc"
 TARGET_END
 
 #endif /* x86-64 */

@@ -10,7 +10,7 @@
  *                                strip  some blocks of rows, for which all of dS is kept
  *
  * Phases of a call, for each group of pairs that fits the workspace: pack all keys; then, for each
- * query head of a pair and each strip: pack its rows; where they are few, find lse and delta; compute
+ * query head of a pair and each strip: pack its rows; of few, find lse and delta; compute
  * dS and add to dK and dV, a few panels a task; compute dQ from dS, a panel of rows a task. At the
  * end, store dK and dV. Every number is summed by one task at a time and in one order, so that it
  * has the same bits on any number of threads.

@@ -13,9 +13,9 @@
  * Budget: some 110 KiB of stack at the largest head_dim.
  * Numerics: products and sums in float32, but for delta's; neither P nor dS is rounded. What is
  * summed over keys or rows is summed from zero for a block of 16 and then added, a score 64
- * elements of head_dim at a time, 16 where rows are few. softmax_scale multiplies sums, not their terms. A single key
- * weighs exactly 1, and its dS is dlse. lse and delta are made from what forward has
- * left, but those of few rows from these scores: forward sums such scores in another order
+ * elements of head_dim at a time, 16 where rows are few. softmax_scale multiplies sums, not their
+ * terms. A single key weighs exactly 1, and its dS is dlse. lse and delta come from what forward
+ * has left, but those of few rows from these scores: forward sums such scores in another order
  * (sdpa_few.inc), and where they are large, weights and dS would be off by that.
  * Masked keys are left out by loop bounds, so that nothing behind the lengths or outside the mask
  * can leak, NaN included.

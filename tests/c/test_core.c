@@ -4,7 +4,8 @@
  * reference.h, rows of 8-bit scores within the bounds of expected.h; broken calls; many threads at
  * once. The same of gradients, backward_calls.h, and of rms_norm_rope, rope_calls.h.
  *
- *     test_core [calls [seed]]      prints one line; 1 and the failing call if anything is wrong
+ *     test_core [calls [seed [gradients]]]
+ * `gradients`: these alone. Prints one line; 1 and the failing call if anything is wrong
  */
 #include "expected.h"
 #include "loops.h"
@@ -292,6 +293,21 @@ static int test_random_calls(int calls) {
     return runs >= calls ? 0 : (fprintf(stderr, "only %d of %d calls ran\n", runs, calls), 1);
 }
 
+/* Many more of gradients, and of gradients alone. */
+static int test_random_gradients(int calls) {
+    int gradients = 0, is_wrong = 0;
+    for (int n = 0; n < calls && !is_wrong; n++) {
+        wan_attn_params p = random_call();
+        is_wrong = test_backward_of(&p, &gradients);
+        if (is_wrong)
+            print_call(&p, "gradients");
+        free_call(&p);
+    }
+    printf("%d random calls, %d times gradients: %s\n", calls, gradients,
+           is_wrong ? "WRONG" : "right");
+    return is_wrong;
+}
+
 static int test_broken_calls(void) {
     static const char *const BROKEN[] = {
         "no struct_size", "row too high", "rank",    "head_dim",   "heads",
@@ -389,6 +405,8 @@ static int test_concurrent_calls(void) {
 int main(int argc, char **argv) {
     int calls = argc > 1 ? (int)strtol(argv[1], NULL, 10) : 300;
     random_state = argc > 2 ? strtoull(argv[2], NULL, 0) : 20251121;
+    if (argc > 3 && strcmp(argv[3], "gradients") == 0)
+        return test_random_gradients(calls);
     const uint64_t seed = random_state;
     if (test_rope_calls(calls)) /* first, because it is soon done: planted bugs wait for the rest */
         return 1;
