@@ -81,11 +81,30 @@ def exact(call: Call) -> tuple[Tensor, ...]:
     return tuple(map(torch.from_numpy, backward_oracle.gradients(*inputs, **how)))
 
 
+def _without_noise(call: Call, got: Gradients) -> tuple[Tensor, ...]:
+    """Where one key has all the weight, dq and dk are 0 and both we and torch have what two float32
+    sums of head_dim products differ by: whose is larger is luck. That counts as 0, if it is no more
+    than half a unit of float32 for each product."""
+    want = exact(call)
+    largest_dp = [float(x.double().nan_to_num().abs().amax()) for x in (call.grad_out, call.value)]
+    noise = call.query.shape[3] * 2.0**-24 * largest_dp[0] * largest_dp[1]
+    scale = call.query.shape[3] ** -0.5 if call.scale is None else abs(call.scale)
+    sums = (1, call.query.shape[1] * call.share)  # dS of one key, of all rows
+    others = (call.key, call.query)
+    grads = list(got.grads)
+    for n in range(2):
+        largest = others[n].double().nan_to_num().abs().amax()
+        allowed = scale * noise * sums[n] * float(largest)
+        if want[n].abs().amax() < 1e-20 and grads[n].double().abs().amax() <= allowed:
+            grads[n] = torch.zeros_like(grads[n])
+    return tuple(grads)
+
+
 def check_call(call: Call, got: Gradients) -> None:
     how: dict[str, Any] = {"q_lens": call.q_lens, "k_lens": call.k_lens, "scale": call.scale}
     how |= {"is_causal": call.is_causal, "window": call.window}
     inputs = (call.grad_out, call.grad_lse, call.query, call.key, call.value)
-    backward_oracle.assert_close(got.grads, *inputs, **how)
+    backward_oracle.assert_close(_without_noise(call, got), *inputs, **how)
     assert got.bank_conflicts == 0, f"{got.bank_conflicts} bank conflicts"
 
 
