@@ -20,6 +20,7 @@ import oracle
 from cuda_mock.backward import BackwardGpu
 from cuda_mock.gpu import CARDS, STREAM, Card
 from emu.build import compiler
+from emu.rows import tiles_backward_for
 from wan_attn.backends._errors import is_device_error
 from wan_attn.native import kernels, library
 
@@ -64,7 +65,8 @@ def inputs(
     left = torch.empty_like(query), torch.empty(query.shape[0], query.shape[2], query.shape[1])
     for x, numbers in zip(left, (out, lse), strict=True):
         x.copy_(torch.from_numpy(numbers))
-    dlse = torch.randn(left[1].shape) if grad_lse else None
+    batch, seqlen_q, heads, _ = query.shape
+    dlse = torch.randn(batch, seqlen_q, heads).transpose(1, 2) if grad_lse else None
     return torch.randn(query.shape).to(query.dtype), dlse, query, key, value, *left
 
 
@@ -192,7 +194,9 @@ def test_nothing_to_do(gpu: BackwardGpu) -> None:
 def test_the_grid_and_the_workspace(gpu: BackwardGpu) -> None:
     given = inputs(*normal(130, 260, 4, 2, batch=2))
     check(gpu, given)
-    assert gpu.passes == [(ROWS, 260), (pair()[0], 12), (pair()[1], 16)]
+    dkdv, dq = (next(t for t in tiles_backward_for(80) if t.symbol == name) for name in pair())
+    blocks = -(-260 // dkdv.block_m) * 2 * 2, -(-130 // dq.block_m) * 4 * 2
+    assert gpu.passes == [(ROWS, 260), (pair()[0], blocks[0]), (pair()[1], blocks[1])]
     assert gpu.workspace_bytes == 2 * 4 * 130 * 16
     with pytest.raises(RuntimeError, match="1: workspace must be at least 16640 bytes for sdpa_b"):
         gpu.backward(*given, spare_workspace=-1)
