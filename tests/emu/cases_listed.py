@@ -52,7 +52,8 @@ def as_tensors(lists: Lists, form: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     elif form in ("shuffled", "garbage"):
         for place in np.ndindex(*counts.shape):
             found = indices[place][: int(counts[place])].tolist()
-            extra = found[:1] if form == "shuffled" else NO_BLOCKS[: dice.integers(4)]
+            none = (blocks, *NO_BLOCKS)[: dice.integers(5)]
+            extra = found[:1] if form == "shuffled" else none
             found = dice.permutation([*found, *extra][: indices.shape[3]]).tolist()
             indices[place][: len(found)] = torch.tensor(found, dtype=torch.int32)
             counts[place] = len(found)
@@ -175,7 +176,9 @@ def check(
         assert_close(result, query, key, value, lists, **more, **case.call())
         assert result.bank_conflicts == 0, f"{result.bank_conflicts} bank conflicts"
     except AssertionError as error:
-        raise AssertionError(f"{tile.name} {case} {density} {form} {pools_others}: {error}") from error
+        raise AssertionError(
+            f"{tile.name} {case} {density} {form} {pools_others}: {error}"
+        ) from error
 
 
 Listed = tuple[Case, float, str, bool]
