@@ -87,9 +87,9 @@ MASKS: tuple[dict[str, Any], ...] = (
 @each_tile
 def test_a_full_list_gives_the_bits_of_the_dense_row(tile: TileListed) -> None:
     """In every head, in one of two heads, and where there are no lists at all."""
-    operands = cases.operands(cases.Case(150, 333, 2, 2, 2, values="peaky"), tile)
+    q, k, v = cases.operands(cases.Case(150, 333, 2, 2, 2, values="peaky"), tile)
     for mask in MASKS:
-        want = run.run(dense_of(tile), *operands, **mask)
+        want = run.run(dense_of(tile), q, k, v, **mask)
         full = Lists(np.ones((2, 2, 3, 6), dtype=bool))
         half = Lists(full.named.copy())
         half.named[:, 1, 1, ::2] = False
@@ -98,7 +98,7 @@ def test_a_full_list_gives_the_bits_of_the_dense_row(tile: TileListed) -> None:
             named: dict[str, Any] = {}
             if lists is not None:
                 named = dict(zip(("counts", "indices"), as_tensors(lists, "roomy"), strict=True))
-            got = run_listed.run(tile, *operands, **mask, **named)
+            got = run_listed.run(tile, q, k, v, **mask, **named)
             heads = 1 if lists is half else 2
             assert got.lse is not None
             assert torch.equal(got.out[:, :, :heads], want.out[:, :, :heads])

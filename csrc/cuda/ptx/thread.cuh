@@ -19,8 +19,8 @@ DEVICE int thread_index() {
     return x;
 }
 
-/* The same, but what follows from it is computed where it is asked for: in code that few tiles need,
- * not in registers of the main loop. */
+/* The same, but what follows from it is computed where it is asked for: in code that few tiles
+ * need, not in registers of the main loop. */
 DEVICE int thread_index_again() {
     int x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
