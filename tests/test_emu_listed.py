@@ -87,18 +87,18 @@ MASKS: tuple[dict[str, Any], ...] = (
 @each_tile
 def test_a_full_list_gives_the_bits_of_the_dense_row(tile: TileListed) -> None:
     """In every head, in one of two heads, and where there are no lists at all."""
-    operands = cases.operands(cases.Case(150, 333, 2, 2, 2, values="peaky"), tile)
+    q, k, v = cases.operands(cases.Case(150, 333, 2, 2, 2, values="peaky"), tile)
     for mask in MASKS:
-        want = run.run(dense_of(tile), *operands, **mask)
+        want = run.run(dense_of(tile), q, k, v, **mask)
         full = Lists(np.ones((2, 2, 3, 6), dtype=bool))
         half = Lists(full.named.copy())
         half.named[:, 1, 1, ::2] = False
         assert want.lse is not None
         for lists in (None, full, half):
-            named = {}
+            named: dict[str, Any] = {}
             if lists is not None:
                 named = dict(zip(("counts", "indices"), as_tensors(lists, "roomy"), strict=True))
-            got = run_listed.run(tile, *operands, **mask, **named)
+            got = run_listed.run(tile, q, k, v, **mask, **named)
             heads = 1 if lists is half else 2
             assert got.lse is not None
             assert torch.equal(got.out[:, :, :heads], want.out[:, :, :heads])
@@ -138,7 +138,11 @@ def test_no_schedule_changes_a_bit(tile: TileListed) -> None:
     counts, indices = as_tensors(cases_listed.lists_of(case, 0.5), "plain")
     first = None
     for landing in range(3):
-        how = {"schedule": Schedule(landing, landing + 9), "counts": counts, "indices": indices}
+        how: dict[str, Any] = {
+            "schedule": Schedule(landing, landing + 9),
+            "counts": counts,
+            "indices": indices,
+        }
         got = run_listed.run(tile, query, key, value, **case.call(), **how)
         first = first or got
         assert torch.equal(first.out, got.out)

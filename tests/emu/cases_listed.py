@@ -52,7 +52,8 @@ def as_tensors(lists: Lists, form: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     elif form in ("shuffled", "garbage"):
         for place in np.ndindex(*counts.shape):
             found = indices[place][: int(counts[place])].tolist()
-            extra = found[:1] if form == "shuffled" else NO_BLOCKS[: dice.integers(4)]
+            none = (blocks, *NO_BLOCKS)[: dice.integers(5)]
+            extra = found[:1] if form == "shuffled" else none
             found = dice.permutation([*found, *extra][: indices.shape[3]]).tolist()
             indices[place][: len(found)] = torch.tensor(found, dtype=torch.int32)
             counts[place] = len(found)
@@ -119,7 +120,11 @@ def by_torch(
             if scale < 0:
                 x[0], scale = -x[0], -scale
             o = scaled_dot_product_attention(
-                *(a[None, None] for a in x), attn_mask=mask.to(dtype)[None, None], scale=scale
+                x[0][None, None],
+                x[1][None, None],
+                x[2][None, None],
+                attn_mask=mask.to(dtype)[None, None],
+                scale=scale,
             )
             s = torch.logsumexp(x[0].float() @ x[1].float().T * scale + mask.float(), dim=1)
             out[rows], lse[rows] = oracle.as_float64(o[0, 0]), oracle.as_float64(s)
@@ -140,9 +145,12 @@ def assert_close(
     judge("out", got, want, [o for o, _ in torchs], query.dtype, largest)
     if result.lse is not None:
         finite = want_lse[np.isfinite(want_lse)]
-        largest = max(1.0, float(np.abs(finite).max())) if finite.size else 1.0
-        says = [s for _, s in torchs]
-        judge("lse", oracle.as_float64(result.lse), want_lse, says, torch.float32, largest)
+        largest = max(2.0, float(np.abs(finite).max())) if finite.size else 2.0
+        # An error of lse is a relative one of the weights' sum, however small lse is; and exp2
+        # alone is off by two units, for all weights alike where a list leaves few.
+        says = [s + 2.0 for _, s in torchs]
+        got_lse = oracle.as_float64(result.lse) + 2.0
+        judge("lse", got_lse, want_lse + 2.0, says, torch.float32, largest)
 
 
 def check(

@@ -19,8 +19,8 @@ DEVICE int thread_index() {
     return x;
 }
 
-/* The same, but what follows from it is computed where it is asked for: in code that few tiles need,
- * not in registers of the main loop. */
+/* The same, but what follows from it is computed where it is asked for: in code that few tiles
+ * need, not in registers of the main loop. */
 DEVICE int thread_index_again() {
     int x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
@@ -39,23 +39,6 @@ DEVICE int block_index() {
 DEVICE int uniform(int x) {
 #if __CUDA_ARCH__ >= 800
     asm("redux.sync.or.b32 %0, %0, 0xffffffff;" : "+r"(x));
-#endif
-    return x;
-}
-
-/* The largest of the lanes' numbers, to each. */
-DEVICE int largest_of_warp(int x) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("redux.sync.max.s32 %0, %0, 0xffffffff;" : "+r"(x));
-#else
-#pragma unroll
-    for (int lane_mask = 1; lane_mask < 32; lane_mask *= 2) {
-        int other;
-        asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;"
-                     : "=r"(other)
-                     : "r"(x), "r"(lane_mask));
-        x = other > x ? other : x;
-    }
 #endif
     return x;
 }
@@ -88,6 +71,20 @@ DEVICE bool any_lane(bool condition) {
                  : "=r"(any)
                  : "r"((int)condition));
     return any != 0;
+}
+
+/* The largest of the lanes' numbers, to each. */
+DEVICE int largest_of_warp(int x) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("redux.sync.max.s32 %0, %0, 0xffffffff;" : "+r"(x));
+#else
+#pragma unroll
+    for (int lane_mask = 1; lane_mask < 32; lane_mask *= 2) {
+        int other = (int)shfl_xor_bits((u32)x, lane_mask);
+        x = other > x ? other : x;
+    }
+#endif
+    return x;
 }
 
 #endif /* WAN_ATTN_CUDA_PTX_THREAD_H */

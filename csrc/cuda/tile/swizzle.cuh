@@ -64,7 +64,8 @@ DEVICE tile_source source_of(const char *head, i64 row_stride, int first_key) {
 }
 
 /* Starts the copy of the source's tile to `to` and turns the source to the tile before it, unless a
- * list says which one that is. With a tail, only the first `rows` rows are read, the others become zero: 0 * NaN would be NaN. */
+ * list says which one that is. With a tail, only the first `rows` rows are read, the others become
+ * zero: 0 * NaN would be NaN. */
 DEVICE void copy_tile(u32 to, tile_source &source, bool has_tail, int rows) {
     const char *row = source.from;
 #pragma unroll

@@ -27,7 +27,7 @@ DEVICE void look_ahead(tile_walk &, int) {}
 /* The tile before n is the next one, whatever the walk. */
 DEVICE void step_back(tile_walk &, int) {}
 
-/* The tile after n; below 0: none, or one that resume_walk() finds, which comes after last_tile(). */
+/* The tile after n; below 0: none, or one that resume_walk() finds, which follows last_tile(). */
 DEVICE int next_tile(tile_walk &, int n) { return n - 1; }
 DEVICE int last_tile(int n) { return n; }
 DEVICE int resume_walk(tile_walk &, const wan_attn_cuda_args &, int n) { return n; }

@@ -3,8 +3,8 @@
  * (args_lists.h): what a list of one of its blocks of queries names, from the last to the first.
  * The same names as walk_all.cuh. Includer sets BLOCK_M, BLOCK_N, NUM_WARPS, STAGES.
  *
- * A list becomes a set of bits, of which each lane holds 32 (with two lists 16, and their groups are
- * half as large):
+ * A list becomes a set of bits, of which each lane holds 32 (with two lists 16, and groups are half
+ * as large):
  *
  *     tiles of a group    0 .. 31     32 .. 63    ...    992 .. 1023
  *     of lane             0           1                  31
@@ -36,8 +36,8 @@ static_assert(STAGES == 2, "sources go on where K's next tile is copied");
 static_assert(NUM_WARPS % LISTS == 0, "no warp has rows of two blocks of queries");
 
 typedef struct tile_walk {
-    /* Of this lane's tiles of the group: from bit 0 on those that are still to come; with two lists,
-     * from bit 16 on those that the warp's own block of queries lists. */
+    /* Of this lane's tiles of the group: from bit 0 on those that are still to come; with two
+     * lists, from bit 16 on those that the warp's own block of queries lists. */
     u32 bits;
     int next; /* the tile after this one; below 0: the group is over */
     int turn; /* tiles so far */
@@ -165,8 +165,8 @@ DEVICE int begin_walk(tile_walk &walk, const wan_attn_cuda_args &args, block_wor
 }
 
 /* At the end of a group `next` is the complement of its last tile. The next group is looked at only
- * when all tiles of this one are over: a copy of K that comes late once in 512 tiles or more, against a
- * main loop without all that. */
+ * when all tiles of this one are over: a copy of K that comes late once in 512 tiles or more,
+ * against a main loop without all that. */
 DEVICE void look_ahead(tile_walk &walk, int n) {
     int next = take_tile(walk);
     walk.turn++;
