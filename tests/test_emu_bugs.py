@@ -84,16 +84,17 @@ BUGS = (
         "",
     ),
     Bug(
-        *("one K buffer for two tiles", KERNEL, "(u32)n % STAGES * K_TILE_BYTES", "0u"),
+        *("one K buffer for two tiles", KERNEL, "(u32)turn % STAGES * K_TILE_BYTES", "0u"),
         "",
     ),
     Bug(
-        *("K(n - 1) too early for one buffer", KERNEL, "if (STAGES == 2 && n > 0)"),
-        *("if (n > 0)", ""),
+        *("K(n - 1) too early for one buffer", KERNEL, "if (STAGES == 2 && next >= 0) {"),
+        *("if (next >= 0) {", ""),
         tile="sdpa_sm80_f16_d256_wide",
     ),
     Bug(
-        "a copy before the first tile", KERNEL, "if (STAGES == 2 && n > 0)", "if (STAGES == 2)", ""
+        *("a copy before the first tile", KERNEL, "if (STAGES == 2 && next >= 0) {"),
+        *("if (STAGES == 2) {", ""),
     ),
     Bug("no swizzle", SWIZZLE, "(chunk ^ row / (8 / GROUP) % GROUP)", "chunk", "bank conflicts"),
     Bug(

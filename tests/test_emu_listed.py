@@ -95,7 +95,7 @@ def test_a_full_list_gives_the_bits_of_the_dense_row(tile: TileListed) -> None:
         half.named[:, 1, 1, ::2] = False
         assert want.lse is not None
         for lists in (None, full, half):
-            named = {}
+            named: dict[str, Any] = {}
             if lists is not None:
                 named = dict(zip(("counts", "indices"), as_tensors(lists, "roomy"), strict=True))
             got = run_listed.run(tile, *operands, **mask, **named)
@@ -138,7 +138,11 @@ def test_no_schedule_changes_a_bit(tile: TileListed) -> None:
     counts, indices = as_tensors(cases_listed.lists_of(case, 0.5), "plain")
     first = None
     for landing in range(3):
-        how = {"schedule": Schedule(landing, landing + 9), "counts": counts, "indices": indices}
+        how: dict[str, Any] = {
+            "schedule": Schedule(landing, landing + 9),
+            "counts": counts,
+            "indices": indices,
+        }
         got = run_listed.run(tile, query, key, value, **case.call(), **how)
         first = first or got
         assert torch.equal(first.out, got.out)

@@ -33,8 +33,8 @@ typedef struct wan_attn_cuda_listed_args {
     const void *pooled_k, *pooled_v;
 } wan_attn_cuda_listed_args;
 
-/* pool.cuh. Grid, in warps: batch * heads * blocks of seqlen; in blocks of HELPER's threads, rounded
- * up. */
+/* pool.cuh. Grid, in warps: batch * heads * blocks of seqlen; in blocks of HELPER's threads,
+ * rounded up. */
 typedef struct wan_attn_cuda_pool_args {
     wan_attn_cuda_view from; /* k or v as the caller has it; no alignment is asked for */
     wan_attn_cuda_lengths seqused;

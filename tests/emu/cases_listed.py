@@ -52,7 +52,8 @@ def as_tensors(lists: Lists, form: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     elif form in ("shuffled", "garbage"):
         for place in np.ndindex(*counts.shape):
             found = indices[place][: int(counts[place])].tolist()
-            extra = found[:1] if form == "shuffled" else NO_BLOCKS[: dice.integers(4)]
+            none = (blocks, *NO_BLOCKS)[: dice.integers(5)]
+            extra = found[:1] if form == "shuffled" else none
             found = dice.permutation([*found, *extra][: indices.shape[3]]).tolist()
             indices[place][: len(found)] = torch.tensor(found, dtype=torch.int32)
             counts[place] = len(found)

@@ -203,6 +203,7 @@ template <class T> T larger(T a, T b) { return a > b ? a : b; }
 template <class T> T both(T a, T b) { return (T)(a & b); }
 template <class T> T either(T a, T b) { return (T)(a | b); }
 template <class T> T one_of(T a, T b) { return (T)(a ^ b); }
+u32 highest(u32 a) { return a ? 31u - (u32)__builtin_clz(a) : 0xffffffffu; }
 template <class T> T inverted(T a) { return (T)~a; }
 template <class T> T same(T a) { return a; }
 template <class T> bool eq(T a, T b) { return a == b; }
@@ -310,6 +311,7 @@ const std::vector<Op> ALU_OPS = [] {
         {"rem.s32", "=r r r", binary<int, remainder_of>},
         {"rem.u32", "=r r r", binary<u32, remainder_u>},
         {"neg.s32", "=r r", unary<int, neg_s>},
+        {"bfind.u32", "=r r", unary<u32, highest>},
         {"not.b32", "=r r", unary<u32, inverted<u32>>},
         {"not.b16", "=h h", unary<u16, inverted<u16>>},
         {"not.b64", "=l l", unary<u64, inverted<u64>>},

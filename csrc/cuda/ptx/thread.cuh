@@ -43,23 +43,6 @@ DEVICE int uniform(int x) {
     return x;
 }
 
-/* The largest of the lanes' numbers, to each. */
-DEVICE int largest_of_warp(int x) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("redux.sync.max.s32 %0, %0, 0xffffffff;" : "+r"(x));
-#else
-#pragma unroll
-    for (int lane_mask = 1; lane_mask < 32; lane_mask *= 2) {
-        int other;
-        asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;"
-                     : "=r"(other)
-                     : "r"(x), "r"(lane_mask));
-        x = other > x ? other : x;
-    }
-#endif
-    return x;
-}
-
 /* All threads of the block, in convergence; orders their shared memory accesses. */
 DEVICE void block_barrier() { asm volatile("barrier.sync.aligned 0;" ::: "memory"); }
 
@@ -88,6 +71,20 @@ DEVICE bool any_lane(bool condition) {
                  : "=r"(any)
                  : "r"((int)condition));
     return any != 0;
+}
+
+/* The largest of the lanes' numbers, to each. */
+DEVICE int largest_of_warp(int x) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("redux.sync.max.s32 %0, %0, 0xffffffff;" : "+r"(x));
+#else
+#pragma unroll
+    for (int lane_mask = 1; lane_mask < 32; lane_mask *= 2) {
+        int other = (int)shfl_xor_bits((u32)x, lane_mask);
+        x = other > x ? other : x;
+    }
+#endif
+    return x;
 }
 
 #endif /* WAN_ATTN_CUDA_PTX_THREAD_H */
