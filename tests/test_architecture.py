@@ -69,6 +69,7 @@ MAY_INCLUDE: dict[str, list[str]] = {
     "csrc/cuda/host/*.[ch]": [
         *(
             "core/kernel.h",
+            "core/lists.h",
             "core/rope.h",
             "core/backward.h",
             "core/util.h",

@@ -31,12 +31,6 @@ typedef struct wan_attn_cuda_listed_args {
      * seqlen_k][head_dim], in the dtype of call.k and call.v and divided by the same scales. NULL:
      * blocks that are not listed count for nothing. */
     const void *pooled_k, *pooled_v;
-    /* skip_threshold: what wan_attn_find_nonfinite made of V, [batch, num_heads_k][blocks of
-     * seqlen_k]. NULL: nothing is left out. */
-    const int *nonfinite;
-    float log2_threshold; /* below 0; minus infinity: nothing is left out */
-    unsigned unused;
-    unsigned *lost_mass; /* the guard's, raised as an integer; NULL: nobody wants to know */
 } wan_attn_cuda_listed_args;
 
 /* pool.cuh. Grid, in warps: batch * heads * blocks of seqlen; in blocks of HELPER's threads,
@@ -44,8 +38,8 @@ typedef struct wan_attn_cuda_listed_args {
 typedef struct wan_attn_cuda_pool_args {
     wan_attn_cuda_view from; /* k or v as the caller has it; no alignment is asked for */
     wan_attn_cuda_lengths seqused;
-    void *to;           /* wan_attn_pool: the means, 16-bit; wan_attn_find_nonfinite: 0 or 1, int */
-    const float *scale; /* wan_attn_pool: [batch, heads], divides; NULL: 1 */
+    void *to;                           /* the means, 16-bit */
+    const float *scale;                 /* [batch, heads], divides; NULL: 1 */
     int batch, seqlen, heads, head_dim; /* head_dim: even */
     int from_dtype;                     /* wan_attn_dtype: f32, f16 or bf16 */
     int to_bf16;                        /* else f16 */

@@ -1,10 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * pool.cuh - what is asked of a block of keys as a whole, by calls with lists of blocks. One warp
- * works on one block of one head; nothing is shared between warps.
+ * pool.cuh - the mean of each block of keys, or of values, which stands for them where the block is
+ * not listed. One warp works on one block of one head; nothing is shared between warps.
  *
- * Two kernels, by PACK_STEP: 1 makes the mean of a block's keys or values, which stands for them
- * where they are not listed; 2 says whether an infinity or NaN is among its values, so that a
- * skip_threshold does not leave it out.
  * Numerics: a mean is the float32 sum in the order of the keys, divided by their number and by the
  * head's scale (a power of two), and then rounded once to what the products take: 2^-9 of it in
  * bf16, 2^-12 in f16, as the kernel's other operands are.
@@ -58,26 +55,8 @@ DEVICE void pool(const wan_attn_cuda_pool_args &args, const key_block &block) {
     }
 }
 
-DEVICE void find_nonfinite(const wan_attn_cuda_pool_args &args, const key_block &block) {
-    bool is_bad = false;
-    for (int row = block.begin; row < block.end; row++)
-        for (int d = thread_index() % 32; d < args.head_dim; d += 32) {
-            float x = load_element(args.from.data, args.from_dtype,
-                                   block.at + row * args.from.row_stride + d);
-            is_bad = is_bad || (bits_from_float(x) & 0x7fffffffu) >= 0x7f800000u;
-        }
-    is_bad = any_lane(is_bad);
-    if (thread_index() % 32 == 0)
-        store_global_b32((int *)args.to + block.number, is_bad ? 1 : 0);
-}
-
 WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, 1, wan_attn_cuda_pool_args, args) {
     key_block block = find_block(args);
-    if (block.begin >= block.end)
-        return;
-#if PACK_STEP == 1
-    pool(args, block);
-#else
-    find_nonfinite(args, block);
-#endif
+    if (block.begin < block.end)
+        pool(args, block);
 }

@@ -47,8 +47,7 @@ class Lists(ctypes.Structure):
 class ListedArgs(ctypes.Structure):
     _fields_ = [
         *(("call", Args), ("lists", Lists)),
-        *(("pooled_k", c_void_p), ("pooled_v", c_void_p), ("nonfinite", c_void_p)),
-        *(("log2_threshold", c_float), ("unused", c_uint), ("lost_mass", c_void_p)),
+        *(("pooled_k", c_void_p), ("pooled_v", c_void_p)),
     ]
 
 

@@ -126,7 +126,7 @@ def run(
         max(abs(scale) * LOG2_E, SMALLEST_SCALE),
         0x80008000 if scale < 0 else 0,
     )
-    args = ListedArgs(call, _lists(memory, counts, indices), log2_threshold=-math.inf)
+    args = ListedArgs(call, _lists(memory, counts, indices))
     if pooled_k is not None and pooled_v is not None:
         args.pooled_k, args.pooled_v = pooled_k.data_ptr(), pooled_v.data_ptr()
     grid = call.m_blocks * heads_q * batch

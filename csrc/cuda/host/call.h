@@ -53,11 +53,11 @@ wan_attn_cuda_lengths wan_attn_cuda_lengths_of(const wan_attn_cuda_call *c,
 wan_attn_status wan_attn_cuda_launch_warps(const wan_attn_cuda_call *c, wan_attn_cuda_helper helper,
                                            int64_t warps, void *args);
 
-/* lists.c: the passes over blocks of keys that a call with blocks left out needs. */
-wan_attn_status wan_attn_cuda_survey_blocks(const wan_attn_cuda_call *c,
-                                            wan_attn_cuda_lengths seqused_k);
+/* lists.c: makes the means of blocks of keys and values, where others than those listed count. */
+wan_attn_status wan_attn_cuda_pool_blocks(const wan_attn_cuda_call *c,
+                                          wan_attn_cuda_lengths seqused_k);
 
-/* lists.c: what such a call's kernel is told beside `call`. */
+/* lists.c: what a kernel with lists is told beside `call`. */
 void wan_attn_cuda_fill_lists(const wan_attn_cuda_call *c, wan_attn_cuda_listed_args *args);
 
 /* lossy.c: makes q and k INT8, where the call's row wants that. */
