@@ -48,6 +48,7 @@
 #define NUM_THREADS (32 * NUM_WARPS)
 #define PV_SUM_F16 0
 #define QK_INT8 0
+#define LISTED 0
 #if IS_BF16
 #define PACK pack_bf16
 #define MMA mma_m16n8k16_bf16

@@ -43,6 +43,7 @@
 #include "cuda/ptx/ptx_sm90.cuh"
 
 #define NUM_THREADS (128 * (1 + CONSUMERS))
+#define LISTED 0
 #define JOINED(form, n, type) wgmma_##form##_n##n##_##type
 #define WGMMA(form, n, type) JOINED(form, n, type)
 #if IS_BF16

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * output.cuh - from the accumulators of one 16-row tile to out and lse. Includer sets HEAD_DIM and
- * PACK, the rounding of two floats to the row's 16-bit dtype; QK_INT8, if scores are of 8 bits.
+ * PACK, the rounding of two floats to the row's 16-bit dtype; QK_INT8, if scores are of 8 bits, and
+ * LISTED, if tiles are those of lists (walk_listed.cuh).
  *
  * A lane holds two neighbouring columns of every 8. Lanes 2i and 2i + 1 swap, and then hold four
  * neighbouring columns of every second 8: the four lanes of a row write 32 bytes together, one
@@ -50,7 +51,9 @@ DEVICE row_end finish_row(const wan_attn_cuda_args &args, const block_place &pla
                  place.split * args.lse_split_stride;
     float sum = quad_sum(row_sum);
     row_end end = {!sees_keys(args, place, row, used_q, BLOCK_N), reciprocal(sum)};
+#if LISTED /* what it sees need not be listed */
     end.sees_none = end.sees_none || !sees_walk(args, place, row, used_q, sum);
+#endif
     if (args.lse && has_row && thread_index() % 4 == 0) {
         /* The largest weight is 2^P_SHIFT, whatever P_SHIFT - row_max was rounded to. */
         float unshifted = sum * (1.0f / (1 << P_SHIFT));

@@ -42,9 +42,4 @@ DEVICE int turn_of(const tile_walk &, int n) { return n; }
  * that. */
 template <typename Source> DEVICE void go_back(Source &, int) {}
 
-/* Whether a row that sees keys at all also sees one in the tiles of the walk. */
-DEVICE bool sees_walk(const wan_attn_cuda_args &, const block_place &, int, int, float) {
-    return true;
-}
-
 #endif /* WAN_ATTN_CUDA_TILE_WALK_ALL_H */
