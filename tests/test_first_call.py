@@ -241,6 +241,7 @@ def test_kernels_for_lists_have_a_verdict_of_their_own(
 def test_which_calls_need_which_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[bool, bool]] = []
     here = SimpleNamespace(is_cuda=True, device=CPU, shape=(1, 1, 1, 64), dtype=torch.float16)
+    here.requires_grad = False
     monkeypatch.setattr(native, "_require_self_check", lambda *x: asked.append(x[3:]))
     monkeypatch.setattr(native, "_call", lambda *_, **__: (None, None))
     for options in (

@@ -93,6 +93,13 @@ def _with_means(
     return np.concatenate([k, means[0]]), np.concatenate([v, means[1]]), bias
 
 
+def _either_way(means: Array, seed: int, dtype: torch.dtype) -> Array:
+    """Half a unit at most, so that they are rounded up or down: there are few of them, and what is
+    judged should not be one lucky rounding (tolerances.py)."""
+    unit = np.exp2(np.floor(np.log2(np.maximum(np.abs(means), 1e-30)))) * torch.finfo(dtype).eps
+    return np.asarray(unit * np.random.default_rng(seed).uniform(-0.5, 0.5, means.shape))
+
+
 def by_torch(
     query: Tensor,
     key: Tensor,
@@ -110,6 +117,10 @@ def by_torch(
         out, lse = np.zeros((len(q), v.shape[1])), np.full(len(q), -np.inf)
         k, v, bias = _with_means(k, v, seen, named, pools_others)
         rows = np.isfinite(bias).any(axis=1)
+        if order:
+            for keys_and_means in (k, v):
+                means = keys_and_means[seen.shape[1] :]
+                means += _either_way(means, order, dtype)
         if rows.any():
             x = [torch.from_numpy(np.nan_to_num(a)).to(dtype) for a in (q[rows], k, v)]
             mask = torch.from_numpy(bias[rows])

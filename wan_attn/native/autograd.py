@@ -2,8 +2,9 @@
 """autograd.py - the derivative of torch.ops.wan_attn.sdpa.
 
 A kernel computes it (backward.py) from what forward has left: out and lse. Where none takes the
-call, and without the native library, torch's operators do (gradient_in_torch.py); wan_attn.sdpa and
-flash_attention send such calls to another backend.
+call, of few rows on the CPU, and without the native library, torch's operators do
+(gradient_in_torch.py); wan_attn.sdpa and flash_attention send such calls, but for few rows, to
+another backend.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ from wan_attn.request import Call, empty_lse, transforms, wants_grad
 
 has_kernels = False
 """Whether the op runs on our kernels, so that gradients may: op.py says so."""
+
+
+FEW_ROWS = 32
+"""Of so few queries on the CPU torch's operators compute gradients: a weight made from one float32
+lse is off by lse's rounding, and where scores are large and sums short, that is up to four times
+what torch, which has maximum and sum apart, is off by."""
 
 
 def register(
@@ -111,7 +118,7 @@ def is_for_kernels(
     if not has_kernels:
         return False
     if query.device.type == "cpu":
-        return query.dim() == 4
+        return query.dim() == 4 and query.shape[1] > FEW_ROWS
     return query.device.type == "cuda" and kernels.takes(query, key, value, dtype)
 
 
