@@ -74,6 +74,11 @@ def test_no_schedule_changes_a_bit(pair: Pair) -> None:
 
 
 @each_pair
+def test_what_meets_nobody_stays_zero(pair: Pair) -> None:
+    cases_backward.check_zeros(pair)
+
+
+@each_pair
 def test_a_head_alone_has_the_same_bits(pair: Pair) -> None:
     """Whatever other samples and heads there are, and wherever its blocks stand in the grid."""
     call = cases_backward.call_of(Case(70, 45, 2, 2, 2, is_causal=True), pair)

@@ -75,7 +75,8 @@ BUGS = (
     Bug("a tile too few", WORK, "work.num_tiles = (end - first + BLOCK_N - 1) / BLOCK_N;", "work.num_tiles = (end - first) / BLOCK_N;"),
     Bug("the tail is not cut off", KERNEL, "copy_others(tiles, n, true, work.num_others - n * BLOCK_N);", "copy_others(tiles, n, true, BLOCK_N);"),
     Bug("own padding is read", KERNEL, "int rows = used - place.begin - tile * BLOCK_N;", "int rows = BLOCK_N + 0 * used;"),
-    Bug("padding is not zero", KERNEL, "row < used ? sums[i / 2][j / 2][i % 2 * 2 + j % 2] * factor : 0.0f;", "sums[i / 2][j / 2][i % 2 * 2 + j % 2] * factor + (row < used ? 0.0f : 1.0f);"),
+    Bug("padding is not zero", KERNEL, "meets_any ? sums[i / 2][j / 2][i % 2 * 2 + j % 2] * factor : 0.0f;", "sums[i / 2][j / 2][i % 2 * 2 + j % 2] * factor + (meets_any ? 0.0f : 1.0f);"),
+    Bug("a seen NaN reaches what meets nobody", WORK, "return row < used && count_keys(row, used, others, reach_back(args), reach_ahead(args)) > 0;", "return row < used && others + args.batch > 0;"),
     Bug("no softmax_scale", KERNEL, "float factor = args.softmax_scale * load_scale", "float factor = load_scale"),
     Bug("m tiles of one warp's rows", KERNEL, "(thread_index() / 32 * M_TILES + m_tile) * 16", "(thread_index() / 32 + m_tile) * 16", WIDE),
     Bug("no swizzle", SWIZZLE, "(chunk ^ row / (8 / GROUP) % GROUP) * 16", "chunk * 16"),
@@ -150,6 +151,7 @@ def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
                 cases_backward.check(case, pair, csrc=csrc, schedule=how)
             check_sizes(pair, csrc, how)
             check_blind_rows(pair, csrc)
+            cases_backward.check_zeros(pair, schedule=how, csrc=csrc)
         except AssertionError as error:
             found = str(error)
         assert found, f"not found with copies landing {landing}"
@@ -162,3 +164,4 @@ def test_without_a_bug_nothing_is_found(row: str) -> None:
         cases_backward.check(case, pair)
     check_sizes(pair, CSRC, Schedule())
     check_blind_rows(pair, CSRC)
+    cases_backward.check_zeros(pair)

@@ -146,3 +146,21 @@ def check_schedules(pair: Pair) -> None:
             again = run(pair, call, schedule=Schedule(landing, landing + 9))
             for a, b in zip(first.grads, again.grads, strict=True):
                 assert torch.equal(a, b)
+
+
+def check_zeros(pair: Pair, **how: Any) -> None:
+    """What a row or key that meets others has of NaN and infinity does not reach the gradients of
+    those in its block that meet nobody: they are 0."""
+    above = replace(call_of(Case(40, 20, is_causal=True), pair), grad_lse=None)
+    above.key[0, 3, 0, 5] = math.nan  # seen by the last 20 rows; the first 20 see nothing
+    query_grad = run(pair, above, **how).grads[0]
+    assert query_grad[:, 20:].isnan().any()
+    assert (query_grad[:, :20] == 0).all(), "a row without keys has a gradient"
+    beyond = replace(call_of(Case(20, 40, window=(2, 2)), pair), grad_lse=None)
+    grad_out = beyond.grad_out.clone()
+    grad_out[0, 7, 0, 5] = math.inf  # seen by keys 25 to 29; keys 0 to 17 are seen by no row
+    beyond.query[0, 9, 0, 1] = math.nan
+    _, key_grad, value_grad = run(pair, replace(beyond, grad_out=grad_out), **how).grads
+    for grad in (key_grad, value_grad):
+        assert not grad[:, 18:].isfinite().all()
+        assert (grad[:, :18] == 0).all(), "a key that no row sees has a gradient"
