@@ -91,7 +91,9 @@ BUGS = (
     Bug("f16: dP is not scaled", SCALE, "power_of_two(divides_dout - divides_ds)", "power_of_two(divides_dout + 0 * divides_ds)", F16),
     Bug("f16: delta's scale is dP's", SCALE, "power_of_two(-divides_ds)", "power_of_two(divides_dout - divides_ds)", F16),
     Bug("f16: grad_out is not scaled", SCALE, "args.dout_scale ? clamped(of_dout - 15, LOWEST, HIGHEST) : 0;", "0;", F16),
-    Bug("f16: nobody asks how large V is", SCALE, "of_dout + of_v + of_head_dim", "of_dout + of_head_dim", F16),
+    Bug("f16: nobody asks how large V is", SCALE, "larger_int(of_dout + of_v, of_delta)", "larger_int(of_dout, of_delta)", F16),
+    Bug("f16: a bound that is head_dim times too large", SCALE, "larger_int(of_dout + of_v, of_delta)", "larger_int(of_dout + of_v + 7, of_delta)", F16),
+    Bug("f16: an infinite size", ROWS, "size < 3.4e38f ? size : 3.4e38f;", "size + 0.0f;", F16),
     Bug("f16: the first query head's size", SCALE, "h < (head + 1) * share; h++)", "h < head * share + 1; h++)", F16),
     Bug("f16: dv keeps P's shift", KERNEL, "load_scale(args, place, 3) * unshifted, sums.g2);", "load_scale(args, place, 3), sums.g2);", F16),
 )
@@ -151,7 +153,10 @@ def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
                 cases_backward.check(case, pair, csrc=csrc, schedule=how)
             check_sizes(pair, csrc, how)
             check_blind_rows(pair, csrc)
+            cases_backward.check_finite_sizes(pair, csrc=csrc)
             cases_backward.check_zeros(pair, schedule=how, csrc=csrc)
+            if pair.dtype == "F16":
+                cases_backward.check_outliers(pair, schedule=how, csrc=csrc)
         except AssertionError as error:
             found = str(error)
         assert found, f"not found with copies landing {landing}"
@@ -164,4 +169,7 @@ def test_without_a_bug_nothing_is_found(row: str) -> None:
         cases_backward.check(case, pair)
     check_sizes(pair, CSRC, Schedule())
     check_blind_rows(pair, CSRC)
+    cases_backward.check_finite_sizes(pair)
     cases_backward.check_zeros(pair)
+    if pair.dtype == "F16":
+        cases_backward.check_outliers(pair)

@@ -2,7 +2,7 @@
  * backward_rows.cuh - the pass before a gradient: what it wants to know of each query row.
  *
  * One warp looks at one row of one head: it reads dout and out, of any dtype and alignment, and
- * writes lse in base 2, <dout, out> - dlse, and the largest |dout| where products are in f16
+ * writes lse in base 2, <dout, out> - dlse, and the sum of |dout| where products are in f16
  * (backward_scale.cuh). Rows without keys, padding among them, are not read: they may hold NaN.
  * Numerics: <dout, out> in float64, because its rounding would shift all dP of a row alike, where
  * theirs is as often up as down; the rest in f32. dout counts as rounded to the row's dtype, as
@@ -25,10 +25,10 @@ DEVICE double warp_sum(double x) {
     return x;
 }
 
-DEVICE float warp_max(float x) {
+DEVICE float warp_sum(float x) {
 #pragma unroll
     for (int lane_mask = 1; lane_mask < 32; lane_mask *= 2)
-        x = larger(x, shfl_xor(x, lane_mask));
+        x += shfl_xor(x, lane_mask);
     return x;
 }
 
@@ -66,10 +66,11 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, 1, wan_attn_cuda_backward_rows_args, a
             sum += (double)dout * out;
             float magnitude = float_from_bits(bits_from_float(dout) & 0x7fffffffu);
             if (magnitude < float_from_bits(0x7f800000u)) /* neither infinite nor NaN */
-                size = larger(size, magnitude);
+                size += magnitude;
         }
         sum = warp_sum(sum);
-        size = warp_max(size);
+        size = warp_sum(size);
+        size = size < 3.4e38f ? size : 3.4e38f; /* infinite would be left out */
         i64 of_lse = sample * args.lse_batch_stride + head * args.lse_head_stride;
         lse = load_global_f32(args.lse + of_lse + row * args.lse_row_stride) * 1.44269504f;
         delta = keys == 1 ? 0.0f : (float)sum;

@@ -19,7 +19,7 @@ import oracle
 from emu import cases
 from emu.cases import Case
 from emu.run import DTYPES, Schedule
-from emu.run_backward import Call, Gradients, Pair, run
+from emu.run_backward import Call, Gradients, Pair, row_numbers, run
 
 
 def _gradients_of_results(case: Case, query: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
@@ -164,3 +164,29 @@ def check_zeros(pair: Pair, **how: Any) -> None:
     for grad in (key_grad, value_grad):
         assert not grad[:, 18:].isfinite().all()
         assert (grad[:, :18] == 0).all(), "a key that no row sees has a gradient"
+
+
+def check_outliers(pair: Pair, **how: Any) -> None:
+    """One large number of grad_out and one of V set the power of two of a head in float16. Judged by
+    dq of all other rows, because the largest error is that of the row with the large number: their
+    dS must not lose bits by it."""
+    call = call_of(Case(33, 256), pair)
+    made = torch.Generator().manual_seed(5)
+    grad_out = torch.randn(call.query.shape, generator=made).to(call.value.dtype)
+    query, key, value = (
+        torch.randn(x.shape, generator=made).to(x.dtype) for x in (call.query, call.key, call.value)
+    )
+    grad_out[0, 0, 0, 3], value[0, 5, 0, 7] = 16000.0, 50.0
+    out, lse = (torch.from_numpy(x) for x in oracle.attention(query, key, value))
+    call = Call(query, key, value, out.to(query.dtype), lse.float(), grad_out)
+    want, got = exact(call)[0][:, 1:], run(pair, call, **how).grads[0][:, 1:].double()
+    error = float((got - want).norm() / want.norm())
+    assert error < 6e-4, f"an error of {error:.1e}"
+
+
+def check_finite_sizes(pair: Pair, **how: Any) -> None:
+    """A sum of |grad_out| beyond float32 is its end: infinite, it would be left out."""
+    call = call_of(Case(5, 9, q_is_f32=True), pair)
+    call = replace(call, grad_out=torch.full(call.query.shape, 3e38), grad_lse=None)
+    _, sizes = row_numbers(call, True, **how)
+    assert sizes is not None and (sizes == torch.tensor(3.4e38)).all(), "infinite"

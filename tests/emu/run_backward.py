@@ -148,7 +148,7 @@ def scales_of(
     call: Call, rows: Tensor, sizes: Tensor, csrc: Path = CSRC
 ) -> tuple[Tensor, Tensor | None]:
     """What wan_attn_backward_scale makes: scales, dout_scale."""
-    batch, seqlen_q, heads, head_dim = call.query.shape
+    batch, seqlen_q, heads, _ = call.query.shape
     heads_k = heads // call.share
     scales = torch.full((batch, heads_k, 4), math.nan)
     converts = call.grad_out.dtype != call.value.dtype
@@ -162,7 +162,7 @@ def scales_of(
     args = BackwardScaleArgs(
         *(_address(rows), _address(sizes), _address(largest), _lengths(q_lens)),
         *(_address(scales), _address(dout_scale)),
-        *(batch, heads, call.share, seqlen_q, head_dim, PARTS),
+        *(batch, heads, call.share, seqlen_q, PARTS),
     )
     _helper("wan_attn_backward_scale", args, batch * heads_k, memory, csrc)
     return scales, dout_scale
