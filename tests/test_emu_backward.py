@@ -87,6 +87,10 @@ def test_outliers_leave_the_bits_of_other_rows(pair: Pair) -> None:
     cases_backward.check_outliers(pair)
 
 
+def test_delta_is_rounded_once() -> None:
+    cases_backward.check_delta(pairs()[0])
+
+
 def test_sizes_are_finite() -> None:
     cases_backward.check_finite_sizes(pairs()[0])
 
@@ -205,9 +209,14 @@ def test_what_is_known_of_each_row() -> None:
                 want = -dlse[b, :, i].double()
                 if keys > 1:
                     want += (rounded[b, i].double() * call.out[b, i].double()).sum(-1)
-                torch.testing.assert_close(delta, want, rtol=0.0, atol=2e-5)
+                # Of a sum that is rounded once, and its difference from dlse.
+                error = (delta - want).abs() - 2.0**-24 * (
+                    want.abs() + (want + dlse[b, :, i]).abs()
+                )
+                assert error.max() < 1e-10
                 torch.testing.assert_close(sizes[b, :, i], rounded[b, i].float().abs().sum(-1))
         assert torch.equal(rows[:, :, 1:, :2], rows[:, :, :-1, 2:])
+        assert (rows[:, :, -1, 2] == math.inf).all() and not rows[:, :, -1, 3].any()
 
 
 def test_dtypes_are_those_of_the_list() -> None:

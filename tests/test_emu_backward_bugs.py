@@ -81,7 +81,8 @@ BUGS = (
     Bug("m tiles of one warp's rows", KERNEL, "(thread_index() / 32 * M_TILES + m_tile) * 16", "(thread_index() / 32 + m_tile) * 16", WIDE),
     Bug("no swizzle", SWIZZLE, "(chunk ^ row / (8 / GROUP) % GROUP) * 16", "chunk * 16"),
     Bug("the other tile of the stage", MULTIPLY_PV, "ldmatrix_x4_trans(b, advanced(v_read, j / 2) + tile + (u32)(step * 16 * ROW_BYTES));\n#pragma unroll\n            for (int i = 0", "ldmatrix_x4_trans(b, advanced(v_read, j / 2) + 0 * tile + (u32)(step * 16 * ROW_BYTES));\n#pragma unroll\n            for (int i = 0"),
-    Bug("a single key counts like others", ROWS, "delta = keys == 1 ? 0.0f : (float)sum;", "delta = (float)sum;"),
+    Bug("a single key counts like others", ROWS, "delta = keys == 1 ? 0.0f : whole;", "delta = whole;"),
+    Bug("delta in float32 alone", ROWS, "sum.rest == sum.rest ? sum.high + sum.rest : sum.high;", "sum.high;"),
     Bug("lse to base e", ROWS, "row * args.lse_row_stride) * 1.44269504f;", "row * args.lse_row_stride);"),
     Bug("rows without keys are read", ROWS, "    if (keys > 0) {", "    if (row < used_q) {"),
     Bug("grad_lse is added", ROWS, "delta -= load_global_f32", "delta += load_global_f32"),
@@ -154,6 +155,7 @@ def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
             check_sizes(pair, csrc, how)
             check_blind_rows(pair, csrc)
             cases_backward.check_finite_sizes(pair, csrc=csrc)
+            cases_backward.check_delta(pair, csrc=csrc)
             cases_backward.check_zeros(pair, schedule=how, csrc=csrc)
             if pair.dtype == "F16":
                 cases_backward.check_outliers(pair, schedule=how, csrc=csrc)
@@ -170,6 +172,7 @@ def test_without_a_bug_nothing_is_found(row: str) -> None:
     check_sizes(pair, CSRC, Schedule())
     check_blind_rows(pair, CSRC)
     cases_backward.check_finite_sizes(pair)
+    cases_backward.check_delta(pair)
     cases_backward.check_zeros(pair)
     if pair.dtype == "F16":
         cases_backward.check_outliers(pair)

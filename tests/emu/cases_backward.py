@@ -167,9 +167,8 @@ def check_zeros(pair: Pair, **how: Any) -> None:
 
 
 def check_outliers(pair: Pair, **how: Any) -> None:
-    """One large number of grad_out and one of V set the power of two of a head in float16. Judged by
-    dq of all other rows, because the largest error is that of the row with the large number: their
-    dS must not lose bits by it."""
+    """One large number of grad_out and one of V set a head's power of two in float16. Other rows' dS
+    must not lose bits by it. By dq of these alone: the largest error is that of the one row."""
     call = call_of(Case(33, 256), pair)
     made = torch.Generator().manual_seed(5)
     grad_out = torch.randn(call.query.shape, generator=made).to(call.value.dtype)
@@ -190,3 +189,14 @@ def check_finite_sizes(pair: Pair, **how: Any) -> None:
     call = replace(call, grad_out=torch.full(call.query.shape, 3e38), grad_lse=None)
     _, sizes = row_numbers(call, True, **how)
     assert sizes is not None and (sizes == torch.tensor(3.4e38)).all(), "infinite"
+
+
+def check_delta(pair: Pair, **how: Any) -> None:
+    """Rounded once: what float32 would lose on the way shifts all of a row's dP."""
+    call = replace(call_of(Case(64, 90), pair), grad_lse=None)
+    made = torch.Generator().manual_seed(9)
+    grad_out = torch.randn(call.query.shape, generator=made).to(DTYPES[pair.dtype])
+    rows, _ = row_numbers(replace(call, grad_out=grad_out), pair.dtype == "F16", **how)
+    want = (grad_out.double() * call.out.double()).sum(-1).transpose(1, 2)
+    error = (rows[..., 1].double() - want).abs()
+    assert (error <= 2.0**-24 * want.abs() * 1.001).all(), f"off by {error.max():.1e}"
