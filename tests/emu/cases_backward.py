@@ -167,8 +167,8 @@ def check_zeros(pair: Pair, **how: Any) -> None:
 
 
 def check_outliers(pair: Pair, **how: Any) -> None:
-    """One large number of grad_out and one of V set a head's power of two in float16. Other rows' dS
-    must not lose bits by it. By dq of these alone: the largest error is that of the one row."""
+    """One large number of grad_out and one of V set a head's power of two in float16. Others' dS
+    must not lose bits by it. By dq of these alone: the largest error is the one row's."""
     call = call_of(Case(33, 256), pair)
     made = torch.Generator().manual_seed(5)
     grad_out = torch.randn(call.query.shape, generator=made).to(call.value.dtype)
