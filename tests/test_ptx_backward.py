@@ -30,27 +30,27 @@ pytestmark = [
 ARCH = {"TURING": 75, "WIDE": 80, "SLIM": 86}  # the first of each class
 
 
-def programs(pair: Pair) -> dict[str, machine.Program]:
-    """By the name of the job."""
+def programs(pair: Pair) -> dict[Any, machine.Program]:
+    """Of each kernel."""
     arch = ARCH[pair.of_keys.gpu_class]
     names = ["wan_attn_backward_rows"]
     if pair.dtype == "F16":
         names.append("wan_attn_backward_scale")
-    found = {}
+    found: dict[Any, machine.Program] = {}
     for job in collect.shipped():
         mine = job.kernel in (pair.of_keys, pair.of_rows) or job.name in names
         if mine and job.arch == arch:
-            found[job.kernel.name] = kernel(job, collect.nvrtcs()[0])
+            found[job.kernel] = kernel(job, collect.nvrtcs()[0])
     assert len(found) == 2 + len(names)
     return found
 
 
-def on_the_machine(made: dict[str, machine.Program], knobs: Knobs) -> Launcher:
+def on_the_machine(made: dict[Any, machine.Program], knobs: Knobs) -> Launcher:
     def launch(of: Any, args: Structure, grid: int, tensors: list[Any]) -> int:
         shared = getattr(of, "smem_bytes", 0)
         threads = getattr(of, "num_threads", 128)
         how: dict[str, Any] = {"shared_bytes": shared, "threads": threads, "knobs": knobs}
-        machine.launch(made[of.name], args, grid, tensors, **how)
+        machine.launch(made[of], args, grid, tensors, **how)
         return 0
 
     return launch
@@ -84,4 +84,4 @@ def test_calls_and_that_they_run_every_opcode(pair: Pair) -> None:
     assert torch.equal(again.grads[1].to(call.key.dtype), first.grads[1])
     cases_backward.check_zeros(pair, launcher=on_the_machine(made, Knobs()))
     for tile in (pair.of_keys, pair.of_rows):  # the passes before have more dtypes than a pair
-        assert not [op for op, times in made[tile.name].counts().items() if not times], tile.name
+        assert not [op for op, times in made[tile].counts().items() if not times], tile.name

@@ -81,22 +81,46 @@ def exact(call: Call) -> tuple[Tensor, ...]:
     return tuple(map(torch.from_numpy, backward_oracle.gradients(*inputs, **how)))
 
 
+def _noise(call: Call) -> tuple[Tensor, Tensor]:
+    """What is left of dq and dk where exact dP is delta: dP is head_dim float32 sums, delta one
+    rounding, each off by at most 2^-24 of a sum that is on its way to dP and strays from there by
+    the root of the squares of dout v. Roundings are as often up as down, so their squares add
+    up; those of a row's keys and of a key's rows do, too. A row with one key has none of it.
+    Measured: up to 0.4 of this."""
+    batch, seqlen_q, heads, head_dim = call.query.shape
+    scale = head_dim**-0.5 if call.scale is None else call.scale
+    q, k, v, dout = (
+        x.double().nan_to_num() for x in (call.query, call.key, call.value, call.grad_out)
+    )
+    of_q, of_k = torch.zeros_like(q), torch.zeros_like(k)
+    lens_q = oracle.as_lengths(call.q_lens, batch, seqlen_q)
+    lens_k = oracle.as_lengths(call.k_lens, batch, k.shape[1])
+    for b, (len_q, len_k) in enumerate(zip(lens_q, lens_k, strict=True)):
+        seen = torch.from_numpy(oracle.visible(len_q, len_k, call.is_causal, call.window))
+        seen &= (seen.sum(dim=1) > 1)[:, None]
+        for h in range(heads):
+            of = h // call.share
+            keys, values = k[b, :len_k, of], v[b, :len_k, of]
+            scores = (scale * q[b, :len_q, h] @ keys.T).masked_fill(~seen, -math.inf)
+            weights = scores.softmax(dim=1).nan_to_num()
+            of_row = dout[b, :len_q, h]
+            sums = (of_row @ values.T).abs() + (of_row**2 @ values.T**2).sqrt()
+            squares = (weights * sums * 2.0**-24 * scale) ** 2 * (head_dim + 1)
+            of_q[b, :len_q, h] = squares @ keys**2
+            of_k[b, :len_k, of] += squares.T @ q[b, :len_q, h] ** 2
+    return of_q.sqrt(), of_k.sqrt()
+
+
 def _without_noise(call: Call, got: Gradients) -> tuple[Tensor, ...]:
-    """Where one key has all the weight, dq and dk are 0 and both we and torch have what two float32
-    sums of head_dim products differ by: whose is larger is luck. That counts as 0, if it is no more
-    than half a unit of float32 for each product."""
+    """Where one key has all the weight, dq and dk are 0, and both we and torch have noise: whose is
+    larger is luck. So what is no more than noise counts as 0."""
     want = exact(call)
-    largest_dp = [float(x.double().nan_to_num().abs().amax()) for x in (call.grad_out, call.value)]
-    noise = call.query.shape[3] * 2.0**-24 * largest_dp[0] * largest_dp[1]
-    scale = call.query.shape[3] ** -0.5 if call.scale is None else abs(call.scale)
-    sums = (1, call.query.shape[1] * call.share)  # dS of one key, of all rows
-    others = (call.key, call.query)
     grads = list(got.grads)
-    for n in range(2):
-        largest = others[n].double().nan_to_num().abs().amax()
-        allowed = scale * noise * sums[n] * float(largest)
-        if want[n].abs().amax() < 1e-20 and grads[n].double().abs().amax() <= allowed:
-            grads[n] = torch.zeros_like(grads[n])
+    if all(want[n].abs().amax() >= 1e-20 for n in range(2)):
+        return tuple(grads)
+    for n, noise in enumerate(_noise(call)):
+        if want[n].abs().amax() < 1e-20:
+            grads[n] = grads[n].masked_fill(grads[n].double().abs() <= noise, 0.0)
     return tuple(grads)
 
 
