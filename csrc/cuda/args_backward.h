@@ -28,9 +28,9 @@ typedef struct wan_attn_cuda_backward_rows_args {
     wan_attn_i64 dlse_batch_stride, dlse_head_stride, dlse_row_stride;
     wan_attn_cuda_lengths seqused_q, seqused_k;
     /* [batch, num_heads_q, seqlen_q][4], 16-byte aligned: of the row, and again of the row behind
-     * it (of the last row of a head: of one without keys), so that two rows can be copied from any row on. Lse
-     * in base 2, and <dout, out> - dlse. Of a row that sees one key: lse and -dlse, because there
-     * dout and out have no part in dS. Of one that sees none: infinity and 0. */
+     * it (behind a head's last: as of one without keys), so that two rows can be copied from any
+     * row on. Lse in base 2, and <dout, out> - dlse. Of a row that sees one key: lse and -dlse,
+     * because there dout and out have no part in dS. Of one that sees none: infinity and 0. */
     float *rows;
     /* [batch, num_heads_q, seqlen_q]: the sum of all finite |dout|, at most 3.4e38. NULL: products
      * are in bf16. */

@@ -4,11 +4,11 @@
  * One warp looks at one row of one head: it reads dout and out, of any dtype and alignment, and
  * writes lse in base 2, <dout, out> - dlse, and the sum of |dout| where products are in f16
  * (backward_scale.cuh). Rows without keys, padding among them, are not read: they may hold NaN.
- * Numerics: <dout, out> in 48 bits (float_pair.cuh), because its rounding would shift all dP of a row
- * alike, where theirs is as often up as down; the rest in f32. dout counts as rounded to the row's dtype, as
- * tensor cores get it: dP - delta is often small, and must be the difference of the same numbers. A
- * row with one key has dP = <dout, out> in exact arithmetic; the difference of two sums in
- * different orders is noise, so that neither is put to use (args_backward.h).
+ * Numerics: <dout, out> in 48 bits (float_pair.cuh), because its rounding would shift all dP of a
+ * row alike, where theirs is as often up as down; the rest in f32. dout counts as rounded to the
+ * row's dtype, as tensor cores get it: dP - delta is often small, and must be the difference of the
+ * same numbers. A row with one key has dP = <dout, out> in exact arithmetic; the difference of two
+ * sums in different orders is noise, so that neither is put to use (args_backward.h).
  */
 #include "cuda/args_backward.h"
 #include "cuda/ptx/ptx.cuh"

@@ -8,10 +8,10 @@
  *
  *     |dP| <= max sum |dout| * max |v|        |dP - delta| <= 2 max(|dP|, |delta|)
  *
- * sum |dout| is a row's; head_dim times its largest would be up to that much above, and where one
- * number is far larger than the others push their dS to where f16 has no bits left. What is close to
- * f16's largest has 2^29 below it, and 2^10 more of subnormal numbers. dout that is no f16 yet has a
- * second power of two, from the same sums, which wan_attn_convert divides by.
+ * sum |dout| is a row's. Its largest times head_dim would be a bound, too, but up to 2^7 above
+ * this where one number is far larger than all others: their dS would have so many bits less. Below
+ * f16's largest are 2^29, and 2^10 more of subnormal numbers. dout that is no f16 yet has a second
+ * power of two, from the same sums, which wan_attn_convert divides by.
  * Powers of two are exact, and what is done with them is undone in f32. What is not finite is left
  * out here, and stays what it is.
  *
