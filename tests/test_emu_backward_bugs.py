@@ -75,12 +75,14 @@ BUGS = (
     Bug("a tile too few", WORK, "work.num_tiles = (end - first + BLOCK_N - 1) / BLOCK_N;", "work.num_tiles = (end - first) / BLOCK_N;"),
     Bug("the tail is not cut off", KERNEL, "copy_others(tiles, n, true, work.num_others - n * BLOCK_N);", "copy_others(tiles, n, true, BLOCK_N);"),
     Bug("own padding is read", KERNEL, "int rows = used - place.begin - tile * BLOCK_N;", "int rows = BLOCK_N + 0 * used;"),
-    Bug("padding is not zero", KERNEL, "row < used ? sums[i / 2][j / 2][i % 2 * 2 + j % 2] * factor : 0.0f;", "sums[i / 2][j / 2][i % 2 * 2 + j % 2] * factor + (row < used ? 0.0f : 1.0f);"),
+    Bug("padding is not zero", KERNEL, "meets_any ? sums[i / 2][j / 2][i % 2 * 2 + j % 2] * factor : 0.0f;", "sums[i / 2][j / 2][i % 2 * 2 + j % 2] * factor + (meets_any ? 0.0f : 1.0f);"),
+    Bug("a seen NaN reaches what meets nobody", WORK, "return row < used && count_keys(row, used, others, reach_back(args), reach_ahead(args)) > 0;", "return row < used && others + args.batch > 0;"),
     Bug("no softmax_scale", KERNEL, "float factor = args.softmax_scale * load_scale", "float factor = load_scale"),
     Bug("m tiles of one warp's rows", KERNEL, "(thread_index() / 32 * M_TILES + m_tile) * 16", "(thread_index() / 32 + m_tile) * 16", WIDE),
     Bug("no swizzle", SWIZZLE, "(chunk ^ row / (8 / GROUP) % GROUP) * 16", "chunk * 16"),
     Bug("the other tile of the stage", MULTIPLY_PV, "ldmatrix_x4_trans(b, advanced(v_read, j / 2) + tile + (u32)(step * 16 * ROW_BYTES));\n#pragma unroll\n            for (int i = 0", "ldmatrix_x4_trans(b, advanced(v_read, j / 2) + 0 * tile + (u32)(step * 16 * ROW_BYTES));\n#pragma unroll\n            for (int i = 0"),
-    Bug("a single key counts like others", ROWS, "delta = keys == 1 ? 0.0f : (float)sum;", "delta = (float)sum;"),
+    Bug("a single key counts like others", ROWS, "delta = keys == 1 ? 0.0f : whole;", "delta = whole;"),
+    Bug("delta in float32 alone", ROWS, "sum.rest == sum.rest ? sum.high + sum.rest : sum.high;", "sum.high;"),
     Bug("lse to base e", ROWS, "row * args.lse_row_stride) * 1.44269504f;", "row * args.lse_row_stride);"),
     Bug("rows without keys are read", ROWS, "    if (keys > 0) {", "    if (row < used_q) {"),
     Bug("grad_lse is added", ROWS, "delta -= load_global_f32", "delta += load_global_f32"),
@@ -90,7 +92,9 @@ BUGS = (
     Bug("f16: dP is not scaled", SCALE, "power_of_two(divides_dout - divides_ds)", "power_of_two(divides_dout + 0 * divides_ds)", F16),
     Bug("f16: delta's scale is dP's", SCALE, "power_of_two(-divides_ds)", "power_of_two(divides_dout - divides_ds)", F16),
     Bug("f16: grad_out is not scaled", SCALE, "args.dout_scale ? clamped(of_dout - 15, LOWEST, HIGHEST) : 0;", "0;", F16),
-    Bug("f16: nobody asks how large V is", SCALE, "of_dout + of_v + of_head_dim", "of_dout + of_head_dim", F16),
+    Bug("f16: nobody asks how large V is", SCALE, "larger_int(of_dout + of_v, of_delta)", "larger_int(of_dout, of_delta)", F16),
+    Bug("f16: a bound that is head_dim times too large", SCALE, "larger_int(of_dout + of_v, of_delta)", "larger_int(of_dout + of_v + 7, of_delta)", F16),
+    Bug("f16: an infinite size", ROWS, "size < 3.4e38f ? size : 3.4e38f;", "size + 0.0f;", F16),
     Bug("f16: the first query head's size", SCALE, "h < (head + 1) * share; h++)", "h < head * share + 1; h++)", F16),
     Bug("f16: dv keeps P's shift", KERNEL, "load_scale(args, place, 3) * unshifted, sums.g2);", "load_scale(args, place, 3), sums.g2);", F16),
 )
@@ -150,6 +154,11 @@ def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
                 cases_backward.check(case, pair, csrc=csrc, schedule=how)
             check_sizes(pair, csrc, how)
             check_blind_rows(pair, csrc)
+            cases_backward.check_finite_sizes(pair, csrc=csrc)
+            cases_backward.check_delta(pair, csrc=csrc)
+            cases_backward.check_zeros(pair, schedule=how, csrc=csrc)
+            if pair.dtype == "F16":
+                cases_backward.check_outliers(pair, schedule=how, csrc=csrc)
         except AssertionError as error:
             found = str(error)
         assert found, f"not found with copies landing {landing}"
@@ -162,3 +171,8 @@ def test_without_a_bug_nothing_is_found(row: str) -> None:
         cases_backward.check(case, pair)
     check_sizes(pair, CSRC, Schedule())
     check_blind_rows(pair, CSRC)
+    cases_backward.check_finite_sizes(pair)
+    cases_backward.check_delta(pair)
+    cases_backward.check_zeros(pair)
+    if pair.dtype == "F16":
+        cases_backward.check_outliers(pair)

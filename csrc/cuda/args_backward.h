@@ -28,11 +28,12 @@ typedef struct wan_attn_cuda_backward_rows_args {
     wan_attn_i64 dlse_batch_stride, dlse_head_stride, dlse_row_stride;
     wan_attn_cuda_lengths seqused_q, seqused_k;
     /* [batch, num_heads_q, seqlen_q][4], 16-byte aligned: of the row, and again of the row behind
-     * it (of the last row of a head: nothing), so that two rows can be copied from any row on. Lse
-     * in base 2, and <dout, out> - dlse. Of a row that sees one key: lse and -dlse, because there
-     * dout and out have no part in dS. Of one that sees none: infinity and 0. */
+     * it (behind a head's last: as of one without keys), so that two rows can be copied from any
+     * row on. Lse in base 2, and <dout, out> - dlse. Of a row that sees one key: lse and -dlse,
+     * because there dout and out have no part in dS. Of one that sees none: infinity and 0. */
     float *rows;
-    /* [batch, num_heads_q, seqlen_q]: the largest finite |dout|. NULL: products are in bf16. */
+    /* [batch, num_heads_q, seqlen_q]: the sum of all finite |dout|, at most 3.4e38. NULL: products
+     * are in bf16. */
     float *sizes;
     int batch, num_heads_q, seqlen_q, seqlen_k, head_dim;
     int window_size_left, window_size_right; /* as in wan_attn_cuda_args */
@@ -49,8 +50,7 @@ typedef struct wan_attn_cuda_backward_scale_args {
     /* [batch, num_heads_q], for wan_attn_convert: what dout is divided by on its way to f16. NULL:
      * dout is f16 as it comes, and nothing divides it. */
     float *dout_scale;
-    int batch, num_heads_q, heads_per_key_head, seqlen_q, head_dim;
-    int num_parts;
+    int batch, num_heads_q, heads_per_key_head, seqlen_q, num_parts;
 } wan_attn_cuda_backward_scale_args;
 
 /* Powers of two of a key head. What tensor cores make of dP, times [0], less delta, times [1], is

@@ -6,10 +6,12 @@
  * FlashAttention-2, and large gradients would be infinite. So each key head has a power of two that
  * brings the largest dS that there can be close to f16's largest number:
  *
- *     |dP| < head_dim * max |dout| * max |v|        |dP - delta| < 2 max(|dP|, |delta|)
+ *     |dP| <= max sum |dout| * max |v|        |dP - delta| <= 2 max(|dP|, |delta|)
  *
- * The bound is some 2^8 above what usual gradients reach; f16 has 2^29 below, and 2^10 more of
- * subnormal numbers. dout that is no f16 yet has a second one, which wan_attn_convert divides by.
+ * sum |dout| is a row's. Its largest times head_dim would be a bound, too, but up to 2^7 above
+ * this where one number is far larger than all others: their dS would have so many bits less. Below
+ * f16's largest are 2^29, and 2^10 more of subnormal numbers. dout that is no f16 yet has a second
+ * power of two, from the same sums, which wan_attn_convert divides by.
  * Powers of two are exact, and what is done with them is undone in f32. What is not finite is left
  * out here, and stays what it is.
  *
@@ -67,9 +69,8 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, 1, wan_attn_cuda_backward_scale_args, 
     of_delta = warp_max_int(of_delta);
     of_v = warp_max_int(of_v);
 
-    int of_head_dim = exponent_above((float)args.head_dim);
     int divides_dout = args.dout_scale ? clamped(of_dout - 15, LOWEST, HIGHEST) : 0;
-    int of_ds = larger_int(of_dout + of_v + of_head_dim, of_delta) + 1;
+    int of_ds = larger_int(of_dout + of_v, of_delta) + 1;
     int divides_ds = clamped(of_ds - ROOM, larger_int(LOWEST, divides_dout - HIGHEST),
                              smaller_int(HIGHEST, divides_dout - LOWEST));
     if (lane == 0) {

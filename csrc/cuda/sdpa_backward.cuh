@@ -34,7 +34,8 @@
  * args.h. No spills: tests/test_cuda_static_backward.py.
  * Limits: head_dim 64, 80 or 128; alignment as in args_backward.h; seqlen below 2^29, offsets are
  * 64 bits wide. A NaN or infinity reaches what a tile that a mask cuts has beside it (0 * NaN), but
- * never from rows without keys, from keys that nobody sees, or from behind the real lengths.
+ * never from rows without keys, from keys that nobody sees, or from behind the real lengths; and
+ * these stay 0 whatever is beside them.
  * Numerics: scores, weights and sums in f32; P and dS are rounded to the operands' dtype;
  * exp2.approx.ftz. A tile's products are summed from zero and then added; dk and dv of head_dim 80
  * and 128, which leave no registers for that, are the tensor cores' own sums (multiply_pv.cuh). f16
@@ -369,19 +370,23 @@ DEVICE void clear(float sums[M_TILES][O_TILES][4]) {
         sums[i / (O_TILES * 4)][i / 4 % O_TILES][i % 4] = 0.0f;
 }
 
-/* Sums times factor; 0 behind the real length. */
-DEVICE void store_gradient(const wan_attn_cuda_view &to, bool is_f32, const own_place &place,
-                           int used, int seqlen, float factor,
+/* Sums times factor. What meets nobody, padding among it, becomes 0 and not what was summed up: its
+ * weights are 0, but they may have met a NaN. */
+DEVICE void store_gradient(const wan_attn_cuda_backward_args &args, const wan_attn_cuda_view &to,
+                           bool is_f32, const own_place &place, int seqlen, float factor,
                            const float sums[M_TILES][O_TILES][4]) {
+    int used_q = length_at(args.seqused_q, place.sample, args.seqlen_q);
+    int used_k = length_at(args.seqused_k, place.sample, args.seqlen_k);
     i64 at = place.sample * to.batch_stride + place.head * to.head_stride;
 #pragma unroll
     for (int i = 0; i < 2 * M_TILES; i++) {
         int row = place.begin + row_in_block(i / 2) + i % 2 * 8;
+        bool meets_any = meets_others(args, row, used_q, used_k);
         float values[O_TILES][2];
 #pragma unroll
         for (int j = 0; j < O_TILES * 2; j++)
             values[j / 2][j % 2] =
-                row < used ? sums[i / 2][j / 2][i % 2 * 2 + j % 2] * factor : 0.0f;
+                meets_any ? sums[i / 2][j / 2][i % 2 * 2 + j % 2] * factor : 0.0f;
         i64 first = at + row * to.row_stride;
         if (is_f32)
             store_row_f32((char *)to.data + first * 4, values, row < seqlen);
@@ -404,12 +409,10 @@ WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, MIN_CTAS, wan_attn_cuda_backward_args,
     const float unshifted = 1.0f / (1 << P_SHIFT);
     float factor = args.softmax_scale * load_scale(args, place, 2) * unshifted;
 #if OF_KEYS
-    int used = length_at(args.seqused_k, place.sample, args.seqlen_k);
-    store_gradient(args.dk, args.dk_is_f32, place, used, args.seqlen_k, factor, sums.g1);
-    store_gradient(args.dv, args.dv_is_f32, place, used, args.seqlen_k,
+    store_gradient(args, args.dk, args.dk_is_f32, place, args.seqlen_k, factor, sums.g1);
+    store_gradient(args, args.dv, args.dv_is_f32, place, args.seqlen_k,
                    load_scale(args, place, 3) * unshifted, sums.g2);
 #else
-    int used = length_at(args.seqused_q, place.sample, args.seqlen_q);
-    store_gradient(args.dq, args.dq_is_f32, place, used, args.seqlen_q, factor, sums.g1);
+    store_gradient(args, args.dq, args.dq_is_f32, place, args.seqlen_q, factor, sums.g1);
 #endif
 }

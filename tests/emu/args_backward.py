@@ -29,7 +29,7 @@ class BackwardScaleArgs(ctypes.Structure):
         *((name, c_void_p) for name in ("rows", "sizes", "largest")),
         *(("seqused_q", Lengths), ("scales", c_void_p), ("dout_scale", c_void_p)),
         *((name, c_int) for name in ("batch", "num_heads_q", "heads_per_key_head", "seqlen_q")),
-        *(("head_dim", c_int), ("num_parts", c_int)),
+        ("num_parts", c_int),
     ]
 
 

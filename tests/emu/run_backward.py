@@ -6,11 +6,12 @@ that csrc/cuda/args_backward.h asks for.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import Structure, c_longlong
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,14 @@ from torch import Tensor
 from emu.args import Lengths, View
 from emu.args_backward import BackwardArgs, BackwardRowsArgs, BackwardScaleArgs
 from emu.build import library
-from emu.rows import CSRC, TileBackward, helpers, tiles_backward
+from emu.rows import CSRC, Helper, TileBackward, helpers, tiles_backward
 from emu.run import DTYPES, LOG2_E, Memory, Schedule, _bound, _lengths, _view, launch
 
 NUMBER = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NOWHERE = View(None, (c_longlong * 3)(0, 0, 0))
 AT_RANDOM = Schedule()
+# A kernel, its argument, blocks, tensors; bank conflicts.
+Launcher = Callable[[Helper | TileBackward, Structure, int, list[Any]], int]
 PARTS = 3  # of v, in which its largest value is sought
 
 
@@ -108,11 +111,20 @@ def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _helper(name: str, args: Structure, warps: int, memory: Memory, csrc: Path) -> None:
-    assert launch(library(helpers()[name], csrc), args, -(-warps // 4), memory.tensors) == 0
+def emulator(csrc: Path = CSRC, schedule: Schedule = AT_RANDOM) -> Launcher:
+    def launch_one(kernel: Any, args: Structure, grid: int, tensors: list[Any]) -> int:
+        return launch(library(kernel, csrc), args, grid, tensors, schedule)
+
+    return launch_one
 
 
-def row_numbers(call: Call, with_sizes: bool, csrc: Path = CSRC) -> tuple[Tensor, Tensor | None]:
+def _helper(name: str, args: Structure, warps: int, memory: Memory, launcher: Launcher) -> None:
+    assert launcher(helpers()[name], args, -(-warps // 4), memory.tensors) == 0
+
+
+def row_numbers(
+    call: Call, with_sizes: bool, csrc: Path = CSRC, launcher: Launcher | None = None
+) -> tuple[Tensor, Tensor | None]:
     """What wan_attn_backward_rows makes: rows, sizes."""
     batch, seqlen_q, heads, head_dim = call.query.shape
     rows = torch.full((batch, heads, seqlen_q, 4), math.nan)
@@ -128,7 +140,10 @@ def row_numbers(call: Call, with_sizes: bool, csrc: Path = CSRC) -> tuple[Tensor
         *(batch, heads, seqlen_q, call.key.shape[1], head_dim, *call.bounds),
         *(NUMBER[call.out.dtype], NUMBER[call.grad_out.dtype]),
     )
-    _helper("wan_attn_backward_rows", args, batch * heads * seqlen_q, memory, csrc)
+    _helper(
+        *("wan_attn_backward_rows", args, batch * heads * seqlen_q, memory),
+        launcher or emulator(csrc),
+    )
     return rows, sizes
 
 
@@ -145,10 +160,10 @@ def largest_of(x: Tensor, lens: Tensor | None) -> Tensor:
 
 
 def scales_of(
-    call: Call, rows: Tensor, sizes: Tensor, csrc: Path = CSRC
+    call: Call, rows: Tensor, sizes: Tensor, launcher: Launcher
 ) -> tuple[Tensor, Tensor | None]:
     """What wan_attn_backward_scale makes: scales, dout_scale."""
-    batch, seqlen_q, heads, head_dim = call.query.shape
+    batch, seqlen_q, heads, _ = call.query.shape
     heads_k = heads // call.share
     scales = torch.full((batch, heads_k, 4), math.nan)
     converts = call.grad_out.dtype != call.value.dtype
@@ -162,9 +177,9 @@ def scales_of(
     args = BackwardScaleArgs(
         *(_address(rows), _address(sizes), _address(largest), _lengths(q_lens)),
         *(_address(scales), _address(dout_scale)),
-        *(batch, heads, call.share, seqlen_q, head_dim, PARTS),
+        *(batch, heads, call.share, seqlen_q, PARTS),
     )
-    _helper("wan_attn_backward_scale", args, batch * heads_k, memory, csrc)
+    _helper("wan_attn_backward_scale", args, batch * heads_k, memory, launcher)
     return scales, dout_scale
 
 
@@ -175,15 +190,23 @@ def _in_16_bits(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> T
     return (x.float() / scale[:, None, :, None]).to(dtype) if scale is not None else x.to(dtype)
 
 
-def run(pair: Pair, call: Call, *, schedule: Schedule = AT_RANDOM, csrc: Path = CSRC) -> Gradients:
-    """Every pass, emulated, but for those that test_emu_helpers.py tests."""
+def run(
+    pair: Pair,
+    call: Call,
+    *,
+    schedule: Schedule = AT_RANDOM,
+    csrc: Path = CSRC,
+    launcher: Launcher | None = None,
+) -> Gradients:
+    """Every pass but for those that test_emu_helpers.py tests. launcher: None is the emulator."""
+    launcher = launcher or emulator(csrc, schedule)
     dtype = DTYPES[pair.dtype]
     is_f16 = dtype == torch.float16
-    rows, sizes = row_numbers(call, is_f16, csrc)
+    rows, sizes = row_numbers(call, is_f16, launcher=launcher)
     scales = dout_scale = None
     if is_f16:
         assert sizes is not None
-        scales, dout_scale = scales_of(call, rows, sizes, csrc)
+        scales, dout_scale = scales_of(call, rows, sizes, launcher)
     dout = _in_16_bits(call.grad_out, dtype, dout_scale)
     given = [_in_16_bits(x, dtype) for x in (call.query, call.key, call.value)]
     likes = (call.query, call.key, call.value)
@@ -204,7 +227,7 @@ def run(pair: Pair, call: Call, *, schedule: Schedule = AT_RANDOM, csrc: Path = 
         args.rows, args.scales = _address(rows), _address(scales)
         heads = (call.key if tile.of_keys else call.query).shape[2]
         grid = args.blocks * heads * args.batch
-        conflicts += launch(library(tile, csrc), args, grid, tensors.tensors, schedule)
+        conflicts += launcher(tile, args, grid, tensors.tensors)
     return Gradients((grads[0], grads[1], grads[2]), conflicts, scales)
 
 

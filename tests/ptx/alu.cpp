@@ -257,6 +257,11 @@ float max_f(float a, float b) {
     return a == b ? float_of(bits_of(a) & bits_of(b)) : a > b ? a : b;
 }
 
+/* min: the same, and -0 is smaller than +0. */
+float min_f(float a, float b) {
+    return a != a && b != b ? float_of(0x7fffffffu) : neg_f(max_f(neg_f(a), neg_f(b)));
+}
+
 #define INTEGERS(t, T)                                                                             \
     {"add." t, nullptr, binary<T, add<T>>}, {"sub." t, nullptr, binary<T, sub<T>>},                \
         {"min." t, nullptr, binary<T, smaller<T>>}, {"max." t, nullptr, binary<T, larger<T>>},     \
@@ -339,6 +344,7 @@ const std::vector<Op> ALU_OPS = [] {
         {"neg.f32", "=r r", unary<float, neg_f>},
         {"abs.f32", "=r r", unary<float, abs_f>},
         {"max.f32", "=r r r", binary<float, max_f>},
+        {"min.f32", "=r r r", binary<float, min_f>},
         FLOATS(eq),
         FLOATS(lt),
         FLOATS(le),

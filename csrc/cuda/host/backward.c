@@ -223,7 +223,6 @@ static wan_attn_status find_scales(const backward_call *b) {
     args.num_heads_q = (int)call->num_heads_q;
     args.heads_per_key_head = (int)(call->num_heads_q / call->num_heads_k);
     args.seqlen_q = (int)call->seqlen_q;
-    args.head_dim = (int)call->head_dim;
     args.num_parts = plan->measured_parts;
     return wan_attn_cuda_launch_warps(&b->c, HELPER_wan_attn_backward_scale, heads, &args);
 }

@@ -15,6 +15,7 @@
 #define WAN_ATTN_CUDA_TILE_BACKWARD_WORK_H
 
 #include "cuda/args_backward.h"
+#include "cuda/tile/row_keys.cuh"
 #include "cuda/tile/work.cuh"
 
 /* Which part of the gradient a block makes. */
@@ -110,6 +111,12 @@ DEVICE key_range met_by(const wan_attn_cuda_backward_args &args, const own_work 
     met.begin = at - reach_back(args) - n * BLOCK_N;
     met.end = smaller_int(at + reach_ahead(args) + 1, work.num_others) - n * BLOCK_N;
     return met;
+}
+
+/* Whether one of its own, counted from the head's first, is real and meets any other. */
+DEVICE bool meets_others(const wan_attn_cuda_backward_args &args, int row, int used_q, int used_k) {
+    int used = OF_KEYS ? used_k : used_q, others = OF_KEYS ? used_q : used_k;
+    return row < used && count_keys(row, used, others, reach_back(args), reach_ahead(args)) > 0;
 }
 
 #endif /* WAN_ATTN_CUDA_TILE_BACKWARD_WORK_H */
