@@ -14,6 +14,7 @@ from wan_attn import config
 from wan_attn.backends import torch_sdpa
 from wan_attn.backends._errors import is_device_error
 from wan_attn.native import (
+    autograd,
     backward,
     bindings,
     cuda_driver,
