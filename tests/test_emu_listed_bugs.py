@@ -46,7 +46,6 @@ class Bug:
 # fmt: off
 BUGS = (
     Bug("a count may be more than there is room for", WALK, "smaller_int(load_global_i32(lists.counts + at), lists.capacity)", "load_global_i32(lists.counts + at)"),
-    Bug("indices of no block count", WALK, "n >= range.begin && n < range.end ? n - base : -1", "n >= range.begin ? n - base : -1"),
     Bug("indices are neighbours", WALK, "list.at + (first + lane) * lists.index_stride", "list.at + (first + lane)"),
     Bug("one index too many is read", WALK, "if (first + lane < list.count)", "if (first + lane <= list.count)"),
     Bug("the first 32 indices alone", WALK, "first < list.count; first += 32", "first < 1 && first < list.count; first += 32"),
@@ -78,7 +77,7 @@ BUGS = (
     Bug("bits of the other half", MEANS, "((2 * n + half) & 31)", "((2 * n + 1 - half) & 31)"),
     Bug("columns are off by one pair", MEANS, ">> (lane % 4 * 2);", ">> (lane % 4);"),
     Bug("means of another head", MEANS, "place.head / args.heads_per_key_head;", "place.head % args.heads_per_key_head;"),
-    Bug("means behind the last are read", KERNEL, "copy_k(k_stage(walk.turn), tiles.copied_to, tiles.k, true, blocks - last * BLOCK_N);", "copy_k(k_stage(walk.turn), tiles.copied_to, tiles.k, false, 0);"),
+    Bug("means behind the last are read", KERNEL, "int num_rows = kind == MEANS ? blocks_of(bounds.num_keys) : bounds.num_keys;", "int num_rows = bounds.num_keys;"),
     Bug("a mean of all 64, real or not", POOL, "float count = (float)(block.end - block.begin);", "float count = 64.0f;"),
     Bug("a mean forgets a key", POOL, "int row = block.begin; row < block.end; row++)\n#pragma", "int row = block.begin + 1; row < block.end; row++)\n#pragma"),
     Bug("padding is in a mean", POOL, "block.end = length_at(args.seqused, sample, args.seqlen);", "block.end = args.seqlen;"),
