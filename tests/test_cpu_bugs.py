@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import c_driver
-from planted import plant
+import planted
 from wan_attn.native import op
 
 CALLS = "100"
@@ -31,13 +31,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @dataclass(frozen=True)
-class Bug:
-    """Replace `right` by `wrong` in `file`, on which source `unit` depends."""
+class Bug(planted.Bug):
+    """`unit`: a source that depends on the file."""
 
-    name: str
-    file: str
-    right: str
-    wrong: str
     unit: str = "cpu/sdpa_avx2.c"
     needs: str = "avx2"
 
@@ -242,8 +238,7 @@ def test_without_a_bug(right_objects: Path) -> None:
 def test_is_found(bug: Bug, right_objects: Path, tmp_path: Path) -> None:
     if bug.needs not in op.cpu_features():
         pytest.skip(f"the bug is in a row that needs {bug.needs}")
-    csrc, objects = tmp_path / "csrc", tmp_path / "objects"
-    plant(CSRC, csrc, bug.file, bug.right, bug.wrong)
+    csrc, objects = bug.plant(CSRC, tmp_path), tmp_path / "objects"
     shutil.copytree(right_objects, objects, ignore=shutil.ignore_patterns("driver"))
     c_driver.compile_objects("cc", objects, csrc, [csrc / bug.unit])
     assert run_driver(objects).returncode != 0, f"{bug.name}: no test has noticed"

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import oracle
+import planted
 from emu import cases_backward
 from emu.build import compiler
 from emu.cases import Case
@@ -22,7 +23,6 @@ from emu.rows import CSRC
 from emu.run import Schedule
 from emu.run_backward import Pair, pairs, row_numbers, run
 from nightly import every
-from planted import plant
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
@@ -37,13 +37,9 @@ SLIM, F16, WIDE, TURING = "sm80_bf16_d64_slim", "sm80_f16_d64_slim", "sm80_bf16_
 
 
 @dataclass(frozen=True)
-class Bug:
-    """Replace `right` by `wrong` in `file`."""
+class Bug(planted.Bug):
+    """row: the kernels that show it."""
 
-    name: str
-    file: str
-    right: str
-    wrong: str
     row: str = SLIM
 
 
@@ -141,38 +137,30 @@ def check_blind_rows(pair: Pair, csrc: Path) -> None:
     assert (rows[:, :, :11, 0] == math.inf).all() and not rows[:, :, :11, 1].any()
 
 
+def check_all(pair: Pair, csrc: Path, how: Schedule) -> None:
+    for case in suspicious(pair):
+        cases_backward.check(case, pair, csrc=csrc, schedule=how)
+    check_sizes(pair, csrc, how)
+    check_blind_rows(pair, csrc)
+    cases_backward.check_finite_sizes(pair, csrc=csrc)
+    cases_backward.check_delta(pair, csrc=csrc)
+    cases_backward.check_zeros(pair, schedule=how, csrc=csrc)
+    if pair.dtype == "F16":
+        cases_backward.check_outliers(pair, schedule=how, csrc=csrc)
+
+
+def pair_of(row: str) -> Pair:
+    return next(pair for pair in pairs() if pair.name == f"sdpa_backward_{row}")
+
+
 @pytest.mark.parametrize("bug", every(9, BUGS), ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
-    csrc = tmp_path / "csrc"
-    plant(CSRC, csrc, bug.file, bug.right, bug.wrong)
-    pair = next(pair for pair in pairs() if pair.name == f"sdpa_backward_{bug.row}")
+    csrc = bug.plant(CSRC, tmp_path)
     for landing in range(3):
-        how = Schedule(landing, landing)
-        found = ""
-        try:
-            for case in suspicious(pair):
-                cases_backward.check(case, pair, csrc=csrc, schedule=how)
-            check_sizes(pair, csrc, how)
-            check_blind_rows(pair, csrc)
-            cases_backward.check_finite_sizes(pair, csrc=csrc)
-            cases_backward.check_delta(pair, csrc=csrc)
-            cases_backward.check_zeros(pair, schedule=how, csrc=csrc)
-            if pair.dtype == "F16":
-                cases_backward.check_outliers(pair, schedule=how, csrc=csrc)
-        except AssertionError as error:
-            found = str(error)
-        assert found, f"not found with copies landing {landing}"
+        with pytest.raises(AssertionError):
+            check_all(pair_of(bug.row), csrc, Schedule(landing, landing))
 
 
 @pytest.mark.parametrize("row", (SLIM, F16, WIDE, TURING))
 def test_without_a_bug_nothing_is_found(row: str) -> None:
-    pair = next(pair for pair in pairs() if pair.name == f"sdpa_backward_{row}")
-    for case in suspicious(pair):
-        cases_backward.check(case, pair)
-    check_sizes(pair, CSRC, Schedule())
-    check_blind_rows(pair, CSRC)
-    cases_backward.check_finite_sizes(pair)
-    cases_backward.check_delta(pair)
-    cases_backward.check_zeros(pair)
-    if pair.dtype == "F16":
-        cases_backward.check_outliers(pair)
+    check_all(pair_of(row), CSRC, Schedule())

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
+import planted
 from emu import cases
 from emu.build import compiler
 from emu.rows import CSRC, Tile, tiles
 from emu.run import Schedule
 from nightly import every
-from planted import plant
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
@@ -34,13 +34,9 @@ KERNEL, WORK, SOFTMAX, SWIZZLE, OUTPUT, MULTIPLY_PV, SCORES = (
 
 
 @dataclass(frozen=True)
-class Bug:
-    """Replace `right` by `wrong` in `file`; the first failure must contain `finding`."""
+class Bug(planted.Bug):
+    """The first failure must contain `finding`."""
 
-    name: str
-    file: str
-    right: str
-    wrong: str
     finding: str
     tile: str = "sdpa_sm80_f16_d64_slim"
 
@@ -274,8 +270,7 @@ def suspicious(tile: Tile) -> Iterator[cases.Case]:
 
 @pytest.mark.parametrize("bug", every(3, BUGS), ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
-    csrc = tmp_path / "csrc"
-    plant(CSRC, csrc, bug.file, bug.right, bug.wrong)
+    csrc = bug.plant(CSRC, tmp_path)
     tile = tile_of(bug.tile)
     for landing in range(3):
         for seed in range(3):

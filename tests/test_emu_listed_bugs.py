@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+import planted
 from blocks_oracle import Lists
 from emu import cases, cases_listed, run_listed
 from emu.build import compiler
 from emu.rows import CSRC, TileListed, tiles_listed
 from emu.run import Schedule
 from nightly import every
-from planted import plant
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
@@ -33,13 +33,9 @@ SLIM, WIDE = "sdpa_sm80_listed_f16_d64_slim", "sdpa_sm80_listed_bf16_d64_wide"
 
 
 @dataclass(frozen=True)
-class Bug:
-    """Replace `right` by `wrong` in `file`; tile: the one that shows it."""
+class Bug(planted.Bug):
+    """tile: the one that shows it."""
 
-    name: str
-    file: str
-    right: str
-    wrong: str
     tile: str = SLIM
 
 
@@ -112,7 +108,9 @@ def check_groups(tile: TileListed, **how: Any) -> None:
     named[..., list(chosen)] = True
     counts, indices = Lists(named).as_tensors()
     got = run_listed.run(tile, query, *long, counts=counts, indices=indices, **how)
-    assert torch.equal(got.out, run_listed.run(tile, query, keys, values).out)
+    counts, indices = Lists(named[..., list(chosen)]).as_tensors()
+    want = run_listed.run(tile, query, keys, values, counts=counts, indices=indices)
+    assert torch.equal(got.out, want.out)
 
 
 def check_infinite(tile: TileListed, **how: Any) -> None:
@@ -138,8 +136,7 @@ def check_all(tile: TileListed, **how: Any) -> None:
 
 @pytest.mark.parametrize("bug", every(10, BUGS), ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
-    csrc = tmp_path / "csrc"
-    plant(CSRC, csrc, bug.file, bug.right, bug.wrong)
+    csrc = bug.plant(CSRC, tmp_path)
     for landing in range(2):
         with pytest.raises(AssertionError):
             check_all(tile_of(bug.tile), csrc=csrc, schedule=Schedule(landing, landing))

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+import planted
 from emu import cases, cases_qk8, qk8
 from emu.build import compiler, library
 from emu.rows import CSRC, helpers, tiles_qk8
 from emu.run import Schedule, launch
 from nightly import every
-from planted import plant
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
@@ -38,13 +38,9 @@ SLIM, WIDE, TURING = (
 
 
 @dataclass(frozen=True)
-class Bug:
-    """Replace `right` by `wrong` in `file`. row: the tile that shows it; "": the passes do."""
+class Bug(planted.Bug):
+    """row: the tile that shows it; "": the passes do."""
 
-    name: str
-    file: str
-    right: str
-    wrong: str
     row: str = ""
 
 
@@ -133,8 +129,7 @@ def suspicious(row: str) -> Iterator[cases.Case]:
 
 @pytest.mark.parametrize("bug", every(6, BUGS), ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
-    csrc = tmp_path / "csrc"
-    plant(CSRC, csrc, bug.file, bug.right, bug.wrong)
+    csrc = bug.plant(CSRC, tmp_path)
     if not bug.row:
         with pytest.raises(AssertionError):
             check_passes(csrc)

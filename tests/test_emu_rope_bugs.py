@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+import planted
 from emu import cases_rope
 from emu.build import compiler
 from emu.rows import CSRC
 from emu.run import Schedule
 from emu.run_rope import run
 from nightly import every
-from planted import plant
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
@@ -28,13 +28,9 @@ TOKEN, PAIR, VECTORS, ANY = (
 
 
 @dataclass(frozen=True)
-class Bug:
-    """Replace `right` by `wrong` in `file`; the first failure must contain `finding`."""
+class Bug(planted.Bug):
+    """The first failure must contain `finding`."""
 
-    name: str
-    file: str
-    right: str
-    wrong: str
     finding: str = ""
 
 
@@ -163,8 +159,7 @@ def test_without_a_bug_all_is_well() -> None:
 
 @pytest.mark.parametrize("bug", every(6, BUGS), ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
-    csrc = tmp_path / "csrc"
-    plant(CSRC, csrc, bug.file, bug.right, bug.wrong)
+    csrc = bug.plant(CSRC, tmp_path)
     for seed in range(3):
         with pytest.raises(AssertionError) as found:
             check_all(csrc=csrc, schedule=Schedule(seed, seed))

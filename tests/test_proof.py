@@ -130,7 +130,6 @@ def test_every_tile_and_every_pass_that_a_card_can_run_is_tried(
     monkeypatch.setattr(proof_calls.Known, "difference", lambda *_: None)
     for calls in (proof_calls, backward_calls):
         monkeypatch.setattr(calls, "difference", lambda *_: None)
-    monkeypatch.setattr(list_reference, "wrong_certificate", lambda *_: None)
     card = prove.MockCard(0, gpu, {})
     monkeypatch.setattr(card, "_compute", lambda: None)
     monkeypatch.setattr(card, "_compute_gradients", lambda *_: None)

@@ -19,7 +19,8 @@ import wan_attn
 from blocks_oracle import Lists
 from tolerances import off
 from wan_attn import sparse
-from wan_attn.sparse import lists, order, routing
+from wan_attn.request import blocks_of
+from wan_attn.sparse import order, routing
 from wan_attn.sparse.routing import DENSE, Routing
 
 CPU = torch.device("cpu")
@@ -236,6 +237,6 @@ def test_means_take_real_tokens_only() -> None:
     x = normal(1, 200, 2, 8)
     x[:, 150:] = math.nan
     made = routing.means(x, [150])
-    assert made.shape == (1, 2, 4, 8) and lists.blocks(200) == 4
+    assert made.shape == (1, 2, 4, 8) and blocks_of(200) == 4
     torch.testing.assert_close(made[0, 1, 2], x[0, 128:150, 1].mean(0))
     assert (made[0, :, 3] == 0).all()

@@ -35,28 +35,11 @@
 /* NOLINTBEGIN(bugprone-macro-parentheses): each argument is a whole initialiser */
 #define BACKWARD_ROW(...) CUDA_ROW(__VA_ARGS__)
 #define CUDA_ROW(row, min_arch, max_arch, lossy, lists, text, dtype_bits, size)                    \
-    {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
-              .device_type = WAN_ATTN_CUDA,                                                        \
-              .name = #row,                                                                        \
-              .description = text,                                                                 \
-              .dtypes = dtype_bits,                                                                \
-              .head_dim_min = size,                                                                \
-              .head_dim_max = size,                                                                \
-              .head_dim_multiple = 1,                                                              \
-              .arch_min = min_arch,                                                                \
-              .arch_max = max_arch},                                                               \
-     .plan = wan_attn_cuda_plan_backward,                                                          \
-     .run = wan_attn_cuda_run_backward},
+    {WAN_ATTN_ROW_INFO(row, WAN_ATTN_CUDA, text, dtype_bits, size, size, .arch_min = min_arch,     \
+                       .arch_max = max_arch),                                                      \
+     .plan = wan_attn_cuda_plan_backward, .run = wan_attn_cuda_run_backward},
 #define CPU_ROW(row, dtype_bits, needs, text, ...)                                                 \
-    {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
-              .device_type = WAN_ATTN_CPU,                                                         \
-              .name = #row,                                                                        \
-              .description = text,                                                                 \
-              .dtypes = dtype_bits,                                                                \
-              .head_dim_min = 1,                                                                   \
-              .head_dim_max = 256,                                                                 \
-              .head_dim_multiple = 1,                                                              \
-              .cpu_features = needs},                                                              \
+    {WAN_ATTN_ROW_INFO(row, WAN_ATTN_CPU, text, dtype_bits, 1, 256, .cpu_features = needs),        \
      __VA_ARGS__},
 #define BACKWARD(row, dtypes, needs, text)                                                         \
     CPU_ROW(row, dtypes, needs, text, .plan = wan_attn_##row##_plan, .run = wan_attn_##row)
@@ -68,6 +51,8 @@ static const wan_attn_backward_kernel ROWS[] = {
 };
 
 enum { ROW_COUNT = sizeof(ROWS) / sizeof(ROWS[0]) };
+
+static const wan_attn_kernel_info *info_at(int32_t row) { return &ROWS[row].info; }
 
 int32_t wan_attn_backward_kernel_count(void) { return ROW_COUNT; }
 
@@ -98,16 +83,6 @@ static wan_attn_fit ask(wan_attn_backward_problem *p, int32_t row, char *reason,
     return why ? WAN_ATTN_CANNOT : WAN_ATTN_TAKES;
 }
 
-/* Whether a row for calls of the same device and dtype takes this head_dim and no other. */
-static int is_a_head_dim(const wan_attn_problem *call, int32_t head_dim) {
-    for (int32_t row = 0; row < ROW_COUNT; row++)
-        if (ROWS[row].info.device_type == (int32_t)call->device_type &&
-            ROWS[row].info.dtypes & 1u << call->dtype && ROWS[row].info.head_dim_min == head_dim &&
-            ROWS[row].info.head_dim_max == head_dim)
-            return 1;
-    return 0;
-}
-
 /* UNSUPPORTED, with the reasons of the rows that fit best. CUDA rows have one head_dim each: those
  * are told together. */
 static wan_attn_status no_row(wan_attn_backward_problem *p, wan_attn_fit best,
@@ -119,16 +94,13 @@ static wan_attn_status no_row(wan_attn_backward_problem *p, wan_attn_fit best,
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
                              "no kernel computes this call's gradients: none for cuda takes %s",
                              wan_attn_dtype_name(p->call.dtype));
-    for (int32_t size = 1; is_cuda && best == WAN_ATTN_OTHER_HEAD_DIM && size <= 256; size++)
-        if (is_a_head_dim(&p->call, size)) {
-            snprintf(reason, sizeof(reason), "%d", (int)size);
-            wan_attn_append(reasons, sizeof(reasons), &used, used ? ", %s" : "%s", reason);
-        }
-    if (used)
+    if (is_cuda && best == WAN_ATTN_OTHER_HEAD_DIM) {
+        wan_attn_tell_head_dims(info_at, ROW_COUNT, &p->call, reasons, sizeof(reasons));
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
                              "no kernel computes this call's gradients: those for cuda take "
                              "head_dim %s, got %lld",
                              reasons, (long long)p->call.head_dim);
+    }
     for (int32_t row = 0; row < ROW_COUNT; row++) {
         if (ask(p, row, reason, sizeof(reason)) != best)
             continue;

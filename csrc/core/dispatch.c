@@ -35,36 +35,16 @@
 #undef KERNEL_ELSEWHERE
 
 /* Second reading: the table. A CUDA row is data for cuda/host; its family stands for the first
- * three arguments, hence the detour. */
+ * five arguments, hence the detour. */
 /* NOLINTBEGIN(bugprone-macro-parentheses): each argument is a whole initialiser */
 #define ROW(...) CUDA_ROW(__VA_ARGS__)
 #define CUDA_ROW(row, min_arch, max_arch, lossy, lists, text, dtype_bits, size)                    \
-    {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
-              .device_type = WAN_ATTN_CUDA,                                                        \
-              .name = #row,                                                                        \
-              .description = text,                                                                 \
-              .dtypes = dtype_bits,                                                                \
-              .head_dim_min = size,                                                                \
-              .head_dim_max = size,                                                                \
-              .head_dim_multiple = 1,                                                              \
-              .arch_min = min_arch,                                                                \
-              .arch_max = max_arch,                                                                \
-              .is_lossy = lossy,                                                                   \
-              .takes_block_lists = lists},                                                         \
-     .plan = wan_attn_cuda_plan_call,                                                              \
-     .run = wan_attn_cuda_run_call},
+    {WAN_ATTN_ROW_INFO(row, WAN_ATTN_CUDA, text, dtype_bits, size, size, .arch_min = min_arch,     \
+                       .arch_max = max_arch, .is_lossy = lossy, .takes_block_lists = lists),       \
+     .plan = wan_attn_cuda_plan_call, .run = wan_attn_cuda_run_call},
 #define CPU_ROW(row, dtype_bits, needs, lossy, text, ...)                                          \
-    {.info = {.struct_size = sizeof(wan_attn_kernel_info),                                         \
-              .device_type = WAN_ATTN_CPU,                                                         \
-              .name = #row,                                                                        \
-              .description = text,                                                                 \
-              .dtypes = dtype_bits,                                                                \
-              .head_dim_min = 1,                                                                   \
-              .head_dim_max = 256,                                                                 \
-              .head_dim_multiple = 1,                                                              \
-              .cpu_features = needs,                                                               \
-              .is_lossy = lossy,                                                                   \
-              .takes_block_lists = 1},                                                             \
+    {WAN_ATTN_ROW_INFO(row, WAN_ATTN_CPU, text, dtype_bits, 1, 256, .cpu_features = needs,         \
+                       .is_lossy = lossy, .takes_block_lists = 1),                                 \
      __VA_ARGS__},
 #define KERNEL(row, dtypes, needs, lossy, text)                                                    \
     CPU_ROW(row, dtypes, needs, lossy, text, .plan = wan_attn_##row##_plan, .run = wan_attn_##row)
@@ -76,6 +56,8 @@ static const wan_attn_kernel KERNELS[] = {
 };
 
 enum { KERNEL_COUNT = sizeof(KERNELS) / sizeof(KERNELS[0]) };
+
+static const wan_attn_kernel_info *info_at(int32_t row) { return &KERNELS[row].info; }
 
 int32_t wan_attn_kernel_count(void) { return KERNEL_COUNT; }
 
@@ -125,33 +107,17 @@ static wan_attn_status take(wan_attn_problem *p, int32_t row, wan_attn_error *er
     return wan_attn_ok(err);
 }
 
-/* Whether an earlier row, which lacks nothing but the call's head_dim either, takes this one's. */
-static int head_dim_was_before(int32_t row, const wan_attn_problem *p) {
-    for (int32_t r = 0; r < row; r++)
-        if (wan_attn_kind_of(&KERNELS[r].info, p) == WAN_ATTN_OTHER_HEAD_DIM &&
-            !KERNELS[r].info.is_lossy &&
-            KERNELS[r].info.head_dim_max == KERNELS[row].info.head_dim_max)
-            return 1;
-    return 0;
-}
-
 /* UNSUPPORTED, where all rows of the device are for calls of another kind. CUDA rows have one
  * head_dim each: a line for every row would be a page. */
 static wan_attn_status no_cuda_row_of_the_kind(wan_attn_problem *p, wan_attn_fit best,
                                                wan_attn_error *err) {
-    char sizes[100] = "", size[16], reason[200];
+    char sizes[100] = "";
     const char *those = wan_attn_leaves_out(p) ? "cuda with block lists" : "cuda";
-    size_t used = 0;
     if (best == WAN_ATTN_OTHER_DTYPE)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
                              "no kernel takes this call: none for %s takes %s", those,
                              wan_attn_dtype_name(p->dtype));
-    for (int32_t r = 0; r < KERNEL_COUNT; r++)
-        if (!KERNELS[r].info.is_lossy && !head_dim_was_before(r, p) &&
-            ask(r, p, reason, sizeof(reason)) == best) {
-            snprintf(size, sizeof(size), "%d", (int)KERNELS[r].info.head_dim_max);
-            wan_attn_append(sizes, sizeof(sizes), &used, used ? ", %s" : "%s", size);
-        }
+    wan_attn_tell_head_dims(info_at, KERNEL_COUNT, p, sizes, sizeof(sizes));
     return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
                          "no kernel takes this call: those for %s take head_dim %s, got %lld",
                          those, sizes, (long long)p->head_dim);

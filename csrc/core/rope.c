@@ -37,15 +37,9 @@
 /* Second reading: the table. */
 /* NOLINTBEGIN(bugprone-macro-parentheses): each argument is a whole initialiser */
 #define ANY_ROW(row, device, text, ...)                                                            \
-    .info = {.struct_size = sizeof(wan_attn_kernel_info),                                          \
-             .device_type = device,                                                                \
-             .name = #row,                                                                         \
-             .description = text,                                                                  \
-             .dtypes = 1u << WAN_ATTN_F32 | 1u << WAN_ATTN_F16 | 1u << WAN_ATTN_BF16,              \
-             .head_dim_min = 1,                                                                    \
-             .head_dim_max = WAN_ATTN_ROPE_MAX_HEAD_DIM,                                           \
-             .head_dim_multiple = 1,                                                               \
-             __VA_ARGS__}
+    WAN_ATTN_ROW_INFO(row, device, text,                                                           \
+                      1u << WAN_ATTN_F32 | 1u << WAN_ATTN_F16 | 1u << WAN_ATTN_BF16, 1,            \
+                      WAN_ATTN_ROPE_MAX_HEAD_DIM, __VA_ARGS__)
 #define CPU_ROW(row, needs, text, function)                                                        \
     {ANY_ROW(row, WAN_ATTN_CPU, text, .cpu_features = needs), .run = function},
 #define ROPE_CUDA(row, since, text)                                                                \

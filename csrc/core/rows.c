@@ -93,6 +93,26 @@ int wan_attn_refused_by_arch(const wan_attn_kernel_info *row, int32_t arch, int3
     return 1;
 }
 
+/* Whether the row lacks nothing but the call's head_dim. */
+static int wants_other_head_dim(const wan_attn_kernel_info *row, const wan_attn_problem *p) {
+    return !row->is_lossy && wan_attn_kind_of(row, p) == WAN_ATTN_OTHER_HEAD_DIM;
+}
+
+void wan_attn_tell_head_dims(wan_attn_info_at info_at, int32_t count, const wan_attn_problem *p,
+                             char *text, size_t size) {
+    size_t used = 0;
+    for (int32_t row = 0; row < count; row++) {
+        int is_told = !wants_other_head_dim(info_at(row), p);
+        for (int32_t before = 0; before < row && !is_told; before++)
+            is_told = wants_other_head_dim(info_at(before), p) &&
+                      info_at(before)->head_dim_max == info_at(row)->head_dim_max;
+        char number[16];
+        snprintf(number, sizeof(number), "%d", (int)info_at(row)->head_dim_max);
+        if (!is_told)
+            wan_attn_append(text, size, &used, used ? ", %s" : "%s", number);
+    }
+}
+
 wan_attn_status wan_attn_no_such_row(int32_t row, int32_t count, wan_attn_error *err) {
     return wan_attn_fail(err, WAN_ATTN_INVALID_ARGUMENT,
                          "kernel must be -1 (the best) or a row from 0 to %d, got %d",

@@ -7,6 +7,23 @@
 
 #include "core/kernel.h"
 
+/* NOLINTBEGIN(bugprone-macro-parentheses): each argument is a whole initialiser */
+/* A row's description, for the tables; behind `most` fields that only some rows have. */
+#define WAN_ATTN_ROW_INFO(row, device, text, dtype_bits, least, most, ...)                         \
+    .info = {.struct_size = sizeof(wan_attn_kernel_info),                                          \
+             .device_type = device,                                                                \
+             .name = #row,                                                                         \
+             .description = text,                                                                  \
+             .dtypes = dtype_bits,                                                                 \
+             .head_dim_min = least,                                                                \
+             .head_dim_max = most,                                                                 \
+             .head_dim_multiple = 1,                                                               \
+             __VA_ARGS__}
+/* NOLINTEND(bugprone-macro-parentheses) */
+
+/* Row n of a table. */
+typedef const wan_attn_kernel_info *(*wan_attn_info_at)(int32_t row);
+
 /* As much of a row's description as fits the caller's struct. row: NULL where there is none. */
 wan_attn_status wan_attn_describe_row(const wan_attn_kernel_info *row, wan_attn_kernel_info *info);
 
@@ -45,6 +62,11 @@ wan_attn_status wan_attn_find_arch(wan_attn_problem *problem, const char *what,
 /* Whether a CUDA row was not made for this GPU; then reason says so. */
 int wan_attn_refused_by_arch(const wan_attn_kernel_info *row, int32_t arch, int32_t device_index,
                              char *reason, size_t size);
+
+/* Of a table whose CUDA rows have one head_dim each: "64, 80, 128", of the exact rows that lack
+ * nothing but the call's. */
+void wan_attn_tell_head_dims(wan_attn_info_at info_at, int32_t count,
+                             const wan_attn_problem *problem, char *text, size_t size);
 
 /* A forced row that is none. */
 wan_attn_status wan_attn_no_such_row(int32_t row, int32_t count, wan_attn_error *err);

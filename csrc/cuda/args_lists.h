@@ -13,8 +13,7 @@
  * what they hold: a count is clamped to [0, capacity], and an index that is no block of keys is
  * passed over, so that a broken list reads no memory but its own. Their order does not matter. */
 typedef struct wan_attn_cuda_lists {
-    const int *counts; /* NULL: there are no lists, every block is seen */
-    const int *indices;
+    const int *counts, *indices;
     /* In elements. */
     wan_attn_i64 count_batch_stride, count_head_stride, count_block_stride;
     wan_attn_i64 batch_stride, head_stride, block_stride, index_stride; /* of indices */

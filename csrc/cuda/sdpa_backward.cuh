@@ -40,7 +40,7 @@
  * exp2.approx.ftz. A tile's products are summed from zero and then added; dk and dv of head_dim 80
  * and 128, which leave no registers for that, are the tensor cores' own sums (multiply_pv.cuh). f16
  * weights are 2^P_SHIFT times as large, as in sdpa_sm80.cuh, and dS with them. A row with one key
- * has the weight 1 and dS = dlse.
+ * has the weight 1, but for what lse was rounded by, and dS = dlse.
  * Measured: no GPU was at hand. What the instruction counts allow: benchmarks/backward_model.py.
  */
 #include "cuda/args_backward.h"

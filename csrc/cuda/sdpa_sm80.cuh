@@ -163,8 +163,8 @@ DEVICE key_tiles find_tiles(const wan_attn_cuda_args &args, const block_place &p
 typedef enum tile_kind { CLEAN, MASKED, MEANS } tile_kind;
 
 DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const mask_bounds &bounds,
-                  [[maybe_unused]] const tile_walk &walk, const q_fragments &q,
-                  float s[M_TILES][S_TILES][4], warp_rows &rows) {
+                  const tile_walk &walk, const q_fragments &q, float s[M_TILES][S_TILES][4],
+                  warp_rows &rows) {
     float scale[M_TILES][2];
     (void)walk; /* a dense call's says nothing */
     score_scales(scale, args, q);

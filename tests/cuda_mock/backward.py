@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuda_mock.gpu import STREAM, Card
+from cuda_mock.gpu import Card, give_workspace, options_of
 from cuda_mock.rope import RopeGpu
 from emu import build
 from emu.args import PackArgs, PutLengthsArgs
@@ -161,16 +161,7 @@ class BackwardGpu(RopeGpu):
         if grad_lse is not None:
             operands["dlse"] = grad_lse
         results = dict(zip(("dq", "dk", "dv"), grads, strict=True))
-        forward = native.Params(
-            struct_size=ctypes.sizeof(native.Params),
-            kernel=-1,
-            softmax_scale=0.0 if scale is None else scale,
-            has_softmax_scale=scale is not None,
-            is_causal=is_causal,
-            window_size_left=window[0],
-            window_size_right=window[1],
-            stream=STREAM,
-        )
+        forward = native.Params(kernel=-1, **options_of(scale, is_causal, window))
         inputs = dict(operands)
         for name, lens in (("seqused_q", q_lens), ("seqused_k", k_lens)):
             if lens is not None:
@@ -181,11 +172,7 @@ class BackwardGpu(RopeGpu):
         params = self.backward_params(forward, operands | results, kernel, device)
         size, row, error = ctypes.c_size_t(0), ctypes.c_int32(-1), native.Error()
         self._check(self.lib.wan_attn_backward_select(params, row, size, error), error)
-        needed = size.value + spare_workspace
-        workspace = torch.full((max(0, needed) + 256,), 0xFF, dtype=torch.uint8)
-        begin = -workspace.data_ptr() % 256
-        workspace = workspace[begin : begin + max(0, needed)]
-        forward.workspace, forward.workspace_size = workspace.data_ptr(), max(0, needed)
+        workspace = give_workspace(forward, max(0, size.value + spare_workspace))
         made = _Call(self.cards[device], inputs, results, workspace)
         self.call = made  # type: ignore[assignment]
         self.problem, self.passes = None, []

@@ -26,6 +26,7 @@ from ctypes import (
 )
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -199,14 +200,8 @@ class Gpu:
         if return_lse:
             named["lse"] = lse
         params = native.Params(
-            struct_size=ctypes.sizeof(native.Params),
             kernel=kernel,
-            softmax_scale=0.0 if scale is None else scale,
-            has_softmax_scale=scale is not None,
-            is_causal=is_causal,
-            window_size_left=window[0],
-            window_size_right=window[1],
-            stream=STREAM,
+            **options_of(scale, is_causal, window),
             precision=precision,
             guard=None if guard is None else guard.data_ptr(),
             guard_size=0 if guard is None else guard.nbytes,
@@ -234,10 +229,7 @@ class Gpu:
     ) -> tuple[Tensor, Tensor]:
         made, error = native.Call(struct_size=ctypes.sizeof(native.Call)), native.Error()
         self._check(self.lib.wan_attn_prepare(params, made, error), error)
-        workspace = torch.full((made.workspace_size + 256,), 0xFF, dtype=torch.uint8)
-        begin = -workspace.data_ptr() % 256
-        workspace = workspace[begin : begin + made.workspace_size]
-        params.workspace, params.workspace_size = workspace.data_ptr(), made.workspace_size
+        workspace = give_workspace(params, made.workspace_size)
         self.call = _Call(self.cards[device], inputs, outputs, workspace)
         self.prepared = made
         self.problem = None
@@ -257,6 +249,28 @@ class Gpu:
     def _check(status: int, error: native.Error) -> None:
         if status != native.OK:
             raise RuntimeError(f"{status}: {error.text()}")
+
+
+def options_of(scale: float | None, is_causal: bool, window: tuple[int, int]) -> dict[str, Any]:
+    """What every call is described by, beside its tensors."""
+    return {
+        "struct_size": ctypes.sizeof(native.Params),
+        "softmax_scale": 0.0 if scale is None else scale,
+        "has_softmax_scale": scale is not None,
+        "is_causal": is_causal,
+        "window_size_left": window[0],
+        "window_size_right": window[1],
+        "stream": STREAM,
+    }
+
+
+def give_workspace(params: native.Params, size: int) -> Tensor:
+    """Aligned, and of no zeros; the call gets it."""
+    workspace = torch.full((size + 256,), 0xFF, dtype=torch.uint8)
+    begin = -workspace.data_ptr() % 256
+    workspace = workspace[begin : begin + size]
+    params.workspace, params.workspace_size = workspace.data_ptr(), size
+    return workspace
 
 
 class _Call:

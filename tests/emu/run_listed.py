@@ -35,9 +35,7 @@ BLOCK = 64
 Launcher = Callable[[ListedArgs, int, list[Any]], int]
 
 
-def _lists(memory: Memory, counts: Tensor | None, indices: Tensor | None) -> Lists:
-    if counts is None or indices is None:
-        return Lists()
+def _lists(memory: Memory, counts: Tensor, indices: Tensor) -> Lists:
     counts, indices = memory.add("counts", counts), memory.add("indices", indices)
     return Lists(
         *(counts.data_ptr(), indices.data_ptr()),
@@ -79,8 +77,8 @@ def run(
     key: Tensor,
     value: Tensor,
     *,
-    counts: Tensor | None = None,
-    indices: Tensor | None = None,
+    counts: Tensor,
+    indices: Tensor,
     pools_others: bool = False,
     q_lens: Tensor | None = None,
     k_lens: Tensor | None = None,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -17,3 +18,19 @@ def plant(source: Path, folder: Path, file: str, right: str, wrong: str) -> Path
     assert count == 1, f"{file} must contain {right!r} once, not {count} times: plant it elsewhere"
     at.write_text(text.replace(right, wrong), encoding="utf-8")
     return at
+
+
+@dataclass(frozen=True)
+class Bug:
+    """Replace `right` by `wrong` in `file`."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+
+    def plant(self, source: Path, folder: Path) -> Path:
+        """A folder of `folder` with `source` and this bug in it."""
+        made = folder / "csrc"
+        plant(source, made, self.file, self.right, self.wrong)
+        return made

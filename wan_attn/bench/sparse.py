@@ -179,7 +179,7 @@ def synthetic(options: Options, dtype: torch.dtype) -> Iterator[Head]:
             continue
         made = [sparse_heads.make(kind, options.grid, 17 + i) for i in range(options.heads)]
         q, k, v = (torch.stack(x, dim=1)[None] for x in zip(*made, strict=True))
-        operands = (q.to(dtype), k.to(dtype), v.to(dtype))
+        operands = tuple_of([x.to(options.device, dtype) for x in (q, k, v)])
         exact = (operands[0].double(), operands[1].double(), operands[2].double())
         yield Head(kind.name, operands, exact, options.grid)
 
@@ -187,6 +187,7 @@ def synthetic(options: Options, dtype: torch.dtype) -> Iterator[Head]:
 def run(options: Options, bar: progress.Progress | None = None) -> Report:
     """Measures every head; nothing where no kernel takes lists, which the report says."""
     began, device = time.perf_counter(), options.device
+    native.prove(device)
     title = f"blocks of keys left out of {'x'.join(map(str, options.grid))} tokens"
     report = Report("sparse", f"{title} on {facts.device_name(device)}", COLUMNS)
     report.environment = facts.environment(device)
@@ -210,8 +211,6 @@ def run(options: Options, bar: progress.Progress | None = None) -> Report:
 def _why_not(options: Options, dtype: torch.dtype) -> str | None:
     frames, rows, columns = options.grid
     shape = (1, frames * rows * columns, frames * rows * columns, options.heads, options.heads, 128)
-    if options.device.type != "cpu":
-        return f"no kernel takes lists of blocks on {options.device} yet"
     request = Request(*shape, dtype, dtype, dtype, options.device)
     return kernel.why_not(kernel.asked(request))
 

@@ -16,7 +16,7 @@ from wan_attn.bench.timing import Clock, clock_for
 from wan_attn.doctor import proofs
 from wan_attn.log import dtype_name
 from wan_attn.native import op
-from wan_attn.request import BLOCK, Blocks, Request
+from wan_attn.request import Blocks, Request, blocks_of
 from wan_attn.request.blocks import DENSE
 from wan_attn.selfcheck import proof_child
 from wan_attn.selfcheck.proof_calls import CALLS, Answer
@@ -101,7 +101,7 @@ class Kernel:
 def every_block(query: Tensor, key: Tensor) -> Blocks:
     """Lists that say nothing: they name every block of keys."""
     batch, seqlen_q, heads, _ = query.shape
-    queries, keys = (-(-length // BLOCK) for length in (seqlen_q, key.shape[1]))
+    queries, keys = blocks_of(seqlen_q), blocks_of(key.shape[1])
     shape = batch, heads, queries
     counts = torch.full(shape, keys, dtype=torch.int32, device=query.device)
     indices = torch.arange(keys, dtype=torch.int32, device=query.device)

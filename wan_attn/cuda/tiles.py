@@ -18,6 +18,12 @@ class RowError(LookupError):
     """There is no such kernel, or none for this architecture."""
 
 
+def symbol_of(name: str, dtype: str) -> str:
+    """The name of the kernel: sdpa_sm80_bf16_d128 of sdpa_sm80_d128."""
+    stem, head_dim = name.rsplit("_", 1)
+    return f"{stem}_{dtype.lower()}_{head_dim}"
+
+
 @dataclass(frozen=True)
 class Row:
     """One ROW line: a row of the kernel table, with a kernel for each of its dtypes."""
@@ -29,13 +35,45 @@ class Row:
     takes_lists: bool
 
     def symbol(self, dtype: str) -> str:
-        """The name of the kernel: sdpa_sm80_bf16_d128 of sdpa_sm80_d128."""
-        stem, head_dim = self.name.rsplit("_", 1)
-        return f"{stem}_{dtype.lower()}_{head_dim}"
+        """As symbol_of."""
+        return symbol_of(self.name, dtype)
+
+
+class WarpTile:
+    """What tiles have whose warps are all alike; its fields are a tile's columns."""
+
+    symbol: str
+    gpu_class: str
+    block_m: int
+    num_warps: int
+    min_ctas: int
+
+    one_arch = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.symbol}_{self.gpu_class.lower()}"
+
+    @property
+    def key(self) -> str:
+        return self.symbol
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def rows_per_warp(self) -> int:
+        return self.block_m // self.num_warps
+
+    @property
+    def max_registers(self) -> int:
+        """What a thread may use so that min_ctas blocks fit the 65,536 registers of an SM."""
+        return min(255, 65536 // (self.min_ctas * self.num_threads) // 8 * 8)
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tile(WarpTile):
     """One TILE line for one of its row's dtypes; the fields from gpu_class on are its columns."""
 
     row: str
@@ -53,15 +91,6 @@ class Tile:
 
     source = "cuda/sdpa_sm80.cuh"
     args = "wan_attn_cuda_args"
-    one_arch = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.symbol}_{self.gpu_class.lower()}"
-
-    @property
-    def key(self) -> str:
-        return self.symbol
 
     @property
     def bf16_as_f16(self) -> bool:
@@ -69,21 +98,8 @@ class Tile:
         return self.gpu_class == "TURING" and self.dtype == "BF16"
 
     @property
-    def num_threads(self) -> int:
-        return 32 * self.num_warps
-
-    @property
-    def rows_per_warp(self) -> int:
-        return self.block_m // self.num_warps
-
-    @property
     def smem_bytes(self) -> int:
         return _smem_bytes("SM80", self)
-
-    @property
-    def max_registers(self) -> int:
-        """What a thread may use so that min_ctas blocks fit the 65,536 registers of an SM."""
-        return min(255, 65536 // (self.min_ctas * self.num_threads) // 8 * 8)
 
     def defines(self) -> dict[str, str]:
         """The macros that turn the body into this kernel."""
@@ -280,7 +296,7 @@ def _smem_formula(body: str) -> tuple[list[str], CodeType]:
 
 
 @cache
-def _smem_bytes(body: str, tile: Tile | TileSm90) -> int:
+def _smem_bytes(body: str, tile: object) -> int:
     names, formula = _smem_formula(body)
     return int(eval(formula, {"__builtins__": {}}, {name: getattr(tile, name) for name in names}))
 

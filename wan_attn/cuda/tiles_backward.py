@@ -7,18 +7,18 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from wan_attn.cuda.tiles import Row, _lines, _made, _smem_formula
+from wan_attn.cuda.tiles import Row, WarpTile, _lines, _made, _smem_bytes, symbol_of
 
 
 @dataclass(frozen=True)
-class TileBackward:
-    """One TILE_BACKWARD line for one of its row's dtypes; the fields from kernel on are its
+class TileBackward(WarpTile):
+    """One TILE_BACKWARD line for one of its row's dtypes; the fields from gpu_class on are its
     columns."""
 
     row: str
+    symbol: str  # sdpa_backward_sm80_dq_bf16_d64
     dtype: str
     head_dim: int
-    kernel: str
     gpu_class: str
     of_keys: int
     block_m: int
@@ -29,40 +29,10 @@ class TileBackward:
 
     source = "cuda/sdpa_backward.cuh"
     args = "wan_attn_cuda_backward_args"
-    one_arch = None
-
-    @property
-    def symbol(self) -> str:
-        """The name of the kernel: sdpa_backward_sm80_dq_bf16_d64 of sdpa_backward_sm80_dq_d64."""
-        stem, head_dim = self.kernel.rsplit("_", 1)
-        return f"{stem}_{self.dtype.lower()}_{head_dim}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.symbol}_{self.gpu_class.lower()}"
-
-    @property
-    def key(self) -> str:
-        return self.symbol
-
-    @property
-    def num_threads(self) -> int:
-        return 32 * self.num_warps
-
-    @property
-    def rows_per_warp(self) -> int:
-        return self.block_m // self.num_warps
 
     @property
     def smem_bytes(self) -> int:
-        names, formula = _smem_formula("BACKWARD")
-        known = {name: getattr(self, name) for name in names}
-        return int(eval(formula, {"__builtins__": {}}, known))
-
-    @property
-    def max_registers(self) -> int:
-        """What a thread may use so that min_ctas blocks fit the 65,536 registers of an SM."""
-        return min(255, 65536 // (self.min_ctas * self.num_threads) // 8 * 8)
+        return _smem_bytes("BACKWARD", self)
 
     def defines(self) -> dict[str, str]:
         """The macros that turn the body into this kernel."""
@@ -92,9 +62,9 @@ def backward_rows() -> dict[str, Row]:
 def tiles_backward() -> tuple[TileBackward, ...]:
     """A tile for each dtype of its row."""
     return tuple(
-        _made(TileBackward, (row.name, dtype, row.head_dim), line[1:])
+        _made(TileBackward, (row.name, symbol_of(kernel, dtype), dtype, row.head_dim), columns)
         for row in backward_rows().values()
         for dtype in row.dtypes
-        for line in _lines("TILE_BACKWARD")
-        if line[0] == row.name
+        for name, kernel, *columns in _lines("TILE_BACKWARD")
+        if name == row.name
     )

@@ -12,7 +12,7 @@ import torch
 
 from wan_attn.native import cuda_driver, library
 from wan_attn.native.bindings import DEVICES, DTYPES, allowed_cpu_features
-from wan_attn.request import BLOCK, Request
+from wan_attn.request import Request, blocks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +133,9 @@ def call_params(
         skip_threshold=r.skip_threshold,
     )
     if r.has_block_lists:
-        lists = (r.batch, r.num_heads_q, -(-r.seqlen_q // BLOCK))
+        lists = (r.batch, r.num_heads_q, blocks_of(r.seqlen_q))
         params.block_counts = _describe(r, torch.int32, lists)
-        params.block_indices = _describe(r, torch.int32, (*lists, -(-r.seqlen_k // BLOCK)))
+        params.block_indices = _describe(r, torch.int32, (*lists, blocks_of(r.seqlen_k)))
     return params
 
 

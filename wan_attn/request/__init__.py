@@ -2,7 +2,7 @@
 """request - one attention call, its rules (call.py, blocks.py), what arguments may be (gate.py),
 and what torch.func makes of them (transforms.py)."""
 
-from wan_attn.request.blocks import BLOCK, Blocks, check_blocks
+from wan_attn.request.blocks import BLOCK, Blocks, blocks_of, check_blocks
 from wan_attn.request.call import (
     DTYPES,
     MAX_HEAD_DIM,
@@ -29,6 +29,7 @@ __all__ = [
     "Call",
     "Refusal",
     "Request",
+    "blocks_of",
     "check",
     "check_blocks",
     "check_dense",

@@ -19,6 +19,11 @@ from wan_attn.request.gate import refuse
 BLOCK = 64  # queries and keys: WAN_ATTN_BLOCK
 
 
+def blocks_of(length: int) -> int:
+    """How many blocks so many tokens are."""
+    return -(-length // BLOCK)
+
+
 class Blocks(NamedTuple):
     """What keeps a call from being dense: torch.ops.wan_attn.sdpa's arguments of these names.
 
@@ -63,7 +68,7 @@ def check_blocks(query: Tensor, blocks: Blocks) -> None:
 
 def _check_list(name: str, given: Tensor, ndim: int, query: Tensor) -> None:
     gate.dense(name, given)
-    expected: tuple[Any, ...] = (query.shape[0], query.shape[2], -(-query.shape[1] // BLOCK))
+    expected: tuple[Any, ...] = (query.shape[0], query.shape[2], blocks_of(query.shape[1]))
     room = ", capacity" if ndim == 4 else ""
     if given.dim() != ndim or given.dtype != torch.int32 or given.shape[:3] != expected:
         sizes = ", ".join(str(size) for size in expected)

@@ -10,20 +10,14 @@ mean's value comes on top. The bounds of reference.py have that beside their own
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from wan_attn.request import BLOCK, Blocks
+from wan_attn.request import BLOCK, Blocks, blocks_of
 from wan_attn.selfcheck.reference import HEADS_Q, MASKS, Case, Truth, seen_keys
 
 BEHIND = (1 << 31) - 1  # what lies behind the count of a list, and is never read
-
-
-def blocks_of(length: int) -> int:
-    """How many blocks so many tokens are."""
-    return -(-length // BLOCK)
 
 
 def listed(case: Case, density: float) -> Tensor:
@@ -117,43 +111,3 @@ def _seen(
     whole = torch.stack([part.all(1) for part in visible.split(BLOCK, 1)], 1)
     sizes = torch.tensor([len(part) for part in counts.split(BLOCK)], device="cpu")
     return torch.cat((seen, whole & ~by_block), 1), torch.cat((counts, sizes.double()))
-
-
-# --- a skip_threshold ---------------------------------------------------------------------------
-
-WEAK = (2, 3, 4)  # blocks of keys that weigh next to nothing, in both samples
-THRESHOLD = 0.05
-
-
-def with_weak_blocks(operands: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The operands, but the keys of these blocks have scores less by 16: all that a
-    skip_threshold leaves out, in whatever order blocks are visited."""
-    query, key, value = (x.clone() for x in operands)
-    query[..., 0] = query[..., 0] * 0 + 4.0
-    key[..., 0] *= 0
-    size = math.ceil(math.sqrt(query.shape[3]))  # bfloat16 has it and four times it
-    key[:, WEAK[0] * BLOCK : (WEAK[-1] + 1) * BLOCK, :, 0] -= 4 * size
-    return query, key, value
-
-
-def lost_mass(case: Case, operands: Sequence[Tensor]) -> float:
-    """The largest share of a row's weights that is of the weak blocks, under no mask."""
-    query, key = operands[0], operands[1]
-    group, largest = query.shape[2] // key.shape[2], 0.0
-    q_lens = case.q_lens or (case.seqlen_q,) * len(case.k_lens)
-    for b, (used_q, used_k) in enumerate(zip(q_lens, case.k_lens, strict=True)):
-        for h in range(query.shape[2]):
-            keys = key[b, :used_k, h // group].double()
-            scores = query[b, :used_q, h].double() @ keys.T / math.sqrt(query.shape[3])
-            weights = torch.softmax(scores, 1)
-            weak = weights[:, WEAK[0] * BLOCK : (WEAK[-1] + 1) * BLOCK].sum(1)
-            largest = max(largest, float(weak.max()))
-    return largest
-
-
-def wrong_certificate(told: float, true: float) -> str | None:
-    """What is wrong with a certificate, in words; None: nothing. It may be loose, up to counting
-    each key as its block's largest."""
-    if 0.999 * true <= told <= BLOCK * true:
-        return None
-    return f"lost_mass is {told:g} where {true:g} was lost"

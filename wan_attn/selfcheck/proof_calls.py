@@ -43,7 +43,6 @@ class ProofCall:
     # Where the row is for lists of blocks: the share of blocks that is listed, and the others.
     density: float = 0.5
     pools_others: bool = False
-    skip_threshold: float = 0.0  # instead of lists
 
     def case(self, head_dim: int) -> Case:
         return Case(self.seqlen_q, self.seqlen_k, head_dim, self.mask)
@@ -68,7 +67,7 @@ CALLS = (
     ProofCall("float32 query and key", mask="causal", qk_is_f32=True, pools_others=True),
     ProofCall("unaligned", is_unaligned=True, density=0.1, pools_others=True),
 )
-GRAPH, GUARDED, SKIPPED = "graph", "guarded", "skip_threshold"
+GRAPH, GUARDED = "graph", "guarded"
 
 
 class Card(Protocol):
@@ -176,8 +175,7 @@ def wrong(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
                 return f"{call.name}: {found}"
         if not (torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])):
             return f"{call.name}: the same call gave other bits the second time, [{case}]"
-    found = _wrong_guard(card, row, dtype) or _wrong_graph(card, row, dtype)
-    return found or (_wrong_skip(card, row, dtype) if row.is_for_lists else None)
+    return _wrong_guard(card, row, dtype) or _wrong_graph(card, row, dtype)
 
 
 def _placed(call: ProofCall, x: Operands, dtype: torch.dtype, device: torch.device) -> Operands:
@@ -236,23 +234,3 @@ def _wrong_graph(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
         here.copy_(x)
     found = known.difference(case, replay(), dtype)
     return None if found is None else f"{GRAPH}: {found}"
-
-
-def _wrong_skip(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
-    """A skip_threshold leaves out what weighs next to nothing, and the guard certifies it."""
-    call = ProofCall(SKIPPED, skip_threshold=list_reference.THRESHOLD)
-    case = call.case(row.head_dim_max)
-    if card.why_not(row, dtype, call) is not None:
-        return None
-    known = list_reference.with_weak_blocks(make_inputs(case))
-    truth = reference(case, *known)
-    operands = _placed(call, known, dtype, card.device())
-    lens = _lens(call, case, card.device())
-    words = torch.zeros(5, dtype=torch.int32, device=card.device())
-    blocks = Blocks(skip_threshold=call.skip_threshold)
-    answer = card.run(row, operands, *lens, case, guard=words, blocks=blocks)
-    found = difference(case, truth, *answer, UNIT[dtype])
-    if found is None:
-        told = float(words[4:].cpu().view(torch.float32))
-        found = list_reference.wrong_certificate(told, list_reference.lost_mass(case, known))
-    return None if found is None else f"{SKIPPED}: {found}"

@@ -62,8 +62,7 @@ def request(row: KernelInfo, dtype: torch.dtype, call: ProofCall, device: torch.
         has_q_lens=case.q_lens is not None,
         has_k_lens=True,
         return_lse=True,
-        has_block_lists=row.is_for_lists and not call.skip_threshold,
-        skip_threshold=call.skip_threshold,
+        has_block_lists=row.is_for_lists,
         pools_others=row.is_for_lists and call.pools_others,
     )
 

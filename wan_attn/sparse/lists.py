@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wan_attn.request import BLOCK, gate, refuse
 
-__all__ = ["BLOCK", "BlockLists", "block_lists", "blocks", "compact", "heads_at_once"]
+__all__ = ["BLOCK", "BlockLists", "block_lists", "compact", "heads_at_once"]
 
 ROOM = 1 << 22  # numbers that are computed at once: heads that are few or short go together
 
@@ -27,11 +27,6 @@ class BlockLists(NamedTuple):
 
     counts: Tensor
     indices: Tensor
-
-
-def blocks(tokens: int) -> int:
-    """How many blocks so many tokens are."""
-    return -(-tokens // BLOCK)
 
 
 def heads_at_once(heads: int, each: int) -> list[slice]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from wan_attn.observe import later
-from wan_attn.sparse.lists import BLOCK, BlockLists, blocks, compact, heads_at_once
+from wan_attn.request import blocks_of
+from wan_attn.sparse.lists import BLOCK, BlockLists, compact, heads_at_once
 
 DENSE = float("-inf")
 """The tau with which everything is computed."""
@@ -25,7 +26,7 @@ def means(x: Tensor, real: Sequence[int]) -> Tensor:
     """[batch, seqlen, heads, head_dim] -> [batch, heads, blocks, head_dim] float32: of the real
     tokens of each block; 0 where there are none."""
     batch, seqlen, heads, head_dim = x.shape
-    made = x.new_zeros((batch, heads, blocks(seqlen), head_dim), dtype=torch.float32)
+    made = x.new_zeros((batch, heads, blocks_of(seqlen), head_dim), dtype=torch.float32)
     for sample, length in enumerate(real):
         whole, rest = divmod(length, BLOCK)
         for part in heads_at_once(heads, length * head_dim):
@@ -56,7 +57,7 @@ class Routing:
         always: int = 0,
         is_negative: bool = False,
     ) -> None:
-        self.real, self.always = list(real), blocks(always)
+        self.real, self.always = list(real), blocks_of(always)
         self._queries = means(query, real)
         self._keys = means(key, real)
         if is_negative:
@@ -85,7 +86,7 @@ class Routing:
         near |= (wanted < self.always)[:, None]
         of_head = later.to_device(taus, torch.float32, device)
         for sample, length in enumerate(self.real):
-            there = blocks(length)
+            there = blocks_of(length)
             for part in heads_at_once(self.heads, len(wanted) * self.count):
                 listed = self._above(sample, part, of_head[part], wanted, there)
                 listed |= near[:, :there] | (of_head[part] == DENSE)[:, None, None]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from wan_attn.observe import sampling
 from wan_attn.observe.heads import Operands, Result
-from wan_attn.request import Call
-from wan_attn.sparse.lists import BLOCK, BlockLists, blocks
+from wan_attn.request import Call, blocks_of
+from wan_attn.sparse.lists import BLOCK, BlockLists
 from wan_attn.sparse.routing import DENSE, Routing
 
 LEAST = -1.0  # with which 84 of 100 blocks of a normal score are computed: less is not worth it
@@ -117,6 +117,6 @@ class Search:
 
 def shares_of(lists: BlockLists, real: Sequence[int]) -> Tensor:
     """[heads] float32: the share of blocks that have keys which each head computes."""
-    there = [max(blocks(length), 1) for length in real]
+    there = [max(blocks_of(length), 1) for length in real]
     shares = [counts / size for counts, size in zip(lists.counts, there, strict=True)]
     return torch.stack(shares).mean((0, 2))

@@ -34,6 +34,13 @@ DEVICE void find_means(tile_source &k, tile_source &v, const wan_attn_cuda_args 
     k.pass_bytes = v.pass_bytes = ROWS_PER_PASS * ROW_BYTES;
 }
 
+/* A word's bits from begin to end - 1; both may lie outside of it. */
+DEVICE u32 bits_between(int begin, int end) {
+    begin = larger_int(begin, 0);
+    end = smaller_int(end, 32);
+    return begin < end ? 0xffffffffu >> (32 - (end - begin)) << begin : 0;
+}
+
 /* What many equal keys add to their score, in base 2. */
 #define LOG2_OF_BLOCK 6.0f
 static_assert(BLOCK_N == 64, "two to the LOG2_OF_BLOCK");
@@ -75,8 +82,8 @@ DEVICE void score_last_mean(float s[S_TILES][4], int num_keys) {
         s[i / 4][i % 4] += i / 4 * 8 + i % 2 == at ? less : 0.0f;
 }
 
-/* For a row that sees no listed key: whether there is another block for it. Counts,
- * because indices rise. */
+/* For a row that sees no listed key: whether there is another block for it. Counts what is listed,
+ * so that an index which a broken list repeats counts twice. */
 DEVICE bool sees_means(const wan_attn_cuda_args &args, const block_place &place, int row,
                        int used_q) {
     const wan_attn_cuda_lists &lists = listed_of(args).lists;
@@ -96,7 +103,7 @@ DEVICE bool sees_means(const wan_attn_cuda_args &args, const block_place &place,
 DEVICE bool sees_walk(const wan_attn_cuda_args &args, const block_place &place, int row, int used_q,
                       float row_sum) {
     const wan_attn_cuda_lists &lists = listed_of(args).lists;
-    if (row_sum != 0.0f || !lists.counts || row >= used_q)
+    if (row_sum != 0.0f || row >= used_q)
         return true;
     int used_k = length_at(args.seqused_k, place.sample, args.seqlen_k);
     key_range keys = visible_keys(args, row + used_k - used_q, used_k);

@@ -67,13 +67,6 @@ DEVICE block_list find_list(const wan_attn_cuda_lists &lists, const block_place 
     return list;
 }
 
-/* A word's bits from begin to end - 1; both may lie outside of it. */
-DEVICE u32 bits_between(int begin, int end) {
-    begin = larger_int(begin, 0);
-    end = smaller_int(end, 32);
-    return begin < end ? 0xffffffffu >> (32 - (end - begin)) << begin : 0;
-}
-
 /* This lane's bits of the tiles that a list names, of those in `range`; lane l has PER_LANE of them
  * from l * PER_LANE on, counted from the tile `base`. */
 template <int PER_LANE>
@@ -111,12 +104,6 @@ template <int PER_LANE> DEVICE listed_bits find_bits(const wan_attn_cuda_args &a
     key_range range = {larger_int(first, base),
                        smaller_int(first + work.num_tiles, base + 32 * PER_LANE)};
     listed_bits bits = {0, 0};
-    if (!lists.counts) {
-        int at = base + thread_index_again() % 32 * PER_LANE;
-        bits.any = bits_between(range.begin - at, smaller_int(range.end - at, PER_LANE));
-        bits.own = bits.any;
-        return bits;
-    }
 #pragma unroll 1
     for (int i = 0; i < LISTS; i++) {
         int row = place.row_begin + i * WAN_ATTN_CUDA_LIST_BLOCK;
