@@ -56,6 +56,7 @@
 #ifndef LISTED /* rows listed set it */
 #define LISTED 0
 #endif
+#define POOLS (LISTED && !QK_INT8) /* rows of 8-bit scores take lists alone */
 #define NUM_THREADS (32 * NUM_WARPS)
 #if IS_BF16 /* of q and out */
 #define PACK pack_bf16
@@ -176,7 +177,7 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
                 s[m], r,
                 visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r, bounds.num_keys),
                 n * BLOCK_N + thread_index() % 4 * 2);
-#if LISTED
+#if POOLS
 #pragma unroll
         for (int r = 0; r < 2 && kind == MEANS; r++) {
             score_means(args, s[m], m, r, scale[m][r], walk.bits, bounds.num_keys, bounds.diagonal,
@@ -226,8 +227,11 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
 
     cp_async_wait<STAGES - 1>();
     block_barrier();
-    if (STAGES == 1 && next >= 0)
+    if (STAGES == 1 && next >= 0) {
+        go_back(tiles.v, n - next);
+        go_back(tiles.k, n - next);
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
+    }
     if (STAGES == 1)
         cp_async_commit();
     if (is_mine)
@@ -248,7 +252,7 @@ DEVICE void clear(warp_rows &rows) {
     }
 }
 
-#if LISTED
+#if POOLS
 /* Blocks that are not listed, from the last tile of their means to the first. */
 DEVICE void process_means(const wan_attn_cuda_args &args, tile_walk &walk, const q_fragments &q,
                           key_tiles &tiles, warp_rows &rows) {
@@ -303,7 +307,7 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
             is_clean = n >= work.clean_begin && n < load_bounds().clean_end;
         }
     }
-#if LISTED
+#if POOLS
     if (listed_of(args).pooled_k)
         process_means(args, walk, q, tiles, rows);
 #endif

@@ -16,6 +16,7 @@ import torch
 
 import oracle
 import qk8_oracle
+from blocks_oracle import BLOCK, Lists
 from emu.cases import Case, merged, operands
 from emu.rows import TileQk8
 from emu.run import Result
@@ -57,15 +58,24 @@ def weights(
 
 
 class Judge:
-    """The oracle's `head`, which also keeps by how much each number may be off."""
+    """The oracle's `head`, which also keeps by how much each number may be off.
 
-    def __init__(self, tile: TileQk8) -> None:
+    Args:
+        lists: of blocks, which leave keys out; K's mean is that of all.
+    """
+
+    def __init__(self, tile: TileQk8, lists: Lists | None = None) -> None:
         self.tile = tile
+        # The oracle asks for head after head.
+        self.named = None if lists is None else iter(lists.named.reshape(-1, *lists.named.shape[2:]))
         self.most: list[Array] = []  # of each head: largest error of its numbers
         self.usual: list[Array] = []  # their mean square, if roundings are independent
         self.sizes: list[Array] = []
 
     def __call__(self, q: Array, k: Array, v: Array, scale: float, seen: Any) -> Any:
+        if self.named is not None:
+            of_row, of_key = np.arange(len(q)) // BLOCK, np.arange(len(k)) // BLOCK
+            seen = seen & next(self.named)[of_row][:, of_key]
         p, lse, size = weights(q, k, scale, seen)
         out = np.zeros((len(q), v.shape[1]))
         for i in np.flatnonzero(seen.any(axis=1)):
@@ -93,10 +103,16 @@ class Judge:
 
 
 def check_result(
-    tile: TileQk8, result: Result, query: Any, key: Any, value: Any, **call: Any
+    tile: TileQk8,
+    result: Result,
+    query: Any,
+    key: Any,
+    value: Any,
+    lists: Lists | None = None,
+    **call: Any,
 ) -> None:
     """Holds out and lse against the definition."""
-    judge = Judge(tile)
+    judge = Judge(tile, lists)
     want, want_lse = oracle.attention(query, key, value, **call, head=judge)
     got = oracle.as_float64(result.out)
     batch, _, heads = query.shape[:3]

@@ -35,7 +35,7 @@ BLOCK = 64
 Launcher = Callable[[ListedArgs, int, list[Any]], int]
 
 
-def _lists(memory: Memory, counts: Tensor, indices: Tensor) -> Lists:
+def lists_at(memory: Memory, counts: Tensor, indices: Tensor) -> Lists:
     counts, indices = memory.add("counts", counts), memory.add("indices", indices)
     return Lists(
         *(counts.data_ptr(), indices.data_ptr()),
@@ -124,7 +124,7 @@ def run(
         max(abs(scale) * LOG2_E, SMALLEST_SCALE),
         0x80008000 if scale < 0 else 0,
     )
-    args = ListedArgs(call, _lists(memory, counts, indices))
+    args = ListedArgs(call, lists_at(memory, counts, indices))
     if pooled_k is not None and pooled_v is not None:
         args.pooled_k, args.pooled_v = pooled_k.data_ptr(), pooled_v.data_ptr()
     grid = call.m_blocks * heads_q * batch

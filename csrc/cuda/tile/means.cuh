@@ -114,7 +114,7 @@ DEVICE bool sees_walk(const wan_attn_cuda_args &args, const block_place &place, 
         int n = load_global_i32(list.at + i * lists.index_stride);
         sees = n >= begin && n < end;
     }
-    return sees || (listed_of(args).pooled_k && sees_means(args, place, row, used_q));
+    return sees || (POOLS && listed_of(args).pooled_k && sees_means(args, place, row, used_q));
 }
 
 #endif /* WAN_ATTN_CUDA_TILE_MEANS_H */

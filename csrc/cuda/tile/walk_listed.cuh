@@ -32,7 +32,6 @@ enum {
 static_assert(LISTS == 1 || LISTS == 2, "a lane's bits are one word");
 static_assert(BLOCK_N == WAN_ATTN_CUDA_LIST_BLOCK, "a tile is a block of keys");
 static_assert(LISTS * WAN_ATTN_CUDA_LIST_BLOCK == BLOCK_M, "a block has whole blocks of queries");
-static_assert(STAGES == 2, "sources go on where K's next tile is copied");
 static_assert(NUM_WARPS % LISTS == 0, "no warp has rows of two blocks of queries");
 
 typedef struct tile_walk {
