@@ -20,7 +20,6 @@ from blocks_oracle import BLOCK, Lists
 from emu import cases, cases_listed, cases_listed_qk8, cases_qk8, qk8, run_qk8
 from emu.build import compiler
 from emu.cases_listed import as_tensors
-from emu.qk8 import Integers
 from emu.rows import TileListedQk8, TileQk8, tiles_listed_qk8, tiles_qk8
 from emu.run import Schedule
 from nightly import unless
@@ -106,32 +105,15 @@ def test_a_full_list_gives_the_bits_of_the_dense_row(tile: TileListedQk8) -> Non
             assert heads == 2 or not torch.equal(got.out[1, 64:128, 1], want.out[1, 64:128, 1])
 
 
-def spread(made: Integers, blocks: tuple[int, ...], tiles: int) -> Integers:
-    """The same keys where `blocks` says; in all other tiles every step is NaN."""
-    keys = torch.full((*made.keys.shape[:2], tiles, made.keys.shape[3]), -1, dtype=torch.int8)
-    keys[:, :, list(blocks)] = made.keys
-    return replace(made, keys=keys)
-
-
 @each_tile
 def test_lists_over_several_groups_of_tiles(tile: TileListedQk8) -> None:
     """More tiles than a warp has bits for: the bits are those of a short call with the same tiles,
     the last of them ragged, groups without any among them."""
-    seqlen_k, rows = 3 * 65536 + 20, tile.block_m
+    seqlen_k = 3 * 65536 + 20
     last = seqlen_k // BLOCK
     for chosen in ((0, 5, 1023, 1024, 2047, 2500, last), (3, 31, 32, 1055), (2049,), (last - 1,)):
-        key_rows = [n for b in chosen for n in range(b * BLOCK, min((b + 1) * BLOCK, seqlen_k))]
-        query, keys, values = cases.operands(cases.Case(rows, len(key_rows), values="peaky"), tile)
-        long_v = torch.full((1, seqlen_k, 1, tile.head_dim), math.nan, dtype=values.dtype)
-        long_v[:, key_rows] = values
-        named = np.zeros((1, 1, blocks_oracle.blocks_of(rows), last + 1), dtype=bool)
-        named[..., list(chosen)] = True
-        counts, indices = as_tensors(Lists(named), "plain")
-        made = run_qk8.packed(query, keys)
-        far = spread(made, chosen, last + 1)
-        how: dict[str, Any] = {"counts": counts, "indices": indices}
-        got = run_qk8.run(tile, query, long_v, long_v, integers=lambda *_, x=far, **__: x, **how)
-        want = run_qk8.run(dense_of(tile), query, keys, values)
+        operands, got = cases_listed_qk8.far_apart(tile, chosen, seqlen_k)
+        want = run_qk8.run(dense_of(tile), *operands)
         assert got.lse is not None and want.lse is not None
         assert torch.equal(got.out, want.out) and torch.equal(got.lse, want.lse), chosen
 
@@ -193,8 +175,9 @@ def test_what_is_not_finite(tile: TileListedQk8) -> None:
 
 @each_tile
 def test_rows_that_see_no_listed_key(tile: TileListedQk8) -> None:
-    """They are 0, also where all weights of a block that is listed are hidden by the mask."""
+    """They are 0, also where a mask hides all of a listed block, and where the query is NaN."""
     query, key, value = cases.operands(cases.Case(130, 200), tile)
+    query[0, 20, 0, 3] = math.nan
     named = np.zeros((1, 1, 3, 4), dtype=bool)
     named[..., 3] = True
     counts, indices = as_tensors(Lists(named), "roomy")

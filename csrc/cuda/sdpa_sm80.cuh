@@ -191,6 +191,13 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
     }
 }
 
+/* Turns both sources to the tile so many before, of which K is copied now. */
+DEVICE void copy_next_k(u32 stage, key_tiles &tiles, int before) {
+    go_back(tiles.v, before);
+    go_back(tiles.k, before);
+    copy_k(stage, tiles.copied_to, tiles.k, false, 0);
+}
+
 /* Tile n: the pipeline of this file's head; n - 1 stands there for the walk's next tile. kind is a
  * constant in each of the copies. */
 DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, tile_walk &walk,
@@ -212,11 +219,8 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
     int num_rows = kind == MEANS ? blocks_of(bounds.num_keys) : bounds.num_keys;
     copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, num_rows - n * BLOCK_N);
     cp_async_commit();
-    if (STAGES == 2 && next >= 0) {
-        go_back(tiles.v, n - next);
-        go_back(tiles.k, n - next);
-        copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
-    }
+    if (STAGES == 2 && next >= 0)
+        copy_next_k(k_smem_next, tiles, n - next);
     if (STAGES == 2)
         cp_async_commit();
 
@@ -227,11 +231,8 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
 
     cp_async_wait<STAGES - 1>();
     block_barrier();
-    if (STAGES == 1 && next >= 0) {
-        go_back(tiles.v, n - next);
-        go_back(tiles.k, n - next);
-        copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
-    }
+    if (STAGES == 1 && next >= 0)
+        copy_next_k(k_smem_next, tiles, n - next);
     if (STAGES == 1)
         cp_async_commit();
     if (is_mine)

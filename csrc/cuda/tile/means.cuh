@@ -98,12 +98,13 @@ DEVICE bool sees_means(const wan_attn_cuda_args &args, const block_place &place,
     return others > 0;
 }
 
-/* Weights that add up to nothing: those of no key, or of keys whose scores all are -inf. The list
- * tells which; few rows ask. */
+/* Weights that add up to nothing: those of no key, or of keys whose scores all are -inf. Or to NaN,
+ * which a hidden key is as well where the row's factor is NaN (8-bit scores). The list tells which;
+ * few rows ask. */
 DEVICE bool sees_walk(const wan_attn_cuda_args &args, const block_place &place, int row, int used_q,
                       float row_sum) {
     const wan_attn_cuda_lists &lists = listed_of(args).lists;
-    if (row_sum != 0.0f || row >= used_q)
+    if (row_sum > 0.0f || row >= used_q)
         return true;
     int used_k = length_at(args.seqused_k, place.sample, args.seqlen_k);
     key_range keys = visible_keys(args, row + used_k - used_q, used_k);
