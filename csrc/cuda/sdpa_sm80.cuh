@@ -56,6 +56,7 @@
 #ifndef LISTED /* rows listed set it */
 #define LISTED 0
 #endif
+#define SKIPS (LISTED && !QK_INT8) /* takes a skip_threshold */
 #define NUM_THREADS (32 * NUM_WARPS)
 #if IS_BF16 /* of q and out */
 #define PACK pack_bf16
@@ -101,11 +102,13 @@
 enum {
     V_SMEM = 0, /* offsets in shared memory */
     K_SMEM = TILE_BYTES,
-    BOUNDS_SMEM = Q_SMEM + Q_BYTES
+    BOUNDS_SMEM = Q_SMEM + Q_BYTES,
+    LOST_SMEM = BOUNDS_SMEM + 16,
+    LOST_BYTES = SKIPS ? 128 * NUM_WARPS : 0
 };
 static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row tiles");
 static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two K tiles");
-static_assert(BOUNDS_SMEM + 16 == SMEM_BYTES_ASKED, "args.h must say what is used");
+static_assert(LOST_SMEM + LOST_BYTES == SMEM_BYTES_ASKED, "args.h must say what is used");
 
 /* What a warp carries from tile to tile. */
 typedef struct warp_rows {
