@@ -46,8 +46,8 @@ typedef struct wan_attn_cuda_listed_args {
 typedef struct wan_attn_cuda_pool_args {
     wan_attn_cuda_view from; /* k or v as the caller has it; no alignment is asked for */
     wan_attn_cuda_lengths seqused;
-    void *to;                           /* the means, 16-bit */
-    const float *scale;                 /* [batch, heads], divides; NULL: 1 */
+    void *to;           /* wan_attn_pool: the means, 16-bit; wan_attn_find_nonfinite: 0 or 1, int */
+    const float *scale; /* wan_attn_pool: [batch, heads], divides; NULL: 1 */
     int batch, seqlen, heads, head_dim; /* head_dim: even */
     int from_dtype;                     /* wan_attn_dtype: f32, f16 or bf16 */
     int to_bf16;                        /* else f16 */
