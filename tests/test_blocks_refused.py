@@ -183,11 +183,8 @@ def test_which_cuda_rows_take_lists(wishes: dict[str, Any], tmp_path: Path, nati
 
     neither = "takes neither block lists nor a skip_threshold"
     for head_dim in (64, 128):
-        shape, name = f"1x200x2x{head_dim}", f"sdpa_sm80_listed_d{head_dim}"
-        if "skip_threshold" in wishes:
-            assert f"{name}: takes no skip_threshold" in asked(shape, **wishes)
-        else:
-            assert asked(shape, **wishes) == name
+        shape = f"1x200x2x{head_dim}"
+        assert asked(shape, **wishes) == f"sdpa_sm80_listed_d{head_dim}"
         assert asked(shape) == f"sdpa_sm80_d{head_dim}"
         assert neither in asked(shape, precision=library.QK8, **wishes)
     takes = "those for cuda with block lists take head_dim 128, 64, got"

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""test_cuda_launch_lists.py - calls with lists of blocks through the C ABI and
+"""test_cuda_launch_lists.py - calls with lists of blocks or a skip_threshold through the C ABI and
 a mock of the driver: what is launched with which arguments, and what is refused.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -213,10 +214,56 @@ def test_the_means_of_the_others(arch: int, tmp_path: Path) -> None:
         assert gpu.at(args.pooled_v) + size <= len(gpu.call.workspace)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_threshold_alone(arch: int, tmp_path: Path) -> None:
+    """V is looked at as the caller has it, whatever the kernel multiplies."""
+    gpu, lens = Recorder(tmp_path, arch), torch.tensor([KEYS, 65])
+    for head_dim, dtype in ((64, F16), (64, BF16), (128, BF16)):
+        query, key, value = operands(head_dim, dtype)
+        how: dict[str, Any] = {"k_lens": lens, "lens_on_device": True, "skip_threshold": 0.05}
+        names = gpu.ran(query, key, value, **how)
+        assert names[-2:] == ["find_nonfinite", row_of(arch, head_dim, dtype)]
+        (_, found, warps), (_, args, _) = gpu.passes[-2:]
+        assert isinstance(args, ListedArgs) and isinstance(found, PoolArgs)
+        assert not (args.lists.counts or args.lists.indices or args.lists.capacity)
+        assert not (args.pooled_k or args.pooled_v or args.lost_mass)
+        assert args.log2_threshold == pytest.approx(math.log2(0.05), abs=1e-6)
+        assert args.nonfinite == found.to and warps == 2 * 2 * 5 // 4
+        assert gpu.call is not None and gpu.at(found.to) + 2 * 2 * 5 * 4 <= len(gpu.call.workspace)
+        assert found.source.data == value.data_ptr() and not found.scale
+        assert tuple(found.source.strides) == value.stride()[:3]
+        assert (found.batch, found.seqlen, found.heads, found.head_dim) == (2, KEYS, 2, head_dim)
+        assert found.from_dtype == (1 if dtype == F16 else 2)
+        assert found.seqused.data == lens.data_ptr()
+
+
+def test_who_wants_to_know_what_was_lost(gpu: Recorder) -> None:
+    """A guard does; one of before there were lists is left alone, and calls without a threshold say
+    nothing."""
+    x, row = operands(), "sdpa_sm80_listed_bf16_d64"
+    words = torch.zeros(5, dtype=torch.int32)
+    mixed: dict[str, Any] = {"skip_threshold": 1.0, "pools_others": True, **lists()}
+    names = gpu.ran(*x, guard=words, **mixed)
+    assert names == ["pool", "pool", "find_nonfinite", row, "watch"]
+    args = gpu.passes[-2][1]
+    assert args.lists.counts and args.lists.capacity == 5 and args.log2_threshold == 0.0
+    assert args.lost_mass == words.data_ptr() + 16
+    places = [gpu.at(place) for place in (args.pooled_k, args.pooled_v, args.nonfinite)]
+    size = 2 * 2 * 5 * 64 * 2
+    assert places == [0, size, 2 * size] and size % 256 == 0
+    gpu.ran(*x, skip_threshold=0.5, guard=words[:4])
+    assert gpu.passes[-2][1].nonfinite and not gpu.passes[-2][1].lost_mass
+    gpu.ran(*x, skip_threshold=0.5)
+    assert gpu.passes[-1][1].nonfinite and not gpu.passes[-1][1].lost_mass
+    assert gpu.ran(*x, guard=words, **lists()) == [row, "watch"]
+    assert not gpu.passes[-2][1].lost_mass and not gpu.passes[-2][1].nonfinite
+
+
 def test_no_keys(gpu: Recorder) -> None:
     """There are no blocks to look at: no pass has nothing to do."""
     x, given = operands(seqlen_k=0), lists(seqlen_k=0)
-    assert gpu.ran(*x, pools_others=True, **given) == ["sdpa_sm80_listed_bf16_d64"]
+    how: dict[str, Any] = {"pools_others": True, "skip_threshold": 0.05}
+    assert gpu.ran(*x, **how, **given) == ["sdpa_sm80_listed_bf16_d64"]
     assert gpu.passes[-1][1].lists.capacity == 0
 
 
@@ -234,9 +281,10 @@ def test_refusals(gpu: Recorder) -> None:
     for broken in ({"block_counts": None}, {"block_indices": None}):
         assert "must be given with" in refused(gpu, *operands(), **{**lists(), **broken})
     assert "must be 0 without block_counts" in refused(gpu, *operands(), pools_others=True)
-    for more in ({}, lists()):
-        said = refused(gpu, *operands(), skip_threshold=0.05, **more)
-        assert "sdpa_sm80_listed_d64: takes no skip_threshold" in said
+    assert "take head_dim 128, 64, got 80" in refused(gpu, *operands(80), skip_threshold=0.05)
+    assert "takes float32" in refused(gpu, *operands(dtype=F32), skip_threshold=0.05)
+    said = refused(gpu, *operands(), precision=1, skip_threshold=0.05)
+    assert "sdpa_sm80_qk8_d64" in said and "takes neither block lists nor a skip_threshold" in said
     assert gpu.asked == [], "nothing was loaded"
 
 

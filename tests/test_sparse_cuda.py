@@ -24,8 +24,11 @@ from wan_attn.backends import native
 from wan_attn.native import cuda_driver, library
 from wan_attn.observe import later, sampling
 from wan_attn.request import PLAIN, Request
-from wan_attn.sparse import kernel, order, steer
+from wan_attn.sparse import kernel, order, steer, watch
 from wan_attn.sparse.routing import Routing
+from wan_attn.sparse.watch import Watch
+from wan_attn.sparse.wishes import Wishes
+from wan_attn.tuning import clocks
 
 pytestmark = pytest.mark.usefixtures("native", "as_in_a_new_process")
 
@@ -103,6 +106,53 @@ def test_order_routing_and_lists_wait_for_nothing(waits: Waits) -> None:
     assert found.shape == (2,) and waits.found == []
 
 
+class Untold(later.Later):
+    """What a GPU has still to tell."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def is_there(self) -> bool:
+        return False
+
+
+def test_near_exact_waits_for_nothing(waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three calls: what was lost, and the error of those that are measured, is read later."""
+    ran: list[dict[str, Any]] = []
+
+    def run(query: Tensor, key: Tensor, value: Tensor, call: Any, **how: Any) -> Any:
+        ran.append(how)
+        return torch.empty_like(query), None
+
+    def dense(*_: Any) -> Any:
+        raise AssertionError("it is dense")
+
+    monkeypatch.setattr(native, "run", run)
+    monkeypatch.setattr(native, "why_not", lambda *_: None)
+    monkeypatch.setattr(native, "kernel_name", lambda *_: "sdpa_sm80_listed_d128")
+    monkeypatch.setattr(watch, "Later", Untold)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(clocks, "mark", lambda device: None)
+    watching = Watch(Wishes("near_exact", min_tokens=256))
+    x = [torch.empty(1, 1000, 4, 128, device=CUDA, dtype=torch.bfloat16) for _ in range(3)]
+    request = Request.from_tensors(x[0], x[1], x[2], PLAIN)
+    with inside(grid=None):
+        for _ in range(3):
+            out, _, title = watching.run(dense, dense, request, x[0], x[1], x[2], PLAIN)
+            assert out.device == CUDA and "sdpa_sm80_listed_d128, blocks left out" in title
+    assert waits.found == []
+    (layer,) = watching.layers.values()
+    assert (layer.lossy_calls, layer.exact_calls, layer.lost_mass) == (3, 0, None)
+    assert [note.counts for note in layer.pending] == [None] * 3
+    assert layer.pending[0].errors is not None
+    guards = [how["guard"] for how in ran if how]
+    assert len(guards) == 3 and all(how.keys() == {"skip_threshold", "guard"} for how in ran if how)
+    assert all(guard.shape == (5,) and guard.device == CUDA for guard in guards)
+    for note, guard in zip(layer.pending, guards, strict=True):
+        assert isinstance(note.guard, Untold) and note.guard.tensor is guard
+        assert note.threshold == 0.05
+
+
 # --- which calls are dense -----------------------------------------------------------------------
 
 
@@ -151,8 +201,6 @@ def test_a_call_that_no_row_takes_is_dense_and_says_why_once(
             sdpa(*x)
     layer = one(used, layer=3)
     lines = [r.getMessage() for r in caplog.records if "nothing is left out" in r.getMessage()]
-    if why is None and mode == "near_exact":
-        why = "takes no skip_threshold"
     if why is None:
         assert lines == []
         return

@@ -44,6 +44,27 @@ def lists_at(memory: Memory, counts: Tensor, indices: Tensor) -> Lists:
     )
 
 
+def _survey(
+    name: str, x: Tensor, lens: Tensor | None, scale: Tensor | None, to: Tensor, csrc: Path
+) -> Tensor:
+    """`to` after a pass of pool.cuh over the blocks of K or V."""
+    batch, seqlen, heads, head_dim = x.shape
+    helper, memory = helpers()[name], Memory()
+    x, to = memory.add("x", x), memory.add("to", to, True)
+    lens, scale = memory.maybe("lens", lens), memory.maybe("scale", scale)
+    args = PoolArgs(
+        *(_view(x), _lengths(lens), to.data_ptr()),
+        scale.data_ptr() if scale is not None else None,
+        *(batch, seqlen, heads, head_dim),
+        (torch.float32, torch.float16, torch.bfloat16).index(x.dtype),
+        int(to.dtype == torch.bfloat16),
+    )
+    warps = helper.num_threads // 32
+    grid = -(-batch * heads * -(-seqlen // BLOCK) // warps)
+    launch(library(helper, csrc), args, grid, memory.tensors)
+    return to
+
+
 def pooled(
     x: Tensor,
     lens: Tensor | None,
@@ -54,21 +75,15 @@ def pooled(
     """What wan_attn_pool makes of K or V: [batch, heads, blocks, head_dim]. Blocks without a real
     key stay NaN, which is not to be read."""
     batch, seqlen, heads, head_dim = x.shape
-    helper, blocks = helpers()["wan_attn_pool"], -(-seqlen // BLOCK)
-    to = torch.full((batch, heads, blocks, head_dim), math.nan, dtype=dtype)
-    memory = Memory()
-    x, to = memory.add("x", x), memory.add("means", to, True)
-    lens, scale = memory.maybe("lens", lens), memory.maybe("scale", scale)
-    args = PoolArgs(
-        *(_view(x), _lengths(lens), to.data_ptr()),
-        scale.data_ptr() if scale is not None else None,
-        *(batch, seqlen, heads, head_dim),
-        (torch.float32, torch.float16, torch.bfloat16).index(x.dtype),
-        int(dtype == torch.bfloat16),
-    )
-    warps = helper.num_threads // 32
-    launch(library(helper, csrc), args, -(-batch * heads * blocks // warps), memory.tensors)
-    return to
+    to = torch.full((batch, heads, -(-seqlen // BLOCK), head_dim), math.nan, dtype=dtype)
+    return _survey("wan_attn_pool", x, lens, scale, to, csrc)
+
+
+def nonfinite(value: Tensor, lens: Tensor | None, csrc: Path = CSRC) -> Tensor:
+    """What wan_attn_find_nonfinite makes of V: [batch, heads, blocks] int32, 0 or 1."""
+    batch, seqlen, heads, _ = value.shape
+    to = torch.full((batch, heads, -(-seqlen // BLOCK)), -7, dtype=torch.int32)
+    return _survey("wan_attn_find_nonfinite", value, lens, None, to, csrc)
 
 
 def run(
