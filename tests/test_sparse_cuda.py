@@ -182,8 +182,8 @@ def card_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     (
         (64, torch.bfloat16, None),
         (64, torch.float16, None),
-        (48, torch.bfloat16, "those for cuda with block lists take head_dim 128, 64, got 48"),
-        (64, torch.float32, "none for cuda with block lists takes float32"),
+        (48, torch.bfloat16, "those for cuda with {} take head_dim 128, 64, got 48"),
+        (64, torch.float32, "none for cuda with {} takes float32"),
     ),
 )
 def test_a_call_that_no_row_takes_is_dense_and_says_why_once(
@@ -206,4 +206,5 @@ def test_a_call_that_no_row_takes_is_dense_and_says_why_once(
         return
     assert layer["lossy_calls"] == 0 and layer["exact_calls"] == 3
     (line,) = lines
-    assert why in line and line.endswith("; it is dense")
+    what = "block lists" if mode == "sparse" else "a skip_threshold"
+    assert why.format(what) in line and line.endswith("; it is dense")

@@ -2,9 +2,9 @@
 """first_call.py - a CUDA kernel that is proven shows in this process, too, that it is right.
 
 The proof (proof.py) is made once, on one card of a kind. At the first call of its kind in a process
-a kernel answers two small calls again: another card of the same name may be broken, or its memory,
-or be driven too fast. One that is wrong is refused with what it got wrong, and the next backend
-computes: no black frames after an hour's work.
+a kernel answers two or three small calls again: another card of the same name may be broken, or its
+memory, or be driven too fast. One that is wrong is refused with what it got wrong, and the next
+backend computes: no black frames after an hour's work.
 """
 
 from __future__ import annotations

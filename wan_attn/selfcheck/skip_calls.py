@@ -104,7 +104,7 @@ def _known(call: SkipCall, head_dim: int) -> Known:
 def wrong(run: Run, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """What `run` gets wrong on this device, in words; None: nothing."""
     for call in CALLS:
-        found = _wrong(run, call, device, dtype, head_dim)
+        found = wrong_in(run, call, device, dtype, head_dim)
         if found is not None:
             return f"{call.name}: {found}"
     return None
@@ -122,11 +122,11 @@ def first_wrong(
         *operands, mask, blocks, guard = given
         return answer(*operands, MASKS[mask][0], blocks, guard=guard)
 
-    found = _wrong(run, CALLS[0], device, dtype, head_dim)
+    found = wrong_in(run, CALLS[0], device, dtype, head_dim)
     return None if found is None else f"{CALLS[0].name}: {found}"
 
 
-def _wrong(
+def wrong_in(
     run: Run, call: SkipCall, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> str | None:
     """Of one call, which runs twice: the second time its guard knows of a larger share."""
