@@ -206,11 +206,17 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
     }
 }
 
-/* Turns both sources to the tile so many before, of which K is copied now. */
-DEVICE void copy_next_k(u32 stage, key_tiles &tiles, int before) {
-    go_back(tiles.v, before);
-    go_back(tiles.k, before);
-    copy_k(stage, tiles.copied_to, tiles.k, false, 0);
+/* From tile n to `next`, unless there is none. */
+DEVICE void turn_sources(key_tiles &tiles, int n, int next) {
+    int back = next >= 0 ? n - next : 0;
+    go_back(tiles.v, back);
+    go_back(tiles.k, back);
+}
+
+/* Barrier 2. */
+DEVICE void wait_for_v() {
+    cp_async_wait<STAGES - 1>();
+    block_barrier();
 }
 
 /* Tile n: the pipeline of this file's head; n - 1 stands there for the walk's next tile. kind is a
@@ -234,11 +240,21 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
     int num_rows = kind == MEANS ? blocks_of(bounds.num_keys) : bounds.num_keys;
     copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, num_rows - n * BLOCK_N);
     cp_async_commit();
+    /* Not within the branch: on Turing V's and K's loads then are under way together. */
+    if (STAGES == 2)
+        turn_sources(tiles, n, next);
     if (STAGES == 2 && next >= 0)
-        copy_next_k(k_smem_next, tiles, n - next);
+        copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
     if (STAGES == 2)
         cp_async_commit();
 
+    /* A warp that only keeps step has a way of its own: with S alive across the barrier on one way
+     * alone, ptxas spills for sm_90. With one m tile a warp it is the other way round, on Turing,
+     * and with one buffer of K, whose next tile comes on both ways. */
+    if (!is_mine && M_TILES > 1 && STAGES == 2) {
+        wait_for_v();
+        return;
+    }
     if (is_mine)
         multiply_qk(s, q, k_smem, tiles.k_read);
 #if SKIPS
@@ -248,10 +264,11 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
     if (is_mine)
         weigh(args, n, kind, bounds, walk, q, s, rows);
 
-    cp_async_wait<STAGES - 1>();
-    block_barrier();
-    if (STAGES == 1 && next >= 0)
-        copy_next_k(k_smem_next, tiles, n - next);
+    wait_for_v();
+    if (STAGES == 1 && next >= 0) {
+        turn_sources(tiles, n, next);
+        copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
+    }
     if (STAGES == 1)
         cp_async_commit();
     if (is_mine)
