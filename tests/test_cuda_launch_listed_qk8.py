@@ -107,15 +107,17 @@ def test_no_keys(tmp_path: Path) -> None:
     assert not out.any() and bool((lse == -math.inf).all())
 
 
-def check(gpu: Gpu, arch: int, x: Any, named: Lists, **call: Any) -> Any:
+def check(
+    gpu: Gpu, arch: int, x: Any, named: Lists, lens_on_device: bool = False, **call: Any
+) -> Any:
     """Against the definition."""
-    counts, indices = named.as_tensors()
+    (query, key, value), (counts, indices) = x, named.as_tensors()
     how: dict[str, Any] = {"block_counts": counts, "block_indices": indices, "precision": QK8}
-    out, lse = gpu.sdpa(*x, **how, **call)
-    call.pop("lens_on_device", None)
-    tile = tile_of(arch, x[2].dtype, x[0].shape[3])
+    how |= {"lens_on_device": lens_on_device, **call}
+    out, lse = gpu.sdpa(query, key, value, **how)
+    tile = tile_of(arch, value.dtype, query.shape[3])
     assert any(name == tile.symbol for name, _ in gpu.asked)
-    cases_qk8.check_result(tile, Result(out, lse, 0), *x, named, **call)
+    cases_qk8.check_result(tile, Result(out, lse, 0), query, key, value, named, **call)
     return out, lse
 
 
@@ -125,7 +127,8 @@ def is_short(arch: int, head_dim: int, dtype: torch.dtype) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("arch", "head_dim", "dtype"), unless(is_short, itertools.product(ARCHS, (64, 128), (F16, BF16)))
+    ("arch", "head_dim", "dtype"),
+    unless(is_short, itertools.product(ARCHS, (64, 128), (F16, BF16))),
 )
 def test_the_emulated_kernels_compute_it(
     arch: int, head_dim: int, dtype: torch.dtype, tmp_path: Path

@@ -61,9 +61,14 @@ def test_the_main_loop_is_that_of_the_dense_row(
         loops.append(read.main_loop())
         assert not sass.count(read.instructions, "LDL", "STL"), "registers were spilled"
         assert blocks_of_an_sm(target, kernel, sass.registers(cubin)) >= kernel.min_ctas
+    # A warp that only keeps step has a way of its own, as in test_cuda_static_listed.py; not where
+    # K has one buffer.
+    ways = 1 if tile.gpu_class == "WIDE" and tile.stages == 2 else 0
     for opcode, number in expected(dense).items():
         if opcode != "SHFL":
-            assert sass.count(loops[0], opcode) == number, opcode
+            assert sass.count(loops[0], opcode) == number + ways * (opcode == "BAR"), opcode
+    loads = [sass.loads_under_way(loop, "LDG.E.128") for loop in loops]
+    assert loads[0] == loads[1]
     more = sum(sass.histogram(loops[0]).values()) - sum(sass.histogram(loops[1]).values())
     assert 0 < more <= MOST_MORE[tile.gpu_class], more
     of_walk = {"REDUX": 0, "SHFL": 5} if tile.gpu_class == "TURING" else {"REDUX": 1, "SHFL": 0}

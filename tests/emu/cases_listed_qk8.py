@@ -53,11 +53,12 @@ def check(
 
 
 def by_hand(tile: TileListedQk8) -> Iterator[Listed]:
-    return ((case, *lists[:2]) for case, *lists in cases_listed.by_hand(tile))
+    return ((case, density, form) for case, density, form, _ in cases_listed.by_hand(tile))
 
 
 def by_chance(tile: TileListedQk8, count: int, seed: int = 0) -> Iterator[Listed]:
-    return ((case, *lists[:2]) for case, *lists in cases_listed.by_chance(tile, count, seed))
+    found = cases_listed.by_chance(tile, count, seed)
+    return ((case, density, form) for case, density, form, _ in found)
 
 
 def far_apart(

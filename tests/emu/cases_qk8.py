@@ -68,7 +68,9 @@ class Judge:
     def __init__(self, tile: TileQk8, lists: Lists | None = None) -> None:
         self.tile = tile
         # The oracle asks for head after head.
-        self.named = None if lists is None else iter(lists.named.reshape(-1, *lists.named.shape[2:]))
+        self.named = (
+            None if lists is None else iter(lists.named.reshape(-1, *lists.named.shape[2:]))
+        )
         self.most: list[Array] = []  # of each head: largest error of its numbers
         self.usual: list[Array] = []  # their mean square, if roundings are independent
         self.sizes: list[Array] = []

@@ -115,8 +115,8 @@ def run(
     launcher: Launcher | None = None,
     **lens_and_scale: Any,
 ) -> Result:
-    """The oracle's arguments; split_tiles as emu.run; counts, indices: the lists. launcher: runs the
-    kernel; None: emulated."""
+    """The oracle's arguments; split_tiles as emu.run; counts, indices: the lists. launcher: runs
+    the kernel; None: emulated."""
     batch, seqlen_q, heads_q, head_dim = query.shape
     made = integers(query, key, wants_lse=True, **lens_and_scale)
     v_scale = None
