@@ -92,9 +92,11 @@ def run(
     key: Tensor,
     value: Tensor,
     *,
-    counts: Tensor,
-    indices: Tensor,
+    counts: Tensor | None,
+    indices: Tensor | None,
     pools_others: bool = False,
+    skip_threshold: float = 0.0,
+    lost_mass: Tensor | None = None,
     q_lens: Tensor | None = None,
     k_lens: Tensor | None = None,
     scale: float | None = None,
@@ -105,10 +107,11 @@ def run(
     csrc: Path = CSRC,
     launcher: Launcher | None = None,
 ) -> Result:
-    """As emu.run.run. launcher: runs the kernel; None: emulated."""
+    """As emu.run.run. counts and indices None: no lists. lost_mass: of the guard, one float32,
+    which is raised. launcher: runs the kernel; None: emulated."""
     batch, seqlen_q, heads_q, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
-    v_scale = k_scale = pooled_k = pooled_v = None
+    v_scale = k_scale = pooled_k = pooled_v = bad = None
     keys, values = key, value
     if tile.pv_sum_f16:
         value, v_scale = scaled(value, LIMIT_SUM_F16)
@@ -117,6 +120,8 @@ def run(
     if pools_others:
         pooled_k = pooled(keys, k_lens, k_scale, key.dtype, csrc)
         pooled_v = pooled(values, k_lens, v_scale, value.dtype, csrc)
+    if skip_threshold:
+        bad = nonfinite(values, k_lens, csrc)
     out = torch.full(query.shape, math.nan, dtype=query.dtype)
     lse = torch.full((batch, heads_q, seqlen_q), math.nan) if return_lse else None
     memory = Memory()
@@ -125,6 +130,7 @@ def run(
     q_lens, k_lens = memory.maybe("q_lens", q_lens), memory.maybe("k_lens", k_lens)
     v_scale, k_scale = memory.maybe("v_scale", v_scale), memory.maybe("k_scale", k_scale)
     pooled_k, pooled_v = memory.maybe("pooled_k", pooled_k), memory.maybe("pooled_v", pooled_v)
+    bad, told = memory.maybe("nonfinite", bad), memory.maybe("lost_mass", lost_mass, True)
     call = Args(
         *(_view(query), _view(key), _view(value), _view(out)),
         lse.data_ptr() if lse is not None else None,
@@ -139,10 +145,19 @@ def run(
         max(abs(scale) * LOG2_E, SMALLEST_SCALE),
         0x80008000 if scale < 0 else 0,
     )
-    args = ListedArgs(call, _lists(memory, counts, indices))
+    args = ListedArgs(call)
+    if counts is not None and indices is not None:
+        args.lists = _lists(memory, counts, indices)
     if pooled_k is not None and pooled_v is not None:
         args.pooled_k, args.pooled_v = pooled_k.data_ptr(), pooled_v.data_ptr()
+    if bad is not None:
+        args.nonfinite, args.log2_threshold = bad.data_ptr(), math.log2(skip_threshold)
+        args.lost_mass = told.data_ptr() if told is not None else None
     grid = call.m_blocks * heads_q * batch
     if launcher is not None:
-        return Result(out, lse, launcher(args, grid, memory.tensors))
-    return Result(out, lse, launch(library(tile, csrc), args, grid, memory.tensors, schedule))
+        conflicts = launcher(args, grid, memory.tensors)
+    else:
+        conflicts = launch(library(tile, csrc), args, grid, memory.tensors, schedule)
+    if lost_mass is not None and told is not None:
+        lost_mass.copy_(told)
+    return Result(out, lse, conflicts)

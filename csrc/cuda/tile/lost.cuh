@@ -35,9 +35,10 @@ DEVICE u32 first_block_of(const wan_attn_cuda_args &args, const block_place &pla
 DEVICE bool keeps_lost() { return thread_index_again() % 4 == 0; }
 DEVICE u32 lost_at() { return shared_base() + LOST_SMEM + (u32)(thread_index_again() / 4) * 16; }
 
+/* 0 for the other lanes. */
 DEVICE void load_lost(float lost[M_TILES][2]) {
     u32 words[4];
-    load_shared_b32x4(words, lost_at());
+    load_shared_b32x4_or_zero(words, lost_at(), !keeps_lost());
 #pragma unroll
     for (int i = 0; i < 2 * M_TILES; i++)
         lost[i / 2][i % 2] = float_from_bits(words[i]);
@@ -48,7 +49,8 @@ DEVICE void store_lost(const float lost[M_TILES][2]) {
 #pragma unroll
     for (int i = 0; i < 2 * M_TILES; i++)
         words[i] = bits_from_float(lost[i / 2][i % 2]);
-    store_shared_b32x4(lost_at(), words);
+    if (keeps_lost())
+        store_shared_b32x4(lost_at(), words);
 }
 
 /* Nothing is lost yet. Rows that are not there must not keep a tile from being left out: with this
@@ -59,14 +61,13 @@ DEVICE void begin_lost(float row_max[M_TILES][2], int rows) {
     for (int i = 0; i < 2 * M_TILES; i++)
         if (row_in_block(i / 2) + i % 2 * 8 >= rows)
             row_max[i / 2][i % 2] = -lowest();
-    if (keeps_lost())
-        store_lost(none);
+    store_lost(none);
 }
 
 /* Rows of m tile m have other maxima than before. */
 DEVICE void shrink_lost(int m, const float before[2], const float row_max[2]) {
     float lost[M_TILES][2];
-    if (!keeps_lost() || (row_max[0] == before[0] && row_max[1] == before[1]))
+    if (!any_lane(row_max[0] > before[0] || row_max[1] > before[1]))
         return;
     load_lost(lost);
 #pragma unroll
@@ -115,13 +116,11 @@ DEVICE bool leave_out(const wan_attn_cuda_args &args, i64 block, const q_fragmen
     }
     if (any_lane(!(all < -minus_infinity() && all > minus_infinity())))
         return false;
-    if (keeps_lost()) {
-        load_lost(lost);
+    load_lost(lost);
 #pragma unroll
-        for (int i = 0; i < 2 * M_TILES; i++)
-            lost[i / 2][i % 2] += weights[i / 2][i % 2] + LOST_AT_LEAST;
-        store_lost(lost);
-    }
+    for (int i = 0; i < 2 * M_TILES; i++)
+        lost[i / 2][i % 2] += weights[i / 2][i % 2] + LOST_AT_LEAST;
+    store_lost(lost);
     return true;
 }
 
@@ -131,9 +130,8 @@ DEVICE void tell_lost(const wan_attn_cuda_args &args, const float row_sum[M_TILE
     unsigned *to = listed_of(args).lost_mass;
     if (!to)
         return;
-    float lost[M_TILES][2] = {}, largest = 0.0f;
-    if (keeps_lost())
-        load_lost(lost);
+    float lost[M_TILES][2], largest = 0.0f;
+    load_lost(lost);
 #pragma unroll
     for (int i = 0; i < 2 * M_TILES; i++) {
         float of_row = lost[i / 2][i % 2], sum = quad_sum(row_sum[i / 2][i % 2]) + of_row;
