@@ -205,6 +205,12 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
     }
 }
 
+/* Barrier 2. */
+DEVICE void wait_for_v() {
+    cp_async_wait<STAGES - 1>();
+    block_barrier();
+}
+
 /* Tile n: the pipeline of this file's head; n - 1 stands there for the walk's next tile. kind is a
  * constant in each of the copies. */
 DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, tile_walk &walk,
@@ -226,14 +232,21 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
     int num_rows = kind == MEANS ? blocks_of(bounds.num_keys) : bounds.num_keys;
     copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, num_rows - n * BLOCK_N);
     cp_async_commit();
-    if (STAGES == 2 && next >= 0) {
-        go_back(tiles.v, n - next);
-        go_back(tiles.k, n - next);
+    /* Not within the branch: on Turing V's and K's loads then are under way together. */
+    int back = next >= 0 ? n - next : 0;
+    go_back(tiles.v, back);
+    go_back(tiles.k, back);
+    if (STAGES == 2 && next >= 0)
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
-    }
     if (STAGES == 2)
         cp_async_commit();
 
+    /* A warp that only keeps step has a way of its own: with S alive across the barrier on one way
+     * alone, ptxas spills for sm_90. With one m tile a warp it is the other way round, on Turing. */
+    if (!is_mine && M_TILES > 1) {
+        wait_for_v();
+        return;
+    }
     if (is_mine)
         multiply_qk(s, q, k_smem, tiles.k_read);
 #if SKIPS
@@ -243,8 +256,7 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
     if (is_mine)
         weigh(args, n, kind, bounds, walk, q, s, rows);
 
-    cp_async_wait<STAGES - 1>();
-    block_barrier();
+    wait_for_v();
     if (STAGES == 1 && next >= 0)
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
     if (STAGES == 1)

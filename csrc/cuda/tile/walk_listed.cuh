@@ -170,7 +170,7 @@ DEVICE int begin_walk(tile_walk &walk, const wan_attn_cuda_args &args, block_wor
 DEVICE void look_ahead(tile_walk &walk, int n) {
     int next = take_tile(walk);
     walk.turn++;
-    walk.next = next < 0 ? ~n : (n & -GROUP_TILES) + next;
+    walk.next = next < 0 ? ~n : (n & -GROUP_TILES) | next;
 }
 
 DEVICE void step_back(tile_walk &walk, int n) {
@@ -187,7 +187,7 @@ DEVICE int resume_walk(tile_walk &walk, const wan_attn_cuda_args &args, int n) {
 }
 
 DEVICE bool is_of_warp(const tile_walk &walk, int n) {
-    bool is_of_lane = ((n / LANE_TILES ^ thread_index()) & 31) == 0;
+    bool is_of_lane = ((n ^ thread_index() * LANE_TILES) & (GROUP_TILES - LANE_TILES)) == 0;
     return LISTS == 1 || any_lane(is_of_lane && (walk.bits >> (16 + (n & 15)) & 1) != 0);
 }
 
