@@ -22,6 +22,9 @@ from emu.args import ListedArgs, PoolArgs
 from emu.build import compiler
 from emu.rows import TileSm90
 from wan_attn.native import library
+from wan_attn.selfcheck import skip_calls
+from wan_attn.selfcheck.reference import MASKS
+from wan_attn.selfcheck.skip_calls import SkipCall
 
 pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)"),
@@ -30,6 +33,7 @@ pytestmark = [
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ARCHS = (75, 80, 86, 89, 90, 120)
+SHORT = (75, 80, 89)  # a card of each class of tiles
 KEYS = 300  # five blocks of keys, the last one cut
 
 
@@ -257,6 +261,52 @@ def test_who_wants_to_know_what_was_lost(gpu: Recorder) -> None:
     assert gpu.passes[-1][1].nonfinite and not gpu.passes[-1][1].lost_mass
     assert gpu.ran(*x, guard=words, **lists()) == [row, "watch"]
     assert not gpu.passes[-2][1].lost_mass and not gpu.passes[-2][1].nonfinite
+
+
+def skip_cases() -> list[tuple[int, SkipCall, int, torch.dtype]]:
+    """Each card has each call once, and each of its rows, in the first third of all."""
+    rows = ((64, F16), (64, BF16), (128, BF16))
+    return [
+        (arch, call, *rows[(n + i + more) % 3])
+        for more in range(3)
+        for i, arch in enumerate(ARCHS)
+        for n, call in enumerate(skip_calls.CALLS)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arch", "call", "head_dim", "dtype"),
+    [
+        pytest.param(*case, marks=() if n < 18 and case[0] in SHORT else pytest.mark.nightly)
+        for n, case in enumerate(skip_cases())
+    ],
+    ids=lambda x: x.name if isinstance(x, SkipCall) else str(x),
+)
+def test_the_emulated_kernels_leave_out_what_is_small(
+    arch: int, call: SkipCall, head_dim: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """From the C ABI to the guard, judged as a card's proof is."""
+    gpu = Gpu(tmp_path, CARDS[arch])
+
+    def run(*given: Any) -> tuple[Tensor, Tensor]:
+        *x, q_lens, k_lens, mask, blocks, guard = given
+        is_causal, window = MASKS[mask]
+        how: dict[str, Any] = {"is_causal": is_causal, "window": window, **blocks._asdict()}
+        return gpu.sdpa(*x, q_lens=q_lens, k_lens=k_lens, guard=guard, **how)
+
+    assert skip_calls.wrong_in(run, call, torch.device("cpu"), dtype, head_dim) is None
+    asked = {name for name, _ in gpu.asked}
+    assert {row_of(arch, head_dim, dtype), "wan_attn_find_nonfinite"} <= asked
+
+
+@pytest.mark.parametrize("arch", SHORT)
+def test_a_threshold_that_leaves_out_nothing_changes_no_bit(arch: int, tmp_path: Path) -> None:
+    gpu, guard = Gpu(tmp_path, CARDS[arch]), torch.zeros(5, dtype=torch.int32)
+    for head_dim, dtype in ((64, F16), (128, BF16)):
+        x = operands(head_dim, dtype)
+        dense = gpu.sdpa(*x)
+        assert all(map(torch.equal, dense, gpu.sdpa(*x, skip_threshold=1e-30, guard=guard)))
+        assert guard[0] > 0 and guard[4] == 0
 
 
 def test_no_keys(gpu: Recorder) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from emu import compile as compilers
 from emu import sass
-from emu.rows import Tile, TileListed, tiles_for, tiles_listed, tiles_listed_for
+from emu.rows import Tile, TileListed, helpers, tiles_for, tiles_listed, tiles_listed_for
 from nightly import unless
 from test_cuda_static import (
     ARCHS,
@@ -71,6 +71,20 @@ def test_the_main_loop_is_that_of_the_dense_row(
     of_walk = {"REDUX": 0, "SHFL": 5} if tile.gpu_class == "TURING" else {"REDUX": 1, "SHFL": 0}
     for opcode, number in of_walk.items():
         assert sass.count(loops[0], opcode) == sass.count(loops[1], opcode) + number
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("name", ("wan_attn_pool", "wan_attn_find_nonfinite"))
+@needs_nvdisasm
+def test_a_pass_over_blocks(name: str, compiler: str, tmp_path: Path) -> None:
+    """A warp has several loads under way, stores at one place and waits for no other warp."""
+    for arch in (ARCHS[0], 80, ARCHS[-1]):
+        cubin = tmp_path / f"{arch}.cubin"
+        compile_with(compiler, helpers()[name], arch, cubin)
+        read = sass.read(cubin)
+        assert sass.count(read.instructions, "STG") == 1
+        assert not sass.count(read.instructions, "ATOM", "ATOMG", "RED", "REDG", "BAR")
+        assert max(sass.count(loop, "LDG") for loop in read.loops) >= 8
 
 
 def test_every_row_has_a_tile_for_every_class() -> None:

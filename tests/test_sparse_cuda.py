@@ -6,7 +6,7 @@ without numbers say that nothing waits for it, and a call that no row takes is d
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cuda_mock.gpu import CARDS, Gpu
 from emu.build import compiler
 from sparse_calls import TOKENS, inside, one, sdpa, use
+from wan_attn import config
 from wan_attn.backends import native
+from wan_attn.doctor import sparse as doctor_sparse
 from wan_attn.native import cuda_driver, library
 from wan_attn.observe import later, sampling
 from wan_attn.request import PLAIN, Request
@@ -29,6 +31,7 @@ from wan_attn.sparse.routing import Routing
 from wan_attn.sparse.watch import Watch
 from wan_attn.sparse.wishes import Wishes
 from wan_attn.tuning import clocks
+from wan_attn.workloads import WORKLOADS
 
 pytestmark = pytest.mark.usefixtures("native", "as_in_a_new_process")
 
@@ -162,17 +165,19 @@ def card_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     if compiler() is None:
         pytest.skip("no C++ compiler (clang++ or g++)")
     gpu = Gpu(tmp_path, CARDS[89])
-    real = native.why_not
 
-    def why_not(request: Request, *precision: int) -> str | None:
-        with monkeypatch.context() as patch:
-            patch.setattr(library, "load", lambda: gpu.lib)
-            patch.setattr(library, "lib", lambda: gpu.lib)
-            patch.setattr(cuda_driver, "_path", None)
-            reason: str | None = real(replace(request, device=CUDA), *precision)
-            return reason
+    def of_the_card(real: Callable[..., str | None]) -> Callable[..., str | None]:
+        def asked(request: Request, *precision: int) -> str | None:
+            with monkeypatch.context() as patch:
+                patch.setattr(library, "load", lambda: gpu.lib)
+                patch.setattr(library, "lib", lambda: gpu.lib)
+                patch.setattr(cuda_driver, "_path", None)
+                return real(replace(request, device=CUDA), *precision)
 
-    monkeypatch.setattr(native, "why_not", why_not)
+        return asked
+
+    for name in ("why_not", "kernel_name"):
+        monkeypatch.setattr(native, name, of_the_card(getattr(native, name)))
     return gpu
 
 
@@ -182,8 +187,8 @@ def card_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     (
         (64, torch.bfloat16, None),
         (64, torch.float16, None),
-        (48, torch.bfloat16, "those for cuda with block lists take head_dim 128, 64, got 48"),
-        (64, torch.float32, "none for cuda with block lists takes float32"),
+        (48, torch.bfloat16, "those for cuda with {} take head_dim 128, 64, got 48"),
+        (64, torch.float32, "none for cuda with {} takes float32"),
     ),
 )
 def test_a_call_that_no_row_takes_is_dense_and_says_why_once(
@@ -206,4 +211,20 @@ def test_a_call_that_no_row_takes_is_dense_and_says_why_once(
         return
     assert layer["lossy_calls"] == 0 and layer["exact_calls"] == 3
     (line,) = lines
-    assert why in line and line.endswith("; it is dense")
+    what = "block lists" if mode == "sparse" else "a skip_threshold"
+    assert why.format(what) in line and line.endswith("; it is dense")
+
+
+@pytest.mark.parametrize("mode", ("off", "sparse", "near_exact"))
+def test_doctor_and_why_name_the_kernel(mode: str, card: Gpu) -> None:
+    settings = replace(config.current(), sparse=mode)
+    found = doctor_sparse.facts("cuda:0", settings)
+    assert found["kernel"] == "sdpa_sm80_listed_pv16_d128" and found["reason"] is None
+    assert "sdpa_sm80_listed_pv16_d128" in doctor_sparse.told(found)
+    call = replace(WORKLOADS["ti2v-5b-720p"], head_dim=80)
+    found = doctor_sparse.facts("cuda:0", settings, Request.of(call, torch.bfloat16, CUDA))
+    what = "a skip_threshold" if mode == "near_exact" else "block lists"
+    those = f"those for cuda with {what} take head_dim 128, 64, got 80"
+    reason = f"no kernel takes this call: {those}"
+    assert found["kernel"] is None and found["reason"] == reason
+    assert f"dense: {reason}" in doctor_sparse.told(found)
