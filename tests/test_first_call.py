@@ -251,7 +251,8 @@ def test_lists_of_8_bit_scores_have_another(
     for fault in ("all", "another head's", "the last is lost"):
 
         def answer(*x: Any, fault: str = fault) -> tuple[Tensor, Tensor]:
-            return native._answer_in_8_bits(*x[:6], other_lists(x[6], fault))
+            given = {"is_causal": x[5], "blocks": other_lists(x[6], fault)}
+            return native._answer_in_8_bits(*x[:5], **given)
 
         assert first_call.wrong(answer, CPU, dtype, 64, **kind), fault
     first_call.forget()

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * pool.cuh - what a block of keys or values is as a whole, for calls that leave blocks out. One warp
- * works on one block of one head; nothing is shared between warps.
+ * pool.cuh - what a block of keys or values is as a whole, for calls that leave blocks out. One
+ * warp works on one block of one head; nothing is shared between warps.
  *
  * Two kernels, by PACK_STEP: 1 makes the mean of a block, which stands for it where it is not
  * listed; 2 says whether a value of a block is infinite or NaN, so that a skip_threshold keeps it.

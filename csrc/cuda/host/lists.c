@@ -36,8 +36,8 @@ wan_attn_status wan_attn_cuda_survey_blocks(const wan_attn_cuda_call *c,
                                             wan_attn_cuda_lengths seqused_k) {
     const wan_attn_view *k = &c->p->k, *v = &c->p->v;
     const wan_attn_cuda_plan *plan = &c->plan;
-    wan_attn_status status = survey(c, HELPER_wan_attn_pool, k, seqused_k, plan->pooled_k,
-                                    plan->k_scale, plan->k_limit);
+    wan_attn_status status =
+        survey(c, HELPER_wan_attn_pool, k, seqused_k, plan->pooled_k, plan->k_scale, plan->k_limit);
     if (status == WAN_ATTN_OK)
         status = survey(c, HELPER_wan_attn_pool, v, seqused_k, plan->pooled_v, plan->v_scale,
                         plan->v_limit);

@@ -85,7 +85,7 @@ DEVICE bool is_large(const float s[S_TILES][4], int r, float scale, float row_ma
 #pragma unroll
     for (int j = 1; j < S_TILES; j++)
         score = larger(score, larger(s[j][2 * r], s[j][2 * r + 1]));
-    return !(score * scale - row_max < log2_threshold);
+    return !(fused_multiply_add(score, scale, -row_max) < log2_threshold);
 }
 
 /* Whether no row of the warp needs the tile; then what they lack has been counted. block: of keys,
