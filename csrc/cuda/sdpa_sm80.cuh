@@ -195,14 +195,16 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
         if (kind == MEANS && n == (blocks_of(bounds.num_keys) - 1) / BLOCK_N)
             score_last_mean(s[m], bounds.num_keys);
 #endif
+        float new_max[2], factor[2];
+        bool has_risen = raise_max(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m],
+                                   new_max, factor);
 #if SKIPS
-        const float before[2] = {rows.row_max[m][0], rows.row_max[m][1]};
+        if (has_risen && skips(args))
+            shrink_lost(m, factor);
+#else
+        (void)has_risen;
 #endif
-        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m]);
-#if SKIPS
-        if (skips(args))
-            shrink_lost(m, before, rows.row_max[m]);
-#endif
+        make_weights(s[m], new_max, rows.row_sum[m], scale[m]);
     }
 }
 
