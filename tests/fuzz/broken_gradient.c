@@ -2,7 +2,8 @@
  * broken_gradient.c - calls of wan_attn_backward that the contract forbids, one fault at a time and
  * two at once: each must be refused with words that name the argument, and nothing may be written.
  *
- *     broken_gradient SEED FIRST COUNT [SECONDS]    prints every case that was not refused as it should
+ *     broken_gradient SEED FIRST COUNT [SECONDS]
+ * prints every case that was not refused as it should be.
  */
 #include "refusing.h"
 

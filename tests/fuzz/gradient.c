@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * gradient.c - random calls of wan_attn_backward that the contract allows, on every CPU row and on
- * the row that is chosen: gradients within their bounds, NaN where it must be, the same bits with any
- * threads, and not one byte read or written beyond operands, workspace and parameters.
+ * the row that is chosen: gradients within their bounds, NaN where it must be, the same bits with
+ * any threads, and not one byte read or written beyond operands, workspace and parameters.
  *
  *     gradient SEED FIRST COUNT [SECONDS]   prints a line; 1 and how to repeat the case that failed
  */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * gradient_call.h - one random call of wan_attn_backward that the contract of wan_attn.h allows, and
- * the forward call before it, run by the library. What is stored of rows that see no key and of keys
- * that no row sees is NaN, and nothing but gradients and the workspace can be written to.
+ * gradient_call.h - one random call of wan_attn_backward that the contract of wan_attn.h allows,
+ * and the forward call before it, run by the library. What is stored of rows that see no key and of
+ * keys that no row sees is NaN, and nothing but gradients and the workspace can be written to.
  */
 #ifndef WAN_ATTN_TESTS_GRADIENT_CALL_H
 #define WAN_ATTN_TESTS_GRADIENT_CALL_H
