@@ -329,6 +329,21 @@ def test_verdicts() -> None:
     assert layer.taus and not layer.why_dense and layer.allowance.rows(64)
 
 
+def test_what_a_gpu_tells_late_of_a_threshold() -> None:
+    """Of calls that ran before it went down nothing follows but what they have lost."""
+    layer = record.Layer(0, 3, "self", groups=((0, 4),), threshold=0.05)
+    lost = [later.Later(torch.tensor([0.0, 0, 0, 0, x]).view(torch.int32)) for x in (0.25, 0.5)]
+    layer.pending += [note([0.06**2])._replace(threshold=0.05, guard=words) for words in lost]
+    layer.pending.append(note([0.01**2])._replace(threshold=0.025))
+    verdict.read_pending(layer, 0.05, 1.5)
+    assert layer.pending == [] and layer.threshold == 0.025 and layer.lost_mass == 0.5
+    assert len(layer.measured) == 3 and len(layer.events) == 1
+    assert "its result was in use already. Less is left out" in layer.events[0]
+    layer.pending += [note([0.06**2])._replace(threshold=0.025 / 2**n) for n in range(5)]
+    verdict.read_pending(layer, 0.05, 1.5)
+    assert None in layer.why_dense and layer.events[-1].endswith("Dense for the rest of this run")
+
+
 @pytest.mark.parametrize("budget", [0.3, 0.05, 0.01])
 def test_a_search_finds_the_largest_tau_within_the_budget(budget: float) -> None:
     x = near()

@@ -56,6 +56,7 @@
 #ifndef LISTED /* rows listed set it */
 #define LISTED 0
 #endif
+#define SKIPS (LISTED && !QK_INT8) /* takes a skip_threshold */
 #define NUM_THREADS (32 * NUM_WARPS)
 #if IS_BF16 /* of q and out */
 #define PACK pack_bf16
@@ -101,11 +102,13 @@
 enum {
     V_SMEM = 0, /* offsets in shared memory */
     K_SMEM = TILE_BYTES,
-    BOUNDS_SMEM = Q_SMEM + Q_BYTES
+    BOUNDS_SMEM = Q_SMEM + Q_BYTES,
+    LOST_SMEM = BOUNDS_SMEM + 16,
+    LOST_BYTES = SKIPS ? 128 * NUM_WARPS : 0
 };
 static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row tiles");
 static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two K tiles");
-static_assert(BOUNDS_SMEM + 16 == SMEM_BYTES_ASKED, "args.h must say what is used");
+static_assert(LOST_SMEM + LOST_BYTES == SMEM_BYTES_ASKED, "args.h must say what is used");
 
 /* What a warp carries from tile to tile. */
 typedef struct warp_rows {
@@ -125,10 +128,11 @@ typedef struct key_tiles {
  * the whole of the main loop, which has none to spare. */
 typedef struct mask_bounds {
     int num_keys, diagonal, clean_end; /* as in block_work */
+    u32 first_block;                   /* SKIPS: the head's first, among those of all heads */
 } mask_bounds;
 
-DEVICE void store_bounds(const block_work &work) {
-    const u32 words[4] = {(u32)work.num_keys, (u32)work.diagonal, (u32)work.clean_end, 0};
+DEVICE void store_bounds(const block_work &work, u32 first_block) {
+    const u32 words[4] = {(u32)work.num_keys, (u32)work.diagonal, (u32)work.clean_end, first_block};
     if (thread_index() == 0)
         store_shared_b32x4(shared_base() + BOUNDS_SMEM, words);
 }
@@ -136,8 +140,12 @@ DEVICE void store_bounds(const block_work &work) {
 DEVICE mask_bounds load_bounds() {
     u32 words[4];
     load_shared_b32x4(words, shared_base() + BOUNDS_SMEM);
-    return {(int)words[0], (int)words[1], (int)words[2]};
+    return {(int)words[0], (int)words[1], (int)words[2], words[3]};
 }
+
+#if SKIPS
+#include "cuda/tile/lost.cuh"
+#endif
 
 /* Where a tile of K is in shared memory. */
 DEVICE u32 k_stage(int turn) { return K_SMEM + (u32)turn % STAGES * K_TILE_BYTES; }
@@ -186,8 +194,21 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
         if (kind == MEANS && n == (blocks_of(bounds.num_keys) - 1) / BLOCK_N)
             score_last_mean(s[m], bounds.num_keys);
 #endif
+#if SKIPS
+        const float before[2] = {rows.row_max[m][0], rows.row_max[m][1]};
+#endif
         softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m]);
+#if SKIPS
+        if (skips(args))
+            shrink_lost(m, before, rows.row_max[m]);
+#endif
     }
+}
+
+/* Barrier 2. */
+DEVICE void wait_for_v() {
+    cp_async_wait<STAGES - 1>();
+    block_barrier();
 }
 
 /* Tile n: the pipeline of this file's head; n - 1 stands there for the walk's next tile. kind is a
@@ -205,27 +226,37 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
 
     cp_async_wait<0>();
     block_barrier();
-    mask_bounds bounds = {0, 0, 0};
+    mask_bounds bounds = {0, 0, 0, 0};
     if (kind != CLEAN)
         bounds = load_bounds();
     int num_rows = kind == MEANS ? blocks_of(bounds.num_keys) : bounds.num_keys;
     copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, num_rows - n * BLOCK_N);
     cp_async_commit();
-    if (STAGES == 2 && next >= 0) {
-        go_back(tiles.v, n - next);
-        go_back(tiles.k, n - next);
+    /* Not within the branch: on Turing V's and K's loads then are under way together. */
+    int back = next >= 0 ? n - next : 0;
+    go_back(tiles.v, back);
+    go_back(tiles.k, back);
+    if (STAGES == 2 && next >= 0)
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
-    }
     if (STAGES == 2)
         cp_async_commit();
 
+    /* A warp that only keeps step has a way of its own: with S alive across the barrier on one way
+     * alone, ptxas spills for sm_90. With one m tile a warp it is the other way round, on Turing. */
+    if (!is_mine && M_TILES > 1) {
+        wait_for_v();
+        return;
+    }
     if (is_mine)
         multiply_qk(s, q, k_smem, tiles.k_read);
+#if SKIPS
+    if (is_mine && kind == CLEAN && skips(args))
+        is_mine = !leave_out(args, n + (i64)load_bounds().first_block, q, s, rows.row_max);
+#endif
     if (is_mine)
         weigh(args, n, kind, bounds, walk, q, s, rows);
 
-    cp_async_wait<STAGES - 1>();
-    block_barrier();
+    wait_for_v();
     if (STAGES == 1 && next >= 0)
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
     if (STAGES == 1)
@@ -277,8 +308,13 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
     cp_async_commit();
     q_fragments q;
     load_q(args, place, work.used_q, q);
-    store_bounds(work);
     clear(rows);
+#if SKIPS
+    store_bounds(work, first_block_of(args, place));
+    begin_lost(rows.row_max, work.used_q - place.row_begin);
+#else
+    store_bounds(work, 0);
+#endif
     bool is_clean = n >= work.clean_begin && n < work.clean_end;
     while (n >= 0) {
         if (is_clean) {
@@ -306,6 +342,12 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
 #if LISTED
     if (listed_of(args).pooled_k)
         process_means(args, walk, q, tiles, rows);
+#endif
+#if SKIPS
+    if (skips(args)) {
+        block_place again = find_place(args, BLOCK_M);
+        tell_lost(args, rows.row_sum, used_rows(args, again) - again.row_begin);
+    }
 #endif
 }
 

@@ -394,7 +394,7 @@ def _decode(
     if kernel.body == "pool":
         pool = PoolArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(PoolArgs)))
         blocks = pool.batch * pool.heads * -(-pool.seqlen // 64)
-        return pool, (pool.to, blocks * 2 * pool.head_dim)
+        return pool, (pool.to, blocks * (2 * pool.head_dim if kernel.pack_step == 1 else 4))
     pack = PackArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(PackArgs)))
     heads = pack.batch * pack.heads
     if kernel.pack_step == 1:

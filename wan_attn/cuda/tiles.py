@@ -141,6 +141,10 @@ class TileListed(Tile):
 
     args = "wan_attn_cuda_listed_args"
 
+    @property
+    def smem_bytes(self) -> int:
+        return _smem_bytes("LISTED", self)
+
     def defines(self) -> dict[str, str]:
         """The macros that turn the body into this kernel."""
         return {**super().defines(), "LISTED": "1"}

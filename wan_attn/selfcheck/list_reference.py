@@ -49,7 +49,14 @@ def _places(mask: Tensor) -> list[int]:
 
 
 def attention(
-    case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pools_others: bool, unit: float
+    case: Case,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    pools_others: bool,
+    unit: float,
+    kept: Tensor | None = None,
 ) -> Truth:
     """The case's result by lists, and what rounding the means may move it by, as `moved`.
 
@@ -57,6 +64,8 @@ def attention(
         q, k, v: as of reference.attention().
         mask: of listed().
         unit: of UNIT, of value's dtype.
+        kept: [batch, rows, heads, blocks of keys] bool: the listed blocks that each row has in its
+            result; None: all.
     """
     out = torch.zeros(q.shape, dtype=torch.float64, device="cpu")
     spread, peak = torch.zeros_like(out), torch.zeros_like(out[..., :1])
@@ -68,7 +77,8 @@ def attention(
         for h in range(q.shape[2]):
             rows = q[b, :used_q, h].double()
             keys, values = k[b, :used_k, h // group].double(), v[b, :used_k, h // group].double()
-            seen, counts = _seen(case, used_q, used_k, mask[b, h], pools_others)
+            rows_keep = None if kept is None else kept[b, :used_q, h]
+            seen, counts = _seen(case, used_q, used_k, mask[b, h], pools_others, rows_keep)
             if pools_others:
                 keys, values = (torch.cat((x, _means(x))) for x in (keys, values))
             scores = rows @ keys.T / math.sqrt(q.shape[3])
@@ -96,7 +106,12 @@ def _means(x: Tensor) -> Tensor:
 
 
 def _seen(
-    case: Case, used_q: int, used_k: int, mask: Tensor, pools_others: bool
+    case: Case,
+    used_q: int,
+    used_k: int,
+    mask: Tensor,
+    pools_others: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which keys each row sees, [used_q, keys]; and for how many keys each of these stands. Behind
     the real keys, where they are pooled, are the means."""
@@ -104,7 +119,8 @@ def _seen(
     visible = seen_keys(used_q, used_k, is_causal, window, mask.device)
     of_row = torch.arange(used_q, device="cpu") // BLOCK
     by_block = mask[of_row][:, : blocks_of(used_k)]
-    seen = visible & by_block.repeat_interleave(BLOCK, 1)[:, :used_k]
+    there = by_block if kept is None else by_block & kept[:, : blocks_of(used_k)]
+    seen = visible & there.repeat_interleave(BLOCK, 1)[:, :used_k]
     counts = torch.ones(used_k, dtype=torch.float64, device="cpu")
     if not pools_others:
         return seen, counts

@@ -20,9 +20,16 @@ from torch import Tensor
 from wan_attn.native.kernels import KernelInfo
 from wan_attn.request import Blocks
 from wan_attn.request.blocks import DENSE
-from wan_attn.selfcheck import list_reference
-from wan_attn.selfcheck.first_call import SEQLEN_K, SEQLEN_Q, difference
-from wan_attn.selfcheck.reference import UNIT, Case, Truth, make_inputs, reference
+from wan_attn.selfcheck import list_reference, skip_calls
+from wan_attn.selfcheck.first_call import SEQLEN_K, SEQLEN_Q
+from wan_attn.selfcheck.reference import (
+    UNIT,
+    Case,
+    Truth,
+    difference,
+    make_inputs,
+    reference,
+)
 
 Operands = tuple[Tensor, Tensor, Tensor]
 Answer = tuple[Tensor, Tensor]  # out, lse
@@ -175,7 +182,8 @@ def wrong(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
                 return f"{call.name}: {found}"
         if not (torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])):
             return f"{call.name}: the same call gave other bits the second time, [{case}]"
-    return _wrong_guard(card, row, dtype) or _wrong_graph(card, row, dtype)
+    found = _wrong_guard(card, row, dtype) or _wrong_graph(card, row, dtype)
+    return found or (_wrong_skip(card, row, dtype) if row.is_for_lists else None)
 
 
 def _placed(call: ProofCall, x: Operands, dtype: torch.dtype, device: torch.device) -> Operands:
@@ -234,3 +242,23 @@ def _wrong_graph(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
         here.copy_(x)
     found = known.difference(case, replay(), dtype)
     return None if found is None else f"{GRAPH}: {found}"
+
+
+def _wrong_skip(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
+    """Calls with a skip_threshold."""
+    head_dim = row.head_dim_max
+
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        q_lens: Tensor,
+        k_lens: Tensor,
+        mask: str,
+        blocks: Blocks,
+        guard: Tensor,
+    ) -> Answer:
+        case = Case(query.shape[1], key.shape[1], head_dim, mask)
+        return card.run(row, (query, key, value), q_lens, k_lens, case, guard, blocks)
+
+    return skip_calls.wrong(run, card.device(), dtype, head_dim)

@@ -206,3 +206,25 @@ def seen_keys(
     if right >= 0:
         seen &= ahead <= right
     return seen
+
+
+def difference(
+    case: object, truth: Truth, out: Tensor, lse: Tensor, unit: float, has_moved: bool = False
+) -> str | None:
+    """What is beyond its bound, in words; None: nothing. `case`: what the words call the call;
+    `unit`, has_moved: see above and Truth."""
+    bounds = truth.bounds(unit, has_moved)
+    for name, got, expected, bound in (
+        ("out", out, truth.out, bounds[0]),
+        ("lse", lse, truth.lse, bounds[1]),
+    ):
+        got = got.to("cpu", torch.float64)
+        off = (got - expected).abs()
+        is_wrong = ~((off <= bound) | (got == expected))  # NaN is wrong; -inf and -inf are equal
+        if bool(is_wrong.any()):
+            at = tuple(int(n) for n in is_wrong.nonzero()[0])
+            return (
+                f"{name}{list(at)} is {float(got[at]):g} instead of {float(expected[at]):g} in a"
+                f" call of [{case}], {int(is_wrong.sum())} of {is_wrong.numel()} elements are wrong"
+            )
+    return None

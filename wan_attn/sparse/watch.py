@@ -164,8 +164,8 @@ class Watch:
         errors = None
         if rows:
             errors = sampling.errors(native.run, rows, layer.groups, operands, out, call)
-        made_note = [None if x is None else Later(x) for x in (errors, shares, watched)]
-        note = Note(where, *made_note)
+        told = [None if x is None else Later(x) for x in (errors, shares, watched)]
+        note = Note(where, told[0], told[1], told[2], layer.threshold)
         if operands[0].device.type != "cpu":
             layer.pending.append(note)
             return (out, lse), title

@@ -295,7 +295,7 @@ static wan_attn_status run_passes(const call *c) {
     if (status == WAN_ATTN_OK)
         status = wan_attn_cuda_quantise(c, used_q, used_k);
     if (status == WAN_ATTN_OK)
-        status = wan_attn_cuda_pool_blocks(c, used_k);
+        status = wan_attn_cuda_survey_blocks(c, used_k);
     if (status == WAN_ATTN_OK)
         status = attend(c, used_q, used_k);
     if (status == WAN_ATTN_OK)

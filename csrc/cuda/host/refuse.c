@@ -48,8 +48,6 @@ static const char *refuse_counts(const wan_attn_problem *p, int is_int8) {
 static const char *refuse_tile(const wan_attn_problem *p, const wan_attn_cuda_tile *tile) {
     if (!tile)
         return "has no tile for this GPU";
-    if (tile->is_listed && p->skip_threshold > 0.0f)
-        return "takes no skip_threshold: no CUDA kernel leaves out blocks by their weights yet";
     if (tile->body != WAN_ATTN_CUDA_SM90)
         return NULL;
     if (p->seqlen_k == 0 || wan_attn_cuda_is_split(p))

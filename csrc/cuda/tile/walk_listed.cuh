@@ -67,6 +67,13 @@ DEVICE block_list find_list(const wan_attn_cuda_lists &lists, const block_place 
     return list;
 }
 
+/* A word's bits from begin to end - 1; both may lie outside of it. */
+DEVICE u32 bits_between(int begin, int end) {
+    begin = larger_int(begin, 0);
+    end = smaller_int(end, 32);
+    return begin < end ? 0xffffffffu >> (32 - (end - begin)) << begin : 0;
+}
+
 /* This lane's bits of the tiles that a list names, of those in `range`; lane l has PER_LANE of them
  * from l * PER_LANE on, counted from the tile `base`. */
 template <int PER_LANE>
@@ -109,8 +116,14 @@ template <int PER_LANE> DEVICE listed_bits find_bits(const wan_attn_cuda_args &a
         int row = place.row_begin + i * WAN_ATTN_CUDA_LIST_BLOCK;
         if (row >= work.used_q)
             break;
-        block_list list = find_list(lists, place, row / WAN_ATTN_CUDA_LIST_BLOCK);
-        u32 named = bits_of_list<PER_LANE>(lists, list, base, range);
+        u32 named;
+        if (lists.counts) {
+            block_list list = find_list(lists, place, row / WAN_ATTN_CUDA_LIST_BLOCK);
+            named = bits_of_list<PER_LANE>(lists, list, base, range);
+        } else {
+            int from = base + thread_index_again() % 32 * PER_LANE;
+            named = bits_between(range.begin - from, smaller_int(range.end - from, PER_LANE));
+        }
         bits.any |= named;
         if (i == thread_index_again() / 32 / (NUM_WARPS / LISTS))
             bits.own = named;
@@ -157,7 +170,7 @@ DEVICE int begin_walk(tile_walk &walk, const wan_attn_cuda_args &args, block_wor
 DEVICE void look_ahead(tile_walk &walk, int n) {
     int next = take_tile(walk);
     walk.turn++;
-    walk.next = next < 0 ? ~n : (n & -GROUP_TILES) + next;
+    walk.next = next < 0 ? ~n : (n & -GROUP_TILES) | next;
 }
 
 DEVICE void step_back(tile_walk &walk, int n) {
@@ -174,7 +187,7 @@ DEVICE int resume_walk(tile_walk &walk, const wan_attn_cuda_args &args, int n) {
 }
 
 DEVICE bool is_of_warp(const tile_walk &walk, int n) {
-    bool is_of_lane = ((n / LANE_TILES ^ thread_index()) & 31) == 0;
+    bool is_of_lane = ((n ^ thread_index() * LANE_TILES) & (GROUP_TILES - LANE_TILES)) == 0;
     return LISTS == 1 || any_lane(is_of_lane && (walk.bits >> (16 + (n & 15)) & 1) != 0);
 }
 
