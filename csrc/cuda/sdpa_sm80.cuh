@@ -214,8 +214,13 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
     mask_bounds bounds = {0, 0, 0};
     if (kind != CLEAN)
         bounds = load_bounds();
-    int num_rows = kind == MEANS ? blocks_of(bounds.num_keys) : bounds.num_keys;
-    copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, num_rows - n * BLOCK_N);
+    key_range v_rows = {0, bounds.num_keys};
+#if LISTED
+    if (kind == MEANS)
+        v_rows = seen_means(args, bounds.num_keys, bounds.diagonal);
+#endif
+    copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, v_rows.end - n * BLOCK_N,
+              kind == MEANS ? v_rows.begin - n * BLOCK_N : 0);
     cp_async_commit();
     /* Not within the branch: on Turing V's and K's loads then are under way together. */
     int back = next >= 0 ? n - next : 0;
@@ -226,8 +231,9 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
     if (STAGES == 2)
         cp_async_commit();
 
-    /* A warp that only keeps step has a way of its own: with S alive across the barrier on one way
-     * alone, ptxas spills for sm_90. With one m tile a warp it is the other way round, on Turing. */
+    /* A warp that only keeps step has a way of its own: with S alive across the barrier on one
+     * way alone, ptxas spills for sm_90. With one m tile a warp, on Turing, it is the other way
+     * round. */
     if (!is_mine && M_TILES > 1) {
         wait_for_v();
         return;
