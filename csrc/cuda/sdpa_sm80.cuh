@@ -196,8 +196,8 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
             score_last_mean(s[m], bounds.num_keys);
 #endif
         float new_max[2], factor[2];
-        bool has_risen = raise_max(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m],
-                                   new_max, factor);
+        bool has_risen =
+            raise_max(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m], new_max, factor);
 #if SKIPS
         if (has_risen && skips(args))
             shrink_lost(m, factor);
@@ -239,8 +239,13 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
     mask_bounds bounds = {0, 0, 0, 0};
     if (kind != CLEAN)
         bounds = load_bounds();
-    int num_rows = kind == MEANS ? blocks_of(bounds.num_keys) : bounds.num_keys;
-    copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, num_rows - n * BLOCK_N);
+    key_range v_rows = {0, bounds.num_keys};
+#if POOLS
+    if (kind == MEANS)
+        v_rows = seen_means(args, bounds.num_keys, bounds.diagonal);
+#endif
+    copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, v_rows.end - n * BLOCK_N,
+              kind == MEANS ? v_rows.begin - n * BLOCK_N : 0);
     cp_async_commit();
     /* Not within the branch: on Turing V's and K's loads then are under way together. */
     if (STAGES == 2)

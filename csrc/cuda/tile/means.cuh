@@ -20,6 +20,15 @@ DEVICE key_range whole_blocks(const key_range &keys, int num_keys) {
     return blocks;
 }
 
+/* The blocks that count for any row of this block of rows, were none listed. The others' means of
+ * V are not read: a NaN there must not reach rows that see nothing of it. diagonal: the first
+ * row's. */
+DEVICE key_range seen_means(const wan_attn_cuda_args &args, int num_keys, int diagonal) {
+    key_range top = visible_keys(args, diagonal, num_keys);
+    key_range bottom = visible_keys(args, diagonal + BLOCK_M - 1, num_keys);
+    return {whole_blocks(top, num_keys).begin, whole_blocks(bottom, num_keys).end};
+}
+
 /* Turns the sources of K and V to tile m of the means. */
 DEVICE void find_means(tile_source &k, tile_source &v, const wan_attn_cuda_args &args,
                        const block_place &place, int m) {
