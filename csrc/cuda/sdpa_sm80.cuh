@@ -146,6 +146,8 @@ DEVICE mask_bounds load_bounds() {
 
 #if SKIPS
 #include "cuda/tile/lost.cuh"
+#else
+DEVICE bool skips(const wan_attn_cuda_args &) { return false; }
 #endif
 
 /* Where a tile of K is in shared memory. */
@@ -195,16 +197,7 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
         if (kind == MEANS && n == (blocks_of(bounds.num_keys) - 1) / BLOCK_N)
             score_last_mean(s[m], bounds.num_keys);
 #endif
-        float new_max[2], factor[2];
-        bool has_risen =
-            raise_max(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m], new_max, factor);
-#if SKIPS
-        if (has_risen && skips(args))
-            shrink_lost(m, factor);
-#else
-        (void)has_risen;
-#endif
-        make_weights(s[m], new_max, rows.row_sum[m], scale[m]);
+        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m], m, skips(args));
     }
 }
 

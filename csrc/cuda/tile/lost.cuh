@@ -64,15 +64,13 @@ DEVICE void begin_lost(float row_max[M_TILES][2], int rows) {
     store_lost(none);
 }
 
-/* The maxima of m tile m have risen: what came before is worth `factor` of it. */
-DEVICE void shrink_lost(int m, const float factor[2]) {
+/* The maximum of row r of m tile m has risen: what came before is worth `factor` of it. All lanes
+ * must call. */
+DEVICE void shrink_lost(int m, int r, float factor) {
     float lost[M_TILES][2];
     load_lost(lost);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float smaller = lost[m][r] * factor[r] + LOST_AT_LEAST;
-        lost[m][r] = lost[m][r] > 0.0f ? smaller : 0.0f;
-    }
+    float smaller = lost[m][r] * factor + LOST_AT_LEAST;
+    lost[m][r] = lost[m][r] > 0.0f ? smaller : 0.0f;
     store_lost(lost);
 }
 
