@@ -64,15 +64,13 @@ DEVICE void begin_lost(float row_max[M_TILES][2], int rows) {
     store_lost(none);
 }
 
-/* Rows of m tile m have other maxima than before. */
-DEVICE void shrink_lost(int m, const float before[2], const float row_max[2]) {
+/* The maxima of m tile m have risen: what came before is worth `factor` of it. */
+DEVICE void shrink_lost(int m, const float factor[2]) {
     float lost[M_TILES][2];
-    if (!any_lane(row_max[0] > before[0] || row_max[1] > before[1]))
-        return;
     load_lost(lost);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float smaller = lost[m][r] * exp2_approx(before[r] - row_max[r]) + LOST_AT_LEAST;
+        float smaller = lost[m][r] * factor[r] + LOST_AT_LEAST;
         lost[m][r] = lost[m][r] > 0.0f ? smaller : 0.0f;
     }
     store_lost(lost);

@@ -52,26 +52,34 @@ DEVICE float grown_max(const float s[S_TILES][4], int r, float row_max, float sc
     return larger(row_max, quad_max(score) * scale);
 }
 
-/* Scores become weights; o and row_sum are brought to the new maximum. scale: of scores in base 2,
- * for each of the lane's two rows. A row that has still seen no key keeps its maximum, `lowest`. */
-DEVICE void softmax_tile(float s[S_TILES][4], float o[O_TILES][4], float row_max[2],
-                         float row_sum[2], const float scale[2]) {
-    const float new_max[2] = {grown_max(s, 0, row_max[0], scale[0]),
-                              grown_max(s, 1, row_max[1], scale[1])};
-    /* Almost never after the first tiles. Skipping is exact: the factor would be 1. */
-    if (any_lane(new_max[0] > row_max[0] || new_max[1] > row_max[1])) {
+/* Brings o and row_sum to new_max, the maximum of this tile and those before it; where none of the
+ * warp's rows has a larger one than before, says false: the factors would be 1. scale: of scores in
+ * base 2, for each of the lane's two rows. A row that has still seen no key keeps its maximum,
+ * `lowest`. */
+DEVICE bool raise_max(const float s[S_TILES][4], float o[O_TILES][4], float row_max[2],
+                      float row_sum[2], const float scale[2], float new_max[2], float factor[2]) {
+    new_max[0] = grown_max(s, 0, row_max[0], scale[0]);
+    new_max[1] = grown_max(s, 1, row_max[1], scale[1]);
+    /* Almost never after the first tiles. */
+    if (!any_lane(new_max[0] > row_max[0] || new_max[1] > row_max[1]))
+        return false;
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float factor = exp2_approx(row_max[r] - new_max[r]);
-            row_max[r] = new_max[r];
-            row_sum[r] *= factor;
+    for (int r = 0; r < 2; r++) {
+        factor[r] = exp2_approx(row_max[r] - new_max[r]);
+        row_max[r] = new_max[r];
+        row_sum[r] *= factor[r];
 #pragma unroll
-            for (int j = 0; j < O_TILES; j++) {
-                o[j][2 * r] *= factor;
-                o[j][2 * r + 1] *= factor;
-            }
+        for (int j = 0; j < O_TILES; j++) {
+            o[j][2 * r] *= factor[r];
+            o[j][2 * r + 1] *= factor[r];
         }
     }
+    return true;
+}
+
+/* Scores become weights. */
+DEVICE void make_weights(float s[S_TILES][4], const float new_max[2], float row_sum[2],
+                         const float scale[2]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float shift = P_SHIFT - new_max[r], sum = 0.0f;
