@@ -111,7 +111,9 @@ static void leave_out(uint64_t *random, wan_attn_params *p) {
 static int run_one(uint64_t *random, wan_attn_error *err) {
     static const int64_t HEAD_DIMS[] = {64, 80, 96, 128, 256, 72};
     static const int64_t LENGTHS[] = {0, 1, 63, 64, 257, 4096, 4097, 75600};
-    int64_t lens[4], batch = 1 + pick(random, 4), head_dim = HEAD_DIMS[pick(random, 6)];
+    int leaves_out = pick(random, 4) == 0; /* which is for two head_dims alone */
+    int64_t lens[4], batch = 1 + pick(random, 4);
+    int64_t head_dim = leaves_out ? 64 << pick(random, 2) : HEAD_DIMS[pick(random, 6)];
     int64_t seqlen_q = LENGTHS[pick(random, 8)], seqlen_k = LENGTHS[pick(random, 8)];
     int64_t heads_k = 1 + pick(random, 3), heads_q = heads_k * (1 + pick(random, 2));
     int32_t device = (int32_t)pick(random, ARCHS),
@@ -136,7 +138,7 @@ static int run_one(uint64_t *random, wan_attn_error *err) {
     }
     p.is_causal = (int32_t)pick(random, 2);
     p.window_size_left = p.window_size_right = -1;
-    if (pick(random, 4) == 0)
+    if (leaves_out)
         leave_out(random, &p);
     wan_attn_call call = {.struct_size = sizeof(call)};
     wan_attn_status status = wan_attn_prepare(&p, &call, err);
