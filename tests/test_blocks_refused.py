@@ -186,7 +186,13 @@ def test_which_cuda_rows_take_lists(wishes: dict[str, Any], tmp_path: Path, nati
         shape = f"1x200x2x{head_dim}"
         assert asked(shape, **wishes) == f"sdpa_sm80_listed_d{head_dim}"
         assert asked(shape) == f"sdpa_sm80_d{head_dim}"
-        assert neither in asked(shape, precision=library.QK8, **wishes)
+        lossy = asked(shape, precision=library.QK8, **wishes)
+        if "skip_threshold" in wishes:
+            assert "takes block lists, but neither pools_others nor a skip_threshold" in lossy
+            assert f"sdpa_sm80_qk8_listed_d{head_dim}" in lossy
+        else:
+            assert lossy == f"sdpa_sm80_qk8_listed_d{head_dim}"
+        assert asked(shape, precision=library.QK8) == f"sdpa_sm80_qk8_d{head_dim}"
     those = "cuda with block lists" if "has_block_lists" in wishes else "cuda with a skip_threshold"
     takes = f"those for {those} take head_dim 128, 64, got"
     assert asked("1x200x2x80", **wishes) == f"{takes} 80"

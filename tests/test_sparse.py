@@ -214,22 +214,24 @@ def test_a_kernel_that_fails_leaves_the_dense_result(
     assert "failed at run time (planted)" in caplog.text
 
 
+@pytest.mark.parametrize("mode", ("sparse", "near_exact"))
 def test_where_it_is_slower_it_is_dense(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Dense calls are counted where the schedule has them; six of each sort decide."""
     monkeypatch.setenv("WAN_ATTN_TUNE", "auto")
     config.refresh()
-    x, stock = near(), kernel.by_lists
+    name = "by_lists" if mode == "sparse" else "by_threshold"
+    x, stock = near(), getattr(kernel, name)
 
     def slow(*args: Any, **options: Any) -> Any:
         for _ in range(40):
             made = stock(*args, **options)
         return made
 
-    monkeypatch.setattr(kernel, "by_lists", slow)
+    monkeypatch.setattr(kernel, name, slow)
     with (
-        use(budget=0.3) as used,
+        use(mode, budget=0.3) as used,
         caplog.at_level(logging.INFO, "wan_attn"),
     ):
         for step in range(32):

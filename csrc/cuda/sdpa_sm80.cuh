@@ -56,7 +56,8 @@
 #ifndef LISTED /* rows listed set it */
 #define LISTED 0
 #endif
-#define SKIPS (LISTED && !QK_INT8) /* takes a skip_threshold */
+#define POOLS (LISTED && !QK_INT8) /* pools_others; rows of 8-bit scores take lists alone */
+#define SKIPS POOLS                /* a skip_threshold */
 #define NUM_THREADS (32 * NUM_WARPS)
 #if IS_BF16 /* of q and out */
 #define PACK pack_bf16
@@ -186,7 +187,7 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
                 s[m], r,
                 visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r, bounds.num_keys),
                 n * BLOCK_N + thread_index() % 4 * 2);
-#if LISTED
+#if POOLS
 #pragma unroll
         for (int r = 0; r < 2 && kind == MEANS; r++) {
             score_means(args, s[m], m, r, scale[m][r], walk.bits, bounds.num_keys, bounds.diagonal,
@@ -198,6 +199,13 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
 #endif
         softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m], m, skips(args));
     }
+}
+
+/* From tile n to `next`, unless there is none. */
+DEVICE void turn_sources(key_tiles &tiles, int n, int next) {
+    int back = next >= 0 ? n - next : 0;
+    go_back(tiles.v, back);
+    go_back(tiles.k, back);
 }
 
 /* Barrier 2. */
@@ -224,21 +232,26 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
     mask_bounds bounds = {0, 0, 0, 0};
     if (kind != CLEAN)
         bounds = load_bounds();
-    int num_rows = kind == MEANS ? blocks_of(bounds.num_keys) : bounds.num_keys;
-    copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, num_rows - n * BLOCK_N);
+    key_range v_rows = {0, bounds.num_keys};
+#if POOLS
+    if (kind == MEANS)
+        v_rows = seen_means(args, bounds.num_keys, bounds.diagonal);
+#endif
+    copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, v_rows.end - n * BLOCK_N,
+              kind == MEANS ? v_rows.begin - n * BLOCK_N : 0);
     cp_async_commit();
     /* Not within the branch: on Turing V's and K's loads then are under way together. */
-    int back = next >= 0 ? n - next : 0;
-    go_back(tiles.v, back);
-    go_back(tiles.k, back);
+    if (STAGES == 2)
+        turn_sources(tiles, n, next);
     if (STAGES == 2 && next >= 0)
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
     if (STAGES == 2)
         cp_async_commit();
 
     /* A warp that only keeps step has a way of its own: with S alive across the barrier on one way
-     * alone, ptxas spills for sm_90. With one m tile a warp it is the other way round, on Turing. */
-    if (!is_mine && M_TILES > 1) {
+     * alone, ptxas spills for sm_90. With one m tile a warp it is the other way round, on Turing,
+     * and with one buffer of K, whose next tile comes on both ways. */
+    if (!is_mine && M_TILES > 1 && STAGES == 2) {
         wait_for_v();
         return;
     }
@@ -252,8 +265,10 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
         weigh(args, n, kind, bounds, walk, q, s, rows);
 
     wait_for_v();
-    if (STAGES == 1 && next >= 0)
+    if (STAGES == 1 && next >= 0) {
+        turn_sources(tiles, n, next);
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
+    }
     if (STAGES == 1)
         cp_async_commit();
     if (is_mine)
@@ -274,7 +289,7 @@ DEVICE void clear(warp_rows &rows) {
     }
 }
 
-#if LISTED
+#if POOLS
 /* Blocks that are not listed, from the last tile of their means to the first. */
 DEVICE void process_means(const wan_attn_cuda_args &args, tile_walk &walk, const q_fragments &q,
                           key_tiles &tiles, warp_rows &rows) {
@@ -334,7 +349,7 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
             is_clean = n >= work.clean_begin && n < load_bounds().clean_end;
         }
     }
-#if LISTED
+#if POOLS
     if (listed_of(args).pooled_k)
         process_means(args, walk, q, tiles, rows);
 #endif

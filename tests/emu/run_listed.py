@@ -35,7 +35,7 @@ BLOCK = 64
 Launcher = Callable[[ListedArgs, int, list[Any]], int]
 
 
-def _lists(memory: Memory, counts: Tensor, indices: Tensor) -> Lists:
+def lists_at(memory: Memory, counts: Tensor, indices: Tensor) -> Lists:
     counts, indices = memory.add("counts", counts), memory.add("indices", indices)
     return Lists(
         *(counts.data_ptr(), indices.data_ptr()),
@@ -147,7 +147,7 @@ def run(
     )
     args = ListedArgs(call)
     if counts is not None and indices is not None:
-        args.lists = _lists(memory, counts, indices)
+        args.lists = lists_at(memory, counts, indices)
     if pooled_k is not None and pooled_v is not None:
         args.pooled_k, args.pooled_v = pooled_k.data_ptr(), pooled_v.data_ptr()
     if bad is not None:

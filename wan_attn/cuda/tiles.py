@@ -151,6 +151,11 @@ class TileListed(Tile):
 
 
 @dataclass(frozen=True)
+class TileListedQk8(TileQk8, TileListed):
+    """One TILE_LISTED_QK8 line for one of its row's dtypes: lists of blocks and 8-bit scores."""
+
+
+@dataclass(frozen=True)
 class TileSm90:
     """One TILE_SM90 line for one of its row's dtypes; the fields from use on are its columns. A row
     has several, for different calls."""
@@ -353,6 +358,11 @@ def tiles_qk8() -> tuple[TileQk8, ...]:
 @cache
 def tiles_listed() -> tuple[TileListed, ...]:
     return _read_tiles("TILE_LISTED", TileListed)
+
+
+@cache
+def tiles_listed_qk8() -> tuple[TileListedQk8, ...]:
+    return _read_tiles("TILE_LISTED_QK8", TileListedQk8)
 
 
 @cache

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from wan_attn.request import BLOCK, Blocks, blocks_of
-from wan_attn.selfcheck.reference import HEADS_Q, MASKS, Case, Truth, seen_keys
+from wan_attn.selfcheck.reference import (
+    HEADS_Q,
+    MASKS,
+    Case,
+    Truth,
+    moved_by_8_bits,
+    seen_keys,
+)
 
 BEHIND = (1 << 31) - 1  # what lies behind the count of a list, and is never read
 
@@ -57,8 +64,10 @@ def attention(
     pools_others: bool,
     unit: float,
     kept: Tensor | None = None,
+    is_lossy: bool = False,
 ) -> Truth:
-    """The case's result by lists, and what rounding the means may move it by, as `moved`.
+    """The case's result by lists, and what rounding the means may move it by, as `moved`; or what
+    8-bit scores may.
 
     Args:
         q, k, v: as of reference.attention().
@@ -66,6 +75,7 @@ def attention(
         unit: of UNIT, of value's dtype.
         kept: [batch, rows, heads, blocks of keys] bool: the listed blocks that each row has in its
             result; None: all.
+        is_lossy: scores are of 8 bits; nothing is pooled.
     """
     out = torch.zeros(q.shape, dtype=torch.float64, device="cpu")
     spread, peak = torch.zeros_like(out), torch.zeros_like(out[..., :1])
@@ -89,6 +99,11 @@ def attention(
             here = weights @ values
             out[b, :used_q, h], lse[b, h, :used_q] = here, row
             spread[b, :used_q, h] = weights @ values.abs()
+            if is_lossy:
+                scaled = rows / math.sqrt(q.shape[3])
+                moved[0][b, :used_q, h], moved[1][b, h, :used_q] = moved_by_8_bits(
+                    scaled, keys, values, weights, here
+                )
             if pools_others:
                 means = slice(used_k, None)
                 size = rows.abs() @ keys[means].abs().T / math.sqrt(q.shape[3])

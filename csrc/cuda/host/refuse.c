@@ -73,7 +73,7 @@ const char *wan_attn_cuda_plan_call(wan_attn_problem *p) {
                "RTX 30 to 50)";
     const wan_attn_cuda_tile *tile = device ? tile_for(p, device->arch) : NULL;
     const char *why = refuse_tile(p, tile);
-    if (!why && tile->qk_int8 && wan_attn_cuda_is_hopper(device->arch))
+    if (!why && tile->qk_int8 && !tile->is_listed && wan_attn_cuda_is_hopper(device->arch))
         why = "is slower than sdpa_sm90 on Hopper, whose full rate mma.sync does not reach";
     if (!why)
         why = wan_attn_cuda_refuse_sizes(p);

@@ -20,6 +20,15 @@ DEVICE key_range whole_blocks(const key_range &keys, int num_keys) {
     return blocks;
 }
 
+/* The blocks that count for any row of this block of rows, were none listed. The others' means of
+ * V are not read: a NaN there must not reach rows that see nothing of it. diagonal: the first
+ * row's. */
+DEVICE key_range seen_means(const wan_attn_cuda_args &args, int num_keys, int diagonal) {
+    key_range top = visible_keys(args, diagonal, num_keys);
+    key_range bottom = visible_keys(args, diagonal + BLOCK_M - 1, num_keys);
+    return {whole_blocks(top, num_keys).begin, whole_blocks(bottom, num_keys).end};
+}
+
 /* Turns the sources of K and V to tile m of the means. */
 DEVICE void find_means(tile_source &k, tile_source &v, const wan_attn_cuda_args &args,
                        const block_place &place, int m) {
@@ -91,12 +100,13 @@ DEVICE bool sees_means(const wan_attn_cuda_args &args, const block_place &place,
     return others > 0;
 }
 
-/* Weights that add up to nothing: those of no key, or of keys whose scores all are -inf. The list
- * tells which; few rows ask. */
+/* Weights that add up to nothing: those of no key, or of keys whose scores all are -inf. Or to NaN,
+ * which a hidden key is as well where the row's factor is NaN (8-bit scores). The list tells which;
+ * few rows ask. */
 DEVICE bool sees_walk(const wan_attn_cuda_args &args, const block_place &place, int row, int used_q,
                       float row_sum) {
     const wan_attn_cuda_lists &lists = listed_of(args).lists;
-    if (row_sum != 0.0f || row >= used_q || !lists.counts)
+    if (row_sum > 0.0f || row >= used_q || !lists.counts)
         return true;
     int used_k = length_at(args.seqused_k, place.sample, args.seqlen_k);
     key_range keys = visible_keys(args, row + used_k - used_q, used_k);
@@ -107,7 +117,7 @@ DEVICE bool sees_walk(const wan_attn_cuda_args &args, const block_place &place, 
         int n = load_global_i32(list.at + i * lists.index_stride);
         sees = n >= begin && n < end;
     }
-    return sees || (listed_of(args).pooled_k && sees_means(args, place, row, used_q));
+    return sees || (POOLS && listed_of(args).pooled_k && sees_means(args, place, row, used_q));
 }
 
 #endif /* WAN_ATTN_CUDA_TILE_MEANS_H */

@@ -64,9 +64,9 @@ DEVICE tile_source source_of(const char *head, i64 row_stride, int first_key) {
 }
 
 /* Starts the copy of the source's tile to `to` and turns the source to the tile before it, unless a
- * list says which one that is. With a tail, only the first `rows` rows are read, the others become
- * zero: 0 * NaN would be NaN. */
-DEVICE void copy_tile(u32 to, tile_source &source, bool has_tail, int rows) {
+ * list says which one that is. With a tail, only rows from `begin` to `rows` - 1 are read, the
+ * others become zero: 0 * NaN would be NaN. */
+DEVICE void copy_tile(u32 to, tile_source &source, bool has_tail, int rows, int begin = 0) {
     const char *row = source.from;
 #pragma unroll
     for (int pass = PASSES - 1; pass >= 0; pass--) {
@@ -74,8 +74,9 @@ DEVICE void copy_tile(u32 to, tile_source &source, bool has_tail, int rows) {
         for (int group = 0; group < CHUNKS / GROUP; group++) {
             u32 place = to + (u32)(pass * ROWS_PER_PASS * ROW_BYTES + group * GROUP_BYTES);
             const char *from = row + group * GROUP_BYTES;
+            int at = copied_row() + pass * ROWS_PER_PASS;
             if (has_tail)
-                cp_async_16_or_zero(place, from, copied_row() + pass * ROWS_PER_PASS >= rows);
+                cp_async_16_or_zero(place, from, at >= rows || (begin > 0 && at < begin));
             else
                 cp_async_16(place, from);
         }

@@ -32,7 +32,6 @@ enum {
 static_assert(LISTS == 1 || LISTS == 2, "a lane's bits are one word");
 static_assert(BLOCK_N == WAN_ATTN_CUDA_LIST_BLOCK, "a tile is a block of keys");
 static_assert(LISTS * WAN_ATTN_CUDA_LIST_BLOCK == BLOCK_M, "a block has whole blocks of queries");
-static_assert(STAGES == 2, "sources go on where K's next tile is copied");
 static_assert(NUM_WARPS % LISTS == 0, "no warp has rows of two blocks of queries");
 
 typedef struct tile_walk {
@@ -186,8 +185,11 @@ DEVICE int resume_walk(tile_walk &walk, const wan_attn_cuda_args &args, int n) {
     return enter_group(walk, args, last_tile(n) / GROUP_TILES);
 }
 
+/* The lane is said in two ways: on sm_90 either spills where the other does not. */
 DEVICE bool is_of_warp(const tile_walk &walk, int n) {
-    bool is_of_lane = ((n ^ thread_index() * LANE_TILES) & (GROUP_TILES - LANE_TILES)) == 0;
+    bool is_of_lane = STAGES == 2
+                          ? ((n ^ thread_index() * LANE_TILES) & (GROUP_TILES - LANE_TILES)) == 0
+                          : ((n / LANE_TILES ^ thread_index()) & 31) == 0;
     return LISTS == 1 || any_lane(is_of_lane && (walk.bits >> (16 + (n & 15)) & 1) != 0);
 }
 
