@@ -23,8 +23,9 @@ from nightly import every
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
 
-KERNEL, LOST, WALK, MEANS = (
-    f"cuda/{name}.cuh" for name in ("sdpa_sm80", "tile/lost", "tile/walk_listed", "tile/means")
+KERNEL, LOST, SOFTMAX, WALK, MEANS = (
+    f"cuda/{name}.cuh"
+    for name in ("sdpa_sm80", "tile/lost", "tile/softmax", "tile/walk_listed", "tile/means")
 )
 SLIM, WIDE = "sdpa_sm80_listed_f16_d64_slim", "sdpa_sm80_listed_bf16_d64_wide"
 
@@ -58,18 +59,18 @@ BUGS = (
     Bug("a lane counts its own keys", LOST, "weights[i / 2][i % 2] = quad_sum(sum);", "weights[i / 2][i % 2] = sum;"),
     Bug("weights without P_SHIFT", LOST, "float shift = P_SHIFT - row_max", "float shift = 0.0f - row_max"),
     Bug("weights of every second key", LOST, "j < 2 * S_TILES; j++", "j < 2 * S_TILES; j += 2"),
-    Bug("what was lost stays as the maximum rises", LOST, "lost[m][r] * exp2_approx(before[r] - row_max[r])", "lost[m][r]"),
-    Bug("it grows with the maximum", LOST, "exp2_approx(before[r] - row_max[r])", "exp2_approx(row_max[r] - before[r])"),
-    Bug("the maximum rises in a mean, and nobody notices", KERNEL, "if (skips(args))\n            shrink_lost", "if (skips(args) && kind != MEANS)\n            shrink_lost"),
-    Bug("it shrinks in the first 16 rows alone", KERNEL, "shrink_lost(m, before", "shrink_lost(0, before", WIDE),
-    Bug("one of two rows shrinks", LOST, "r < 2; r++) {\n        float smaller", "r < 1; r++) {\n        float smaller"),
+    Bug("what was lost stays as the maximum rises", LOST, "lost[m][r] * factor", "lost[m][r]"),
+    Bug("it grows with the maximum", LOST, "lost[m][r] * factor", "lost[m][r] / factor"),
+    Bug("the maximum rises in a mean, and nobody notices", KERNEL, "scale[m], m, skips(args));", "scale[m], m, skips(args) && kind != MEANS);"),
+    Bug("it shrinks in the first 16 rows alone", SOFTMAX, "                shrink_lost(m, r, factor);", "                shrink_lost(0, r, factor);", WIDE),
+    Bug("one of two rows shrinks", SOFTMAX, "if (has_lost)", "if (has_lost && r == 0)"),
     Bug("the share is of what is left", LOST, "quad_sum(row_sum[i / 2][i % 2]) + of_row", "quad_sum(row_sum[i / 2][i % 2])"),
     Bug("the share is of a lane's sum", LOST, "quad_sum(row_sum[i / 2][i % 2]) + of_row", "row_sum[i / 2][i % 2] + of_row"),
     Bug("the share is rounded down", LOST, "#define LOST_ROUNDING 1.001f", "#define LOST_ROUNDING 0.9999f"),
     Bug("a NaN is no share", LOST, "share = share < 1.0f ? share : 1.0f;", "share = share > 1.0f ? 1.0f : share;"),
     Bug("rows that are not there have lost all", LOST, "of_row > 0.0f && row_in_block(i / 2) + i % 2 * 8 < rows", "of_row > 0.0f"),
     Bug("a row's share counts if the next one is there", LOST, "row_in_block(i / 2) + i % 2 * 8 < rows", "row_in_block(i / 2) + i % 2 * 8 < rows - 1"),
-    Bug("rows that are not there keep what they like", LOST, "row_in_block(i / 2) + i % 2 * 8 >= rows", "row_in_block(i / 2) + i % 2 * 8 >= 1 << 20"),
+    Bug("rows that are not there keep what they like", LOST, "row_in_block(i / 2) + i % 2 * 8 >= rows", "row_in_block(i / 2) + i % 2 * 8 >= 1 << 20", WIDE),
     Bug("the last row keeps nothing", LOST, "row_in_block(i / 2) + i % 2 * 8 >= rows", "row_in_block(i / 2) + i % 2 * 8 >= rows - 1"),
     Bug("lost begins as it lies there", LOST, "    store_lost(none);\n", "    (void)none;\n"),
     Bug("all lanes keep what is lost", LOST, "    if (keeps_lost())\n        store_shared", "    if (keeps_lost() || true)\n        store_shared"),
@@ -80,7 +81,6 @@ BUGS = (
     Bug("no lists are empty ones", WALK, "named = bits_between(", "named = 0 & bits_between("),
     Bug("no lists are read", WALK, "        if (lists.counts) {", "        if (lists.counts || true) {"),
     Bug("no lists name what is in half of a lane's tiles", WALK, "smaller_int(range.end - from, PER_LANE)", "smaller_int(range.end - from, PER_LANE / 2)", WIDE),
-    Bug("no lists name the next lane's tiles, too", WALK, "smaller_int(range.end - from, PER_LANE)", "range.end - from", WIDE),
     Bug("no lists name what is before the window", WALK, "bits_between(range.begin - from,", "bits_between(0,"),
     Bug("no lists are read for a row of -inf", MEANS, " || !lists.counts)", ")"),
 )

@@ -141,7 +141,8 @@ def judge(
     case: Case, skip: Skip, tile: TileListed, result: Result, told: float, x: Any, lists: Lists
 ) -> Told:
     query, key, value = x
-    call, pools = case.call(), {"pools_others": skip.pools_others}
+    call: dict[str, Any] = case.call()
+    pools: dict[str, Any] = {"pools_others": skip.pools_others}
     shape = {"block_m": tile.block_m, "rows_of_warp": rows_of_warp(tile)}
     wanted = skip_oracle.skipped(query, key, value, lists, skip.threshold, **shape, **call)
     if wanted.is_sure:
@@ -174,8 +175,9 @@ def check(
         if case.q_is_f32:  # judge the 16-bit call, as cases.check does
             query, again = query.to(value.dtype), torch.zeros(1)
             rounded = runner(tile, query, key, value, lost_mass=again, **options)
-            same = {"rtol": 0, "atol": 0, "equal_nan": True}
-            torch.testing.assert_close(result.out.to(rounded.out.dtype), rounded.out, **same)
+            torch.testing.assert_close(
+                result.out.to(rounded.out.dtype), rounded.out, rtol=0, atol=0, equal_nan=True
+            )
             assert torch.equal(told, again)
             result = rounded
         assert result.bank_conflicts == 0, f"{result.bank_conflicts} bank conflicts"

@@ -65,9 +65,11 @@ def it_leaves_out_what_it_says(tile: TileListed, **how: Any) -> None:
 
 
 def a_large_share(tile: TileListed, **how: Any) -> None:
-    """Twenty blocks of which each weighs 0.9 of the one that is kept."""
+    """Twenty blocks of which each weighs 0.9 of the one that is kept; for all but the last row
+    0.8."""
     x = peaked(tile, 21, 0.0)
     x[1][:, :-BLOCK, :, 0] = -0.03125
+    x[0][:, :-1] *= 2.0
     _, lost = told(tile, x, 1.0, scale=1.0, **how)
     share = 20 * math.exp(-0.125) / (1 + 20 * math.exp(-0.125))
     assert share <= lost <= 1.002 * share
@@ -87,15 +89,16 @@ def a_tiny_threshold_changes_no_bit(tile: TileListed, **how: Any) -> None:
     """Nor does having no lists, beside a list of all blocks."""
     for case in (Case(150, 333, 2, 4, 2), Case(70, 290, 1, 2, 2, is_causal=True, k_lens=(280,))):
         x = cases.operands(case, tile)
+        query, key, value = x
         lists = random_lists(1, case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, 1.1)
         listed = dict(zip(UNLISTED, lists.as_tensors(), strict=True))
         call = {**case.call(), **how}
-        want = run(tile, *x, **listed, **call)
+        want = run(tile, query, key, value, **listed, **call)
         for given in (listed, UNLISTED):
             got, lost = told(tile, x, 1e-30, **given, **call)
             assert_same(got, want)
             assert lost == 0.0
-        assert_same(run(tile, *x, **UNLISTED, **call), want)
+        assert_same(run(tile, query, key, value, **UNLISTED, **call), want)
         sharp = cases_skip.operands(case, Skip(sharpness=8.0, alike=1.0), tile)
         one, two = told(tile, sharp, **listed, **call), told(tile, sharp, **call)
         assert_same(one[0], two[0])
@@ -125,6 +128,16 @@ def a_row_keeps_a_block_for_its_warp(tile: TileListed, **how: Any) -> None:
             assert not result.out[0, :, 0, 1:4].any()
             share = 4 * math.exp(-40.0)
             assert 0.99 * share <= lost <= 1.002 * share
+
+
+def one_key_keeps_its_block(tile: TileListed, **how: Any) -> None:
+    """Wherever it is, and whichever row sees it."""
+    for row, at in ((0, 0), (9, 17), (tile.block_m - 1, 63), (tile.block_m - 9, 57)):
+        x = peaked(tile)
+        x[0][0, row, 0, 1] = 8.0
+        x[1][0, BLOCK + at, 0, 1] = 5.0
+        result, _ = told(tile, x, scale=1.0, **how)
+        assert result.out[0, row, 0, 1] > 0.01 and not result.out[0, :, 0, 2:4].any()
 
 
 def what_is_lost_shrinks_as_the_maximum_rises(tile: TileListed, **how: Any) -> None:
@@ -203,6 +216,28 @@ def what_a_row_sees_in_part_is_kept(tile: TileListed, **how: Any) -> None:
     assert not result.out[..., :2].any()
 
 
+def what_no_row_sees_is_not_met(tile: TileListed, **how: Any) -> None:
+    """Without lists: NaN in tiles before the window, and behind the last key of the mask."""
+    x = peaked(tile, 8 + tile.block_m // BLOCK)
+    for part in x[1:]:
+        part[:, :BLOCK], part[:, -BLOCK:] = math.nan, math.nan
+    lens = torch.tensor([part.shape[1] - BLOCK])
+    call: Any = {"window": (2 * BLOCK, 0), "k_lens": lens, "scale": 1.0}
+    result, _ = told(tile, x, **call, **how)
+    assert result.out.isfinite().all()
+
+
+def scores_that_all_are_minus_infinity(tile: TileListed, **how: Any) -> None:
+    """Give NaN, also without lists; rows that see no key are 0."""
+    x = peaked(tile, 2)
+    x[1][..., 0] = -math.inf
+    lens = torch.tensor([BLOCK - 20])
+    result, lost = told(tile, x, 0.5, is_causal=True, k_lens=lens, **how)
+    sees = torch.arange(tile.block_m) >= tile.block_m - (BLOCK - 20)
+    assert torch.equal(result.out[0, :, 0, 0].isnan(), sees) and lost == 0.0
+    assert not result.out[0, ~sees].any()
+
+
 def no_schedule_changes_a_bit(tile: TileListed, **how: Any) -> None:
     case = Case(tile.block_m + 70, 6 * BLOCK - 7, is_causal=True)
     x = cases_skip.operands(case, Skip(sharpness=4.0), tile)
@@ -220,10 +255,13 @@ ALL = (
     what_weighs_least_comes_first,
     a_tiny_threshold_changes_no_bit,
     a_row_keeps_a_block_for_its_warp,
+    one_key_keeps_its_block,
     what_is_lost_shrinks_as_the_maximum_rises,
     the_guard_keeps_the_largest,
     what_is_not_finite_is_kept,
     what_is_not_finite_is_of_its_head,
     what_a_row_sees_in_part_is_kept,
+    what_no_row_sees_is_not_met,
+    scores_that_all_are_minus_infinity,
     no_schedule_changes_a_bit,
 )
