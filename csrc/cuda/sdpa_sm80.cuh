@@ -34,7 +34,8 @@
  * that do not see it (0 * NaN; README.md says why), but never from behind the real lengths.
  * Scores (in base 2) from 2^25 on leave f16 weights no room for what their maximum is rounded by: a
  * row may overflow, from 2^29 on it may also be 0. Sums of V that is not scaled may overflow where
- * |V| times the keys is beyond float32.
+ * |V| times the keys is beyond float32. A row whose maximum is below -2^14 may lack more than what
+ * a skip_threshold's certificate says, by what P_SHIFT less that maximum is rounded by.
  * Numerics: scores, weights and sums in f32; P is rounded to the operands' dtype, its row sum is
  * not; exp2.approx.ftz; each tile's weights, and its P V on all cards but WIDE ones, are summed
  * from zero. With PV_SUM_F16 (rows pv16, for GeForce, where that product then runs twice as fast)

@@ -19,8 +19,9 @@ static_assert(M_TILES <= 2, "a lane's rows are four numbers at most");
 
 /* What weights below float32's normal numbers, which count as 0, may add up to in a row. */
 #define LOST_AT_LEAST 0x1p-100f
-/* The rounding of scores, weights and sums. */
+/* The rounding of scores and weights; of sums, which take a few for each block of keys. */
 #define LOST_ROUNDING 1.001f
+#define LOST_ROUNDING_OF_BLOCK 0x1p-21f
 
 DEVICE bool skips(const wan_attn_cuda_args &args) { return listed_of(args).nonfinite != 0; }
 
@@ -127,11 +128,12 @@ DEVICE void tell_lost(const wan_attn_cuda_args &args, const float row_sum[M_TILE
     if (!to)
         return;
     float lost[M_TILES][2], largest = 0.0f;
+    float rounding = LOST_ROUNDING + (float)blocks_of(args.seqlen_k) * LOST_ROUNDING_OF_BLOCK;
     load_lost(lost);
 #pragma unroll
     for (int i = 0; i < 2 * M_TILES; i++) {
         float of_row = lost[i / 2][i % 2], sum = quad_sum(row_sum[i / 2][i % 2]) + of_row;
-        float share = of_row * LOST_ROUNDING * reciprocal(sum) + LOST_AT_LEAST;
+        float share = of_row * rounding * reciprocal(sum) + LOST_AT_LEAST;
         share = share < 1.0f ? share : 1.0f; /* NaN, too */
         if (of_row > 0.0f && row_in_block(i / 2) + i % 2 * 8 < rows)
             largest = larger(largest, share);
