@@ -222,10 +222,13 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
     copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, v_rows.end - n * BLOCK_N,
               kind == MEANS ? v_rows.begin - n * BLOCK_N : 0);
     cp_async_commit();
-    /* Not within the branch: on Turing V's and K's loads then are under way together. */
-    int back = next >= 0 ? n - next : 0;
-    go_back(tiles.v, back);
-    go_back(tiles.k, back);
+    /* Where copies are waited for, not in a branch: V's and K's loads then are on their way
+     * together. */
+    if (next >= 0 || !HAS_CP_ASYNC) {
+        int back = next >= 0 ? n - next : 0;
+        go_back(tiles.v, back);
+        go_back(tiles.k, back);
+    }
     if (STAGES == 2 && next >= 0)
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
     if (STAGES == 2)

@@ -121,7 +121,7 @@ template <int PER_LANE> DEVICE listed_bits find_bits(const wan_attn_cuda_args &a
 /* The last tile of the group that is left, which then no longer is; below 0: none. */
 DEVICE int take_tile(tile_walk &walk) {
     u32 left = LISTS == 1 ? walk.bits : walk.bits & 0xffffu;
-    int mine = (thread_index() * LANE_TILES & (GROUP_TILES - 1)) | highest_bit(left); /* none: -1 */
+    int mine = (thread_index_again() * LANE_TILES & (GROUP_TILES - 1)) | highest_bit(left); /* none: -1 */
     int n = largest_of_warp(mine);
     if (mine == n)
         walk.bits &= ~(1u << (n & (LANE_TILES - 1)));
@@ -174,7 +174,7 @@ DEVICE int resume_walk(tile_walk &walk, const wan_attn_cuda_args &args, int n) {
 }
 
 DEVICE bool is_of_warp(const tile_walk &walk, int n) {
-    bool is_of_lane = ((n ^ thread_index() * LANE_TILES) & (GROUP_TILES - LANE_TILES)) == 0;
+    bool is_of_lane = ((n ^ thread_index_again() * LANE_TILES) & (GROUP_TILES - LANE_TILES)) == 0;
     return LISTS == 1 || any_lane(is_of_lane && (walk.bits >> (16 + (n & 15)) & 1) != 0);
 }
 
