@@ -27,7 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 from emu import compile as compilers
 from emu import sass
-from emu.rows import Tile, TileBackward, TileQk8, tiles_for, tiles_qk8_for
+from emu.rows import (
+    Tile,
+    TileBackward,
+    TileQk8,
+    tiles_for,
+    tiles_listed_for,
+    tiles_listed_qk8_for,
+    tiles_qk8_for,
+)
 
 HMMA_FLOP = 2 * 16 * 8 * 16  # m16n8k16; Turing's m16n8k8 does half of it
 IMMA_OPS = 2 * 16 * 8 * 32  # m16n8k32; Turing's m8n8k16 does a quarter of it
@@ -131,7 +139,8 @@ def estimates(row: str | None = None) -> Iterator[Estimate]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         for gpu in GPUS:
-            for tile in (*tiles_for(gpu.arch), *tiles_qk8_for(gpu.arch)):
+            exact = (*tiles_for(gpu.arch), *tiles_listed_for(gpu.arch))
+            for tile in (*exact, *tiles_qk8_for(gpu.arch), *tiles_listed_qk8_for(gpu.arch)):
                 if row in (None, tile.symbol):
                     compiled(tile, gpu.arch, cubin)
                     yield estimate(gpu, tile, cubin)

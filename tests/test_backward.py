@@ -172,6 +172,70 @@ def test_large_scores_of_few_rows(row: op.KernelInfo, seqlen_q: int) -> None:
             check(row, *some(row, dtype=dtype, heads_k=2, **sizes), **mask)
 
 
+@pytest.mark.parametrize("scale", (1e39, -1e300))
+def test_scales_beyond_float32(row: op.KernelInfo, scale: float) -> None:
+    """Infinity times a score or a sum of 0 would be NaN."""
+    for dtype in row.dtypes:
+        query, key, value = some(row, batch=2, dtype=dtype, seqlen_q=45)
+        inputs: Any = (query * 0, key * 0, value, torch.randn(query.shape).to(dtype))
+        got = forward_and_backward(row, *inputs, scale=scale, k_lens=[33, 0])
+        want = forward_and_backward(row, *inputs, scale=0.0, k_lens=[33, 0])
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("scale", (1e10, -1e30))
+@pytest.mark.parametrize("seqlen_q", (19, 45))
+def test_a_single_key_weighs_1_whatever_its_score(
+    row: op.KernelInfo, seqlen_q: int, scale: float
+) -> None:
+    """Such scores are rounded by more than exp() holds."""
+    for dtype in row.dtypes:
+        call = some(row, batch=2, dtype=dtype, seqlen_q=seqlen_q, seqlen_k=30)
+        grad_out = torch.randn(call[0].shape).to(dtype)
+        inputs: Any = (*call, grad_out)
+        got = forward_and_backward(row, *inputs, scale=scale, k_lens=[1, 0])
+        want = forward_and_backward(row, *inputs, scale=0.0, k_lens=[1, 0])
+        assert not got[0].any() and not got[1].any()
+        assert torch.equal(got[2], want[2])
+
+
+@pytest.mark.parametrize("seqlen_q", (3, 45))
+def test_keys_far_below_scores_beyond_rounding_get_zeros(row: op.KernelInfo, seqlen_q: int) -> None:
+    """The weight of the largest may be anything then; those of the others are 0."""
+    for dtype in row.dtypes:
+        query, key, value = some(row, dtype=dtype, heads_q=1, seqlen_q=seqlen_q, seqlen_k=30)
+        query, grad_out = query[:, :1].expand_as(query), torch.randn(query.shape).to(dtype)
+        got = forward_and_backward(row, query, key, value, grad_out, scale=1e10)
+        others = torch.ones(30, dtype=torch.bool)
+        others[(key[0, :, 0].double() @ query[0, 0, 0].double()).argmax()] = False
+        assert not got[1][0, others].any() and not got[2][0, others].any()
+
+
+@pytest.mark.parametrize("q_lens", (3, 24, 45))
+def test_a_key_of_minus_infinity_gets_zeros(row: op.KernelInfo, q_lens: int) -> None:
+    """From all rows that see it, which need not fill what is computed together."""
+    for dtype in row.dtypes:
+        for seqlen_q in (q_lens, 64):
+            call = some(row, dtype=dtype, heads_q=1, seqlen_q=seqlen_q, seqlen_k=70)
+            call[0][..., 0] = 1.0
+            call[1][:, 5, :, 0] = -math.inf
+            grad_out = torch.randn(call[0].shape).to(dtype)
+            got = forward_and_backward(row, *call, grad_out, q_lens=[q_lens])
+            assert not got[1][:, 5].any() and not got[2][:, 5].any()
+            assert got[1].isfinite().all() and got[2].isfinite().all()
+            assert got[0][:, :q_lens, :, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("left", (3, 4))
+def test_nan_just_before_the_visible_keys(row: op.KernelInfo, left: int) -> None:
+    """Keys are multiplied two at a time where they are bfloat16; the first visible one may be the
+    second of such a pair."""
+    for dtype in row.dtypes:
+        query, key, value = some(row, dtype=dtype, seqlen_q=1, seqlen_k=40)
+        key[:, : 39 - left] = value[:, : 39 - left] = math.nan
+        check(row, query, key, value, window=(left, 0))
+
+
 def test_gradient_of_lse(row: op.KernelInfo) -> None:
     for dtype in row.dtypes:
         call = some(row, batch=2, seqlen_q=65, seqlen_k=50, dtype=dtype)

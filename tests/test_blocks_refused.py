@@ -183,18 +183,22 @@ def test_which_cuda_rows_take_lists(wishes: dict[str, Any], tmp_path: Path, nati
 
     neither = "takes neither block lists nor a skip_threshold"
     for head_dim in (64, 128):
-        shape, name = f"1x200x2x{head_dim}", f"sdpa_sm80_listed_d{head_dim}"
-        if "skip_threshold" in wishes:
-            assert f"{name}: takes no skip_threshold" in asked(shape, **wishes)
-        else:
-            assert asked(shape, **wishes) == name
+        shape = f"1x200x2x{head_dim}"
+        assert asked(shape, **wishes) == f"sdpa_sm80_listed_d{head_dim}"
         assert asked(shape) == f"sdpa_sm80_d{head_dim}"
-        assert neither in asked(shape, precision=library.QK8, **wishes)
-    takes = "those for cuda with block lists take head_dim 128, 64, got"
+        lossy = asked(shape, precision=library.QK8, **wishes)
+        if "skip_threshold" in wishes:
+            assert "takes block lists, but neither pools_others nor a skip_threshold" in lossy
+            assert f"sdpa_sm80_qk8_listed_d{head_dim}" in lossy
+        else:
+            assert lossy == f"sdpa_sm80_qk8_listed_d{head_dim}"
+        assert asked(shape, precision=library.QK8) == f"sdpa_sm80_qk8_d{head_dim}"
+    those = "cuda with block lists" if "has_block_lists" in wishes else "cuda with a skip_threshold"
+    takes = f"those for {those} take head_dim 128, 64, got"
     assert asked("1x200x2x80", **wishes) == f"{takes} 80"
     assert asked("1x200x2x96", **wishes) == f"{takes} 96"
     assert asked("1x200x2x96").startswith("those for cuda take head_dim 64, 128, 256, 80, got")
-    assert asked("1x200x2x64", F32, **wishes) == "none for cuda with block lists takes float32"
+    assert asked("1x200x2x64", F32, **wishes) == f"none for {those} takes float32"
     for k in op.kernels():
         plain = Request.of(parse_shape("1x200x2x64"), BF16, "cuda")
         for request in (plain, replace(plain, **wishes)):

@@ -7,6 +7,7 @@ block, so that out holds each block's share of the weights, and 0 for those that
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,20 @@ def test_the_certificate_is_what_is_lost_and_never_below_it(row: op.KernelInfo, 
     found = [certify(row, seed) for seed in range(cases)]
     assert sum(lost > 0.0 for lost in found) > cases / 10, "hardly anything was left out"
     assert sum(0.0 < lost < 0.01 for lost in found) > cases / 100, "hardly anything small"
+
+
+@each_row
+def test_the_certificate_counts_what_a_long_sum_rounds_away(row: op.KernelInfo) -> None:
+    """Each of 60,000 blocks weighs just less than what would change the sum of those before."""
+    blocks, first, threshold = 60_000, 0.049, 0.05
+    small = 0.99 * 2.0**-23 / BLOCK
+    k = torch.full(((blocks + 2) * BLOCK,), math.log(small), dtype=torch.float64)
+    k[:BLOCK], k[BLOCK : 2 * BLOCK] = 0.0, math.log(first)
+    k = k.to(row.dtypes[0])  # 16-bit scores may weigh more; then sums grow as they should
+    weight = k.double().exp()
+    q, key = torch.ones(1, 1, 1, 1, dtype=k.dtype), k[None, :, None, None]
+    _, _, lost = guarded(row, q, key, torch.zeros_like(key), skip_threshold=threshold, scale=1.0)
+    assert lost >= float(weight[BLOCK:].sum() / weight.sum())
 
 
 @each_row

@@ -172,10 +172,13 @@ BUGS = (
             ("dS of a strip before stays", "clear_ds(step, &rows, panel, 0, r.first);", ""),
             ("dK is dV's sum", "first, steps, ds,", "first, steps, p,"),
             ("a masked panel is whole", "r.is_masked = 1;", "r.is_masked = 0;"),
-            ("one key weighs what rounding makes of it", "*p = 1.0f;", "*p *= 1.01f;"),
             ("rows that see none of a panel", "r.last = m + 1;", "r.last = m;"),
             ("dQ's last keys", "(count + UNIT - 1) / UNIT,", "(count - 1) / UNIT,"),
         )
+    ),
+    Bug(
+        *("gradients: one key weighs what rounding makes of it", "cpu/backward_blocked.h"),
+        *("*p = 1.0f;", "*p *= 1.01f;", "cpu/backward_avx2.c"),
     ),
     *(
         Bug(f"gradients of few rows: {name}", FEW_GRADIENT, right, wrong, "cpu/backward_avx2.c")

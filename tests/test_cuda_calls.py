@@ -165,6 +165,14 @@ def test_scales(gpu: Gpu, scale: float) -> None:  # noqa: F811
     check(gpu, *normal(9), scale=scale, k_lens=lens)
 
 
+@pytest.mark.parametrize("scale", (1e39, -1e300))
+def test_scales_beyond_float32(gpu: Gpu, scale: float) -> None:  # noqa: F811
+    """Infinity times a score of 0 would be NaN."""
+    query, key, value = normal(9)
+    out, want = (gpu.sdpa(query * 0, key, value, scale=x)[0] for x in (scale, 0.0))
+    assert torch.equal(out, want)
+
+
 @pytest.mark.parametrize("after", range(9))
 def test_a_pass_that_fails_ends_the_call(after: int, tmp_path: Path) -> None:
     """Lengths; measure, find scale and convert K, then V; attend, merge: no later one is tried."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""test_cuda_launch_lists.py - calls with lists of blocks through the C ABI and
+"""test_cuda_launch_lists.py - calls with lists of blocks or a skip_threshold through the C ABI and
 a mock of the driver: what is launched with which arguments, and what is refused.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from emu.args import ListedArgs, PoolArgs
 from emu.build import compiler
 from emu.rows import TileSm90
 from wan_attn.native import library
+from wan_attn.selfcheck import skip_calls
+from wan_attn.selfcheck.reference import MASKS
+from wan_attn.selfcheck.skip_calls import SkipCall
 
 pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)"),
@@ -29,6 +33,7 @@ pytestmark = [
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ARCHS = (75, 80, 86, 89, 90, 120)
+SHORT = (75, 80, 89)  # a card of each class of tiles
 KEYS = 300  # five blocks of keys, the last one cut
 
 
@@ -213,10 +218,102 @@ def test_the_means_of_the_others(arch: int, tmp_path: Path) -> None:
         assert gpu.at(args.pooled_v) + size <= len(gpu.call.workspace)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_threshold_alone(arch: int, tmp_path: Path) -> None:
+    """V is looked at as the caller has it, whatever the kernel multiplies."""
+    gpu, lens = Recorder(tmp_path, arch), torch.tensor([KEYS, 65])
+    for head_dim, dtype in ((64, F16), (64, BF16), (128, BF16)):
+        query, key, value = operands(head_dim, dtype)
+        how: dict[str, Any] = {"k_lens": lens, "lens_on_device": True, "skip_threshold": 0.05}
+        names = gpu.ran(query, key, value, **how)
+        assert names[-2:] == ["find_nonfinite", row_of(arch, head_dim, dtype)]
+        (_, found, warps), (_, args, _) = gpu.passes[-2:]
+        assert isinstance(args, ListedArgs) and isinstance(found, PoolArgs)
+        assert not (args.lists.counts or args.lists.indices or args.lists.capacity)
+        assert not (args.pooled_k or args.pooled_v or args.lost_mass)
+        assert args.log2_threshold == pytest.approx(math.log2(0.05), abs=1e-6)
+        assert args.nonfinite == found.to and warps == 2 * 2 * 5 // 4
+        assert gpu.call is not None and gpu.at(found.to) + 2 * 2 * 5 * 4 <= len(gpu.call.workspace)
+        assert found.source.data == value.data_ptr() and not found.scale
+        assert tuple(found.source.strides) == value.stride()[:3]
+        assert (found.batch, found.seqlen, found.heads, found.head_dim) == (2, KEYS, 2, head_dim)
+        assert found.from_dtype == (1 if dtype == F16 else 2)
+        assert found.seqused.data == lens.data_ptr()
+
+
+def test_who_wants_to_know_what_was_lost(gpu: Recorder) -> None:
+    """A guard does; one of before there were lists is left alone, and calls without a threshold say
+    nothing."""
+    x, row = operands(), "sdpa_sm80_listed_bf16_d64"
+    words = torch.zeros(5, dtype=torch.int32)
+    mixed: dict[str, Any] = {"skip_threshold": 1.0, "pools_others": True, **lists()}
+    names = gpu.ran(*x, guard=words, **mixed)
+    assert names == ["pool", "pool", "find_nonfinite", row, "watch"]
+    args = gpu.passes[-2][1]
+    assert args.lists.counts and args.lists.capacity == 5 and args.log2_threshold == 0.0
+    assert args.lost_mass == words.data_ptr() + 16
+    places = [gpu.at(place) for place in (args.pooled_k, args.pooled_v, args.nonfinite)]
+    size = 2 * 2 * 5 * 64 * 2
+    assert places == [0, size, 2 * size] and size % 256 == 0
+    gpu.ran(*x, skip_threshold=0.5, guard=words[:4])
+    assert gpu.passes[-2][1].nonfinite and not gpu.passes[-2][1].lost_mass
+    gpu.ran(*x, skip_threshold=0.5)
+    assert gpu.passes[-1][1].nonfinite and not gpu.passes[-1][1].lost_mass
+    assert gpu.ran(*x, guard=words, **lists()) == [row, "watch"]
+    assert not gpu.passes[-2][1].lost_mass and not gpu.passes[-2][1].nonfinite
+
+
+def skip_cases() -> list[tuple[int, SkipCall, int, torch.dtype]]:
+    """Each card has each call once, and each of its rows, in the first third of all."""
+    rows = ((64, F16), (64, BF16), (128, BF16))
+    return [
+        (arch, call, *rows[(n + i + more) % 3])
+        for more in range(3)
+        for i, arch in enumerate(ARCHS)
+        for n, call in enumerate(skip_calls.CALLS)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arch", "call", "head_dim", "dtype"),
+    [
+        pytest.param(*case, marks=() if n < 18 and case[0] in SHORT else pytest.mark.nightly)
+        for n, case in enumerate(skip_cases())
+    ],
+    ids=lambda x: x.name if isinstance(x, SkipCall) else str(x),
+)
+def test_the_emulated_kernels_leave_out_what_is_small(
+    arch: int, call: SkipCall, head_dim: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """From the C ABI to the guard, judged as a card's proof is."""
+    gpu = Gpu(tmp_path, CARDS[arch])
+
+    def run(*given: Any) -> tuple[Tensor, Tensor]:
+        *x, q_lens, k_lens, mask, blocks, guard = given
+        is_causal, window = MASKS[mask]
+        how: dict[str, Any] = {"is_causal": is_causal, "window": window, **blocks._asdict()}
+        return gpu.sdpa(*x, q_lens=q_lens, k_lens=k_lens, guard=guard, **how)
+
+    assert skip_calls.wrong_in(run, call, torch.device("cpu"), dtype, head_dim) is None
+    asked = {name for name, _ in gpu.asked}
+    assert {row_of(arch, head_dim, dtype), "wan_attn_find_nonfinite"} <= asked
+
+
+@pytest.mark.parametrize("arch", SHORT)
+def test_a_threshold_that_leaves_out_nothing_changes_no_bit(arch: int, tmp_path: Path) -> None:
+    gpu, guard = Gpu(tmp_path, CARDS[arch]), torch.zeros(5, dtype=torch.int32)
+    for head_dim, dtype in ((64, F16), (128, BF16)):
+        x = operands(head_dim, dtype)
+        dense = gpu.sdpa(*x)
+        assert all(map(torch.equal, dense, gpu.sdpa(*x, skip_threshold=1e-30, guard=guard)))
+        assert guard[0] > 0 and guard[4] == 0
+
+
 def test_no_keys(gpu: Recorder) -> None:
     """There are no blocks to look at: no pass has nothing to do."""
     x, given = operands(seqlen_k=0), lists(seqlen_k=0)
-    assert gpu.ran(*x, pools_others=True, **given) == ["sdpa_sm80_listed_bf16_d64"]
+    how: dict[str, Any] = {"pools_others": True, "skip_threshold": 0.05}
+    assert gpu.ran(*x, **how, **given) == ["sdpa_sm80_listed_bf16_d64"]
     assert gpu.passes[-1][1].lists.capacity == 0
 
 
@@ -229,14 +326,13 @@ def refused(gpu: Gpu, *x: Tensor, **call: Any) -> str:
 def test_refusals(gpu: Recorder) -> None:
     assert "take head_dim 128, 64, got 80" in refused(gpu, *operands(80), **lists())
     assert "takes float32" in refused(gpu, *operands(dtype=F32), **lists())
-    said = refused(gpu, *operands(), precision=1, **lists())
-    assert "sdpa_sm80_qk8_d64" in said and "takes neither block lists nor a skip_threshold" in said
     for broken in ({"block_counts": None}, {"block_indices": None}):
         assert "must be given with" in refused(gpu, *operands(), **{**lists(), **broken})
     assert "must be 0 without block_counts" in refused(gpu, *operands(), pools_others=True)
-    for more in ({}, lists()):
-        said = refused(gpu, *operands(), skip_threshold=0.05, **more)
-        assert "sdpa_sm80_listed_d64: takes no skip_threshold" in said
+    assert "take head_dim 128, 64, got 80" in refused(gpu, *operands(80), skip_threshold=0.05)
+    assert "takes float32" in refused(gpu, *operands(dtype=F32), skip_threshold=0.05)
+    said = refused(gpu, *operands(), precision=1, skip_threshold=0.05)
+    assert "sdpa_sm80_qk8_d64" in said and "takes neither block lists nor a skip_threshold" in said
     assert gpu.asked == [], "nothing was loaded"
 
 

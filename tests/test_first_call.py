@@ -238,6 +238,39 @@ def test_kernels_for_lists_have_a_verdict_of_their_own(
     first_call.forget()
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_lists_of_8_bit_scores_have_another(
+    dtype: torch.dtype, binding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the bounds of both, which lists that are read wrong are not."""
+    if binding == "torch":
+        pytest.skip("no kernel of ours runs")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    native._require_self_check(CPU, dtype, 64, is_lossy=True, has_lists=True)
+    kind: dict[str, Any] = {"is_lossy": True, "has_lists": True}
+    for fault in ("all", "another head's", "the last is lost"):
+
+        def answer(*x: Any, fault: str = fault) -> tuple[Tensor, Tensor]:
+            given = {"is_causal": x[5], "blocks": other_lists(x[6], fault)}
+            return native._answer_in_8_bits(*x[:5], **given)
+
+        assert first_call.wrong(answer, CPU, dtype, 64, **kind), fault
+    first_call.forget()
+    real = native._op
+
+    def wrong(*operands: Any, **options: Any) -> Any:
+        out, lse = real(*operands, **options)
+        both = options.get("precision") and options["block_counts"] is not None
+        return out * (1.1 if both else 1.0), lse
+
+    monkeypatch.setattr(native, "_op", wrong)
+    native._require_self_check(CPU, dtype, 64, is_lossy=True)
+    native._require_self_check(CPU, dtype, 64, has_lists=True)
+    with pytest.raises(RuntimeError, match="_qk8: out.* instead of"):
+        native._require_self_check(CPU, dtype, 64, **kind)
+    first_call.forget()
+
+
 def test_which_calls_need_which_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[bool, bool]] = []
     here = SimpleNamespace(is_cuda=True, device=CPU, shape=(1, 1, 1, 64), dtype=torch.float16)

@@ -51,7 +51,11 @@ def c_campaign(name: str, count: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("legal", 600), ("rope", 400), ("broken", 1000), ("broken_rope", 800)]
+    ("name", "count"),
+    [
+        *(("legal", 600), ("rope", 400), ("gradient", 400)),
+        *(("broken", 1000), ("broken_rope", 800), ("broken_gradient", 800)),
+    ],
 )
 def test_calls_of_the_abi(name: str, count: int, record_property: Any) -> None:
     record_property("summary", c_campaign(name, count))

@@ -301,6 +301,17 @@ def test_any_scale_is_exact(row: op.KernelInfo | None, scale: float, seqlen_q: i
         check(row, *call, scale=scale, is_causal=True, k_lens=[20])
 
 
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("scale", (1e39, -1e300))
+@FEW_AND_MANY
+def test_scales_beyond_float32(row: op.KernelInfo | None, scale: float, seqlen_q: int) -> None:
+    """Infinity times a score of 0 would be NaN."""
+    for dtype in row_dtypes(row):
+        query, key, value = some(row, seqlen_q=seqlen_q, seqlen_k=70, dtype=dtype)
+        out, want = (sdpa(query * 0, key, value, row=row, scale=x)[0] for x in (scale, 0.0))
+        assert torch.equal(out, want)
+
+
 def test_scale_defaults_to_one_over_the_root_of_head_dim(row: op.KernelInfo | None) -> None:
     query, key, value = some(row, head_dim=80)
     by_default, _ = sdpa(query, key, value, row=row)

@@ -43,6 +43,7 @@ from wan_attn.selfcheck import (
     proof_calls,
     proof_child,
     rope_calls,
+    skip_calls,
     verdicts,
 )
 from wan_attn.selfcheck.proof_calls import Known, ProofCall
@@ -93,7 +94,7 @@ def test_faults_end_a_child_and_not_the_users_process(
     assert len(machine.children) == 6, "five rows each ended theirs"
     text = said(spoken)
     assert "in a process of its own, once for this driver, torch and build: about 10 s" in text
-    assert "18 of 26 CUDA kernels are right on NVIDIA A100" in text
+    assert "22 of 30 CUDA kernels are right on NVIDIA A100" in text
     for name, words in WORDS.items():
         assert f"{name} is not used on NVIDIA A100-SXM4-80GB: " in text and words in text
     # The next start tries nothing again, and each row is used or left as the verdict says.
@@ -114,7 +115,7 @@ def unknown(row: Any, dtype: torch.dtype, call: ProofCall, case: Case) -> Known:
     if not row.is_for_lists:
         return Known(make_inputs(case), None)  # type: ignore[arg-type]
     mask = list_reference.listed(case, call.density)
-    blocks = list_reference.as_blocks(mask, call.pools_others, torch.device("cpu"))
+    blocks = list_reference.as_blocks(mask, call.pools(row), torch.device("cpu"))
     return Known(make_inputs(case), None, blocks)  # type: ignore[arg-type]
 
 
@@ -130,8 +131,9 @@ def test_every_tile_and_every_pass_that_a_card_can_run_is_tried(
     monkeypatch.setattr(proof_calls.Known, "difference", lambda *_: None)
     for calls in (proof_calls, backward_calls):
         monkeypatch.setattr(calls, "difference", lambda *_: None)
+    monkeypatch.setattr(skip_calls, "judged", lambda *_: None)
     card = prove.MockCard(0, gpu, {})
-    monkeypatch.setattr(card, "_compute", lambda: None)
+    monkeypatch.setattr(card, "_compute", lambda *_: None)
     monkeypatch.setattr(card, "_compute_gradients", lambda *_: None)
     monkeypatch.setattr(torch, "equal", lambda *_: True)
     for row in card.rows():
@@ -149,9 +151,6 @@ def test_every_tile_and_every_pass_that_a_card_can_run_is_tried(
     # Such scales are for Turing and for sums in float16 alone.
     allowed = {"wan_attn_find_scale"} if not is_half_rate else set()
     allowed |= {name for name in missing if "_pv16_" in name and not is_half_rate}
-    if arch == 90:  # it refuses 8-bit scores
-        allowed |= {f"wan_attn_{name}" for name in ("sum_keys", "mean_of_keys")}
-        allowed |= {f"wan_attn_{name}" for name in ("quantise_k", "quantise_q")}
     assert missing <= allowed
 
 
@@ -170,6 +169,21 @@ def test_every_kind_of_call_is_tried() -> None:
         placed = call.place(q, dtype, is_value=False, device=torch.device("cpu"))
         assert torch.equal(placed.nan_to_num(), q.to(placed.dtype).nan_to_num())
         assert (placed.data_ptr() % 16 != 0) == call.is_unaligned
+
+
+def test_rows_of_8_bit_scores_get_lists_alone() -> None:
+    """All calls, without pools_others: none is left out for it."""
+    rows = {row.name: row for row in kernels.kernels()}
+    for name, pools in (
+        ("sdpa_sm80_listed_d64", True),
+        ("sdpa_sm80_qk8_listed_d64", False),
+        ("sdpa_sm80_qk8_d64", False),
+    ):
+        assert any(call.pools(rows[name]) for call in proof_calls.CALLS) == pools
+        for call in proof_calls.CALLS:
+            asked = proof_child.request(rows[name], BF16, call, torch.device("cuda"))
+            assert asked.has_block_lists == ("listed" in name)
+            assert asked.pools_others == call.pools(rows[name])
 
 
 @pytest.fixture
@@ -297,7 +311,9 @@ class Captured:
 
 
 @pytest.mark.parametrize("is_right", (True, False))
-@pytest.mark.parametrize("name", ("sdpa_sm80_d64", "sdpa_sm80_listed_d64"))
+@pytest.mark.parametrize(
+    "name", ("sdpa_sm80_d64", "sdpa_sm80_listed_d64", "sdpa_sm80_qk8_listed_d64")
+)
 def test_a_graph_is_replayed_with_other_contents(name: str, is_right: bool) -> None:
     row = next(row for row in kernels.kernels() if row.name == name)
     found = proof_calls.wrong(Captured(is_right), row, BF16)  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ def test_a_question_makes_no_proof_and_a_call_does(quick: Any) -> None:
     not_yet = "sdpa_sm80_d64: has no proof on this card yet: `python -m wan_attn prove` makes it"
     assert not_yet in machine.select() and not machine.children
     card = prove.MockCard(0, machine.gpu, {})
-    card._compute = lambda: None  # type: ignore[method-assign]
+    card._compute = lambda *_: None  # type: ignore[method-assign]
     query = torch.randn(1, 8, 1, 64).to(BF16)
     cuda_driver.ask_again()
     for _ in range(3):  # the raw op: straight to C

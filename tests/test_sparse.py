@@ -214,22 +214,24 @@ def test_a_kernel_that_fails_leaves_the_dense_result(
     assert "failed at run time (planted)" in caplog.text
 
 
+@pytest.mark.parametrize("mode", ("sparse", "near_exact"))
 def test_where_it_is_slower_it_is_dense(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Dense calls are counted where the schedule has them; six of each sort decide."""
     monkeypatch.setenv("WAN_ATTN_TUNE", "auto")
     config.refresh()
-    x, stock = near(), kernel.by_lists
+    name = "by_lists" if mode == "sparse" else "by_threshold"
+    x, stock = near(), getattr(kernel, name)
 
     def slow(*args: Any, **options: Any) -> Any:
         for _ in range(40):
             made = stock(*args, **options)
         return made
 
-    monkeypatch.setattr(kernel, "by_lists", slow)
+    monkeypatch.setattr(kernel, name, slow)
     with (
-        use(budget=0.3) as used,
+        use(mode, budget=0.3) as used,
         caplog.at_level(logging.INFO, "wan_attn"),
     ):
         for step in range(32):
@@ -327,6 +329,21 @@ def test_verdicts() -> None:
     assert layer.taus, "of another run"
     layer.begin(1)
     assert layer.taus and not layer.why_dense and layer.allowance.rows(64)
+
+
+def test_what_a_gpu_tells_late_of_a_threshold() -> None:
+    """Of calls that ran before it went down nothing follows but what they have lost."""
+    layer = record.Layer(0, 3, "self", groups=((0, 4),), threshold=0.05)
+    lost = [later.Later(torch.tensor([0.0, 0, 0, 0, x]).view(torch.int32)) for x in (0.25, 0.5)]
+    layer.pending += [note([0.06**2])._replace(threshold=0.05, guard=words) for words in lost]
+    layer.pending.append(note([0.01**2])._replace(threshold=0.025))
+    verdict.read_pending(layer, 0.05, 1.5)
+    assert layer.pending == [] and layer.threshold == 0.025 and layer.lost_mass == 0.5
+    assert len(layer.measured) == 3 and len(layer.events) == 1
+    assert "its result was in use already. Less is left out" in layer.events[0]
+    layer.pending += [note([0.06**2])._replace(threshold=0.025 / 2**n) for n in range(5)]
+    verdict.read_pending(layer, 0.05, 1.5)
+    assert None in layer.why_dense and layer.events[-1].endswith("Dense for the rest of this run")
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.05, 0.01])

@@ -6,7 +6,7 @@ without numbers say that nothing waits for it, and a call that no row takes is d
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cuda_mock.gpu import CARDS, Gpu
 from emu.build import compiler
 from sparse_calls import TOKENS, inside, one, sdpa, use
+from wan_attn import config
 from wan_attn.backends import native
+from wan_attn.doctor import sparse as doctor_sparse
 from wan_attn.native import cuda_driver, library
 from wan_attn.observe import later, sampling
 from wan_attn.request import PLAIN, Request
-from wan_attn.sparse import kernel, order, steer
+from wan_attn.sparse import kernel, order, steer, watch
 from wan_attn.sparse.routing import Routing
+from wan_attn.sparse.watch import Watch
+from wan_attn.sparse.wishes import Wishes
+from wan_attn.tuning import clocks
+from wan_attn.workloads import WORKLOADS
 
 pytestmark = pytest.mark.usefixtures("native", "as_in_a_new_process")
 
@@ -103,6 +109,53 @@ def test_order_routing_and_lists_wait_for_nothing(waits: Waits) -> None:
     assert found.shape == (2,) and waits.found == []
 
 
+class Untold(later.Later):
+    """What a GPU has still to tell."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def is_there(self) -> bool:
+        return False
+
+
+def test_near_exact_waits_for_nothing(waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three calls: what was lost, and the error of those that are measured, is read later."""
+    ran: list[dict[str, Any]] = []
+
+    def run(query: Tensor, key: Tensor, value: Tensor, call: Any, **how: Any) -> Any:
+        ran.append(how)
+        return torch.empty_like(query), None
+
+    def dense(*_: Any) -> Any:
+        raise AssertionError("it is dense")
+
+    monkeypatch.setattr(native, "run", run)
+    monkeypatch.setattr(native, "why_not", lambda *_: None)
+    monkeypatch.setattr(native, "kernel_name", lambda *_: "sdpa_sm80_listed_d128")
+    monkeypatch.setattr(watch, "Later", Untold)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(clocks, "mark", lambda device: None)
+    watching = Watch(Wishes("near_exact", min_tokens=256))
+    x = [torch.empty(1, 1000, 4, 128, device=CUDA, dtype=torch.bfloat16) for _ in range(3)]
+    request = Request.from_tensors(x[0], x[1], x[2], PLAIN)
+    with inside(grid=None):
+        for _ in range(3):
+            out, _, title = watching.run(dense, dense, request, x[0], x[1], x[2], PLAIN)
+            assert out.device == CUDA and "sdpa_sm80_listed_d128, blocks left out" in title
+    assert waits.found == []
+    (layer,) = watching.layers.values()
+    assert (layer.lossy_calls, layer.exact_calls, layer.lost_mass) == (3, 0, None)
+    assert [note.counts for note in layer.pending] == [None] * 3
+    assert layer.pending[0].errors is not None
+    guards = [how["guard"] for how in ran if how]
+    assert len(guards) == 3 and all(how.keys() == {"skip_threshold", "guard"} for how in ran if how)
+    assert all(guard.shape == (5,) and guard.device == CUDA for guard in guards)
+    for note, guard in zip(layer.pending, guards, strict=True):
+        assert isinstance(note.guard, Untold) and note.guard.tensor is guard
+        assert note.threshold == 0.05
+
+
 # --- which calls are dense -----------------------------------------------------------------------
 
 
@@ -112,17 +165,19 @@ def card_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     if compiler() is None:
         pytest.skip("no C++ compiler (clang++ or g++)")
     gpu = Gpu(tmp_path, CARDS[89])
-    real = native.why_not
 
-    def why_not(request: Request, *precision: int) -> str | None:
-        with monkeypatch.context() as patch:
-            patch.setattr(library, "load", lambda: gpu.lib)
-            patch.setattr(library, "lib", lambda: gpu.lib)
-            patch.setattr(cuda_driver, "_path", None)
-            reason: str | None = real(replace(request, device=CUDA), *precision)
-            return reason
+    def of_the_card(real: Callable[..., str | None]) -> Callable[..., str | None]:
+        def asked(request: Request, *precision: int) -> str | None:
+            with monkeypatch.context() as patch:
+                patch.setattr(library, "load", lambda: gpu.lib)
+                patch.setattr(library, "lib", lambda: gpu.lib)
+                patch.setattr(cuda_driver, "_path", None)
+                return real(replace(request, device=CUDA), *precision)
 
-    monkeypatch.setattr(native, "why_not", why_not)
+        return asked
+
+    for name in ("why_not", "kernel_name"):
+        monkeypatch.setattr(native, name, of_the_card(getattr(native, name)))
     return gpu
 
 
@@ -132,8 +187,8 @@ def card_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     (
         (64, torch.bfloat16, None),
         (64, torch.float16, None),
-        (48, torch.bfloat16, "those for cuda with block lists take head_dim 128, 64, got 48"),
-        (64, torch.float32, "none for cuda with block lists takes float32"),
+        (48, torch.bfloat16, "those for cuda with {} take head_dim 128, 64, got 48"),
+        (64, torch.float32, "none for cuda with {} takes float32"),
     ),
 )
 def test_a_call_that_no_row_takes_is_dense_and_says_why_once(
@@ -151,11 +206,25 @@ def test_a_call_that_no_row_takes_is_dense_and_says_why_once(
             sdpa(*x)
     layer = one(used, layer=3)
     lines = [r.getMessage() for r in caplog.records if "nothing is left out" in r.getMessage()]
-    if why is None and mode == "near_exact":
-        why = "takes no skip_threshold"
     if why is None:
         assert lines == []
         return
     assert layer["lossy_calls"] == 0 and layer["exact_calls"] == 3
     (line,) = lines
-    assert why in line and line.endswith("; it is dense")
+    what = "block lists" if mode == "sparse" else "a skip_threshold"
+    assert why.format(what) in line and line.endswith("; it is dense")
+
+
+@pytest.mark.parametrize("mode", ("off", "sparse", "near_exact"))
+def test_doctor_and_why_name_the_kernel(mode: str, card: Gpu) -> None:
+    settings = replace(config.current(), sparse=mode)
+    found = doctor_sparse.facts("cuda:0", settings)
+    assert found["kernel"] == "sdpa_sm80_listed_pv16_d128" and found["reason"] is None
+    assert "sdpa_sm80_listed_pv16_d128" in doctor_sparse.told(found)
+    call = replace(WORKLOADS["ti2v-5b-720p"], head_dim=80)
+    found = doctor_sparse.facts("cuda:0", settings, Request.of(call, torch.bfloat16, CUDA))
+    what = "a skip_threshold" if mode == "near_exact" else "block lists"
+    those = f"those for cuda with {what} take head_dim 128, 64, got 80"
+    reason = f"no kernel takes this call: {those}"
+    assert found["kernel"] is None and found["reason"] == reason
+    assert f"dense: {reason}" in doctor_sparse.told(found)

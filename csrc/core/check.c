@@ -2,6 +2,7 @@
  * check.c - the contract of a call, tested once for every binding and every row. Messages use the
  * names that Python users write (query, q_lens), because that is who reads them. Knows no kernel.
  */
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -119,6 +120,12 @@ static int64_t window_bound(int64_t size) {
     return size < 0 || size > WAN_ATTN_UNBOUNDED ? WAN_ATTN_UNBOUNDED : size;
 }
 
+/* Of float32's range: rows multiply by it as such, and infinity times a score of 0 is NaN. */
+static double scale_of(const wan_attn_params *a) {
+    return a->has_softmax_scale ? fmax(-FLT_MAX, fmin(a->softmax_scale, FLT_MAX))
+                                : 1.0 / sqrt((double)a->q.shape[3]);
+}
+
 static void fill(const wan_attn_params *a, wan_attn_problem *p) {
     p->params = a;
     p->device_type = (wan_attn_device)a->q.device_type;
@@ -132,7 +139,7 @@ static void fill(const wan_attn_params *a, wan_attn_problem *p) {
     p->q = wan_attn_view_of(&a->q);
     p->k = wan_attn_view_of(&a->k);
     p->v = wan_attn_view_of(&a->v);
-    p->softmax_scale = a->has_softmax_scale ? a->softmax_scale : 1.0 / sqrt((double)p->head_dim);
+    p->softmax_scale = scale_of(a);
     p->window_size_left = window_bound(a->window_size_left);
     p->window_size_right = a->is_causal ? 0 : window_bound(a->window_size_right);
 }

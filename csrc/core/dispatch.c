@@ -112,7 +112,9 @@ static wan_attn_status take(wan_attn_problem *p, int32_t row, wan_attn_error *er
 static wan_attn_status no_cuda_row_of_the_kind(wan_attn_problem *p, wan_attn_fit best,
                                                wan_attn_error *err) {
     char sizes[100] = "";
-    const char *those = wan_attn_leaves_out(p) ? "cuda with block lists" : "cuda";
+    const char *those = p->has_lists             ? "cuda with block lists"
+                        : wan_attn_leaves_out(p) ? "cuda with a skip_threshold"
+                                                 : "cuda";
     if (best == WAN_ATTN_OTHER_DTYPE)
         return wan_attn_fail(err, WAN_ATTN_UNSUPPORTED,
                              "no kernel takes this call: none for %s takes %s", those,

@@ -59,7 +59,7 @@ typedef struct wan_attn_problem {
     float *lse; /* NULL: not wanted */
     int64_t lse_batch_stride, lse_head_stride, lse_row_stride;
     wan_attn_lengths seqused_q, seqused_k;
-    double softmax_scale;
+    double softmax_scale; /* as a float32 it is finite, too */
     /* >= 0; is_causal has become window_size_right = 0. */
     int64_t window_size_left, window_size_right;
     int32_t has_lists; /* of blocks, in params (lists.h); 0: they are absent, or say nothing */

@@ -4,8 +4,6 @@
  */
 #include "cpu/backward_blocked.h"
 
-#include <float.h>
-#include <math.h>
 #include <string.h>
 
 #include "cpu/large_pages.h"
@@ -62,8 +60,7 @@ static wan_attn_backward_plan make_plan(const wan_attn_problem *call,
     wan_attn_backward_plan plan = {.blocking = blocking};
     plan.depth = wan_attn_divide_up(call->head_dim, blocking->unit);
     plan.width = round_up(call->head_dim, MULTIPLE);
-    /* Finite, or a score of 0 times this would become NaN. */
-    plan.scale = (float)fmax(-FLT_MAX, fmin(call->softmax_scale, FLT_MAX));
+    plan.scale = (float)call->softmax_scale;
     plan.panels = wan_attn_divide_up(call->seqlen_k, blocking->panel);
     plan.panel_floats = round_up(2 * (plan.depth + plan.width) * blocking->panel, ALIGNED_FLOATS);
     plan.block_floats = round_up(floats_of_block(&plan), ALIGNED_FLOATS);

@@ -18,6 +18,8 @@
 #ifndef WAN_ATTN_CPU_BACKWARD_BLOCKED_H
 #define WAN_ATTN_CPU_BACKWARD_BLOCKED_H
 
+#include <math.h>
+
 #include "core/backward.h"
 #include "core/util.h"
 #include "cpu/blocked.h"
@@ -94,6 +96,18 @@ typedef struct wan_attn_backward_rows {
  * out do not fit the scores of the gradients. */
 static inline int wan_attn_backward_is_few(const wan_attn_problem *call) {
     return call->seqlen_q <= WAN_ATTN_MAX_FEW;
+}
+
+/* A single key weighs 1, and only lse's gradient changes that. Its lse is its score, so the two may
+ * differ by what large scores are rounded by; where they are infinite or NaN, what comes of that
+ * stays, and so it does in dS, where dout or v is. */
+static inline void wan_attn_weigh_single_key(float lse, float delta, float dlse, float *p,
+                                             float *ds) {
+    if (!isfinite(lse))
+        return;
+    *p = 1.0f;
+    if (isfinite(delta))
+        *ds = dlse;
 }
 
 const char *wan_attn_backward_blocked_plan(wan_attn_backward_problem *p,

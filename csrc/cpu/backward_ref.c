@@ -197,10 +197,9 @@ static int find_weights(const wan_attn_problem *call, const row_block *rows, int
     for (int64_t n = w->begin; n < w->end; n++) {
         w->p[n] = expf(s[n] * scale - rows->lse[m]);
         w->ds[n] = w->p[n] * (dp[n] - rows->delta[m]);
-        if (is_single && w->ds[n] == w->ds[n]) { /* NaN stays */
-            w->p[n] = 1.0f;
-            w->ds[n] = rows->dlse[m];
-        }
+        if (is_single)
+            wan_attn_weigh_single_key(rows->lse[m], rows->delta[m], rows->dlse[m], &w->p[n],
+                                      &w->ds[n]);
     }
     return 1;
 }

@@ -17,8 +17,10 @@
 /* What weights below float32's normal numbers, which count as 0, may add up to in a row. */
 #define LOST_AT_LEAST 0x1p-100f
 
-/* The rounding of scores, weights and sums. */
-#define LOST_ROUNDING 1.001f
+/* The rounding of scores and weights; of sums, which take a few for each block of keys. */
+static inline float wan_attn_lost_rounding(int64_t keys) {
+    return 1.001f + (float)keys * (0x1p-21f / WAN_ATTN_BLOCK);
+}
 
 /* `lost` of a row whose maximum has risen: all before is worth alpha of what it was. */
 static inline float wan_attn_lost_after(float lost, float alpha) {
@@ -26,10 +28,11 @@ static inline float wan_attn_lost_after(float lost, float alpha) {
 }
 
 /* Takes a row into account. *most: the largest share so far, a float that is not negative, whose
- * bits are ordered as it is. */
-static inline void wan_attn_note_lost(wan_attn_flags *most, float lost, float row_sum) {
+ * bits are ordered as it is. keys: that there are. */
+static inline void wan_attn_note_lost(wan_attn_flags *most, float lost, float row_sum,
+                                      int64_t keys) {
     if (lost > 0.0f) {
-        float share = lost * LOST_ROUNDING / (row_sum + lost) + LOST_AT_LEAST;
+        float share = lost * wan_attn_lost_rounding(keys) / (row_sum + lost) + LOST_AT_LEAST;
         wan_attn_raise(most, wan_attn_bits_of_float(share < 1.0f ? share : 1.0f));
     }
 }

@@ -334,7 +334,7 @@ static void run_row_block(int64_t task, int64_t worker, void *ctx) {
         add_others(&t, &rows);
     for (int m = 0; m < t.count; m++) {
         store_row(&t, &rows, m);
-        wan_attn_note_lost(&call->lost, rows.lost[m], rows.row_sum[m]);
+        wan_attn_note_lost(&call->lost, rows.lost[m], rows.row_sum[m], p->seqlen_k);
     }
 }
 

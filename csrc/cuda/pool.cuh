@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
- * pool.cuh - the mean of each block of keys, or of values, which stands for them where the block is
- * not listed. One warp works on one block of one head; nothing is shared between warps.
+ * pool.cuh - what a block of keys or values is as a whole, for calls that leave blocks out. One
+ * warp works on one block of one head; nothing is shared between warps.
  *
+ * Two kernels, by PACK_STEP: 1 makes the mean of a block, which stands for it where it is not
+ * listed; 2 says whether a value of a block is infinite or NaN, so that a skip_threshold keeps it.
  * Numerics: a mean is the float32 sum in the order of the keys, divided by their number and by the
  * head's scale (a power of two), and then rounded once to what the products take: 2^-9 of it in
  * bf16, 2^-12 in f16, as the kernel's other operands are.
@@ -55,8 +57,28 @@ DEVICE void pool(const wan_attn_cuda_pool_args &args, const key_block &block) {
     }
 }
 
+/* Says 0 of a block without real keys. */
+DEVICE void find_nonfinite(const wan_attn_cuda_pool_args &args, const key_block &block) {
+    u32 largest = 0; /* bits of a magnitude: NaN is above infinity, and both above all others */
+    for (int row = block.begin; row < block.end; row++)
+        for (int d = thread_index() % 32; d < args.head_dim; d += 32) {
+            i64 at = block.at + row * args.from.row_stride + d;
+            u32 bits = bits_from_float(load_element(args.from.data, args.from_dtype, at));
+            bits &= 0x7fffffffu;
+            largest = bits > largest ? bits : largest;
+        }
+    bool is_found = any_lane(largest >= 0x7f800000u);
+    if (thread_index() % 32 == 0)
+        store_global_b32((int *)args.to + block.number, is_found ? 1 : 0);
+}
+
 WAN_ATTN_KERNEL(KERNEL_NAME, NUM_THREADS, 1, wan_attn_cuda_pool_args, args) {
     key_block block = find_block(args);
+#if PACK_STEP == 1
     if (block.begin < block.end)
         pool(args, block);
+#else
+    if (block.head < args.batch * args.heads)
+        find_nonfinite(args, block);
+#endif
 }

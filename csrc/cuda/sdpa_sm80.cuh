@@ -34,7 +34,8 @@
  * that do not see it (0 * NaN; README.md says why), but never from behind the real lengths.
  * Scores (in base 2) from 2^25 on leave f16 weights no room for what their maximum is rounded by: a
  * row may overflow, from 2^29 on it may also be 0. Sums of V that is not scaled may overflow where
- * |V| times the keys is beyond float32.
+ * |V| times the keys is beyond float32. A row whose maximum is below -2^14 may lack more than what
+ * a skip_threshold's certificate says, by what P_SHIFT less that maximum is rounded by.
  * Numerics: scores, weights and sums in f32; P is rounded to the operands' dtype, its row sum is
  * not; exp2.approx.ftz; each tile's weights, and its P V on all cards but WIDE ones, are summed
  * from zero. With PV_SUM_F16 (rows pv16, for GeForce, where that product then runs twice as fast)
@@ -56,6 +57,8 @@
 #ifndef LISTED /* rows listed set it */
 #define LISTED 0
 #endif
+#define POOLS (LISTED && !QK_INT8) /* pools_others; rows of 8-bit scores take lists alone */
+#define SKIPS POOLS                /* a skip_threshold */
 #define NUM_THREADS (32 * NUM_WARPS)
 #if IS_BF16 /* of q and out */
 #define PACK pack_bf16
@@ -101,11 +104,13 @@
 enum {
     V_SMEM = 0, /* offsets in shared memory */
     K_SMEM = TILE_BYTES,
-    BOUNDS_SMEM = Q_SMEM + Q_BYTES
+    BOUNDS_SMEM = Q_SMEM + Q_BYTES,
+    LOST_SMEM = BOUNDS_SMEM + 16,
+    LOST_BYTES = SKIPS ? 128 * NUM_WARPS : 0
 };
 static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row tiles");
 static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two K tiles");
-static_assert(BOUNDS_SMEM + 16 == SMEM_BYTES_ASKED, "args.h must say what is used");
+static_assert(LOST_SMEM + LOST_BYTES == SMEM_BYTES_ASKED, "args.h must say what is used");
 
 /* What a warp carries from tile to tile. */
 typedef struct warp_rows {
@@ -125,10 +130,11 @@ typedef struct key_tiles {
  * the whole of the main loop, which has none to spare. */
 typedef struct mask_bounds {
     int num_keys, diagonal, clean_end; /* as in block_work */
+    u32 first_block;                   /* SKIPS: the head's first, among those of all heads */
 } mask_bounds;
 
-DEVICE void store_bounds(const block_work &work) {
-    const u32 words[4] = {(u32)work.num_keys, (u32)work.diagonal, (u32)work.clean_end, 0};
+DEVICE void store_bounds(const block_work &work, u32 first_block) {
+    const u32 words[4] = {(u32)work.num_keys, (u32)work.diagonal, (u32)work.clean_end, first_block};
     if (thread_index() == 0)
         store_shared_b32x4(shared_base() + BOUNDS_SMEM, words);
 }
@@ -136,8 +142,14 @@ DEVICE void store_bounds(const block_work &work) {
 DEVICE mask_bounds load_bounds() {
     u32 words[4];
     load_shared_b32x4(words, shared_base() + BOUNDS_SMEM);
-    return {(int)words[0], (int)words[1], (int)words[2]};
+    return {(int)words[0], (int)words[1], (int)words[2], words[3]};
 }
+
+#if SKIPS
+#include "cuda/tile/lost.cuh"
+#else
+DEVICE bool skips(const wan_attn_cuda_args &) { return false; }
+#endif
 
 /* Where a tile of K is in shared memory. */
 DEVICE u32 k_stage(int turn) { return K_SMEM + (u32)turn % STAGES * K_TILE_BYTES; }
@@ -176,7 +188,7 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
                 s[m], r,
                 visible_keys(args, bounds.diagonal + row_in_block(m) + 8 * r, bounds.num_keys),
                 n * BLOCK_N + thread_index() % 4 * 2);
-#if LISTED
+#if POOLS
 #pragma unroll
         for (int r = 0; r < 2 && kind == MEANS; r++) {
             score_means(args, s[m], m, r, scale[m][r], walk.bits, bounds.num_keys, bounds.diagonal,
@@ -186,8 +198,15 @@ DEVICE void weigh(const wan_attn_cuda_args &args, int n, tile_kind kind, const m
         if (kind == MEANS && n == (blocks_of(bounds.num_keys) - 1) / BLOCK_N)
             score_last_mean(s[m], bounds.num_keys);
 #endif
-        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m]);
+        softmax_tile(s[m], rows.o[m], rows.row_max[m], rows.row_sum[m], scale[m], m, skips(args));
     }
+}
+
+/* From tile n to `next`, unless there is none. */
+DEVICE void turn_sources(key_tiles &tiles, int n, int next) {
+    int back = next >= 0 ? n - next : 0;
+    go_back(tiles.v, back);
+    go_back(tiles.k, back);
 }
 
 /* Barrier 2. */
@@ -211,44 +230,46 @@ DEVICE void process_tile(const wan_attn_cuda_args &args, int n, tile_kind kind, 
 
     cp_async_wait<0>();
     block_barrier();
-    mask_bounds bounds = {0, 0, 0};
+    mask_bounds bounds = {0, 0, 0, 0};
     if (kind != CLEAN)
         bounds = load_bounds();
     key_range v_rows = {0, bounds.num_keys};
-#if LISTED
+#if POOLS
     if (kind == MEANS)
         v_rows = seen_means(args, bounds.num_keys, bounds.diagonal);
 #endif
     copy_tile(tiles.copied_to + V_SMEM, tiles.v, kind != CLEAN, v_rows.end - n * BLOCK_N,
               kind == MEANS ? v_rows.begin - n * BLOCK_N : 0);
     cp_async_commit();
-    /* Where copies are waited for, not in a branch: V's and K's loads then are on their way
-     * together. */
-    if (next >= 0 || !HAS_CP_ASYNC) {
-        int back = next >= 0 ? n - next : 0;
-        go_back(tiles.v, back);
-        go_back(tiles.k, back);
-    }
+    /* Not within the branch: on Turing V's and K's loads then are under way together. */
+    if (STAGES == 2)
+        turn_sources(tiles, n, next);
     if (STAGES == 2 && next >= 0)
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
     if (STAGES == 2)
         cp_async_commit();
 
-    /* A warp that only keeps step has a way of its own: with S alive across the barrier on one
-     * way alone, ptxas spills for sm_90. With one m tile a warp, on Turing, it is the other way
-     * round. */
-    if (!is_mine && M_TILES > 1) {
+    /* A warp that only keeps step has a way of its own: with S alive across the barrier on one way
+     * alone, ptxas spills for sm_90. With one m tile a warp it is the other way round, on Turing,
+     * and with one buffer of K, whose next tile comes on both ways. */
+    if (!is_mine && M_TILES > 1 && STAGES == 2) {
         wait_for_v();
         return;
     }
     if (is_mine)
         multiply_qk(s, q, k_smem, tiles.k_read);
+#if SKIPS
+    if (is_mine && kind == CLEAN && skips(args))
+        is_mine = !leave_out(args, n + (i64)load_bounds().first_block, q, s, rows.row_max);
+#endif
     if (is_mine)
         weigh(args, n, kind, bounds, walk, q, s, rows);
 
     wait_for_v();
-    if (STAGES == 1 && next >= 0)
+    if (STAGES == 1 && next >= 0) {
+        turn_sources(tiles, n, next);
         copy_k(k_smem_next, tiles.copied_to, tiles.k, false, 0);
+    }
     if (STAGES == 1)
         cp_async_commit();
     if (is_mine)
@@ -269,7 +290,7 @@ DEVICE void clear(warp_rows &rows) {
     }
 }
 
-#if LISTED
+#if POOLS
 /* Blocks that are not listed, from the last tile of their means to the first. */
 DEVICE void process_means(const wan_attn_cuda_args &args, tile_walk &walk, const q_fragments &q,
                           key_tiles &tiles, warp_rows &rows) {
@@ -298,8 +319,13 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
     cp_async_commit();
     q_fragments q;
     load_q(args, place, work.used_q, q);
-    store_bounds(work);
     clear(rows);
+#if SKIPS
+    store_bounds(work, first_block_of(args, place));
+    begin_lost(rows.row_max, work.used_q - place.row_begin);
+#else
+    store_bounds(work, 0);
+#endif
     bool is_clean = n >= work.clean_begin && n < work.clean_end;
     while (n >= 0) {
         if (is_clean) {
@@ -324,9 +350,15 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
             is_clean = n >= work.clean_begin && n < load_bounds().clean_end;
         }
     }
-#if LISTED
+#if POOLS
     if (listed_of(args).pooled_k)
         process_means(args, walk, q, tiles, rows);
+#endif
+#if SKIPS
+    if (skips(args)) {
+        block_place again = find_place(args, BLOCK_M);
+        tell_lost(args, rows.row_sum, used_rows(args, again) - again.row_begin);
+    }
 #endif
 }
 

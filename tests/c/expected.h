@@ -6,30 +6,13 @@
 #ifndef WAN_ATTN_TESTS_EXPECTED_H
 #define WAN_ATTN_TESTS_EXPECTED_H
 
-#include <float.h>
-
 #include "eight_bits.h"
-
-enum { MOST_KEYS = 512, MOST_HEAD_DIM = 256 };
-
-static const double UNIT_F32 = 0x1p-24, UNIT_BF16 = 0x1p-8, EXP_ERROR = 0x1p-20;
-
-/* What a row computes products in. */
-typedef enum arithmetic { IN_FLOATS, IN_BF16, IN_EIGHT_BITS } arithmetic;
+#include "rounding.h"
 
 /* Dense copies: [batch, seqlen, heads, head_dim]. */
 typedef struct decoded {
     double *q, *k, *v;
 } decoded;
-
-static double *decode(const wan_attn_tensor *t, double *to) {
-    for (int64_t a = 0; a < t->shape[0]; a++)
-        for (int64_t b = 0; b < t->shape[1]; b++)
-            for (int64_t c = 0; c < t->shape[2]; c++)
-                for (int64_t d = 0; d < t->shape[3]; d++)
-                    *to++ = value_at(t, a, b, c, d);
-    return to;
-}
 
 /* One row of the result. */
 typedef struct row_truth {
@@ -82,12 +65,6 @@ static double worst_of(const double *score, const double *off, int64_t keys, dou
             worst = off[j] > worst ? off[j] : worst;
     return worst + 8 * UNIT_F32 * fabs(top);
 }
-
-static double unit_of(int32_t dtype) {
-    return dtype == WAN_ATTN_F16 ? 0x1p-11 : dtype == WAN_ATTN_BF16 ? UNIT_BF16 : UNIT_F32;
-}
-
-static double tiniest(int32_t dtype) { return dtype == WAN_ATTN_F16 ? 0x1p-24 : 2 * FLT_MIN; }
 
 /* What rounding moves out[d] by in addition: P, and V, of which the largest counts. */
 static double moved_by_rounding(const double *v, int64_t v_stride, const double *weight,

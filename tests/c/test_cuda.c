@@ -98,10 +98,22 @@ static int run_gradients(uint64_t *random, wan_attn_params *p, wan_attn_error *e
     return (int)wan_attn_backward(&a, NULL, err);
 }
 
+/* Blocks of keys may be left out, and a guard wants to know, one of before there were lists, too. */
+static void leave_out(uint64_t *random, wan_attn_params *p) {
+    p->skip_threshold = 0.05;
+    if (pick(random, 3) == 0)
+        return;
+    p->guard = (void *)(uintptr_t)0x760000000000;
+    p->guard_size = pick(random, 2) ? (uint32_t)sizeof(wan_attn_guard)
+                                    : (uint32_t)offsetof(wan_attn_guard, lost_mass);
+}
+
 static int run_one(uint64_t *random, wan_attn_error *err) {
     static const int64_t HEAD_DIMS[] = {64, 80, 96, 128, 256, 72};
     static const int64_t LENGTHS[] = {0, 1, 63, 64, 257, 4096, 4097, 75600};
-    int64_t lens[4], batch = 1 + pick(random, 4), head_dim = HEAD_DIMS[pick(random, 6)];
+    int leaves_out = pick(random, 4) == 0; /* which is for two head_dims alone */
+    int64_t lens[4], batch = 1 + pick(random, 4);
+    int64_t head_dim = leaves_out ? 64 << pick(random, 2) : HEAD_DIMS[pick(random, 6)];
     int64_t seqlen_q = LENGTHS[pick(random, 8)], seqlen_k = LENGTHS[pick(random, 8)];
     int64_t heads_k = 1 + pick(random, 3), heads_q = heads_k * (1 + pick(random, 2));
     int32_t device = (int32_t)pick(random, ARCHS),
@@ -126,6 +138,8 @@ static int run_one(uint64_t *random, wan_attn_error *err) {
     }
     p.is_causal = (int32_t)pick(random, 2);
     p.window_size_left = p.window_size_right = -1;
+    if (leaves_out)
+        leave_out(random, &p);
     wan_attn_call call = {.struct_size = sizeof(call)};
     wan_attn_status status = wan_attn_prepare(&p, &call, err);
     if (status != WAN_ATTN_OK)
@@ -133,6 +147,9 @@ static int run_one(uint64_t *random, wan_attn_error *err) {
     p.workspace = (void *)(uintptr_t)0x7d0000000000;
     p.workspace_size = call.workspace_size;
     status = pick(random, 2) ? wan_attn_run(&p, &call, err) : wan_attn_forward(&p, err);
+    p.skip_threshold = 0.0; /* gradients are dense, and tell no guard */
+    p.guard = NULL;
+    p.guard_size = 0;
     return status == WAN_ATTN_OK && pick(random, 2) ? run_gradients(random, &p, err) : (int)status;
 }
 

@@ -51,6 +51,7 @@ from emu.rows import (
     helpers,
     tiles,
     tiles_listed,
+    tiles_listed_qk8,
     tiles_qk8,
     tiles_sm90,
 )
@@ -299,7 +300,7 @@ class _Call:
             return helpers()[image]
         if "_sm90_" in image:
             return next(t for t in tiles_sm90() if t.key == image)
-        known = (*tiles(), *tiles_listed(), *tiles_qk8())
+        known = (*tiles(), *tiles_listed(), *tiles_qk8(), *tiles_listed_qk8())
         return next(t for t in known if t.symbol == image and t.gpu_class == gpus()[self.arch])
 
     def _memory(self, written: tuple[int, int], read: set[str]) -> list[Tensor_]:
@@ -394,7 +395,7 @@ def _decode(
     if kernel.body == "pool":
         pool = PoolArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(PoolArgs)))
         blocks = pool.batch * pool.heads * -(-pool.seqlen // 64)
-        return pool, (pool.to, blocks * 2 * pool.head_dim)
+        return pool, (pool.to, blocks * (2 * pool.head_dim if kernel.pack_step == 1 else 4))
     pack = PackArgs.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(PackArgs)))
     heads = pack.batch * pack.heads
     if kernel.pack_step == 1:

@@ -162,7 +162,7 @@ class MockCard(proof_child.TableCard):
             if "backward" in name:
                 self._compute_gradients(of_gradients)
             else:
-                self._compute()
+                self._compute(fault)
             if fault == "hang":
                 time.sleep(600)
             if fault == "crash":
@@ -197,8 +197,11 @@ class MockCard(proof_child.TableCard):
         guard[2] += (~torch.isfinite(real)).sum()
         guard[3] += (~torch.isfinite(self.gpu.call.outputs["out"])).sum()
 
-    def _compute(self) -> None:
+    def _compute(self, fault: str = "") -> None:
         assert self._now and self.gpu.call is not None
+        blocks: Blocks = self._now["blocks"]
+        if fault == "skips too much" and blocks.skip_threshold:
+            blocks = blocks._replace(skip_threshold=0.9)
         window_left, window_right = self._now["window"]
         words = torch.zeros(5, dtype=torch.int32)
         out, lse = bindings.ctypes_sdpa(
@@ -210,11 +213,13 @@ class MockCard(proof_child.TableCard):
             window_right=window_right,
             return_lse=True,
             guard=words,
-            **self._now["blocks"]._asdict(),
+            **blocks._asdict(),
         )
+        if fault == "tells too little":
+            words.view(torch.float32)[4] *= 0.99
         guard = self._now["guard"]
         if guard is not None and len(guard) == len(words):
-            guard[4] = words[4]
+            guard[4] = torch.maximum(guard[4], words[4])  # not negative: ordered as integers
         self.gpu.call.outputs["out"].copy_(out)
         self.gpu.call.outputs["lse"].copy_(lse)
 

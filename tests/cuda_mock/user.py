@@ -35,7 +35,12 @@ PROGRAM = Path(prove.__file__)
 CUDA = torch.device("cuda", 0)
 ROWS = [f"sdpa_sm80_d{d}/{dtype}" for d in (64, 80, 128, 256) for dtype in ("fp16", "bf16")]
 LISTED_ROWS = [f"sdpa_sm80_listed_d{d}/{dtype}" for d in (64, 128) for dtype in ("fp16", "bf16")]
-QK8_ROWS = [f"sdpa_sm80_qk8_d{d}/{dtype}" for d in (64, 128) for dtype in ("fp16", "bf16")]
+QK8_ROWS = [
+    f"sdpa_sm80_{kind}_d{d}/{dtype}"
+    for kind in ("qk8", "qk8_listed")
+    for d in (64, 128)
+    for dtype in ("fp16", "bf16")
+]
 BACKWARD_ROWS = [
     f"sdpa_backward_sm80_d{d}/{dtype}" for d in (64, 80, 128) for dtype in ("fp16", "bf16")
 ]

@@ -48,6 +48,8 @@ class ListedArgs(ctypes.Structure):
     _fields_ = [
         *(("call", Args), ("lists", Lists)),
         *(("pooled_k", c_void_p), ("pooled_v", c_void_p)),
+        *(("nonfinite", c_void_p), ("log2_threshold", c_float), ("unused", c_int)),
+        ("lost_mass", c_void_p),
     ]
 
 

@@ -2,8 +2,9 @@
 """cases_qk8.py - the calls of cases.py for kernels with 8-bit scores, and how they are judged.
 
 Integer scores are defined to the bit, so that a kernel may differ from their float64 softmax by
-what it rounds after them alone: P to 16 bits, sums that are kept in f16, and float32. The bound is
-made of those roundings, each counted from the very weights and values of the call.
+what it rounds after them alone: P to 16 bits, V where scaled to f16 it is subnormal, sums that are
+kept in f16, and float32. The bound is made of those roundings, each counted from the very weights
+and values of the call.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 
 import oracle
 import qk8_oracle
+from blocks_oracle import BLOCK, Lists
 from emu.cases import Case, merged, operands
 from emu.rows import TileQk8
-from emu.run import Result
+from emu.run import LIMIT_F16, LIMIT_SUM_F16, Result, scaled
 from emu.run_qk8 import run
 from oracle import Array
 from tolerances import ulp
@@ -57,15 +59,34 @@ def weights(
 
 
 class Judge:
-    """The oracle's `head`, which also keeps by how much each number may be off."""
+    """The oracle's `head`, which also keeps by how much each number may be off.
 
-    def __init__(self, tile: TileQk8) -> None:
+    Args:
+        lists: of blocks, which leave keys out; K's mean is that of all.
+    """
+
+    def __init__(self, tile: TileQk8, lists: Lists | None = None) -> None:
         self.tile = tile
+        # The oracle asks for head after head.
+        self.named = (
+            None if lists is None else iter(lists.named.reshape(-1, *lists.named.shape[2:]))
+        )
         self.most: list[Array] = []  # of each head: largest error of its numbers
         self.usual: list[Array] = []  # their mean square, if roundings are independent
         self.sizes: list[Array] = []
 
+    def _moved(self, v: Array) -> Array:
+        """By how much scaling has moved each number of V."""
+        if not self.tile.v_is_scaled:
+            return np.zeros_like(v)
+        limit = LIMIT_SUM_F16 if self.tile.pv_sum_f16 else LIMIT_F16
+        halves, scale = scaled(torch.from_numpy(v)[None, :, None], limit)
+        return np.abs(oracle.as_float64(halves * scale.double())[0, :, 0] - v)
+
     def __call__(self, q: Array, k: Array, v: Array, scale: float, seen: Any) -> Any:
+        if self.named is not None:
+            of_row, of_key = np.arange(len(q)) // BLOCK, np.arange(len(k)) // BLOCK
+            seen = seen & next(self.named)[of_row][:, of_key]
         p, lse, size = weights(q, k, scale, seen)
         out = np.zeros((len(q), v.shape[1]))
         for i in np.flatnonzero(seen.any(axis=1)):
@@ -77,8 +98,9 @@ class Judge:
         sums = np.abs(p) @ np.abs(v)
         # float32: exponents of this size are rounded, and so are exp2 and the sums.
         exponents = 1.5e-6 * (1.0 + size)[:, None]
-        most = (of_p + exponents) * sums
-        usual = of_p**2 / 3 * (p**2 @ v**2) + (exponents * sums) ** 2
+        of_v = p @ self._moved(v)
+        most = (of_p + exponents) * sums + of_v
+        usual = of_p**2 / 3 * (p**2 @ v**2) + (exponents * sums) ** 2 + of_v**2
         if self.tile.pv_sum_f16:
             unit = HALF_UNIT[torch.float16]
             for begin in range(0, len(k), self.tile.block_n):
@@ -93,10 +115,16 @@ class Judge:
 
 
 def check_result(
-    tile: TileQk8, result: Result, query: Any, key: Any, value: Any, **call: Any
+    tile: TileQk8,
+    result: Result,
+    query: Any,
+    key: Any,
+    value: Any,
+    lists: Lists | None = None,
+    **call: Any,
 ) -> None:
     """Holds out and lse against the definition."""
-    judge = Judge(tile)
+    judge = Judge(tile, lists)
     want, want_lse = oracle.attention(query, key, value, **call, head=judge)
     got = oracle.as_float64(result.out)
     batch, _, heads = query.shape[:3]

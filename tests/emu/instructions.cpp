@@ -19,13 +19,16 @@ template <typename Pack> Pack &pack_of(const std::array<void *, WARP> &lanes, in
     return *static_cast<Pack *>(lanes[static_cast<std::size_t>(lane)]);
 }
 
+constexpr u32 NOWHERE = 0xffffffff; // a lane that takes no part
+
 // Shared memory serves 8 lanes' 16 bytes at a time, if they are on different banks: addresses that
 // differ, but not modulo 128, take turns.
 void count_conflicts(const std::array<u32, WARP> &address) {
     for (int phase = 0; phase < WARP; phase += 8)
         for (int i = phase; i < phase + 8; i++)
             for (int j = phase; j < i; j++)
-                if (address[i] != address[j] && address[i] % 128 == address[j] % 128) {
+                if (address[i] != address[j] && address[i] != NOWHERE && address[j] != NOWHERE &&
+                    address[i] % 128 == address[j] % 128) {
                     the_machine().bank_conflicts++;
                     break;
                 }
@@ -106,15 +109,19 @@ void store_global(void *to, const void *from, int bytes) {
 }
 
 // On the hardware each lane loads for itself; here they meet, so that bank conflicts can be seen.
-void load_shared(u32 x[4], u32 at, site where) {
+void load_shared(u32 x[4], u32 at, bool is_zero, site where) {
     machine &gpu = the_machine();
-    u32 mine = at;
+    u32 mine = is_zero ? NOWHERE : at;
     gpu.together("ld.shared", where, &mine, [](int, const std::array<void *, WARP> &lanes) {
         std::array<u32, WARP> address{};
         for (int l = 0; l < WARP; l++)
             address[l] = pack_of<u32>(lanes, l);
         count_conflicts(address);
     });
+    if (is_zero) {
+        std::memset(x, 0, 16);
+        return;
+    }
     demand(gpu.shared().check_address(at), where);
     demand(gpu.shared().read(at, gpu.now(), false), where);
     std::memcpy(x, gpu.shared().piece(at), 16);

@@ -21,7 +21,7 @@ int reduce_or(int x, site at);
 int reduce_max(int x, site at);
 void load_global(void *to, const void *from, int bytes);
 void store_global(void *to, const void *from, int bytes);
-void load_shared(u32 x[4], u32 at, site where);
+void load_shared(u32 x[4], u32 at, bool is_zero, site where);
 void store_shared(u32 at, const u32 x[4], site where);
 void start_copy(u32 to, const void *from, bool is_zero, site at);
 void end_group();
@@ -105,7 +105,10 @@ DEVICE void raise_global_u32(void *at, u32 x) { emu::change_global(at, x, true);
 DEVICE u32 add_global_u32(void *at, u32 x) { return emu::change_global(at, x, false); }
 
 DEVICE void load_shared_b32x4(u32 x[4], u32 at, emu::site where = {}) {
-    emu::load_shared(x, own_shared(at, where), where);
+    emu::load_shared(x, own_shared(at, where), false, where);
+}
+DEVICE void load_shared_b32x4_or_zero(u32 x[4], u32 at, bool is_zero, emu::site where = {}) {
+    emu::load_shared(x, own_shared(at, where), is_zero, where);
 }
 DEVICE void store_shared_b32x4(u32 at, const u32 x[4], emu::site where = {}) {
     emu::store_shared(own_shared(at, where), x, where);

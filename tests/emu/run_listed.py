@@ -35,13 +35,34 @@ BLOCK = 64
 Launcher = Callable[[ListedArgs, int, list[Any]], int]
 
 
-def _lists(memory: Memory, counts: Tensor, indices: Tensor) -> Lists:
+def lists_at(memory: Memory, counts: Tensor, indices: Tensor) -> Lists:
     counts, indices = memory.add("counts", counts), memory.add("indices", indices)
     return Lists(
         *(counts.data_ptr(), indices.data_ptr()),
         *((c_longlong * 3)(*counts.stride()), (c_longlong * 4)(*indices.stride())),
         *(indices.shape[3], 0),
     )
+
+
+def _survey(
+    name: str, x: Tensor, lens: Tensor | None, scale: Tensor | None, to: Tensor, csrc: Path
+) -> Tensor:
+    """`to` after a pass of pool.cuh over the blocks of K or V."""
+    batch, seqlen, heads, head_dim = x.shape
+    helper, memory = helpers()[name], Memory()
+    x, to = memory.add("x", x), memory.add("to", to, True)
+    lens, scale = memory.maybe("lens", lens), memory.maybe("scale", scale)
+    args = PoolArgs(
+        *(_view(x), _lengths(lens), to.data_ptr()),
+        scale.data_ptr() if scale is not None else None,
+        *(batch, seqlen, heads, head_dim),
+        (torch.float32, torch.float16, torch.bfloat16).index(x.dtype),
+        int(to.dtype == torch.bfloat16),
+    )
+    warps = helper.num_threads // 32
+    grid = -(-batch * heads * -(-seqlen // BLOCK) // warps)
+    launch(library(helper, csrc), args, grid, memory.tensors)
+    return to
 
 
 def pooled(
@@ -54,21 +75,15 @@ def pooled(
     """What wan_attn_pool makes of K or V: [batch, heads, blocks, head_dim]. Blocks without a real
     key stay NaN, which is not to be read."""
     batch, seqlen, heads, head_dim = x.shape
-    helper, blocks = helpers()["wan_attn_pool"], -(-seqlen // BLOCK)
-    to = torch.full((batch, heads, blocks, head_dim), math.nan, dtype=dtype)
-    memory = Memory()
-    x, to = memory.add("x", x), memory.add("means", to, True)
-    lens, scale = memory.maybe("lens", lens), memory.maybe("scale", scale)
-    args = PoolArgs(
-        *(_view(x), _lengths(lens), to.data_ptr()),
-        scale.data_ptr() if scale is not None else None,
-        *(batch, seqlen, heads, head_dim),
-        (torch.float32, torch.float16, torch.bfloat16).index(x.dtype),
-        int(dtype == torch.bfloat16),
-    )
-    warps = helper.num_threads // 32
-    launch(library(helper, csrc), args, -(-batch * heads * blocks // warps), memory.tensors)
-    return to
+    to = torch.full((batch, heads, -(-seqlen // BLOCK), head_dim), math.nan, dtype=dtype)
+    return _survey("wan_attn_pool", x, lens, scale, to, csrc)
+
+
+def nonfinite(value: Tensor, lens: Tensor | None, csrc: Path = CSRC) -> Tensor:
+    """What wan_attn_find_nonfinite makes of V: [batch, heads, blocks] int32, 0 or 1."""
+    batch, seqlen, heads, _ = value.shape
+    to = torch.full((batch, heads, -(-seqlen // BLOCK)), -7, dtype=torch.int32)
+    return _survey("wan_attn_find_nonfinite", value, lens, None, to, csrc)
 
 
 def run(
@@ -77,9 +92,11 @@ def run(
     key: Tensor,
     value: Tensor,
     *,
-    counts: Tensor,
-    indices: Tensor,
+    counts: Tensor | None,
+    indices: Tensor | None,
     pools_others: bool = False,
+    skip_threshold: float = 0.0,
+    lost_mass: Tensor | None = None,
     q_lens: Tensor | None = None,
     k_lens: Tensor | None = None,
     scale: float | None = None,
@@ -90,10 +107,11 @@ def run(
     csrc: Path = CSRC,
     launcher: Launcher | None = None,
 ) -> Result:
-    """As emu.run.run. launcher: runs the kernel; None: emulated."""
+    """As emu.run.run. counts and indices None: no lists. lost_mass: of the guard, one float32,
+    which is raised. launcher: runs the kernel; None: emulated."""
     batch, seqlen_q, heads_q, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
-    v_scale = k_scale = pooled_k = pooled_v = None
+    v_scale = k_scale = pooled_k = pooled_v = bad = None
     keys, values = key, value
     if tile.pv_sum_f16:
         value, v_scale = scaled(value, LIMIT_SUM_F16)
@@ -102,6 +120,8 @@ def run(
     if pools_others:
         pooled_k = pooled(keys, k_lens, k_scale, key.dtype, csrc)
         pooled_v = pooled(values, k_lens, v_scale, value.dtype, csrc)
+    if skip_threshold:
+        bad = nonfinite(values, k_lens, csrc)
     out = torch.full(query.shape, math.nan, dtype=query.dtype)
     lse = torch.full((batch, heads_q, seqlen_q), math.nan) if return_lse else None
     memory = Memory()
@@ -110,6 +130,7 @@ def run(
     q_lens, k_lens = memory.maybe("q_lens", q_lens), memory.maybe("k_lens", k_lens)
     v_scale, k_scale = memory.maybe("v_scale", v_scale), memory.maybe("k_scale", k_scale)
     pooled_k, pooled_v = memory.maybe("pooled_k", pooled_k), memory.maybe("pooled_v", pooled_v)
+    bad, told = memory.maybe("nonfinite", bad), memory.maybe("lost_mass", lost_mass, True)
     call = Args(
         *(_view(query), _view(key), _view(value), _view(out)),
         lse.data_ptr() if lse is not None else None,
@@ -124,10 +145,19 @@ def run(
         max(abs(scale) * LOG2_E, SMALLEST_SCALE),
         0x80008000 if scale < 0 else 0,
     )
-    args = ListedArgs(call, _lists(memory, counts, indices))
+    args = ListedArgs(call)
+    if counts is not None and indices is not None:
+        args.lists = lists_at(memory, counts, indices)
     if pooled_k is not None and pooled_v is not None:
         args.pooled_k, args.pooled_v = pooled_k.data_ptr(), pooled_v.data_ptr()
+    if bad is not None:
+        args.nonfinite, args.log2_threshold = bad.data_ptr(), math.log2(skip_threshold)
+        args.lost_mass = told.data_ptr() if told is not None else None
     grid = call.m_blocks * heads_q * batch
     if launcher is not None:
-        return Result(out, lse, launcher(args, grid, memory.tensors))
-    return Result(out, lse, launch(library(tile, csrc), args, grid, memory.tensors, schedule))
+        conflicts = launcher(args, grid, memory.tensors)
+    else:
+        conflicts = launch(library(tile, csrc), args, grid, memory.tensors, schedule)
+    if lost_mass is not None and told is not None:
+        lost_mass.copy_(told)
+    return Result(out, lse, conflicts)

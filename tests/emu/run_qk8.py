@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""run_qk8.py - a call of an attention kernel with 8-bit scores, with torch tensors."""
+"""run_qk8.py - a call of an attention kernel with 8-bit scores, with torch tensors; with lists of
+blocks, if the kernel is for them."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from torch import Tensor
 import oracle
 import qk8_oracle
 from emu import qk8
-from emu.args import Args, View
+from emu.args import Args, ListedArgs, View
 from emu.build import library
 from emu.qk8 import KEYS, Integers
 from emu.rows import CSRC, TileQk8
@@ -34,9 +35,10 @@ from emu.run import (
     launch,
     scaled,
 )
+from emu.run_listed import lists_at
 
 AT_RANDOM = Schedule()
-Launcher = Callable[[Args, int, list[Any]], int]
+Launcher = Callable[[Args | ListedArgs, int, list[Any]], int]
 
 
 def packed(
@@ -105,13 +107,16 @@ def run(
     window: tuple[int, int] = (-1, -1),
     return_lse: bool = True,
     split_tiles: int = 0,
+    counts: Tensor | None = None,
+    indices: Tensor | None = None,
     schedule: Schedule = AT_RANDOM,
     csrc: Path = CSRC,
     integers: Callable[..., Integers] = packed,
     launcher: Launcher | None = None,
     **lens_and_scale: Any,
 ) -> Result:
-    """The oracle's arguments; split_tiles as emu.run. launcher: runs the kernel; None: emulated."""
+    """The oracle's arguments; split_tiles as emu.run; counts, indices: the lists. launcher: runs
+    the kernel; None: emulated."""
     batch, seqlen_q, heads_q, head_dim = query.shape
     made = integers(query, key, wants_lse=True, **lens_and_scale)
     v_scale = None
@@ -129,7 +134,7 @@ def run(
     v_scale = memory.maybe("v_scale", v_scale)
     q_lens, k_lens = (memory.maybe(name, lens_and_scale.get(name)) for name in ("q_lens", "k_lens"))
     nowhere = (c_longlong * 3)(0, 0, 0)
-    args = Args(
+    call = Args(
         *(View(queries.data_ptr(), nowhere), View(keys.data_ptr(), nowhere)),
         *(_view(value), _view(out[0])),
         lse.data_ptr() if lse is not None else None,
@@ -142,7 +147,10 @@ def run(
         *(_bound(window[0]), 0 if is_causal else _bound(window[1])),
         *(0, int(out_dtype == torch.float32), 1.0, 0),
     )
-    grid = args.m_blocks * splits * heads_q * batch
+    grid = call.m_blocks * splits * heads_q * batch
+    args: Args | ListedArgs = call
+    if counts is not None and indices is not None:
+        args = ListedArgs(call, lists_at(memory, counts, indices))
     if launcher is not None:
         conflicts = launcher(args, grid, memory.tensors)
     else:

@@ -72,6 +72,32 @@ class Kernel:
         around them."""
         return min((loop for loop in self.loops if count(loop, "HMMA", "HGMMA")), key=len)
 
+    def usual_way(self, exponentials: int) -> Loop:
+        """What most tiles execute of the main loop: with all its products and copies, at least so
+        many MUFU, and as little else as branches allow."""
+        loop = self.main_loop()
+        ends = len(loop)
+        begin = next(
+            at for at in range(len(self.instructions)) if self.instructions[at : at + ends] == loop
+        )
+        Ways = dict[tuple[int, int], Loop]  # products and copies, MUFU -> the shortest way
+        ways: dict[int, Ways] = {ends: {(0, 0): ()}}
+        for at in reversed(range(ends)):
+            one, found = loop[at], Ways()
+            to = self.jumps.get(begin + at, begin + at + 1) - begin
+            goes_on = one.text.startswith("@") or re.match(r"BRA\S*\s+!?U?P\d", one.text)
+            ahead = [ends if to == 0 else to]
+            ahead += [at + 1] if goes_on or one.opcode.startswith("BRA.DIV") else []
+            for way in (way for to in ahead for way in ways.get(to, {}).items()):
+                (works, mufu), rest = way
+                works += count((one,), "HMMA", "LDGSTS", "LDG.E.128")
+                mufu = min(mufu + count((one,), "MUFU"), exponentials)
+                rest = (one, *rest) if one.is_executed else rest
+                if len(rest) < len(found.get((works, mufu), (*rest, one))):
+                    found[works, mufu] = rest
+            ways[at] = found
+        return ways[0][max((works, mufu) for works, mufu in ways[0] if mufu == exponentials)]
+
 
 def count(code: tuple[Instruction, ...], *opcodes: str) -> int:
     """Executed instructions that are one of these, whatever modifiers follow: LDS is LDS and

@@ -39,6 +39,9 @@ KERNEL(k_store_global_b32x2, u32 *out, u32 x, u32 y) { store_global_b32x2(out, x
 KERNEL(k_raise_global_u32, void *out, u32 x) { raise_global_u32(out, x); }
 KERNEL(k_add_global_u32, u32 *out, u32 *at, u32 x) { *out = add_global_u32(at, x); }
 KERNEL(k_load_shared_b32x4, u32 *out, u32 at) { load_shared_b32x4(out, at); }
+KERNEL(k_load_shared_b32x4_or_zero, u32 *out, u32 at, int x) {
+    load_shared_b32x4_or_zero(out, at, x > 7);
+}
 KERNEL(k_store_shared_b32x4, u32 at, u32 x, u32 y) {
     const u32 words[4] = {x, y, 3, 4};
     store_shared_b32x4(at, words);

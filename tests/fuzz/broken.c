@@ -58,11 +58,10 @@ static void run_child(uint64_t number) {
 
 /* Pointers and numbers beside wan_attn_params. */
 static int check_functions(void) {
-    wan_attn_kernel_info info[2];
     wan_attn_error err = {0, ""};
     good_call c = make_good_call();
     int32_t count = wan_attn_kernel_count();
-    int wrong = 0;
+    int wrong = check_descriptions(wan_attn_kernel_at, count);
     EXPECT(wan_attn_forward(NULL, NULL) == WAN_ATTN_INVALID_ARGUMENT);
     EXPECT(wan_attn_forward(NULL, &err) == WAN_ATTN_INVALID_ARGUMENT &&
            strstr(err.message, "params"));
@@ -73,20 +72,6 @@ static int check_functions(void) {
     EXPECT(wan_attn_why_not(&c.p, -1, &err) == WAN_ATTN_INVALID_ARGUMENT &&
            strstr(err.message, "row"));
     EXPECT(wan_attn_why_not(&c.p, count, &err) == WAN_ATTN_INVALID_ARGUMENT);
-    EXPECT(wan_attn_kernel_at(0, NULL) == WAN_ATTN_INVALID_ARGUMENT);
-    for (uint32_t size = 0; size <= sizeof(info); size++) {
-        memset(info, UNTOUCHED, sizeof(info));
-        info[0].struct_size = size;
-        wan_attn_status status = wan_attn_kernel_at(0, info);
-        size_t most = size < sizeof(info[0]) ? size : sizeof(info[0]);
-        most = most < sizeof(uint32_t) ? sizeof(uint32_t) : most;
-        for (size_t at = most; at < sizeof(info); at++)
-            EXPECT(((unsigned char *)info)[at] == UNTOUCHED);
-        EXPECT(size < sizeof(uint32_t) ? status != WAN_ATTN_OK : status == WAN_ATTN_OK);
-    }
-    info[0].struct_size = sizeof(info[0]);
-    EXPECT(wan_attn_kernel_at(-1, info) != WAN_ATTN_OK &&
-           wan_attn_kernel_at(count, info) != WAN_ATTN_OK);
     EXPECT(wan_attn_cuda_configure(NULL, &err) == WAN_ATTN_INVALID_ARGUMENT);
     wan_attn_cuda_config config = {sizeof(config) - 1, NULL, NULL, NULL};
     EXPECT(wan_attn_cuda_configure(&config, NULL) == WAN_ATTN_INVALID_ARGUMENT);

@@ -171,10 +171,9 @@ static void run_child(uint64_t number) {
 
 /* Pointers and numbers beside wan_attn_rope_params, and the calls that all faults are put into. */
 static int check_rest(void) {
-    wan_attn_kernel_info info[2];
     wan_attn_error err = {0, ""};
-    int32_t count = wan_attn_rope_kernel_count(), row = -1;
-    int wrong = 0;
+    int32_t row = -1;
+    int wrong = check_descriptions(wan_attn_rope_kernel_at, wan_attn_rope_kernel_count());
     for (int has_grid = 0; has_grid < 2; has_grid++) {
         good_call c = make_good_call(has_grid);
         EXPECT(wan_attn_rope_select(&c.p, NULL, &err) == WAN_ATTN_INVALID_ARGUMENT &&
@@ -188,20 +187,6 @@ static int check_rest(void) {
            strstr(err.message, "params"));
     EXPECT(wan_attn_rope_select(NULL, &row, &err) == WAN_ATTN_INVALID_ARGUMENT &&
            strstr(err.message, "params"));
-    EXPECT(wan_attn_rope_kernel_at(0, NULL) == WAN_ATTN_INVALID_ARGUMENT);
-    for (uint32_t size = 0; size <= sizeof(info); size++) {
-        memset(info, UNTOUCHED, sizeof(info));
-        info[0].struct_size = size;
-        wan_attn_status status = wan_attn_rope_kernel_at(0, info);
-        size_t most = size < sizeof(info[0]) ? size : sizeof(info[0]);
-        most = most < sizeof(uint32_t) ? sizeof(uint32_t) : most;
-        for (size_t at = most; at < sizeof(info); at++)
-            EXPECT(((unsigned char *)info)[at] == UNTOUCHED);
-        EXPECT((size < sizeof(uint32_t)) == (status != WAN_ATTN_OK));
-    }
-    info[0].struct_size = sizeof(info[0]);
-    EXPECT(wan_attn_rope_kernel_at(-1, info) != WAN_ATTN_OK &&
-           wan_attn_rope_kernel_at(count, info) != WAN_ATTN_OK);
     release_buffers_from(0);
     return wrong;
 }

@@ -47,7 +47,7 @@ def _object(compiler: str, flags: list[str], source: Path, headers: list[Path]) 
 
 
 def program(name: str, variant: str) -> Path:
-    """The campaign `name` (legal, rope, broken or broken_rope), linked with the library."""
+    """The campaign `name`, linked with the library."""
     compiler, more = VARIANTS[variant]
     flags = [*_COMMON, *more]
     if variant == INSTALLED:

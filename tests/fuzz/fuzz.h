@@ -121,6 +121,20 @@ static void make_read_only(const buffer *b) {
         abort();
 }
 
+static inline void make_writable(const buffer *b) {
+    if (b->room && mprotect(b->pages, b->room, PROT_READ | PROT_WRITE))
+        abort();
+}
+
+/* The buffer that an address lies in. */
+static inline const buffer *buffer_at(const void *at) {
+    for (int n = 0; n < buffer_count; n++)
+        if ((const unsigned char *)at >= buffers[n].pages &&
+            (const unsigned char *)at < buffers[n].pages + buffers[n].room)
+            return &buffers[n];
+    abort();
+}
+
 static void release_buffers_from(int first) {
     while (buffer_count > first) {
         buffer *b = &buffers[--buffer_count];

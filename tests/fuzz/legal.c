@@ -6,7 +6,7 @@
  *     legal SEED FIRST COUNT [SECONDS]      prints a line; 1 and how to repeat the case that failed
  */
 #include "c/expected.h"
-#include "random_call.h"
+#include "random_lists.h"
 #include "running.h"
 
 /* What a run left behind, element after element. */
@@ -16,14 +16,6 @@ typedef struct result {
 } result;
 
 static long long runs, checked_rows;
-
-/* Whether the bytes beside the buffer are as they were. */
-static int beside_is_untouched(const buffer *b) {
-    for (const unsigned char *at = b->pages; at < b->pages + b->room; at++)
-        if ((at < b->at || at >= b->at + b->size) && *at != (unsigned char)b->fill)
-            return 0;
-    return 1;
-}
 
 static wan_attn_status compute(wan_attn_params *p, buffer **workspace, wan_attn_error *err) {
     size_t size = 0;
@@ -167,6 +159,8 @@ static int check_choice(wan_attn_params *p) {
     p->cpu_features = one_in(2) ? 0 : WAN_ATTN_CPU_KNOWN | (uint32_t)pick(32);
     if (wan_attn_select(p, &row, NULL) != WAN_ATTN_OK)
         return failed("no row is chosen");
+    if (needs_others(wan_attn_kernel_at, row, p->cpu_features))
+        return failed("the chosen row needs features that may not be used");
     int wrong = run(p, UNTOUCHED, &chosen);
     p->kernel = row;
     wrong = wrong || run(p, POISON, &forced);
@@ -201,10 +195,23 @@ static void print_call(const wan_attn_params *p, numbers kind) {
             p->skip_threshold);
 }
 
+static int is_real_row(const wan_attn_params *p, int64_t sample, int64_t i) {
+    return i < real_length(&p->seqused_q, sample, p->q.shape[1]);
+}
+
+static int is_real_key(const wan_attn_params *p, int64_t sample, int64_t j) {
+    return j < real_length(&p->seqused_k, sample, p->k.shape[1]);
+}
+
 static int run_case(uint64_t seed, uint64_t number) {
+    static const double THRESHOLDS[] = {1.0, 0.05, 0.5, 1e-3, 1e-300};
+    static const wanted WANTED = {70, is_real_row, is_real_key};
     wan_attn_params p;
     begin_case(seed, number);
-    numbers kind = random_call(&p);
+    numbers kind = random_call(&p, &WANTED);
+    if (one_in(4))
+        choose_lists(&p);
+    p.skip_threshold = one_in(10) ? PICK(THRESHOLDS) : 0.0;
     p.out = describe(p.q.dtype, 4, p.q.shape[0], p.q.shape[1], p.q.shape[2], p.q.shape[3]);
     choose_strides(&p.out, 1);
     if (one_in(2)) {

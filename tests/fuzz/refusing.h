@@ -125,6 +125,27 @@ static void tell(const fault *faults, int count, const char *message) {
     if (!(condition))                                                                              \
     wrong += failed(#condition)
 
+/* A table of `count` rows fills no more of a description than its reader has room for. */
+static int check_descriptions(wan_attn_status (*kernel_at)(int32_t, wan_attn_kernel_info *),
+                              int32_t count) {
+    wan_attn_kernel_info info[2];
+    int wrong = 0;
+    EXPECT(kernel_at(0, NULL) == WAN_ATTN_INVALID_ARGUMENT);
+    for (uint32_t size = 0; size <= sizeof(info); size++) {
+        memset(info, UNTOUCHED, sizeof(info));
+        info[0].struct_size = size;
+        wan_attn_status status = kernel_at(0, info);
+        size_t most = size < sizeof(info[0]) ? size : sizeof(info[0]);
+        most = most < sizeof(uint32_t) ? sizeof(uint32_t) : most;
+        for (size_t at = most; at < sizeof(info); at++)
+            EXPECT(((unsigned char *)info)[at] == UNTOUCHED);
+        EXPECT((size < sizeof(uint32_t)) == (status != WAN_ATTN_OK));
+    }
+    info[0].struct_size = sizeof(info[0]);
+    EXPECT(kernel_at(-1, info) != WAN_ATTN_OK && kernel_at(count, info) != WAN_ATTN_OK);
+    return wrong;
+}
+
 /* One campaign: cases below `faults` are the single faults, each in its place; the others are
  * random pairs. */
 typedef struct refusals {

@@ -138,6 +138,8 @@ static int check_choice(wan_attn_rope_params *p) {
     p->cpu_features = one_in(2) ? 0 : WAN_ATTN_CPU_KNOWN | (uint32_t)pick(32);
     if (wan_attn_rope_select(p, &row, NULL) != WAN_ATTN_OK)
         return failed("no row is chosen");
+    if (needs_others(wan_attn_rope_kernel_at, row, p->cpu_features))
+        return failed("the chosen row needs features that may not be used");
     int wrong = run(p, UNTOUCHED, row, &chosen);
     p->kernel = row;
     wrong = wrong || run(p, POISON, row, &forced);

@@ -4,14 +4,16 @@
     make fuzz MINUTES=10 ARGS="--seed 7"                everything, the time shared out
     make fuzz ARGS="--only legal --seed 7 --case 123 [--variant sanitized]"     one case again
 
-broken        calls of the C ABI that break its contract (broken.c)
-broken_rope   the same of rms_norm_rope (broken_rope.c)
-malformed     every argument of every Python function, broken in every way (malformed.py)
-driver        every call of the CUDA driver fails, with every error (driver_faults.py), and what
-              Python makes of it (fallbacks.py); --write writes docs/driver-faults.md
-surroundings  caches, threads, forks, signals (surroundings.py)
-rope          random calls of rms_norm_rope against float64, with guard pages, on every row (rope.c)
-legal         the same of attention (legal.c)
+broken           calls of the C ABI that break its contract (broken.c)
+broken_rope      the same of rms_norm_rope (broken_rope.c)
+broken_gradient  and of gradients (broken_gradient.c)
+malformed        every argument of every Python function, broken in every way (malformed.py)
+driver           every call of the CUDA driver fails, with every error (driver_faults.py), and what
+                 Python makes of it (fallbacks.py); --write writes docs/driver-faults.md
+surroundings     caches, threads, forks, signals (surroundings.py)
+rope             random calls of rms_norm_rope against float64, guard pages, each row (rope.c)
+gradient         the same of gradients (gradient.c)
+legal            the same of attention (legal.c)
 
 The C campaigns run plain, under the address and undefined-behaviour sanitizers of gcc and clang,
 and under gcc's thread sanitizer. Ends with a line for each campaign, and with 1 if anything is
@@ -36,12 +38,17 @@ from fuzz import build  # noqa: E402 - behind the path
 from fuzz.count import Count, counted  # noqa: E402
 
 # Shares of the time; malformed and driver take what they need, and legal gets the rest.
-SHARES = {"broken": 0.1, "broken_rope": 0.05, "surroundings": 0.1, "rope": 0.1}
+SHARES = {
+    **{"broken": 0.1, "broken_rope": 0.05, "broken_gradient": 0.05},
+    **{"surroundings": 0.1, "rope": 0.1, "gradient": 0.2},
+}
 LEAST_FOR_LEGAL = 0.3
-CAMPAIGNS = ("broken", "broken_rope", "malformed", "driver", "surroundings", "rope", "legal")
+_LEGAL = ("rope", "gradient", "legal")
+_BROKEN = ("broken", "broken_rope", "broken_gradient")
+CAMPAIGNS = (*_BROKEN, "malformed", "driver", "surroundings", *_LEGAL)
 VARIANTS = {
-    **dict.fromkeys(("legal", "rope"), ("plain", "sanitized", "sanitized clang", "threads")),
-    **dict.fromkeys(("broken", "broken_rope"), ("plain", "sanitized", "sanitized clang")),
+    **dict.fromkeys(_LEGAL, ("plain", "sanitized", "sanitized clang", "threads")),
+    **dict.fromkeys(_BROKEN, ("plain", "sanitized", "sanitized clang")),
 }
 SPARE = 120.0  # seconds beyond its own time after which a campaign hangs
 LIMIT = 900.0  # of those that have none
@@ -129,9 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
     found = {name: run_campaign(name, options, end - time.monotonic()) for name in chosen}
     print("== summary")
     for name, count in found.items():
-        print(f"{name:13} {count}")
+        print(f"{name:15} {count}")
     total = sum(found.values(), Count())
-    print(f"{'all':13} {total}: {'WRONG' if total.is_bad else 'all right'} (seed {options.seed})")
+    print(f"{'all':15} {total}: {'WRONG' if total.is_bad else 'all right'} (seed {options.seed})")
     return int(total.is_bad)
 
 

@@ -39,6 +39,14 @@ static int all_is(const buffer *b) {
     return 1;
 }
 
+/* Whether the bytes beside the buffer are as they were. */
+static inline int beside_is_untouched(const buffer *b) {
+    for (const unsigned char *at = b->pages; at < b->pages + b->room; at++)
+        if ((at < b->at || at >= b->at + b->size) && *at != (unsigned char)b->fill)
+            return 0;
+    return 1;
+}
+
 static void print_tensor(const char *name, const wan_attn_tensor *t) {
     fprintf(stderr, "  %s: dtype %d, shape", name, t->dtype);
     for (int d = 0; d < t->ndim; d++)
@@ -47,6 +55,13 @@ static void print_tensor(const char *name, const wan_attn_tensor *t) {
     for (int d = 0; d < t->ndim; d++)
         fprintf(stderr, " %lld", (long long)t->stride[d]);
     fprintf(stderr, "\n");
+}
+
+/* Whether a row that was chosen needs features that the call may not use; 0 allows all. */
+static int needs_others(wan_attn_status (*kernel_at)(int32_t, wan_attn_kernel_info *), int32_t row,
+                        uint32_t allowed) {
+    wan_attn_kernel_info info = {.struct_size = sizeof(info)};
+    return kernel_at(row, &info) != WAN_ATTN_OK || (allowed && info.cpu_features & ~allowed);
 }
 
 /* Runs the cases that the words of a command name: SEED FIRST COUNT [SECONDS]. How many were wrong;

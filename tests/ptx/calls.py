@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emu import run_qk8
-from emu.args import Args, View
+from emu.args import Args, ListedArgs, View
 from emu.rows import CSRC, Job, TileQk8, TileSm90
 from emu.run import (
     LIMIT_F16,
@@ -167,7 +167,7 @@ def _run(
 def _run_qk8(runner: Runner, knobs: Knobs, *operands: Tensor, **options: Any) -> Result:
     tile = runner.tile
 
-    def launcher(args: Args, grid: int, tensors: list[Any]) -> int:
+    def launcher(args: Args | ListedArgs, grid: int, tensors: list[Any]) -> int:
         how = {"shared_bytes": tile.smem_bytes, "threads": tile.num_threads, "knobs": knobs}
         launch(runner.program, args, grid, tensors, **how)
         return 0

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from emu import qk8
-from emu.args import GuardArgs, Lengths, MergeArgs, PackArgs, PutLengthsArgs, View
+from emu.args import (
+    GuardArgs,
+    Lengths,
+    MergeArgs,
+    PackArgs,
+    PoolArgs,
+    PutLengthsArgs,
+    View,
+)
 from emu.rows import CSRC
 from ptx import collect, machine
 from ptx.calls import kernel
@@ -29,7 +37,7 @@ HELPERS = tuple(
     f"wan_attn_{name}"
     for name in (
         *("measure", "find_scale", "convert", "merge", "put_lengths"),
-        *("sum_keys", "mean_of_keys", "quantise_k", "quantise_q", "watch"),
+        *("sum_keys", "mean_of_keys", "quantise_k", "quantise_q", "watch", "find_nonfinite"),
     )
 )
 MERGED_PARTS = (3, 11)  # and as many as the compiler's unrolled loops take at once, and some more
@@ -262,8 +270,31 @@ class Helpers:
             run()
             assert words[1:].tolist() == [0, 0, -1]
 
+    def check_nonfinite(self, dtype: torch.dtype) -> None:
+        """Which blocks of values have an infinity or NaN among the real ones."""
+        for head_dim, seqlen in ((2, 65), (80, 130), (128, 200)):
+            around = torch.randn(2, seqlen, 3, head_dim + 1).to(dtype)
+            value = around[..., 1:]
+            value[0, 64, 1, -1], value[1, 3, 2, 0] = math.inf, math.nan
+            value[1, 0, 0, -1] = torch.finfo(dtype).max
+            value[1, 40:, 1, 1] = -math.inf
+            for kind in (torch.int32, torch.int64, None):
+                used = [seqlen, seqlen] if kind is None else [seqlen, 40]
+                lens = None if kind is None else torch.tensor(used, dtype=kind)
+                found = torch.full((2, 3, -(-seqlen // 64)), -7, dtype=torch.int32)
+                args = PoolArgs(
+                    *(_view(value), _lengths(lens), found.data_ptr(), None),
+                    *(2, seqlen, 3, head_dim, NUMBER[dtype], 0),
+                )
+                inputs = {"value": value, "lens": lens}
+                self._launch("find_nonfinite", args, found.numel(), found, **inputs)
+                for b, h, n in itertools.product(*map(range, found.shape)):
+                    seen = value[b, n * 64 : min((n + 1) * 64, used[b]), h]
+                    assert found[b, h, n] == (not seen.isfinite().all()), (b, h, n)
+
     def check_all(self) -> None:
         for dtype in NUMBER:
+            self.check_nonfinite(dtype)
             self.check_qk8(dtype)
             self.check_watch(dtype, torch.float32)
             self.check_watch(torch.bfloat16, dtype)

@@ -41,6 +41,11 @@ def blocks_of(length: int) -> int:
     return (length + BLOCK - 1) // BLOCK
 
 
+def keys_of(blocks: NDArray[np.bool_], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """[rows, blocks of keys] -> [rows, keys], cut to `shape`."""
+    return blocks[: shape[0], np.arange(shape[1]) // BLOCK]
+
+
 def random_lists(
     seed: int, batch: int, heads: int, seqlen_q: int, seqlen_k: int, density: float
 ) -> Lists:
@@ -87,13 +92,24 @@ def one_head(
 
 
 def attention(
-    query: Any, key: Any, value: Any, lists: Lists, *, pools_others: bool = False, **call: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    lists: Lists,
+    *,
+    pools_others: bool = False,
+    left_out: NDArray[np.bool_] | None = None,
+    **call: Any,
 ) -> tuple[Array, Array]:
-    """As oracle.attention, with lists."""
+    """As oracle.attention, with lists. left_out: [batch, heads, rows, key blocks]: what a row does
+    not see although it is listed."""
     batch, _, heads, _ = query.shape
     places = iter([(b, h) for b in range(batch) for h in range(heads)])
 
     def head(q: Array, k: Array, v: Array, scale: float, seen: Any) -> tuple[Array, Array]:
-        return one_head(q, k, v, scale, seen, lists.named[next(places)], pools_others)
+        place = next(places)
+        if left_out is not None:
+            seen = seen & ~keys_of(left_out[place], seen.shape)
+        return one_head(q, k, v, scale, seen, lists.named[place], pools_others)
 
     return oracle.attention(query, key, value, head=head, **call)

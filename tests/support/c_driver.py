@@ -18,10 +18,16 @@ def sources(csrc: Path) -> list[Path]:
 
 
 def compile_objects(
-    compiler: str, folder: Path, csrc: Path, of: Iterable[Path], optimize: str = "-O2"
+    compiler: str,
+    folder: Path,
+    csrc: Path,
+    of: Iterable[Path],
+    optimize: str = "-O2",
+    includes: Iterable[Path] = (),
 ) -> None:
     """folder/ROOM-NAME.o of each source: core/ and cpu/ have files of one name."""
     flags = ["-std=c11", "-D_GNU_SOURCE", optimize, "-DWAN_ATTN_BUILD=1", f"-I{csrc}"]
+    flags += [f"-I{folder}" for folder in includes]
 
     def compile_one(source: Path) -> None:
         made = folder / f"{source.parent.name}-{source.stem}.o"

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from wan_attn.check.target import Kernel, Target
 from wan_attn.selfcheck import proof_calls, rope_calls
-from wan_attn.selfcheck.first_call import difference
 from wan_attn.selfcheck.proof_calls import Answer
-from wan_attn.selfcheck.reference import UNIT, Truth, attention, draw
+from wan_attn.selfcheck.reference import UNIT, Truth, attention, difference, draw
 from wan_attn.workloads import Workload
 
 Detail = dict[str, Any]

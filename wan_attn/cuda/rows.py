@@ -18,6 +18,7 @@ from wan_attn.cuda.tiles import (
     RowError,
     Tile,
     TileListed,
+    TileListedQk8,
     TileQk8,
     TileSm90,
     gpus,
@@ -28,6 +29,7 @@ from wan_attn.cuda.tiles import (
     tegra,
     tiles,
     tiles_listed,
+    tiles_listed_qk8,
     tiles_qk8,
     tiles_sm90,
 )
@@ -45,6 +47,7 @@ __all__ = [
     "Tile",
     "TileBackward",
     "TileListed",
+    "TileListedQk8",
     "TileQk8",
     "TileSm90",
     "backward_rows",
@@ -64,6 +67,8 @@ __all__ = [
     "tiles_for",
     "tiles_listed",
     "tiles_listed_for",
+    "tiles_listed_qk8",
+    "tiles_listed_qk8_for",
     "tiles_qk8",
     "tiles_qk8_for",
     "tiles_sm90",
@@ -171,6 +176,12 @@ def tiles_listed_for(arch: int) -> tuple[TileListed, ...]:
     return tuple(tile for tile in tiles_listed() if tile.gpu_class == gpu_class)
 
 
+def tiles_listed_qk8_for(arch: int) -> tuple[TileListedQk8, ...]:
+    """Those for lists of blocks with 8-bit scores; on Hopper, too."""
+    gpu_class = class_of(arch)
+    return tuple(tile for tile in tiles_listed_qk8() if tile.gpu_class == gpu_class)
+
+
 def tiles_backward_for(arch: int) -> tuple[TileBackward, ...]:
     """Those of gradients."""
     gpu_class = class_of(arch)
@@ -182,7 +193,8 @@ def kernels_for(arch: int) -> tuple[Kernel, ...]:
     rotation."""
     sm90 = (t for t in tiles_sm90() if t.one_arch == arch)
     exact: tuple[Kernel, ...] = (*sm90, *tiles_for(arch), *tiles_listed_for(arch))
-    tiles = (*exact, *tiles_qk8_for(arch), *tiles_backward_for(arch))
+    lossy: tuple[Kernel, ...] = (*tiles_qk8_for(arch), *tiles_listed_qk8_for(arch))
+    tiles = (*exact, *lossy, *tiles_backward_for(arch))
     return (*tiles, *helpers().values(), *rope_kernels().values())
 
 

@@ -141,9 +141,18 @@ class TileListed(Tile):
 
     args = "wan_attn_cuda_listed_args"
 
+    @property
+    def smem_bytes(self) -> int:
+        return _smem_bytes("LISTED", self)
+
     def defines(self) -> dict[str, str]:
         """The macros that turn the body into this kernel."""
         return {**super().defines(), "LISTED": "1"}
+
+
+@dataclass(frozen=True)
+class TileListedQk8(TileQk8, TileListed):
+    """One TILE_LISTED_QK8 line for one of its row's dtypes: lists of blocks and 8-bit scores."""
 
 
 @dataclass(frozen=True)
@@ -349,6 +358,11 @@ def tiles_qk8() -> tuple[TileQk8, ...]:
 @cache
 def tiles_listed() -> tuple[TileListed, ...]:
     return _read_tiles("TILE_LISTED", TileListed)
+
+
+@cache
+def tiles_listed_qk8() -> tuple[TileListedQk8, ...]:
+    return _read_tiles("TILE_LISTED_QK8", TileListedQk8)
 
 
 @cache

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from wan_attn.request import BLOCK, Blocks, blocks_of
-from wan_attn.selfcheck.reference import HEADS_Q, MASKS, Case, Truth, seen_keys
+from wan_attn.selfcheck.reference import (
+    HEADS_Q,
+    MASKS,
+    Case,
+    Truth,
+    moved_by_8_bits,
+    seen_keys,
+)
 
 BEHIND = (1 << 31) - 1  # what lies behind the count of a list, and is never read
 
@@ -49,14 +56,26 @@ def _places(mask: Tensor) -> list[int]:
 
 
 def attention(
-    case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pools_others: bool, unit: float
+    case: Case,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    pools_others: bool,
+    unit: float,
+    kept: Tensor | None = None,
+    is_lossy: bool = False,
 ) -> Truth:
-    """The case's result by lists, and what rounding the means may move it by, as `moved`.
+    """The case's result by lists, and what rounding the means may move it by, as `moved`; or what
+    8-bit scores may.
 
     Args:
         q, k, v: as of reference.attention().
         mask: of listed().
         unit: of UNIT, of value's dtype.
+        kept: [batch, rows, heads, blocks of keys] bool: the listed blocks that each row has in its
+            result; None: all.
+        is_lossy: scores are of 8 bits; nothing is pooled.
     """
     out = torch.zeros(q.shape, dtype=torch.float64, device="cpu")
     spread, peak = torch.zeros_like(out), torch.zeros_like(out[..., :1])
@@ -68,7 +87,8 @@ def attention(
         for h in range(q.shape[2]):
             rows = q[b, :used_q, h].double()
             keys, values = k[b, :used_k, h // group].double(), v[b, :used_k, h // group].double()
-            seen, counts = _seen(case, used_q, used_k, mask[b, h], pools_others)
+            rows_keep = None if kept is None else kept[b, :used_q, h]
+            seen, counts = _seen(case, used_q, used_k, mask[b, h], pools_others, rows_keep)
             if pools_others:
                 keys, values = (torch.cat((x, _means(x))) for x in (keys, values))
             scores = rows @ keys.T / math.sqrt(q.shape[3])
@@ -79,6 +99,11 @@ def attention(
             here = weights @ values
             out[b, :used_q, h], lse[b, h, :used_q] = here, row
             spread[b, :used_q, h] = weights @ values.abs()
+            if is_lossy:
+                scaled = rows / math.sqrt(q.shape[3])
+                moved[0][b, :used_q, h], moved[1][b, h, :used_q] = moved_by_8_bits(
+                    scaled, keys, values, weights, here
+                )
             if pools_others:
                 means = slice(used_k, None)
                 size = rows.abs() @ keys[means].abs().T / math.sqrt(q.shape[3])
@@ -96,7 +121,12 @@ def _means(x: Tensor) -> Tensor:
 
 
 def _seen(
-    case: Case, used_q: int, used_k: int, mask: Tensor, pools_others: bool
+    case: Case,
+    used_q: int,
+    used_k: int,
+    mask: Tensor,
+    pools_others: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which keys each row sees, [used_q, keys]; and for how many keys each of these stands. Behind
     the real keys, where they are pooled, are the means."""
@@ -104,7 +134,8 @@ def _seen(
     visible = seen_keys(used_q, used_k, is_causal, window, mask.device)
     of_row = torch.arange(used_q, device="cpu") // BLOCK
     by_block = mask[of_row][:, : blocks_of(used_k)]
-    seen = visible & by_block.repeat_interleave(BLOCK, 1)[:, :used_k]
+    there = by_block if kept is None else by_block & kept[:, : blocks_of(used_k)]
+    seen = visible & there.repeat_interleave(BLOCK, 1)[:, :used_k]
     counts = torch.ones(used_k, dtype=torch.float64, device="cpu")
     if not pools_others:
         return seen, counts

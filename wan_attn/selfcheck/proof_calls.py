@@ -20,9 +20,16 @@ from torch import Tensor
 from wan_attn.native.kernels import KernelInfo
 from wan_attn.request import Blocks
 from wan_attn.request.blocks import DENSE
-from wan_attn.selfcheck import list_reference
-from wan_attn.selfcheck.first_call import SEQLEN_K, SEQLEN_Q, difference
-from wan_attn.selfcheck.reference import UNIT, Case, Truth, make_inputs, reference
+from wan_attn.selfcheck import list_reference, skip_calls
+from wan_attn.selfcheck.first_call import SEQLEN_K, SEQLEN_Q
+from wan_attn.selfcheck.reference import (
+    UNIT,
+    Case,
+    Truth,
+    difference,
+    make_inputs,
+    reference,
+)
 
 Operands = tuple[Tensor, Tensor, Tensor]
 Answer = tuple[Tensor, Tensor]  # out, lse
@@ -42,7 +49,11 @@ class ProofCall:
     lens_on_device: bool = False
     # Where the row is for lists of blocks: the share of blocks that is listed, and the others.
     density: float = 0.5
-    pools_others: bool = False
+    pools_others: bool = False  # but for rows of 8-bit scores, which take lists alone
+
+    def pools(self, row: KernelInfo) -> bool:
+        """Whether the row gets this call with pools_others."""
+        return self.pools_others and row.is_for_lists and not row.is_lossy
 
     def case(self, head_dim: int) -> Case:
         return Case(self.seqlen_q, self.seqlen_k, head_dim, self.mask)
@@ -133,16 +144,19 @@ def _dense(case: Case, is_lossy: bool) -> Known:
 
 
 @lru_cache(maxsize=2 * len(CALLS))
-def _listed(case: Case, density: float, pools_others: bool, dtype: torch.dtype) -> Known:
+def _listed(
+    case: Case, density: float, pools_others: bool, dtype: torch.dtype, is_lossy: bool
+) -> Known:
     operands, mask = make_inputs(case), list_reference.listed(case, density)
-    truth = list_reference.attention(case, *operands, mask, pools_others, UNIT[dtype])
+    given = (case, *operands, mask, pools_others, UNIT[dtype])
+    truth = list_reference.attention(*given, is_lossy=is_lossy)
     blocks = list_reference.as_blocks(mask, pools_others, torch.device("cpu"))
     return Known(operands, truth, blocks, has_moved=True)
 
 
 def _known(row: KernelInfo, dtype: torch.dtype, call: ProofCall, case: Case) -> Known:
     if row.is_for_lists:
-        return _listed(case, call.density, call.pools_others, dtype)
+        return _listed(case, call.density, call.pools(row), dtype, row.is_lossy)
     return _dense(case, row.is_lossy)
 
 
@@ -175,7 +189,9 @@ def wrong(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
                 return f"{call.name}: {found}"
         if not (torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])):
             return f"{call.name}: the same call gave other bits the second time, [{case}]"
-    return _wrong_guard(card, row, dtype) or _wrong_graph(card, row, dtype)
+    found = _wrong_guard(card, row, dtype) or _wrong_graph(card, row, dtype)
+    skips = row.is_for_lists and not row.is_lossy
+    return found or (_wrong_skip(card, row, dtype) if skips else None)
 
 
 def _placed(call: ProofCall, x: Operands, dtype: torch.dtype, device: torch.device) -> Operands:
@@ -234,3 +250,23 @@ def _wrong_graph(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
         here.copy_(x)
     found = known.difference(case, replay(), dtype)
     return None if found is None else f"{GRAPH}: {found}"
+
+
+def _wrong_skip(card: Card, row: KernelInfo, dtype: torch.dtype) -> str | None:
+    """Calls with a skip_threshold."""
+    head_dim = row.head_dim_max
+
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        q_lens: Tensor,
+        k_lens: Tensor,
+        mask: str,
+        blocks: Blocks,
+        guard: Tensor,
+    ) -> Answer:
+        case = Case(query.shape[1], key.shape[1], head_dim, mask)
+        return card.run(row, (query, key, value), q_lens, k_lens, case, guard, blocks)
+
+    return skip_calls.wrong(run, card.device(), dtype, head_dim)

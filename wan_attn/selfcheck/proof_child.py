@@ -63,7 +63,7 @@ def request(row: KernelInfo, dtype: torch.dtype, call: ProofCall, device: torch.
         has_k_lens=True,
         return_lse=True,
         has_block_lists=row.is_for_lists,
-        pools_others=row.is_for_lists and call.pools_others,
+        pools_others=call.pools(row),
     )
 
 

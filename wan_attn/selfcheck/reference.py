@@ -178,16 +178,29 @@ def attention(
             spread[b, :used_q, h] = weights @ values.abs()
             lse[b, h, :used_q] = row
             if moved is not None:
-                longest = (keys - keys.mean(dim=0)).norm(dim=1).amax()
-                size = q[b, :used_q, h].double().norm(dim=1) * longest * abs(factor)
-                size *= SHIFT_8BIT / math.sqrt(q.shape[3])
-                square, here = weights.square(), out[b, :used_q, h]
-                total = square.sum(dim=1)
-                apart = square @ values.square() - 2 * here * (square @ values)
-                apart += here.square() * total[:, None]
-                moved[0][b, :used_q, h] = 8 * size[:, None] * apart.clamp(min=0.0).sqrt()
-                moved[1][b, h, :used_q] = 8 * size * total.sqrt() + size.square()
+                rows = q[b, :used_q, h].double() * factor
+                moved[0][b, :used_q, h], moved[1][b, h, :used_q] = moved_by_8_bits(
+                    rows, keys, values, weights, out[b, :used_q, h]
+                )
     return Truth(out, lse, spread, peak, moved)
+
+
+def moved_by_8_bits(
+    rows: Tensor, keys: Tensor, values: Tensor, weights: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """By how much 8-bit scores may move out, [rows, head_dim], and lse, [rows].
+
+    Args:
+        rows, keys: of one head; rows times the scale. All real keys: K's mean is theirs.
+        weights: [rows, keys], 0 where a row does not see a key.
+    """
+    longest = (keys - keys.mean(dim=0)).norm(dim=1).amax()
+    size = rows.norm(dim=1) * longest * SHIFT_8BIT / math.sqrt(keys.shape[1])
+    square = weights.square()
+    total = square.sum(dim=1)
+    apart = square @ values.square() - 2 * out * (square @ values) + out.square() * total[:, None]
+    of_out = 8 * size[:, None] * apart.clamp(min=0.0).sqrt()
+    return of_out, 8 * size * total.sqrt() + size.square()
 
 
 def seen_keys(
@@ -206,3 +219,25 @@ def seen_keys(
     if right >= 0:
         seen &= ahead <= right
     return seen
+
+
+def difference(
+    case: object, truth: Truth, out: Tensor, lse: Tensor, unit: float, has_moved: bool = False
+) -> str | None:
+    """What is beyond its bound, in words; None: nothing. `case`: what the words call the call;
+    `unit`, has_moved: see above and Truth."""
+    bounds = truth.bounds(unit, has_moved)
+    for name, got, expected, bound in (
+        ("out", out, truth.out, bounds[0]),
+        ("lse", lse, truth.lse, bounds[1]),
+    ):
+        got = got.to("cpu", torch.float64)
+        off = (got - expected).abs()
+        is_wrong = ~((off <= bound) | (got == expected))  # NaN is wrong; -inf and -inf are equal
+        if bool(is_wrong.any()):
+            at = tuple(int(n) for n in is_wrong.nonzero()[0])
+            return (
+                f"{name}{list(at)} is {float(got[at]):g} instead of {float(expected[at]):g} in a"
+                f" call of [{case}], {int(is_wrong.sum())} of {is_wrong.numel()} elements are wrong"
+            )
+    return None

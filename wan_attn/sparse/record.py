@@ -24,12 +24,14 @@ class Note(NamedTuple):
         errors: [groups] square errors; None: it was not measured.
         counts: [heads] the share of blocks that each head has computed; None: no lists.
         guard: words of wan_attn_guard; None: not watched.
+        threshold: by which it left blocks out; 0: not by one.
     """
 
     place: Place
     errors: Later | None = None
     counts: Later | None = None
     guard: Later | None = None
+    threshold: float = 0.0
 
     def is_there(self) -> bool:
         """Whether reading it would not wait."""

@@ -32,7 +32,8 @@ def read(layer: Layer, note: Note, budget: float, most: float, is_late: bool) ->
 
     Args:
         most: the tau above which none is tried.
-        is_late: the call cannot be computed again. If its run is over, nothing follows.
+        is_late: the call cannot be computed again. If its run is over, nothing follows; nor if
+            the layer's threshold has gone down meanwhile.
     """
     if note.counts is not None:
         layer.add_density(note.counts.read())
@@ -41,8 +42,9 @@ def read(layer: Layer, note: Note, budget: float, most: float, is_late: bool) ->
         layer.lost_mass = lost if layer.lost_mass is None else max(layer.lost_mass, lost)
     squares = [] if note.errors is None else note.errors.read()
     over: list[int] = []
+    is_outdated = note.place.run != layer.run or note.threshold > layer.threshold
     for group, square in enumerate(squares):
-        if group in layer.why_dense or note.place.run != layer.run:
+        if group in layer.why_dense or is_outdated:
             continue
         before = layer.running.get(group)
         running = square if before is None else before + sampling.WEIGHT * (square - before)

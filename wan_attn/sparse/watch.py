@@ -68,7 +68,8 @@ class Watch:
         layer = self._layer(where)
         verdict.read_pending(layer, self.wishes.budget, self.wishes.tau)
         may_leave_out = self._may_leave_out(request, where, layer, operands, call)
-        pace, is_search = self._pace(request), not layer.taus
+        pace = self._pace(request)
+        is_search = self.wishes.mode == "sparse" and not layer.taus
         begun, result, ran = clocks.mark(query.device), None, ""
         if may_leave_out:
             result, ran = self._try(exact, request, where, layer, operands, call)
@@ -164,8 +165,8 @@ class Watch:
         errors = None
         if rows:
             errors = sampling.errors(native.run, rows, layer.groups, operands, out, call)
-        made_note = [None if x is None else Later(x) for x in (errors, shares, watched)]
-        note = Note(where, *made_note)
+        told = [None if x is None else Later(x) for x in (errors, shares, watched)]
+        note = Note(where, told[0], told[1], told[2], layer.threshold)
         if operands[0].device.type != "cpu":
             layer.pending.append(note)
             return (out, lse), title

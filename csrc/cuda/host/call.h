@@ -53,11 +53,12 @@ wan_attn_cuda_lengths wan_attn_cuda_lengths_of(const wan_attn_cuda_call *c,
 wan_attn_status wan_attn_cuda_launch_warps(const wan_attn_cuda_call *c, wan_attn_cuda_helper helper,
                                            int64_t warps, void *args);
 
-/* lists.c: makes the means of blocks of keys and values, where others than those listed count. */
-wan_attn_status wan_attn_cuda_pool_blocks(const wan_attn_cuda_call *c,
-                                          wan_attn_cuda_lengths seqused_k);
+/* lists.c: what a call that leaves blocks out has to know of them: the means of keys and values,
+ * where others than those listed count, and which values are not finite, under a threshold. */
+wan_attn_status wan_attn_cuda_survey_blocks(const wan_attn_cuda_call *c,
+                                            wan_attn_cuda_lengths seqused_k);
 
-/* lists.c: what a kernel with lists is told beside `call`. */
+/* lists.c: what such a call's kernel is told beside `call`. */
 void wan_attn_cuda_fill_lists(const wan_attn_cuda_call *c, wan_attn_cuda_listed_args *args);
 
 /* lossy.c: makes q and k INT8, where the call's row wants that. */

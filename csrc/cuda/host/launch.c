@@ -3,6 +3,7 @@
  * on the caller's stream, in order. Waits for nothing, allocates nothing, reads nothing from the
  * device; what it passes by value is baked into a captured graph, as are the pointers.
  */
+#include <float.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -133,7 +134,7 @@ static void fill_numbers(const wan_attn_problem *p, wan_attn_cuda_args *args) {
     args->seqlen_k = (int)p->seqlen_k;
     args->window_size_left = wan_attn_cuda_bound_of(p->window_size_left);
     args->window_size_right = wan_attn_cuda_bound_of(p->window_size_right);
-    double scale = fabs(p->softmax_scale) * WAN_ATTN_LOG2_E;
+    double scale = fmin(fabs(p->softmax_scale) * WAN_ATTN_LOG2_E, FLT_MAX);
     args->scale_log2e =
         scale > WAN_ATTN_CUDA_SMALLEST_SCALE ? (float)scale : WAN_ATTN_CUDA_SMALLEST_SCALE;
     args->q_sign = p->softmax_scale < 0 ? 0x80008000u : 0;
@@ -294,7 +295,7 @@ static wan_attn_status run_passes(const call *c) {
     if (status == WAN_ATTN_OK)
         status = wan_attn_cuda_quantise(c, used_q, used_k);
     if (status == WAN_ATTN_OK)
-        status = wan_attn_cuda_pool_blocks(c, used_k);
+        status = wan_attn_cuda_survey_blocks(c, used_k);
     if (status == WAN_ATTN_OK)
         status = attend(c, used_q, used_k);
     if (status == WAN_ATTN_OK)

@@ -104,6 +104,8 @@ static void plan_blocks(const wan_attn_problem *p, wan_attn_cuda_plan *plan) {
         plan->pooled_k = reserve(plan, blocks * p->head_dim * 2);
         plan->pooled_v = reserve(plan, blocks * p->head_dim * 2);
     }
+    if (p->skip_threshold > 0.0f)
+        plan->nonfinite = reserve(plan, blocks * 4);
 }
 
 int wan_attn_cuda_is_split(const wan_attn_problem *p) {
@@ -132,7 +134,7 @@ wan_attn_cuda_plan wan_attn_cuda_make_plan(const wan_attn_problem *p,
     plan.seqused_q = plan.seqused_k = plan.q = plan.k = plan.v = -1;
     plan.k_largest = plan.k_scale = plan.v_largest = plan.v_scale = -1;
     plan.part_out = plan.part_lse = -1;
-    plan.pooled_k = plan.pooled_v = -1;
+    plan.pooled_k = plan.pooled_v = plan.nonfinite = -1;
     plan.qk8_sums = plan.qk8_mean = plan.qk8_keys = plan.qk8_queries = plan.qk8_rows = -1;
     plan.m_blocks = (int)wan_attn_divide_up(p->seqlen_q, tile->block_m * tile->cluster);
     plan.m_blocks *= tile->cluster;

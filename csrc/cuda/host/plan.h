@@ -22,7 +22,9 @@ typedef struct wan_attn_cuda_plan {
     /* 8-bit scores: sums of keys, their mean; the keys, the queries and what goes with them. */
     wan_attn_cuda_place qk8_sums, qk8_mean, qk8_keys, qk8_queries, qk8_rows;
     int qk8_tiles;
-    wan_attn_cuda_place pooled_k, pooled_v; /* lists of blocks: the means of K's and V's blocks */
+    /* Lists of blocks: the means of K's and V's blocks. skip_threshold: which of V's blocks have an
+     * infinity or NaN, i32 [batch, num_heads_k, blocks]. */
+    wan_attn_cuda_place pooled_k, pooled_v, nonfinite;
     int measured_parts;
     int k_limit, v_limit; /* they have to be f16, scaled by the head so that the largest value is
                              below 2^limit; 0: as they are */

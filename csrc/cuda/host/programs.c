@@ -43,13 +43,19 @@ static const wan_attn_cuda_tile TILES[] = {
     {MMA_TILE(name, class, bm, bn, num_warps,                                                      \
               WAN_ATTN_CUDA_SMEM_SM80(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs), pv16)},
 #define TILE_LISTED(name, class, bm, bn, num_warps, stages, q_in_regs, ctas, pv16)                 \
-    {MMA_TILE(name, class, bm, bn, num_warps,                                                      \
-              WAN_ATTN_CUDA_SMEM_SM80(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs), pv16),      \
+    {MMA_TILE(                                                                                     \
+         name, class, bm, bn, num_warps,                                                           \
+         WAN_ATTN_CUDA_SMEM_LISTED(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs, num_warps),     \
+         pv16),                                                                                    \
      .is_listed = 1},
 #define TILE_QK8(name, class, bm, bn, num_warps, stages, q_in_regs, ctas, pv16)                    \
     {MMA_TILE(name, class, bm, bn, num_warps,                                                      \
               WAN_ATTN_CUDA_SMEM_QK8(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs), pv16),       \
      .qk_int8 = 1},
+#define TILE_LISTED_QK8(name, class, bm, bn, num_warps, stages, q_in_regs, ctas, pv16)             \
+    {MMA_TILE(name, class, bm, bn, num_warps,                                                      \
+              WAN_ATTN_CUDA_SMEM_QK8(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs), pv16),       \
+     .qk_int8 = 1, .is_listed = 1},
 #define TILE_SM90(name, use, from, bn, consumers, stages, blocks, regs_producer, regs_consumer)    \
     {.row = #name,                                                                                 \
      .suffix = "_n" #bn "_w" #consumers "_s" #stages "_c" #blocks,                                 \

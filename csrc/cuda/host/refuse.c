@@ -48,8 +48,6 @@ static const char *refuse_counts(const wan_attn_problem *p, int is_int8) {
 static const char *refuse_tile(const wan_attn_problem *p, const wan_attn_cuda_tile *tile) {
     if (!tile)
         return "has no tile for this GPU";
-    if (tile->is_listed && p->skip_threshold > 0.0f)
-        return "takes no skip_threshold: no CUDA kernel leaves out blocks by their weights yet";
     if (tile->body != WAN_ATTN_CUDA_SM90)
         return NULL;
     if (p->seqlen_k == 0 || wan_attn_cuda_is_split(p))
@@ -75,7 +73,7 @@ const char *wan_attn_cuda_plan_call(wan_attn_problem *p) {
                "RTX 30 to 50)";
     const wan_attn_cuda_tile *tile = device ? tile_for(p, device->arch) : NULL;
     const char *why = refuse_tile(p, tile);
-    if (!why && tile->qk_int8 && wan_attn_cuda_is_hopper(device->arch))
+    if (!why && tile->qk_int8 && !tile->is_listed && wan_attn_cuda_is_hopper(device->arch))
         why = "is slower than sdpa_sm90 on Hopper, whose full rate mma.sync does not reach";
     if (!why)
         why = wan_attn_cuda_refuse_sizes(p);

@@ -118,6 +118,13 @@ DEVICE void load_shared_b32x4(u32 x[4], u32 at) {
                  : "memory");
 }
 
+/* The same, or zeros if is_zero; `at` is then not read. All lanes must call. */
+DEVICE void load_shared_b32x4_or_zero(u32 x[4], u32 at, bool is_zero) {
+    x[0] = x[1] = x[2] = x[3] = 0;
+    if (!is_zero)
+        load_shared_b32x4(x, at);
+}
+
 DEVICE void store_shared_b32x4(u32 at, const u32 x[4]) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]),
                  "r"(x[2]), "r"(x[3])

@@ -12,10 +12,8 @@ typedef long long i64;
 /* Turing's tensor cores and conversions know no bf16. */
 #if __CUDA_ARCH__ >= 800 || EMULATED_ARCH >= 80
 #define HAS_BF16 1
-#define HAS_CP_ASYNC 1 /* copies to shared memory that no thread waits for */
 #else
 #define HAS_BF16 0
-#define HAS_CP_ASYNC 0
 #endif
 
 #if defined(WAN_ATTN_EMULATE)

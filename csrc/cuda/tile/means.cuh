@@ -43,13 +43,6 @@ DEVICE void find_means(tile_source &k, tile_source &v, const wan_attn_cuda_args 
     k.pass_bytes = v.pass_bytes = ROWS_PER_PASS * ROW_BYTES;
 }
 
-/* A word's bits from begin to end - 1; both may lie outside of it. */
-DEVICE u32 bits_between(int begin, int end) {
-    begin = larger_int(begin, 0);
-    end = smaller_int(end, 32);
-    return begin < end ? 0xffffffffu >> (32 - (end - begin)) << begin : 0;
-}
-
 /* What many equal keys add to their score, in base 2. */
 #define LOG2_OF_BLOCK 6.0f
 static_assert(BLOCK_N == 64, "two to the LOG2_OF_BLOCK");
@@ -107,12 +100,13 @@ DEVICE bool sees_means(const wan_attn_cuda_args &args, const block_place &place,
     return others > 0;
 }
 
-/* Weights that add up to nothing: those of no key, or of keys whose scores all are -inf. The list
- * tells which; few rows ask. */
+/* Weights that add up to nothing: those of no key, or of keys whose scores all are -inf. Or to NaN,
+ * which a hidden key is as well where the row's factor is NaN (8-bit scores). The list tells which;
+ * few rows ask. */
 DEVICE bool sees_walk(const wan_attn_cuda_args &args, const block_place &place, int row, int used_q,
                       float row_sum) {
     const wan_attn_cuda_lists &lists = listed_of(args).lists;
-    if (row_sum != 0.0f || row >= used_q)
+    if (row_sum > 0.0f || row >= used_q || !lists.counts)
         return true;
     int used_k = length_at(args.seqused_k, place.sample, args.seqlen_k);
     key_range keys = visible_keys(args, row + used_k - used_q, used_k);
@@ -123,7 +117,7 @@ DEVICE bool sees_walk(const wan_attn_cuda_args &args, const block_place &place, 
         int n = load_global_i32(list.at + i * lists.index_stride);
         sees = n >= begin && n < end;
     }
-    return sees || (listed_of(args).pooled_k && sees_means(args, place, row, used_q));
+    return sees || (POOLS && listed_of(args).pooled_k && sees_means(args, place, row, used_q));
 }
 
 #endif /* WAN_ATTN_CUDA_TILE_MEANS_H */

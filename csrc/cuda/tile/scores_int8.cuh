@@ -79,15 +79,23 @@ DEVICE k_source find_k(const wan_attn_cuda_args &args, const block_place &place,
            thread_index() * 16;
 }
 
-/* Starts the copy of the source's tile and turns the source to the tile before it. */
+/* Starts the copy of the source's tile and turns the source to the tile before it, unless a list
+ * says which one that is. */
 DEVICE void copy_k(u32 stage, u32, k_source &source, bool, int) {
     u32 to = shared_base() + stage + (u32)thread_index() * 16;
 #pragma unroll
     for (int chunk = 0; chunk < K_CHUNKS; chunk += NUM_THREADS)
         if (chunk + NUM_THREADS <= K_CHUNKS || thread_index() < K_CHUNKS - chunk) /* warps */
             cp_async_16(to + (u32)chunk * 16, source + chunk * 16);
-    source = stepped_back(source, K_TILE_BYTES);
+    if (!LISTED)
+        source = stepped_back(source, K_TILE_BYTES);
 }
+
+#if LISTED /* as walk_listed.cuh has it for V */
+DEVICE void go_back(k_source &source, int tiles) {
+    source = stepped_back(source, (i64)tiles * K_TILE_BYTES);
+}
+#endif
 
 /* Where row r of matrix i begins for ldmatrix: matrices 0 and 1 are 32 bytes of 8 keys, b0 and b1
  * of one product; 2 and 3 the same for the next 8 keys. */

@@ -52,10 +52,16 @@ DEVICE float grown_max(const float s[S_TILES][4], int r, float row_max, float sc
     return larger(row_max, quad_max(score) * scale);
 }
 
+#if SKIPS /* lost.cuh; of m tile m */
+DEVICE void shrink_lost(int m, int r, float factor);
+#endif
+
 /* Scores become weights; o and row_sum are brought to the new maximum. scale: of scores in base 2,
- * for each of the lane's two rows. A row that has still seen no key keeps its maximum, `lowest`. */
+ * for each of the lane's two rows. A row that has still seen no key keeps its maximum, `lowest`.
+ * m: the m tile; has_lost: there is a skip_threshold. */
 DEVICE void softmax_tile(float s[S_TILES][4], float o[O_TILES][4], float row_max[2],
-                         float row_sum[2], const float scale[2]) {
+                         float row_sum[2], const float scale[2], [[maybe_unused]] int m,
+                         [[maybe_unused]] bool has_lost) {
     const float new_max[2] = {grown_max(s, 0, row_max[0], scale[0]),
                               grown_max(s, 1, row_max[1], scale[1])};
     /* Almost never after the first tiles. Skipping is exact: the factor would be 1. */
@@ -70,6 +76,10 @@ DEVICE void softmax_tile(float s[S_TILES][4], float o[O_TILES][4], float row_max
                 o[j][2 * r] *= factor;
                 o[j][2 * r + 1] *= factor;
             }
+#if SKIPS
+            if (has_lost)
+                shrink_lost(m, r, factor);
+#endif
         }
     }
 #pragma unroll

@@ -32,7 +32,6 @@ enum {
 static_assert(LISTS == 1 || LISTS == 2, "a lane's bits are one word");
 static_assert(BLOCK_N == WAN_ATTN_CUDA_LIST_BLOCK, "a tile is a block of keys");
 static_assert(LISTS * WAN_ATTN_CUDA_LIST_BLOCK == BLOCK_M, "a block has whole blocks of queries");
-static_assert(STAGES == 2, "sources go on where K's next tile is copied");
 static_assert(NUM_WARPS % LISTS == 0, "no warp has rows of two blocks of queries");
 
 typedef struct tile_walk {
@@ -65,6 +64,13 @@ DEVICE block_list find_list(const wan_attn_cuda_lists &lists, const block_place 
     list.at = lists.indices + place.sample * lists.batch_stride + place.head * lists.head_stride +
               block * lists.block_stride;
     return list;
+}
+
+/* A word's bits from begin to end - 1; both may lie outside of it. */
+DEVICE u32 bits_between(int begin, int end) {
+    begin = larger_int(begin, 0);
+    end = smaller_int(end, 32);
+    return begin < end ? 0xffffffffu >> (32 - (end - begin)) << begin : 0;
 }
 
 /* This lane's bits of the tiles that a list names, of those in `range`; lane l has PER_LANE of them
@@ -109,8 +115,14 @@ template <int PER_LANE> DEVICE listed_bits find_bits(const wan_attn_cuda_args &a
         int row = place.row_begin + i * WAN_ATTN_CUDA_LIST_BLOCK;
         if (row >= work.used_q)
             break;
-        block_list list = find_list(lists, place, row / WAN_ATTN_CUDA_LIST_BLOCK);
-        u32 named = bits_of_list<PER_LANE>(lists, list, base, range);
+        u32 named;
+        if (lists.counts) {
+            block_list list = find_list(lists, place, row / WAN_ATTN_CUDA_LIST_BLOCK);
+            named = bits_of_list<PER_LANE>(lists, list, base, range);
+        } else {
+            int from = base + thread_index_again() % 32 * PER_LANE;
+            named = bits_between(range.begin - from, smaller_int(range.end - from, PER_LANE));
+        }
         bits.any |= named;
         if (i == thread_index_again() / 32 / (NUM_WARPS / LISTS))
             bits.own = named;
@@ -121,7 +133,7 @@ template <int PER_LANE> DEVICE listed_bits find_bits(const wan_attn_cuda_args &a
 /* The last tile of the group that is left, which then no longer is; below 0: none. */
 DEVICE int take_tile(tile_walk &walk) {
     u32 left = LISTS == 1 ? walk.bits : walk.bits & 0xffffu;
-    int mine = (thread_index_again() * LANE_TILES & (GROUP_TILES - 1)) | highest_bit(left); /* none: -1 */
+    int mine = (thread_index() * LANE_TILES & (GROUP_TILES - 1)) | highest_bit(left); /* none: -1 */
     int n = largest_of_warp(mine);
     if (mine == n)
         walk.bits &= ~(1u << (n & (LANE_TILES - 1)));
@@ -173,8 +185,11 @@ DEVICE int resume_walk(tile_walk &walk, const wan_attn_cuda_args &args, int n) {
     return enter_group(walk, args, last_tile(n) / GROUP_TILES);
 }
 
+/* The lane is said in two ways: on sm_90 either spills where the other does not. */
 DEVICE bool is_of_warp(const tile_walk &walk, int n) {
-    bool is_of_lane = ((n ^ thread_index_again() * LANE_TILES) & (GROUP_TILES - LANE_TILES)) == 0;
+    bool is_of_lane = STAGES == 2
+                          ? ((n ^ thread_index() * LANE_TILES) & (GROUP_TILES - LANE_TILES)) == 0
+                          : ((n / LANE_TILES ^ thread_index()) & 31) == 0;
     return LISTS == 1 || any_lane(is_of_lane && (walk.bits >> (16 + (n & 15)) & 1) != 0);
 }
 
