@@ -203,6 +203,8 @@ template <class T> T larger(T a, T b) { return a > b ? a : b; }
 template <class T> T both(T a, T b) { return (T)(a & b); }
 template <class T> T either(T a, T b) { return (T)(a | b); }
 template <class T> T one_of(T a, T b) { return (T)(a ^ b); }
+/* "shf", .l.wrap: the upper word of {b, a} shifted to the left. */
+u32 funnel_left(u32 a, u32 b, u32 c) { return (u32)(((u64)b << 32 | a) << (c & 31) >> 32); }
 u32 highest(u32 a) { return a ? 31u - (u32)__builtin_clz(a) : 0xffffffffu; }
 template <class T> T inverted(T a) { return (T)~a; }
 template <class T> T same(T a) { return a; }
@@ -330,6 +332,7 @@ const std::vector<Op> ALU_OPS = [] {
         {"shr.b32", "=r r r", shift<u32, right<u32>>},
         {"shr.s64", "=l l r", shift<i64, right<i64>>},
         {"shr.u64", "=l l r", shift<u64, right<u64>>},
+        {"shf.l.wrap.b32", "=r r r r", ternary<u32, funnel_left>},
         {"bfi.b32", "=r r r r r", insert_bits},
         {"add.f32", "=r r r", binary<float, add_f>},
         {"sub.f32", "=r r r", binary<float, sub_f>},
