@@ -59,7 +59,12 @@ def short(tile: TileListed) -> Iterator[Listed]:
     yield Case(m + 1, 197), 0.5, "plain", False
     yield Case(m + 5, 261, is_causal=True), 0.4, "garbage", True
     yield Case(m + 3, 256, 1, 2, 1, window=(100, 70)), 0.6, "shuffled", True
-    yield Case(20, 68, 2, 4, 2, layout="surrounded", q_lens=(20, 7), k_lens=(65, 3)), 0.9, "counts", False
+    yield (
+        Case(20, 68, 2, 4, 2, layout="surrounded", q_lens=(20, 7), k_lens=(65, 3)),
+        0.9,
+        "counts",
+        False,
+    )
     lens: dict[str, Any] = {"q_lens": (0, 9, m), "k_lens": (5, 0, 130), "lens_dtype": "int32"}
     yield Case(m, 139, 3, **lens, is_causal=True), 0.5, "roomy", True
     yield Case(17, 129, scale=-0.3, layout="fused"), 1.1, "strided", False
