@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from emu import cases_listed, run_listed
-from emu.cases import Case, operands
+from emu.cases import Case
 from emu.rows import CSRC, TileListed, tiles_listed
 from emu.run import Schedule
-from nightly import every, unless
-from planted import Bug
+from nightly import unless
 from ptx import collect, machine, matrix
 from ptx.calls import kernel
 from ptx.machine import Knobs
-from ptx.parse import Refused
 from test_emu_listed import is_short
 
 pytestmark = [
