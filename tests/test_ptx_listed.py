@@ -184,7 +184,7 @@ BUGS = (
     PtxBug("half of the lanes are asked", THREAD, "for (int lane_mask = 1; lane_mask < 32;", "for (int lane_mask = 1; lane_mask < 16;", "sm75_listed_bf16_d128_turing"),
     PtxBug("the second tile of a lane", MATH, 'asm("bfind.u32 %0, %1;"', 'asm("shr.u32 %0, %1, 1; bfind.u32 %0, %0;"'),
     PtxBug("all lanes must agree", THREAD, "vote.sync.any.pred", "vote.sync.all.pred"),
-    PtxBug("pairs of lanes are those of quads", THREAD, "shfl.sync.bfly.b32 %0, %1, %2, 0x1f,", "shfl.sync.bfly.b32 %0, %1, %2, 0x1c03,"),
+    PtxBug("pairs of lanes are those of quads", THREAD, '%2, 0x1f, 0xffffffff;"\n                 : "=r"(y)', '%2, 0x1c03, 0xffffffff;"\n                 : "=r"(y)'),
     PtxBug("rows behind the last are read", MEMORY, '"r"(is_zero ? 0 : 16)', '"r"(16)'),
 )
 # fmt: on
