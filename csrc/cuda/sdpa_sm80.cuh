@@ -319,12 +319,14 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
     cp_async_commit();
     q_fragments q;
     load_q(args, place, work.used_q, q);
-    clear(rows);
 #if SKIPS
     store_bounds(work, first_block_of(args, place));
-    begin_lost(rows.row_max, work.used_q - place.row_begin);
 #else
     store_bounds(work, 0);
+#endif
+    clear(rows);
+#if SKIPS
+    begin_lost(rows.row_max, work.used_q - place.row_begin);
 #endif
     bool is_clean = n >= work.clean_begin && n < work.clean_end;
     while (n >= 0) {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * scores_16bit.cuh - S = Q K(n)^T by products of 16-bit numbers, for the rows of a warp: Q and K as
  * they come, and how they get to where mma wants them. Includer sets HEAD_DIM, BLOCK_N, NUM_WARPS,
- * STAGES, Q_IN_REGS, IS_BF16, LISTED; PACK, rounding to q's dtype; MMA, the product of the operands' dtype;
- * BF16_AS_F16.
+ * STAGES, Q_IN_REGS, IS_BF16, LISTED; PACK, rounding to q's dtype; MMA, the product of the
+ * operands' dtype; BF16_AS_F16.
  *
  * scores_int8.cuh offers the same names for 8-bit scores.
  */
