@@ -65,6 +65,13 @@ def test_find_nonfinite(dtype: torch.dtype, arch: int) -> None:
 
 
 @each_arch
+@pytest.mark.parametrize("dtype", NUMBER, ids=str)
+def test_pool(dtype: torch.dtype, arch: int) -> None:
+    for to in (torch.float16, torch.bfloat16):
+        of(arch).check_pool(dtype, to)
+
+
+@each_arch
 def test_all_of_them_run_every_opcode(arch: int) -> None:
     of(arch).check_all()
     assert not [opcode for opcode, times in of(arch).counts().items() if not times]

@@ -216,6 +216,7 @@ template <class T> bool gt(T a, T b) { return a > b; }
 template <class T> bool ge(T a, T b) { return a >= b; }
 bool geu(float a, float b) { return !(a < b); }
 bool ltu(float a, float b) { return !(a >= b); }
+bool leu(float a, float b) { return !(a > b); }
 bool neu(float a, float b) { return !(a == b); }
 bool num(float a, float b) { return a == a && b == b; }
 bool unordered(float a, float b) { return a != a || b != b; }
@@ -353,6 +354,7 @@ const std::vector<Op> ALU_OPS = [] {
         FLOATS(le),
         FLOATS(gt),
         FLOATS(ge),
+        {"setp.leu.f32", "=p r r", compare<float, leu>},
         {"setp.num.f32", "=p r r", compare<float, num>},
         {"setp.nan.f32", "=p r r", compare<float, unordered>},
         {"setp.ne.f32", "=p r r", compare<float, ne<float>>},

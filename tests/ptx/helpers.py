@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emu import qk8
+from emu import qk8, run_listed
 from emu.args import (
     GuardArgs,
     Lengths,
@@ -38,6 +38,7 @@ HELPERS = tuple(
     for name in (
         *("measure", "find_scale", "convert", "merge", "put_lengths"),
         *("sum_keys", "mean_of_keys", "quantise_k", "quantise_q", "watch", "find_nonfinite"),
+        "pool",
     )
 )
 MERGED_PARTS = (3, 11)  # and as many as the compiler's unrolled loops take at once, and some more
@@ -292,7 +293,33 @@ class Helpers:
                     seen = value[b, n * 64 : min((n + 1) * 64, used[b]), h]
                     assert found[b, h, n] == (not seen.isfinite().all()), (b, h, n)
 
+    def check_pool(self, source: torch.dtype, to: torch.dtype) -> None:
+        """Means of blocks: the bits of the emulated pass, near those in float64."""
+        for head_dim, seqlen in ((2, 65), (80, 130), (128, 200)):
+            x = torch.randn(2, seqlen, 3, head_dim + 2).to(source)[..., 2:]
+            for kind in (torch.int32, torch.int64, None):
+                used = [seqlen, seqlen] if kind is None else [seqlen, 40]
+                lens = None if kind is None else torch.tensor(used, dtype=kind)
+                scale = None if kind is None else torch.exp2(torch.randint(-3, 4, (2, 3)).float())
+                means = torch.full((2, 3, -(-seqlen // 64), head_dim), math.nan, dtype=to)
+                args = PoolArgs(
+                    *(_view(x), _lengths(lens), means.data_ptr(), _address(scale)),
+                    *(2, seqlen, 3, head_dim, NUMBER[source], int(to == torch.bfloat16)),
+                )
+                inputs = {"x": x, "lens": lens, "scale": scale}
+                self._launch("pool", args, means.numel() // head_dim, means, **inputs)
+                want = run_listed.pooled(x, lens, scale, to)
+                assert torch.equal(means.view(torch.int16), want.view(torch.int16)), "bits"
+                for b, h, n in itertools.product(*map(range, means.shape[:3])):
+                    mine = x[b, n * 64 : min((n + 1) * 64, used[b]), h].double()
+                    exact = mine.mean(0) / (1.0 if scale is None else scale[b, h].double())
+                    tight = {"rtol": torch.finfo(to).eps, "atol": 1e-6}
+                    equal = torch.allclose(means[b, h, n].double(), exact, **tight, equal_nan=True)
+                    assert equal, (b, h, n)
+
     def check_all(self) -> None:
+        for source, to in itertools.product(NUMBER, HALVES):
+            self.check_pool(source, to)
         for dtype in NUMBER:
             self.check_nonfinite(dtype)
             self.check_qk8(dtype)

@@ -107,8 +107,8 @@ def check_outputs(runner: Runner) -> None:
 
 
 def takes_these_calls(job: Job) -> bool:
-    """Kernels of attention but for those of lists, which nobody runs here yet; gradients are asked
-    other things (test_ptx_backward.py)."""
+    """Kernels of attention but for those of lists (test_ptx_listed.py); gradients are asked other
+    things (test_ptx_backward.py)."""
     return type(job.kernel) in (Tile, TileQk8, TileSm90)
 
 
