@@ -332,7 +332,8 @@ def test_refusals(gpu: Recorder) -> None:
     assert "take head_dim 128, 64, got 80" in refused(gpu, *operands(80), skip_threshold=0.05)
     assert "takes float32" in refused(gpu, *operands(dtype=F32), skip_threshold=0.05)
     said = refused(gpu, *operands(), precision=1, skip_threshold=0.05)
-    assert "sdpa_sm80_qk8_d64" in said and "takes neither block lists nor a skip_threshold" in said
+    reason = "takes block lists, but neither pools_others nor a skip_threshold"
+    assert f"sdpa_sm80_qk8_listed_d64: {reason}" in said
     assert gpu.asked == [], "nothing was loaded"
 
 

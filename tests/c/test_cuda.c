@@ -98,7 +98,7 @@ static int run_gradients(uint64_t *random, wan_attn_params *p, wan_attn_error *e
     return (int)wan_attn_backward(&a, NULL, err);
 }
 
-/* Blocks of keys may be left out, and a guard wants to know, one of before there were lists, too. */
+/* Blocks of keys may be left out, and a guard wants to know, as well one without lost_mass. */
 static void leave_out(uint64_t *random, wan_attn_params *p) {
     p->skip_threshold = 0.05;
     if (pick(random, 3) == 0)
