@@ -73,7 +73,7 @@ BUGS = (
     Bug("bits of the other half", MEANS, "((2 * n + half) & 31)", "((2 * n + 1 - half) & 31)"),
     Bug("columns are off by one pair", MEANS, ">> (lane % 4 * 2);", ">> (lane % 4);"),
     Bug("means of another head", MEANS, "place.head / args.heads_per_key_head;", "place.head % args.heads_per_key_head;"),
-    Bug("means behind the last are read", KERNEL, "int num_rows = kind == MEANS ? blocks_of(bounds.num_keys) : bounds.num_keys;", "int num_rows = bounds.num_keys;"),
+    Bug("means behind the last are read", KERNEL, "v_rows = seen_means(args, bounds.num_keys, bounds.diagonal);", "v_rows.begin = 0;"),
     Bug("a mean of all 64, real or not", POOL, "float count = (float)(block.end - block.begin);", "float count = 64.0f;"),
     Bug("a mean forgets a key", POOL, "int row = block.begin; row < block.end; row++)\n#pragma", "int row = block.begin + 1; row < block.end; row++)\n#pragma"),
     Bug("padding is in a mean", POOL, "block.end = length_at(args.seqused, sample, args.seqlen);", "block.end = args.seqlen;"),

@@ -110,7 +110,7 @@ BUGS = (
     Bug("fma: operands swapped", MATH, "%0, %1, %2, %3;", "%0, %1, %3, %2;"),
     Bug("max of one", MATH, "max.f32 %0, %1, %2", "max.f32 %0, %1, %1"),
     Bug("every block has rank 0", CLUSTER, "mov.u32 %0, %%cluster_ctarank;", "mov.u32 %0, 0;", "hopper"),
-    Bug("no arrival at the cluster's barrier", CLUSTER, "barrier.cluster.arrive.release.aligned;", "", "hopper"),
+    Bug("no arrival at the cluster's barrier", CLUSTER, "barrier.cluster.arrive.relaxed.aligned;", "", "hopper"),
     Bug("no wait at the cluster's barrier", CLUSTER, "barrier.cluster.wait.acquire.aligned;", "", "hopper"),
     Bug("cluster's barrier without memory", CLUSTER, '"barrier.cluster.wait.acquire.aligned;" ::: "memory"', '"barrier.cluster.wait.acquire.aligned;"', "hopper"),
     Bug("a warp's barrier for one lane", CLUSTER, "bar.warp.sync 0xffffffff", "bar.warp.sync 0x1", "hopper"),
