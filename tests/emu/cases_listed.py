@@ -100,6 +100,23 @@ def _either_way(means: Array, seed: int, dtype: torch.dtype) -> Array:
     return np.asarray(unit * np.random.default_rng(seed).uniform(-0.5, 0.5, means.shape))
 
 
+def _torch_head(
+    operands: list[Array], bias: Array, scale: float, dtype: torch.dtype, order: int
+) -> tuple[Array, Array]:
+    x = [torch.from_numpy(a).to(dtype) for a in operands]
+    mask = torch.from_numpy(bias)
+    if order:
+        dims, keys = (_shuffled(n, order) for n in (x[0].shape[1], len(x[1])))
+        x = [x[0][:, dims], x[1][keys][:, dims], x[2][keys]]
+        mask = mask[:, keys]
+    if scale < 0:
+        x[0], scale = -x[0], -scale
+    q, k, v = (a[None, None] for a in x)
+    o = scaled_dot_product_attention(q, k, v, attn_mask=mask.to(dtype)[None, None], scale=scale)
+    s = torch.logsumexp(x[0].float() @ x[1].float().T * scale + mask.float(), dim=1)
+    return oracle.as_float64(o[0, 0]), oracle.as_float64(s)
+
+
 def by_torch(
     query: Tensor,
     key: Tensor,
@@ -110,7 +127,8 @@ def by_torch(
     left_out: Any = None,
     **call: Any,
 ) -> tuple[Array, Array]:
-    """Torch's own attention, head by head, with the lists in its mask."""
+    """Torch's own attention, head by head, with the lists in its mask. A mask hides no infinity
+    from it, so that for rows that see none they are 0."""
     dtype, places = value.dtype, iter(np.ndindex(query.shape[0], query.shape[2]))
 
     def head(q: Array, k: Array, v: Array, scale: float, seen: Any) -> tuple[Array, Array]:
@@ -120,29 +138,17 @@ def by_torch(
             seen = seen & ~blocks_oracle.keys_of(left_out[place], seen.shape)
         out, lse = np.zeros((len(q), v.shape[1])), np.full(len(q), -np.inf)
         k, v, bias = _with_means(k, v, seen, named, pools_others)
-        rows = np.isfinite(bias).any(axis=1)
+        sees = np.isfinite(bias)
         if order:
             for keys_and_means in (k, v):
                 means = keys_and_means[seen.shape[1] :]
                 means += _either_way(means, order, dtype)
-        if rows.any():
-            x = [torch.from_numpy(np.nan_to_num(a)).to(dtype) for a in (q[rows], k, v)]
-            mask = torch.from_numpy(bias[rows])
-            if order:
-                dims, keys = (_shuffled(n, order) for n in (q.shape[1], len(k)))
-                x = [x[0][:, dims], x[1][keys][:, dims], x[2][keys]]
-                mask = mask[:, keys]
-            if scale < 0:
-                x[0], scale = -x[0], -scale
-            o = scaled_dot_product_attention(
-                x[0][None, None],
-                x[1][None, None],
-                x[2][None, None],
-                attn_mask=mask.to(dtype)[None, None],
-                scale=scale,
-            )
-            s = torch.logsumexp(x[0].float() @ x[1].float().T * scale + mask.float(), dim=1)
-            out[rows], lse[rows] = oracle.as_float64(o[0, 0]), oracle.as_float64(s)
+        infinite = (np.isinf(k) | np.isinf(v)).any(axis=1)
+        sees_infinite = (sees & infinite).any(axis=1)
+        for rows, inf in ((sees.any(axis=1) & ~sees_infinite, 0.0), (sees_infinite, np.inf)):
+            if rows.any():
+                x = [np.nan_to_num(a, posinf=inf, neginf=-inf) for a in (q[rows], k, v)]
+                out[rows], lse[rows] = _torch_head(x, bias[rows], scale, dtype, order)
         return out, lse
 
     return oracle.attention(query, key, value, head=head, **call)
