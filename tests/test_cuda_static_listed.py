@@ -11,7 +11,7 @@ import pytest
 
 from emu import compile as compilers
 from emu import sass
-from emu.rows import Tile, TileListed, helpers, tiles_for, tiles_listed, tiles_listed_for
+from emu.rows import Tile, TileListed, dense_of, helpers, tiles_listed, tiles_listed_for
 from nightly import unless
 from test_cuda_static import (
     ARCHS,
@@ -27,11 +27,6 @@ ROWS = [(arch, tile) for arch in ARCHS for tile in tiles_listed_for(arch)]
 # two lists whether the warp's own has it. Turing has no redux: five shuffles, and what they order.
 # A call without a skip_threshold tests that there is none.
 MOST_MORE = {"SLIM": 40, "WIDE": 55, "TURING": 75}
-
-
-def dense_of(tile: TileListed, arch: int) -> Tile:
-    name = tile.name.replace("_listed", "")
-    return next(dense for dense in tiles_for(arch) if dense.name == name)
 
 
 def row_id(x: object) -> str:
@@ -51,7 +46,7 @@ def is_short(compiler: str, arch: int, tile: TileListed) -> bool:
 def test_the_main_loop_is_that_of_the_dense_row(
     compiler: str, arch: int, tile: TileListed, tmp_path: Path
 ) -> None:
-    dense, loops, ways = dense_of(tile, arch), [], []
+    dense, loops, ways = dense_of(tile), [], []
     exponentials = tile.block_m // tile.num_warps * tile.block_n // 32
     for kernel in (tile, dense):
         cubin = tmp_path / f"{kernel.symbol}.cubin"

@@ -11,7 +11,7 @@ import pytest
 
 from emu import compile as compilers
 from emu import sass
-from emu.rows import Tile, TileListedQk8, TileQk8, tiles_listed_qk8, tiles_listed_qk8_for, tiles_qk8
+from emu.rows import Tile, TileListedQk8, dense_of, tiles_listed_qk8, tiles_listed_qk8_for
 from nightly import unless
 from test_cuda_static import (
     ARCHS,
@@ -27,12 +27,6 @@ from test_cuda_static_qk8 import expected
 ROWS = [(arch, tile) for arch in ARCHS for tile in tiles_listed_qk8_for(arch)]
 # Instructions that the walk adds to a tile, as in test_cuda_static_listed.py.
 MOST_MORE = {"SLIM": 25, "WIDE": 40, "TURING": 60}
-
-
-def dense_of(tile: TileListedQk8) -> TileQk8:
-    """The same tile without lists."""
-    name = tile.name.replace("_listed", "")
-    return next(dense for dense in tiles_qk8() if dense.name == name)
 
 
 def row_id(x: object) -> str:

@@ -181,7 +181,13 @@ BUGS = (
     Bug("only one row's maximum rescales", SOFTMAX, " || new_max[1] > row_max[1]", "", ""),
     Bug("row_sum is not rescaled", SOFTMAX, "row_sum[r] *= factor;", "", "is wrong"),
     Bug("half of O is not rescaled", SOFTMAX, "o[j][2 * r + 1] *= factor;", "", "out is wrong"),
-    Bug("the bounds of the mask are not waited for", KERNEL, "store_bounds(work, 0);\n", "\n", ""),
+    Bug(
+        "the bounds of the mask are not waited for",
+        KERNEL,
+        "store_bounds(work, first_block_of(args, place));\n",
+        "\n",
+        "",
+    ),
     Bug(
         "rows without a key",
         KERNEL,

@@ -18,7 +18,7 @@ from blocks_oracle import BLOCK, Lists
 from emu import cases, cases_listed, run, run_listed
 from emu.build import compiler
 from emu.cases_listed import as_tensors
-from emu.rows import Tile, TileListed, tiles, tiles_listed
+from emu.rows import TileListed, dense_of, tiles_listed
 from emu.run import Schedule
 from nightly import unless
 
@@ -40,12 +40,6 @@ def is_first(tile: TileListed, part: int) -> bool:
 each_tile = pytest.mark.parametrize(
     "tile", unless(is_short, tiles_listed()), ids=lambda tile: tile.name
 )
-
-
-def dense_of(tile: TileListed) -> Tile:
-    """The same tile without lists."""
-    name = tile.name.replace("_listed", "")
-    return next(dense for dense in tiles() if dense.name == name)
 
 
 @each_tile

@@ -7,7 +7,7 @@ means, and demands that it is found by calls like those of test_emu_listed.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-import planted
 from blocks_oracle import Lists
 from emu import cases, cases_listed, run_listed
 from emu.build import compiler
-from emu.rows import CSRC, TileListed, tiles_listed
-from emu.run import Schedule
+from emu.planting import Bug, must_be_found, named
+from emu.rows import TileListed, tiles_listed
 from nightly import every
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
@@ -29,14 +28,7 @@ KERNEL, WALK, MEANS, OUTPUT, POOL = (
     f"cuda/{name}.cuh"
     for name in ("sdpa_sm80", "tile/walk_listed", "tile/means", "tile/output", "pool")
 )
-SLIM, WIDE = "sdpa_sm80_listed_f16_d64_slim", "sdpa_sm80_listed_bf16_d64_wide"
-
-
-@dataclass(frozen=True)
-class Bug(planted.Bug):
-    """tile: the one that shows it."""
-
-    tile: str = SLIM
+SLIM, WIDE = Bug.tile, "sdpa_sm80_listed_bf16_d64_wide"
 
 
 # fmt: off
@@ -79,10 +71,6 @@ BUGS = (
     Bug("padding is in a mean", POOL, "block.end = length_at(args.seqused, sample, args.seqlen);", "block.end = args.seqlen;"),
 )
 # fmt: on
-
-
-def tile_of(name: str) -> TileListed:
-    return next(tile for tile in tiles_listed() if tile.name == name)
 
 
 def suspicious(tile: TileListed) -> Iterator[tuple[cases.Case, float, str, bool]]:
@@ -136,12 +124,9 @@ def check_all(tile: TileListed, **how: Any) -> None:
 
 @pytest.mark.parametrize("bug", every(10, BUGS), ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
-    csrc = bug.plant(CSRC, tmp_path)
-    for landing in range(2):
-        with pytest.raises(AssertionError):
-            check_all(tile_of(bug.tile), csrc=csrc, schedule=Schedule(landing, landing))
+    must_be_found(bug, partial(check_all, named(tiles_listed(), bug.tile)), tmp_path)
 
 
 def test_without_a_bug_nothing_is_found() -> None:
     for name in (SLIM, WIDE):
-        check_all(tile_of(name))
+        check_all(named(tiles_listed(), name))

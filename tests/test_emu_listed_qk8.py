@@ -20,7 +20,7 @@ from blocks_oracle import BLOCK, Lists
 from emu import cases, cases_listed, cases_listed_qk8, cases_qk8, qk8, run_qk8
 from emu.build import compiler
 from emu.cases_listed import as_tensors
-from emu.rows import TileListedQk8, TileQk8, tiles_listed_qk8, tiles_qk8
+from emu.rows import TileListedQk8, dense_of, tiles_listed_qk8
 from emu.run import Schedule
 from nightly import unless
 from test_emu_listed import MASKS
@@ -46,12 +46,6 @@ def is_first(tile: TileListedQk8, part: int) -> bool:
 each_tile = pytest.mark.parametrize(
     "tile", unless(is_short, tiles_listed_qk8()), ids=lambda tile: tile.name
 )
-
-
-def dense_of(tile: TileListedQk8) -> TileQk8:
-    """The same tile without lists."""
-    name = tile.name.replace("_listed", "")
-    return next(dense for dense in tiles_qk8() if dense.name == name)
 
 
 @each_tile

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-import planted
 from blocks_oracle import Lists
-from emu import cases, cases_listed_qk8, cases_qk8, run_qk8
+from emu import cases, cases_listed_qk8, cases_qk8, planting, run_qk8
 from emu.build import compiler
-from emu.rows import CSRC, TileListedQk8, tiles_listed_qk8
-from emu.run import Schedule
+from emu.planting import must_be_found, named
+from emu.rows import TileListedQk8, tiles_listed_qk8
 from nightly import every
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
@@ -42,7 +42,7 @@ SLIM, WIDE, TURING = (
 
 
 @dataclass(frozen=True)
-class Bug(planted.Bug):
+class Bug(planting.Bug):
     """tile: the one that shows it."""
 
     tile: str = SLIM
@@ -83,10 +83,6 @@ BUGS = (
     Bug("Turing: V's scale is forgotten", KERNEL, "scale = load_global_f32(args.v_scale", "scale = 1.0f + 0.0f * load_global_f32(args.v_scale", TURING),
 )
 # fmt: on
-
-
-def tile_of(name: str) -> TileListedQk8:
-    return next(tile for tile in tiles_listed_qk8() if tile.name == name)
 
 
 def suspicious(tile: TileListedQk8) -> Iterator[cases_listed_qk8.Listed]:
@@ -137,12 +133,9 @@ def check_all(tile: TileListedQk8, **how: Any) -> None:
 
 @pytest.mark.parametrize("bug", every(8, BUGS), ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
-    csrc = bug.plant(CSRC, tmp_path)
-    for landing in range(2):
-        with pytest.raises(AssertionError):
-            check_all(tile_of(bug.tile), csrc=csrc, schedule=Schedule(landing, landing))
+    must_be_found(bug, partial(check_all, named(tiles_listed_qk8(), bug.tile)), tmp_path)
 
 
 def test_without_a_bug_nothing_is_found() -> None:
     for name in (SLIM, WIDE, TURING):
-        check_all(tile_of(name))
+        check_all(named(tiles_listed_qk8(), name))

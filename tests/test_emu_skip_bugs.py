@@ -6,19 +6,18 @@ found by the calls of test_emu_skip.py of which all is known.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import planted
 from emu import cases_skip, checks_skip
 from emu.build import compiler
 from emu.cases import Case
 from emu.cases_skip import Skip
-from emu.rows import CSRC, TileListed, tiles_listed
-from emu.run import Schedule
+from emu.planting import Bug, must_be_found, named
+from emu.rows import TileListed, tiles_listed
 from nightly import every
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (clang++ or g++)")
@@ -27,14 +26,7 @@ KERNEL, LOST, SOFTMAX, WALK, MEANS = (
     f"cuda/{name}.cuh"
     for name in ("sdpa_sm80", "tile/lost", "tile/softmax", "tile/walk_listed", "tile/means")
 )
-SLIM, WIDE = "sdpa_sm80_listed_f16_d64_slim", "sdpa_sm80_listed_bf16_d64_wide"
-
-
-@dataclass(frozen=True)
-class Bug(planted.Bug):
-    """tile: the one that shows it."""
-
-    tile: str = SLIM
+SLIM, WIDE = Bug.tile, "sdpa_sm80_listed_bf16_d64_wide"
 
 
 # fmt: off
@@ -87,10 +79,6 @@ BUGS = (
 # fmt: on
 
 
-def tile_of(name: str) -> TileListed:
-    return next(tile for tile in tiles_listed() if tile.name == name)
-
-
 def check_all(tile: TileListed, **how: Any) -> None:
     for check in checks_skip.ALL:
         check(tile, **how)
@@ -107,12 +95,9 @@ def check_all(tile: TileListed, **how: Any) -> None:
 
 @pytest.mark.parametrize("bug", every(10, BUGS), ids=lambda bug: bug.name)
 def test_the_bug_is_found(bug: Bug, tmp_path: Path) -> None:
-    csrc = bug.plant(CSRC, tmp_path)
-    for landing in range(2):
-        with pytest.raises(AssertionError):
-            check_all(tile_of(bug.tile), csrc=csrc, schedule=Schedule(landing, landing))
+    must_be_found(bug, partial(check_all, named(tiles_listed(), bug.tile)), tmp_path)
 
 
 def test_without_a_bug_nothing_is_found() -> None:
     for name in (SLIM, WIDE):
-        check_all(tile_of(name))
+        check_all(named(tiles_listed(), name))

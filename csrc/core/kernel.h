@@ -89,6 +89,12 @@ wan_attn_status wan_attn_cuda_find_arch(int32_t device_index, int32_t *arch, wan
 const char *wan_attn_cuda_plan_call(wan_attn_problem *problem);
 wan_attn_status wan_attn_cuda_run_call(const wan_attn_problem *problem, wan_attn_error *err);
 
+/* Where the call's guard has the share that a row has lost; NULL: nobody asks. */
+static inline float *wan_attn_lost_mass_of(const wan_attn_params *params) {
+    wan_attn_guard *guard = (wan_attn_guard *)params->guard;
+    return guard && params->guard_size == sizeof(*guard) ? &guard->lost_mass : NULL;
+}
+
 /* cpu/guard.c: adds what the operands and the results of a call on the CPU, which has run, tell to
  * its guard. */
 void wan_attn_cpu_guard(const wan_attn_problem *problem);

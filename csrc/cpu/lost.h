@@ -39,10 +39,10 @@ static inline void wan_attn_note_lost(wan_attn_flags *most, float lost, float ro
 
 /* Tells the call's guard, if it has one that wants to know. */
 static inline void wan_attn_tell_lost(const wan_attn_problem *p, wan_attn_flags *most) {
-    wan_attn_guard *guard = (wan_attn_guard *)p->params->guard;
+    float *lost_mass = wan_attn_lost_mass_of(p->params);
     float lost = wan_attn_float_of_bits(wan_attn_load(most));
-    if (guard && p->params->guard_size == sizeof(*guard) && lost > guard->lost_mass)
-        guard->lost_mass = lost;
+    if (lost_mass && lost > *lost_mass)
+        *lost_mass = lost;
 }
 
 #endif /* WAN_ATTN_CPU_LOST_H */

@@ -112,17 +112,15 @@ typedef struct wan_attn_cuda_merge_args {
 #define WAN_ATTN_CUDA_SMALLEST_SCALE 1.1754944e-38f
 
 /* Bytes of shared memory of a block, by what its line in sdpa_rows.def says. Of sdpa_sm80.cuh: V
- * and STAGES tiles of K, Q if it is not in registers, bounds of the mask; LISTED: 16 bytes for each
- * four lanes, what their rows have lost; with 8-bit scores (QK8) K in INT8 with its steps, and Q in
- * INT8. Of sdpa_sm90.cuh: Q, STAGES tiles of K and of V, an mbarrier of 16 bytes for Q and four a
- * stage. Of sdpa_backward.cuh: two operands of the block's own, STAGES tiles of two others, of dk
- * and dv two numbers for each of 64 rows of those, and what the block has to do. tiles.py of
- * wan_attn/cuda reads these lines. */
+ * and STAGES tiles of K, Q if it is not in registers, bounds of the mask; with 8-bit scores (QK8) K
+ * in INT8 with its steps, and Q in INT8; beside it, where rows may leave tiles out (LOST), 16 bytes
+ * for each four lanes, what their rows have lost. Of sdpa_sm90.cuh: Q, STAGES tiles of K and of V,
+ * an mbarrier of 16 bytes for Q and four a stage. Of sdpa_backward.cuh: two operands of the block's
+ * own, STAGES tiles of two others, of dk and dv two numbers for each of 64 rows of those, and what
+ * the block has to do. tiles.py of wan_attn/cuda reads these lines. */
 #define WAN_ATTN_CUDA_SMEM_SM80(head_dim, block_m, block_n, stages, q_in_regs)                     \
     (2 * (head_dim) * ((block_n) * ((stages) + 1) + (block_m) * (1 - (q_in_regs))) + 16)
-#define WAN_ATTN_CUDA_SMEM_LISTED(head_dim, block_m, block_n, stages, q_in_regs, num_warps)        \
-    (2 * (head_dim) * ((block_n) * ((stages) + 1) + (block_m) * (1 - (q_in_regs))) +               \
-     128 * (num_warps) + 16)
+#define WAN_ATTN_CUDA_SMEM_LOST(num_warps) (128 * (num_warps))
 #define WAN_ATTN_CUDA_SMEM_QK8(head_dim, block_m, block_n, stages, q_in_regs)                      \
     ((block_n) * (2 * (head_dim) + (stages) * ((head_dim) + 8)) +                                  \
      (block_m) * (head_dim) * (1 - (q_in_regs)) + 16)

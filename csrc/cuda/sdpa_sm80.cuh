@@ -105,12 +105,11 @@ enum {
     V_SMEM = 0, /* offsets in shared memory */
     K_SMEM = TILE_BYTES,
     BOUNDS_SMEM = Q_SMEM + Q_BYTES,
-    LOST_SMEM = BOUNDS_SMEM + 16,
-    LOST_BYTES = SKIPS ? 128 * NUM_WARPS : 0
+    LOST_SMEM = BOUNDS_SMEM + 16 /* WAN_ATTN_CUDA_SMEM_LOST: SKIPS */
 };
 static_assert(M_TILES * 16 * NUM_WARPS == BLOCK_M, "every warp has whole 16-row tiles");
 static_assert(STAGES == 1 || STAGES == 2, "the pipeline is written for one or two K tiles");
-static_assert(LOST_SMEM + LOST_BYTES == SMEM_BYTES_ASKED, "args.h must say what is used");
+static_assert(LOST_SMEM == SMEM_BYTES_ASKED, "args.h must say what is used");
 
 /* What a warp carries from tile to tile. */
 typedef struct warp_rows {
@@ -149,6 +148,7 @@ DEVICE mask_bounds load_bounds() {
 #include "cuda/tile/lost.cuh"
 #else
 DEVICE bool skips(const wan_attn_cuda_args &) { return false; }
+DEVICE u32 first_block_of(const wan_attn_cuda_args &, const block_place &) { return 0; }
 #endif
 
 /* Where a tile of K is in shared memory. */
@@ -319,11 +319,7 @@ DEVICE void process_tiles(const wan_attn_cuda_args &args, const block_place &pla
     cp_async_commit();
     q_fragments q;
     load_q(args, place, work.used_q, q);
-#if SKIPS
     store_bounds(work, first_block_of(args, place));
-#else
-    store_bounds(work, 0);
-#endif
     clear(rows);
 #if SKIPS
     begin_lost(rows.row_max, work.used_q - place.row_begin);

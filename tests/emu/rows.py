@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 from wan_attn.cuda import sources
 from wan_attn.cuda.rows import (
     Helper,
@@ -42,6 +44,7 @@ __all__ = [
     "TileListedQk8",
     "TileQk8",
     "TileSm90",
+    "dense_of",
     "emulated_arch",
     "gpus",
     "half_rate",
@@ -61,6 +64,16 @@ __all__ = [
 ]
 
 CSRC = sources.root()
+
+
+@overload
+def dense_of(tile: TileListedQk8) -> TileQk8: ...
+@overload
+def dense_of(tile: TileListed) -> Tile: ...
+def dense_of(tile: TileListed) -> Tile:
+    """The same tile without lists of blocks."""
+    name = tile.name.replace("_listed", "")
+    return next(dense for dense in (*tiles(), *tiles_qk8()) if dense.name == name)
 
 
 def emulated_arch(kernel: Tile | Helper | TileBackward | TileSm90 | RopeKernel) -> int:

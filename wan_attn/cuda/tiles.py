@@ -143,7 +143,7 @@ class TileListed(Tile):
 
     @property
     def smem_bytes(self) -> int:
-        return _smem_bytes("LISTED", self)
+        return super().smem_bytes + _smem_bytes("LOST", self)
 
     def defines(self) -> dict[str, str]:
         """The macros that turn the body into this kernel."""

@@ -72,11 +72,15 @@ class Known:
     blocks: Blocks
 
 
+def _q_lens(case: Case) -> tuple[int, int]:
+    return case.q_lens or (SEQLEN_Q, SEQLEN_Q)
+
+
 @lru_cache(maxsize=2 * len(CALLS))
 def _known(call: SkipCall, head_dim: int) -> Known:
     """Numbers that every dtype has exactly, NaN behind the real ones."""
     case, made = call.case(head_dim), torch.Generator("cpu").manual_seed(head_dim)
-    q_lens = case.q_lens or (SEQLEN_Q, SEQLEN_Q)
+    q_lens = _q_lens(case)
     query = draw(made, 2, SEQLEN_Q, HEADS_Q, head_dim, lens=q_lens) / 8
     key = draw(made, 2, SEQLEN_K, 1, head_dim, lens=case.k_lens)
     block = torch.arange(SEQLEN_K, device="cpu") // BLOCK
@@ -135,10 +139,7 @@ def wrong_in(
     counts, indices = (x if x is None else x.to(device, copy=True) for x in known.blocks[:2])
     blocks = known.blocks._replace(block_counts=counts, block_indices=indices)
     # The CPU by name: the program may have another default device.
-    lens = [
-        torch.tensor(given, device="cpu")
-        for given in (case.q_lens or (SEQLEN_Q, SEQLEN_Q), case.k_lens)
-    ]
+    lens = [torch.tensor(given, device="cpu") for given in (_q_lens(case), case.k_lens)]
     told = []
     for before in (0.0, 0.875):
         guard = torch.tensor([0.0, 0.0, 0.0, 0.0, before], device=device).view(torch.int32)
@@ -164,7 +165,7 @@ def judged(
     known, case = _known(call, head_dim), call.case(head_dim)
     query, key, value = known.operands
     kept = out[..., : blocks_of(SEQLEN_K)] > 0
-    used_q = (case.q_lens or (SEQLEN_Q, SEQLEN_Q))[0]
+    used_q = _q_lens(case)[0]
     if not call.has_lists:
         if not out[0, :used_q, :, -1].isnan().all():
             return "a block with a NaN among its values was left out"
@@ -184,7 +185,7 @@ def _wrongly_left_out(
     """A block that a row must have, or, without lists, must not. lse: of all that is seen."""
     query, key, _ = known.operands
     is_causal, window = MASKS[case.mask]
-    q_lens = case.q_lens or (SEQLEN_Q, SEQLEN_Q)
+    q_lens = _q_lens(case)
     of_row = torch.arange(SEQLEN_Q, device="cpu") // BLOCK
     for b, (used_q, used_k) in enumerate(zip(q_lens, case.k_lens, strict=True)):
         visible = seen_keys(used_q, used_k, is_causal, window, key.device)

@@ -46,12 +46,6 @@ wan_attn_status wan_attn_cuda_survey_blocks(const wan_attn_cuda_call *c,
                : status;
 }
 
-/* Where the kernel raises the share that a row has lost; NULL: nobody asks. */
-static unsigned *lost_mass_of(const wan_attn_params *params) {
-    wan_attn_guard *guard = (wan_attn_guard *)params->guard;
-    return guard && params->guard_size == sizeof(*guard) ? (unsigned *)&guard->lost_mass : NULL;
-}
-
 void wan_attn_cuda_fill_lists(const wan_attn_cuda_call *c, wan_attn_cuda_listed_args *args) {
     const wan_attn_problem *p = c->p;
     const wan_attn_tensor *counts = &p->params->block_counts, *indices = &p->params->block_indices;
@@ -75,6 +69,6 @@ void wan_attn_cuda_fill_lists(const wan_attn_cuda_call *c, wan_attn_cuda_listed_
     if (p->skip_threshold > 0.0f) {
         args->nonfinite = (const int *)wan_attn_cuda_at(c, c->plan.nonfinite);
         args->log2_threshold = log2f(p->skip_threshold);
-        args->lost_mass = lost_mass_of(p->params);
+        args->lost_mass = (unsigned *)wan_attn_lost_mass_of(p->params);
     }
 }

@@ -43,10 +43,10 @@ static const wan_attn_cuda_tile TILES[] = {
     {MMA_TILE(name, class, bm, bn, num_warps,                                                      \
               WAN_ATTN_CUDA_SMEM_SM80(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs), pv16)},
 #define TILE_LISTED(name, class, bm, bn, num_warps, stages, q_in_regs, ctas, pv16)                 \
-    {MMA_TILE(                                                                                     \
-         name, class, bm, bn, num_warps,                                                           \
-         WAN_ATTN_CUDA_SMEM_LISTED(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs, num_warps),     \
-         pv16),                                                                                    \
+    {MMA_TILE(name, class, bm, bn, num_warps,                                                      \
+              WAN_ATTN_CUDA_SMEM_SM80(ROW_HEAD_DIM_##name, bm, bn, stages, q_in_regs) +            \
+                  WAN_ATTN_CUDA_SMEM_LOST(num_warps),                                              \
+              pv16),                                                                               \
      .is_listed = 1},
 #define TILE_QK8(name, class, bm, bn, num_warps, stages, q_in_regs, ctas, pv16)                    \
     {MMA_TILE(name, class, bm, bn, num_warps,                                                      \

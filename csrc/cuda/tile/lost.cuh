@@ -16,6 +16,7 @@
 #include "cuda/tile/walk_listed.cuh"
 
 static_assert(M_TILES <= 2, "a lane's rows are four numbers at most");
+static_assert(NUM_THREADS / 4 * 16 == WAN_ATTN_CUDA_SMEM_LOST(NUM_WARPS), "lost_at()");
 
 /* What weights below float32's normal numbers, which count as 0, may add up to in a row. */
 #define LOST_AT_LEAST 0x1p-100f

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * scores_16bit.cuh - S = Q K(n)^T by products of 16-bit numbers, for the rows of a warp: Q and K as
  * they come, and how they get to where mma wants them. Includer sets HEAD_DIM, BLOCK_N, NUM_WARPS,
- * STAGES, Q_IN_REGS, IS_BF16, LISTED; PACK, rounding to q's dtype; MMA, the product of the
- * operands' dtype; BF16_AS_F16.
+ * STAGES, Q_IN_REGS, IS_BF16; PACK, rounding to q's dtype; MMA, the product of the operands' dtype;
+ * BF16_AS_F16.
  *
  * scores_int8.cuh offers the same names for 8-bit scores.
  */
@@ -16,9 +16,7 @@ enum {
     K_TILE_BYTES = TILE_BYTES,
     Q_SMEM = TILE_BYTES + STAGES * K_TILE_BYTES, /* behind V and K */
     Q_BYTES = Q_IN_REGS ? 0 : BLOCK_M * ROW_BYTES,
-    SMEM_BYTES_ASKED = LISTED
-        ? WAN_ATTN_CUDA_SMEM_LISTED(HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, Q_IN_REGS, NUM_WARPS)
-        : WAN_ATTN_CUDA_SMEM_SM80(HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, Q_IN_REGS),
+    SMEM_BYTES_ASKED = WAN_ATTN_CUDA_SMEM_SM80(HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, Q_IN_REGS),
     /* Four times these loads of Q are under way together. */
     Q_TILES_AT_ONCE = Q_IN_REGS ? M_TILES : 1,
     Q_STEPS_AT_ONCE = Q_IN_REGS || K_STEPS % 4 != 0 ? K_STEPS : 4
